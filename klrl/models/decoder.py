@@ -1,0 +1,355 @@
+"""One decoder-only transformer (Llama layout) as pure functions of plain nested dicts.
+
+Flax NNX describes the modules; `policy_model` and `scalar_model` split them once and return pure
+functions, which is all that the rest of the library sees.
+
+Shapes: B rows, S tokens, C cache slots, D width, V vocabulary, N query heads, K key/value heads,
+H head width, L layers. Masks are bool, True for real tokens, and may have holes anywhere: positions
+count real tokens only, and no real position attends to padding, so padding changes no real output.
+Outputs at padding are finite and mean nothing.
+
+Layers are stacked on a leading axis. The full forward scans over them (with remat if asked); the
+one-token step is unrolled, with one cache entry per layer, so that each is updated in place.
+
+Sources: H. Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023), section
+2.2 for the block; J. Su et al., "RoFormer" (2021), equation 34 for the rotation, in the pairing of
+Hugging Face (element i with element i + H/2); N. Shazeer, "GLU Variants Improve Transformer" (2020)
+for the gated MLP; J. Ainslie et al., "GQA" (2023) for the shared key/value heads.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+Params = dict[str, Any]
+# One (keys, values) pair per layer, each [B, K, C, H]: the order in which attention multiplies
+# them, so that a decoding step transposes no cache.
+Cache = tuple[tuple[Array, Array], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """The static shape of a decoder.
+
+  `dtype` is what activations are computed in, `param_dtype` what fresh parameters are stored in.
+  `attention_bias` puts a bias on queries, keys and values (Qwen2). `max_len` bounds prompt plus
+  completion.
+  """
+
+  vocab_size: int
+  width: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_dim: int
+  max_len: int
+  rope_theta: float = 10000.0
+  norm_eps: float = 1e-5
+  tie_embeddings: bool = True
+  attention_bias: bool = False
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  remat: bool = False
+
+  def __post_init__(self):
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}."
+      )
+    if self.head_dim % 2:
+      raise ValueError(f"head_dim={self.head_dim} must be even: the rotation works on pairs.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """A language model as pure functions; see `policy_model`."""
+
+  config: DecoderConfig
+  init: Callable[[Array], Params]
+  hidden: Callable[[Params, Array, Array], Array]
+  unembedding: Callable[[Params], Array]
+  prefill: Callable[[Params, Array, Array, int], tuple[Array, Cache]]
+  decode: Callable[[Params, Array, Array, Cache, Array, Array], tuple[Array, Cache]]
+  grow: Callable[[Cache, int], Cache]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalarModel:
+  """A model with one number per token as pure functions; see `scalar_model`."""
+
+  config: DecoderConfig
+  init: Callable[[Array], Params]
+  values: Callable[[Params, Array, Array], Array]
+  scores: Callable[[Params, Array, Array], Array]
+
+
+def policy_model(config: DecoderConfig) -> Policy:
+  """Returns the pure functions of a language model.
+
+  Params are `{"decoder": {...}}`, and `"unembedding" [D, V]` beside it where it is not tied.
+
+  * `init(key) -> params`.
+  * `hidden(params, tokens [B, S] int32, mask [B, S]) -> [B, S, D]`, the final-normed hidden state
+    in `config.dtype`.
+  * `unembedding(params) -> [D, V]` in `config.dtype`; logits are `hidden @ unembedding`.
+  * `prefill(params, tokens [B, P], mask [B, P], cache_len) -> (hidden [B, D] of the last real
+    token, cache)`; the prompt fills slots 0 to P-1.
+  * `decode(params, tokens [B], positions [B], cache, slot, cache_mask [B, C]) -> (hidden [B, D],
+    cache)`: one token per row, written at `slot` (which `cache_mask` must include).
+  * `grow(cache, cache_len) -> cache` with empty slots added.
+
+  Gradient flows into params through `hidden` and `unembedding`.
+  """
+  graph = _graph(config)
+
+  def init(key):
+    decoder_key, unembedding_key = jax.random.split(key)
+    params = {"decoder": _init_decoder(config, decoder_key)}
+    if not config.tie_embeddings:
+      shape = (config.width, config.vocab_size)
+      params["unembedding"] = _INIT(unembedding_key, shape, jnp.dtype(config.param_dtype))
+    return params
+
+  def hidden(params, tokens, mask):
+    return nnx.merge(graph, params["decoder"])(tokens, mask)
+
+  def unembedding(params):
+    if config.tie_embeddings:
+      table = params["decoder"]["embed"]["embedding"].T
+    else:
+      table = params["unembedding"]
+    return table.astype(config.dtype)
+
+  def prefill(params, tokens, mask, cache_len):
+    return nnx.merge(graph, params["decoder"]).prefill(tokens, mask, cache_len)
+
+  def decode(params, tokens, positions, cache, slot, cache_mask):
+    decoder = nnx.merge(graph, params["decoder"])
+    return decoder.decode(tokens, positions, cache, slot, cache_mask)
+
+  return Policy(config, init, hidden, unembedding, prefill, decode, _grow)
+
+
+def scalar_model(config: DecoderConfig) -> ScalarModel:
+  """Returns the pure functions of a value or reward model: a decoder with a linear head.
+
+  Params are `{"decoder": {...}, "head": [D, 1]}`; the head has no bias and starts at zero, so a
+  fresh model says 0 everywhere.
+
+  * `values(params, tokens [B, S] int32, mask [B, S]) -> [B, S] float32`, one number per token.
+  * `scores(params, tokens, mask) -> [B] float32`, the value at the last real token.
+  """
+  graph = _graph(config)
+
+  def init(key):
+    return {
+      "decoder": _init_decoder(config, key),
+      "head": jnp.zeros((config.width, 1), config.param_dtype),
+    }
+
+  def values(params, tokens, mask):
+    hidden = nnx.merge(graph, params["decoder"])(tokens, mask)
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    return (hidden.astype(dtype) @ params["head"].astype(dtype))[..., 0]
+
+  def scores(params, tokens, mask):
+    return _at_last_real(values(params, tokens, mask), mask)
+
+  return ScalarModel(config, init, values, scores)
+
+
+def scalar_params_from(params: Params) -> Params:
+  """Returns value or reward params that start from another model's.
+
+  The decoder is copied, array by array: a shared buffer could not be donated. The head is copied
+  where `params` has one (a value model from a reward model) and is zero otherwise (from a policy).
+  """
+  decoder = jax.tree.map(jnp.array, params["decoder"])
+  if "head" in params:
+    return {"decoder": decoder, "head": jnp.array(params["head"])}
+  scale = decoder["final_norm"]["scale"]
+  return {"decoder": decoder, "head": jnp.zeros((scale.shape[0], 1), scale.dtype)}
+
+
+def _grow(cache, cache_len):
+  def pad(x):
+    return jnp.pad(x, ((0, 0), (0, 0), (0, cache_len - x.shape[2]), (0, 0)))
+
+  return jax.tree.map(pad, cache)
+
+
+_INIT = nnx.initializers.normal(0.02)
+
+
+def _linear(config, fan_in, fan_out, rngs, *, use_bias=False, residual=False):
+  # Each layer adds two outputs to the residual stream; the scale keeps the sum's size independent
+  # of depth (A. Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, 2.3).
+  std = 0.02 / (2 * config.num_layers) ** 0.5 if residual else 0.02
+  return nnx.Linear(
+    fan_in,
+    fan_out,
+    use_bias=use_bias,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+    kernel_init=nnx.initializers.normal(std),
+    rngs=rngs,
+  )
+
+
+def _norm(config, rngs):
+  return nnx.RMSNorm(
+    config.width,
+    epsilon=config.norm_eps,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+    rngs=rngs,
+  )
+
+
+class Attention(nnx.Module):
+  """Rotary grouped-query attention."""
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    query_dim = config.num_heads * config.head_dim
+    kv_dim = config.num_kv_heads * config.head_dim
+    bias = config.attention_bias
+    self.query = _linear(config, config.width, query_dim, rngs, use_bias=bias)
+    self.key = _linear(config, config.width, kv_dim, rngs, use_bias=bias)
+    self.value = _linear(config, config.width, kv_dim, rngs, use_bias=bias)
+    self.output = _linear(config, query_dim, config.width, rngs, residual=True)
+    self.head_dim = config.head_dim
+
+  def __call__(self, x, rotation, mask, store):
+    def heads(y):
+      return y.reshape(*y.shape[:2], -1, self.head_dim)
+
+    query = _rotate(heads(self.query(x)), rotation)
+    key = _rotate(heads(self.key(x)), rotation).swapaxes(1, 2)
+    value = heads(self.value(x)).swapaxes(1, 2)
+    key, value = store((key, value))
+    y = jax.nn.dot_product_attention(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask=mask)
+    return self.output(y.reshape(*y.shape[:2], -1)), (key, value)
+
+
+class MLP(nnx.Module):
+  """Gated MLP with SiLU."""
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    self.gate = _linear(config, config.width, config.mlp_dim, rngs)
+    self.up = _linear(config, config.width, config.mlp_dim, rngs)
+    self.down = _linear(config, config.mlp_dim, config.width, rngs, residual=True)
+
+  def __call__(self, x):
+    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+  """One pre-norm residual layer.
+
+  `store` receives the new (keys, values) [B, K, S, H] and returns those to attend over; the block
+  returns them beside its output.
+  """
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    self.attention_norm = _norm(config, rngs)
+    self.attention = Attention(config, rngs)
+    self.mlp_norm = _norm(config, rngs)
+    self.mlp = MLP(config, rngs)
+
+  def __call__(self, x, rotation, mask, store=lambda keys_values: keys_values):
+    y, keys_values = self.attention(self.attention_norm(x), rotation, mask, store)
+    x = x + y
+    return x + self.mlp(self.mlp_norm(x)), keys_values
+
+
+class Decoder(nnx.Module):
+  """Embedding, stacked layers and final norm."""
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    self.embed = nnx.Embed(
+      config.vocab_size,
+      config.width,
+      dtype=config.dtype,
+      param_dtype=config.param_dtype,
+      embedding_init=_INIT,
+      rngs=rngs,
+    )
+    self.layers = nnx.vmap(lambda rngs: Block(config, rngs))(rngs.split(config.num_layers))
+    self.final_norm = _norm(config, rngs)
+    self.config = config
+
+  def __call__(self, tokens, mask):
+    x, _ = self._scan(tokens, mask, lambda keys_values: None)
+    return self.final_norm(x)
+
+  def prefill(self, tokens, mask, cache_len):
+    x, (keys, values) = self._scan(tokens, mask, lambda keys_values: keys_values)
+    cache = tuple((keys[i], values[i]) for i in range(self.config.num_layers))
+    return _at_last_real(self.final_norm(x), mask), _grow(cache, cache_len)
+
+  def decode(self, tokens, positions, cache, slot, cache_mask):
+    x = self.embed(tokens[:, None])
+    rotation = _rotation(positions[:, None], self.config)
+    graph, layers = nnx.split(self.layers)
+    new_cache = []
+    for i, old in enumerate(cache):
+
+      def store(new, old=old):
+        return tuple(
+          jax.lax.dynamic_update_slice_in_dim(buffer, column, slot, axis=2)
+          for buffer, column in zip(old, new, strict=True)
+        )
+
+      layer = nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], layers))
+      x, keys_values = layer(x, rotation, cache_mask[:, None, None], store)
+      new_cache.append(keys_values)
+    return self.final_norm(x)[:, 0], tuple(new_cache)
+
+  def _scan(self, tokens, mask, keep):
+    rotation = _rotation(jnp.cumsum(mask, axis=1) - 1, self.config)
+    causal = jnp.tri(tokens.shape[1], dtype=bool)
+    attended = causal[None, None] & mask[:, None, None]
+    graph, layers = nnx.split(self.layers)
+
+    def step(x, layer):
+      x, keys_values = nnx.merge(graph, layer)(x, rotation, attended)
+      return x, keep(keys_values)
+
+    if self.config.remat:
+      step = jax.checkpoint(step)
+    return jax.lax.scan(step, self.embed(tokens), layers)
+
+
+def _graph(config):
+  return nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+
+
+def _init_decoder(config, key):
+  return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(key))))
+
+
+def _rotation(positions, config):
+  """Returns (cos, sin), each [B, S, 1, H/2], at least float32: angles reach thousands."""
+  dtype = jnp.promote_types(config.dtype, jnp.float32)
+  exponents = jnp.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim
+  angles = positions[..., None].astype(dtype) * (config.rope_theta**-exponents)[None, None]
+  return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
+
+def _rotate(x, rotation):
+  cos, sin = rotation
+  left, right = jnp.split(x, 2, axis=-1)
+  rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+  return rotated.astype(x.dtype)
+
+
+def _at_last_real(x, mask):
+  """Returns x [B, ...] at the last True of mask [B, S] (at the last column where there is none)."""
+  last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+  return x[jnp.arange(x.shape[0]), last]

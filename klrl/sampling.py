@@ -1,0 +1,238 @@
+"""Completions drawn from a policy: prefill, then one token at a time with a cache.
+
+Prompts [B, P] are left-padded, completions [B, T] right-padded with `pad_id`. Everything here is
+pure and meant to run inside somebody's `jax.jit`. Log-probs are nats per token, float32 at least,
+and carry no gradient.
+
+Two log-probs come back. `old_log_probs` is what the trainer scores: the log-softmax of
+logits / temperature over the whole vocabulary. `sampler_log_probs` is that of the distribution
+which was really drawn from: the same thing unless top-k or top-p cut it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from klrl.models.decoder import Policy
+
+Array = jax.Array
+
+
+class Rollout(NamedTuple):
+  """A batch of completions.
+
+  tokens: [B, P+T] int32, prompt then completion.
+  prompt_mask: [B, P] bool.
+  completion_mask: [B, T] bool, True through the EOS, inclusive.
+  finished: [B] bool, an EOS was emitted.
+  old_log_probs: [B, T] log-prob of each token as the trainer scores it; 0 in padding.
+  sampler_log_probs: [B, T] log-prob under the distribution drawn from; 0 in padding.
+  """
+
+  tokens: Array
+  prompt_mask: Array
+  completion_mask: Array
+  finished: Array
+  old_log_probs: Array
+  sampler_log_probs: Array
+
+
+def top_k_logits(logits: Array, k: int) -> Array:
+  """Returns logits [..., V] with all but the k largest at -inf; those equal to the k-th stay."""
+  if k < 1:
+    raise ValueError(f"top_k={k} must be at least 1.")
+  kth = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
+  return jnp.where(logits < kth, -jnp.inf, logits)
+
+
+def top_p_logits(logits: Array, p: float) -> Array:
+  """Returns logits [..., V] with the tail at -inf: the smallest head of probability >= p stays.
+
+  The most likely token always stays, also for p = 0; p = 1 keeps everything. Tokens as likely as
+  the least likely kept one stay too. A. Holtzman et al., "The Curious Case of Neural Text
+  Degeneration" (2020), equation 2.
+  """
+  if not 0 <= p <= 1:
+    raise ValueError(f"top_p={p} must lie between 0 and 1.")
+  if p == 1:
+    return logits
+  descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+  probs = jax.nn.softmax(descending, axis=-1)
+  # A token stays if the head before it does not reach p yet.
+  before = jnp.cumsum(probs, axis=-1) - probs
+  kept = (before < p).at[..., 0].set(True)
+  threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+  return jnp.where(logits < threshold, -jnp.inf, logits)
+
+
+def make_sample_fn(
+  policy: Policy,
+  *,
+  max_completion_len: int,
+  eos_id: int | None,
+  pad_id: int,
+  top_k: int = 0,
+  top_p: float = 1.0,
+) -> Callable[..., Rollout]:
+  """Returns `sample(params, prompts [B, P], prompt_mask [B, P], key, *, temperature) -> Rollout`.
+
+  `temperature` may be traced and must be positive. `top_k=0` and `top_p=1.0` cut nothing; top-k
+  acts first. `eos_id=None` never ends early. The draws at token t come from `fold_in(key, t)`, so
+  the same key repeats and a row does not depend on what other rows hold. The work ends when every
+  row has ended, and its cost follows the tokens really drawn.
+  """
+  generate = _make_generate_fn(policy, max_completion_len, eos_id, pad_id)
+
+  def sample(params, prompts, prompt_mask, key, *, temperature):
+    def draw(logits, t):
+      logits = logits / temperature
+      kept = top_k_logits(logits, top_k) if top_k else logits
+      kept = top_p_logits(kept, top_p)
+      tokens = jax.random.categorical(jax.random.fold_in(key, t), kept)
+      log_probs = _log_prob_of(logits, tokens)
+      return tokens, log_probs, log_probs if kept is logits else _log_prob_of(kept, tokens)
+
+    return generate(params, prompts, prompt_mask, draw)
+
+  return sample
+
+
+def make_greedy_fn(
+  policy: Policy, *, max_completion_len: int, eos_id: int | None, pad_id: int
+) -> Callable[..., Rollout]:
+  """Returns `greedy(params, prompts [B, P], prompt_mask [B, P]) -> Rollout` of most likely tokens.
+
+  `old_log_probs` are those of the policy at temperature 1; `sampler_log_probs` are 0, because
+  nothing is drawn.
+  """
+  generate = _make_generate_fn(policy, max_completion_len, eos_id, pad_id)
+
+  def greedy(params, prompts, prompt_mask):
+    def draw(logits, t):
+      tokens = jnp.argmax(logits, axis=-1)
+      log_probs = _log_prob_of(logits, tokens)
+      return tokens, log_probs, jnp.zeros_like(log_probs)
+
+    return generate(params, prompts, prompt_mask, draw)
+
+  return greedy
+
+
+# Slots of the first cache beyond the prompt. Fewer save less attention than another loop costs to
+# compile.
+_FIRST_SLOTS = 128
+
+
+def _cache_lens(prompt_len: int, needed: int) -> list[int]:
+  """Returns growing cache lengths: each twice the one before, the last just what is needed."""
+  lens = [prompt_len + _FIRST_SLOTS]
+  while lens[-1] < needed:
+    lens.append(2 * lens[-1])
+  return [*lens[:-1], needed]
+
+
+class _State(NamedTuple):
+  """What a step hands on: `t` tokens are written, and `tokens[:, t-1]` is yet to be read."""
+
+  t: Array
+  last: Array
+  finished: Array
+  tokens: Array
+  mask: Array
+  log_probs: Array
+  sampler_log_probs: Array
+
+
+def _make_generate_fn(policy, max_completion_len, eos_id, pad_id):
+  def generate(params, prompts, prompt_mask, draw):
+    batch_size, prompt_len = prompts.shape
+    total_len = prompt_len + max_completion_len
+    if max_completion_len < 1 or prompt_len < 1:
+      raise ValueError(
+        f"prompt length {prompt_len} and max_completion_len={max_completion_len} must be at least"
+        " 1; begin an empty prompt with the BOS token."
+      )
+    if total_len > policy.config.max_len:
+      raise ValueError(
+        f"prompt length {prompt_len} + max_completion_len={max_completion_len} exceed the model's"
+        f" max_len={policy.config.max_len}; shorten one of them."
+      )
+    unembedding = policy.unembedding(params)
+    prompt_counts = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
+
+    def append(state, hidden):
+      dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+      logits = jnp.matmul(hidden, unembedding, preferred_element_type=dtype)
+      tokens, log_probs, sampler_log_probs = draw(logits, state.t)
+      alive = ~state.finished
+      tokens = jnp.where(alive, tokens, pad_id).astype(jnp.int32)
+
+      def write(buffer, column):
+        return jax.lax.dynamic_update_slice_in_dim(buffer, column[:, None], state.t, 1)
+
+      return _State(
+        t=state.t + 1,
+        last=tokens,
+        finished=state.finished if eos_id is None else state.finished | (tokens == eos_id),
+        tokens=write(state.tokens, tokens),
+        mask=write(state.mask, alive),
+        log_probs=write(state.log_probs, jnp.where(alive, log_probs, 0)),
+        sampler_log_probs=write(state.sampler_log_probs, jnp.where(alive, sampler_log_probs, 0)),
+      )
+
+    def run(state, cache, cache_len):
+      """Goes on until the cache is full or all rows have ended."""
+      padded_mask = jnp.pad(prompt_mask, ((0, 0), (0, cache_len - prompt_len)))
+      slots = jnp.arange(cache_len)
+
+      def unfinished(carry):
+        state, _ = carry
+        return (state.t <= cache_len - prompt_len) & ~jnp.all(state.finished)
+
+      def step(carry):
+        state, cache = carry
+        t = state.t - 1
+        slot = prompt_len + t
+        written = (slots >= prompt_len) & (slots <= slot)
+        hidden, cache = policy.decode(
+          params, state.last, prompt_counts + t, cache, slot, padded_mask | written[None]
+        )
+        return append(state, hidden), cache
+
+      return jax.lax.while_loop(unfinished, step, (state, policy.grow(cache, cache_len)))
+
+    shape = (batch_size, max_completion_len)
+    # The last token is never read, so it gets no slot.
+    cache_lens = _cache_lens(prompt_len, total_len - 1)
+    hidden, cache = policy.prefill(params, prompts, prompt_mask, cache_lens[0])
+    log_prob_dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    state = _State(
+      t=jnp.zeros((), jnp.int32),
+      last=jnp.zeros(batch_size, jnp.int32),
+      finished=jnp.zeros(batch_size, bool),
+      tokens=jnp.full(shape, pad_id, jnp.int32),
+      mask=jnp.zeros(shape, bool),
+      log_probs=jnp.zeros(shape, log_prob_dtype),
+      sampler_log_probs=jnp.zeros(shape, log_prob_dtype),
+    )
+    state = append(state, hidden)
+    # A step reads its whole cache, so each loop runs on one at most twice as long as what is in it.
+    for cache_len in cache_lens:
+      state, cache = run(state, cache, cache_len)
+    return Rollout(
+      tokens=jnp.concatenate([prompts, state.tokens], axis=1),
+      prompt_mask=prompt_mask,
+      completion_mask=state.mask,
+      finished=state.finished,
+      old_log_probs=state.log_probs,
+      sampler_log_probs=state.sampler_log_probs,
+    )
+
+  return generate
+
+
+def _log_prob_of(logits, tokens):
+  chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
