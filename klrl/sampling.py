@@ -160,6 +160,7 @@ def _make_generate_fn(policy, max_completion_len, eos_id, pad_id):
         f" max_len={policy.config.max_len}; shorten one of them."
       )
     unembedding = policy.unembedding(params)
+    step_params = policy.unstack(params)
     prompt_counts = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
 
     def append(state, hidden):
@@ -197,7 +198,7 @@ def _make_generate_fn(policy, max_completion_len, eos_id, pad_id):
         slot = prompt_len + t
         written = (slots >= prompt_len) & (slots <= slot)
         hidden, cache = policy.decode(
-          params, state.last, prompt_counts + t, cache, slot, padded_mask | written[None]
+          step_params, state.last, prompt_counts + t, cache, slot, padded_mask | written[None]
         )
         return append(state, hidden), cache
 

@@ -8,8 +8,9 @@ H head width, L layers. Masks are bool, True for real tokens, and may have holes
 count real tokens only, and no real position attends to padding, so padding changes no real output.
 Outputs at padding are finite and mean nothing.
 
-Layers are stacked on a leading axis. The full forward scans over them (with remat if asked); the
-one-token step is unrolled, with one cache entry per layer, so that each is updated in place.
+Layers are stacked on a leading axis. The full forward scans over them (with remat if asked). The
+one-token step is unrolled over a tuple of layers (`unstack`), with one cache entry per layer, so
+that a loop of steps updates the cache in place and slices no weights.
 
 Sources: H. Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023), section
 2.2 for the block; J. Su et al., "RoFormer" (2021), equation 34 for the rotation, in the pairing of
@@ -19,7 +20,7 @@ for the gated MLP; J. Ainslie et al., "GQA" (2023) for the shared key/value head
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,7 @@ class Policy:
   hidden: Callable[[Params, Array, Array], Array]
   unembedding: Callable[[Params], Array]
   prefill: Callable[[Params, Array, Array, int], tuple[Array, Cache]]
+  unstack: Callable[[Params], Params]
   decode: Callable[[Params, Array, Array, Cache, Array, Array], tuple[Array, Cache]]
   grow: Callable[[Cache, int], Cache]
 
@@ -100,24 +102,26 @@ def policy_model(config: DecoderConfig) -> Policy:
   * `unembedding(params) -> [D, V]` in `config.dtype`; logits are `hidden @ unembedding`.
   * `prefill(params, tokens [B, P], mask [B, P], cache_len) -> (hidden [B, D] of the last real
     token, cache)`; the prompt fills slots 0 to P-1.
+  * `unstack(params) -> params` with the layers in a tuple: do it once before a loop of `decode`.
+    `decode` takes either form.
   * `decode(params, tokens [B], positions [B], cache, slot, cache_mask [B, C]) -> (hidden [B, D],
     cache)`: one token per row, written at `slot` (which `cache_mask` must include).
   * `grow(cache, cache_len) -> cache` with empty slots added.
 
   Gradient flows into params through `hidden` and `unembedding`.
   """
-  graph = _graph(config)
+  decoder = _decoder(config)
 
   def init(key):
     decoder_key, unembedding_key = jax.random.split(key)
-    params = {"decoder": _init_decoder(config, decoder_key)}
+    params = {"decoder": decoder.init(decoder_key)}
     if not config.tie_embeddings:
       shape = (config.width, config.vocab_size)
       params["unembedding"] = _INIT(unembedding_key, shape, jnp.dtype(config.param_dtype))
     return params
 
   def hidden(params, tokens, mask):
-    return nnx.merge(graph, params["decoder"])(tokens, mask)
+    return decoder.hidden(params["decoder"], tokens, mask)
 
   def unembedding(params):
     if config.tie_embeddings:
@@ -127,13 +131,15 @@ def policy_model(config: DecoderConfig) -> Policy:
     return table.astype(config.dtype)
 
   def prefill(params, tokens, mask, cache_len):
-    return nnx.merge(graph, params["decoder"]).prefill(tokens, mask, cache_len)
+    return decoder.prefill(params["decoder"], tokens, mask, cache_len)
 
-  def decode(params, tokens, positions, cache, slot, cache_mask):
-    decoder = nnx.merge(graph, params["decoder"])
-    return decoder.decode(tokens, positions, cache, slot, cache_mask)
+  def unstack(params):
+    return params | {"decoder": _unstack(params["decoder"])}
 
-  return Policy(config, init, hidden, unembedding, prefill, decode, _grow)
+  def decode(params, *args):
+    return decoder.decode(_unstack(params["decoder"]), *args)
+
+  return Policy(config, init, hidden, unembedding, prefill, unstack, decode, _grow)
 
 
 def scalar_model(config: DecoderConfig) -> ScalarModel:
@@ -145,16 +151,14 @@ def scalar_model(config: DecoderConfig) -> ScalarModel:
   * `values(params, tokens [B, S] int32, mask [B, S]) -> [B, S] float32`, one number per token.
   * `scores(params, tokens, mask) -> [B] float32`, the value at the last real token.
   """
-  graph = _graph(config)
+  decoder = _decoder(config)
 
   def init(key):
-    return {
-      "decoder": _init_decoder(config, key),
-      "head": jnp.zeros((config.width, 1), config.param_dtype),
-    }
+    head = jnp.zeros((config.width, 1), config.param_dtype)
+    return {"decoder": decoder.init(key), "head": head}
 
   def values(params, tokens, mask):
-    hidden = nnx.merge(graph, params["decoder"])(tokens, mask)
+    hidden = decoder.hidden(params["decoder"], tokens, mask)
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     return (hidden.astype(dtype) @ params["head"].astype(dtype))[..., 0]
 
@@ -175,13 +179,6 @@ def scalar_params_from(params: Params) -> Params:
     return {"decoder": decoder, "head": jnp.array(params["head"])}
   scale = decoder["final_norm"]["scale"]
   return {"decoder": decoder, "head": jnp.zeros((scale.shape[0], 1), scale.dtype)}
-
-
-def _grow(cache, cache_len):
-  def pad(x):
-    return jnp.pad(x, ((0, 0), (0, 0), (0, cache_len - x.shape[2]), (0, 0)))
-
-  return jax.tree.map(pad, cache)
 
 
 _INIT = nnx.initializers.normal(0.02)
@@ -268,8 +265,8 @@ class Block(nnx.Module):
     return x + self.mlp(self.mlp_norm(x)), keys_values
 
 
-class Decoder(nnx.Module):
-  """Embedding, stacked layers and final norm."""
+class Ends(nnx.Module):
+  """What surrounds the layers: embedding and final norm."""
 
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
     self.embed = nnx.Embed(
@@ -280,25 +277,67 @@ class Decoder(nnx.Module):
       embedding_init=_INIT,
       rngs=rngs,
     )
-    self.layers = nnx.vmap(lambda rngs: Block(config, rngs))(rngs.split(config.num_layers))
     self.final_norm = _norm(config, rngs)
-    self.config = config
 
-  def __call__(self, tokens, mask):
-    x, _ = self._scan(tokens, mask, lambda keys_values: None)
-    return self.final_norm(x)
 
-  def prefill(self, tokens, mask, cache_len):
-    x, (keys, values) = self._scan(tokens, mask, lambda keys_values: keys_values)
-    cache = tuple((keys[i], values[i]) for i in range(self.config.num_layers))
-    return _at_last_real(self.final_norm(x), mask), _grow(cache, cache_len)
+class _Decoder(NamedTuple):
+  """The pure functions that policies and scalar models share, on the params under "decoder"."""
 
-  def decode(self, tokens, positions, cache, slot, cache_mask):
-    x = self.embed(tokens[:, None])
-    rotation = _rotation(positions[:, None], self.config)
-    graph, layers = nnx.split(self.layers)
+  init: Callable
+  hidden: Callable
+  prefill: Callable
+  decode: Callable
+
+
+def _decoder(config):
+  ends_graph = nnx.graphdef(nnx.eval_shape(lambda: Ends(config, nnx.Rngs(0))))
+  block_graph = nnx.graphdef(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
+
+  def split(params):
+    """Returns the module of the ends and the params of the layers."""
+    ends = {name: value for name, value in params.items() if name != "layers"}
+    return nnx.merge(ends_graph, ends), params["layers"]
+
+  def init(key):
+    ends_key, layers_key = jax.random.split(key)
+
+    def init_block(key):
+      return nnx.to_pure_dict(nnx.state(Block(config, nnx.Rngs(key))))
+
+    params = nnx.to_pure_dict(nnx.state(Ends(config, nnx.Rngs(ends_key))))
+    params["layers"] = jax.vmap(init_block)(jax.random.split(layers_key, config.num_layers))
+    return params
+
+  def forward(params, tokens, mask, keep):
+    """Returns the final hidden states and `keep(keys_values)` stacked over layers."""
+    ends, layers = split(params)
+    rotation = _rotation(jnp.cumsum(mask, axis=1) - 1, config)
+    causal = jnp.tri(tokens.shape[1], dtype=bool)
+    attended = causal[None, None] & mask[:, None, None]
+
+    def step(x, layer):
+      x, keys_values = nnx.merge(block_graph, layer)(x, rotation, attended)
+      return x, keep(keys_values)
+
+    if config.remat:
+      step = jax.checkpoint(step)
+    x, kept = jax.lax.scan(step, ends.embed(tokens), layers)
+    return ends.final_norm(x), kept
+
+  def hidden(params, tokens, mask):
+    return forward(params, tokens, mask, lambda keys_values: None)[0]
+
+  def prefill(params, tokens, mask, cache_len):
+    x, (keys, values) = forward(params, tokens, mask, lambda keys_values: keys_values)
+    cache = tuple((keys[i], values[i]) for i in range(config.num_layers))
+    return _at_last_real(x, mask), _grow(cache, cache_len)
+
+  def decode(params, tokens, positions, cache, slot, cache_mask):
+    ends, layers = split(params)
+    x = ends.embed(tokens[:, None])
+    rotation = _rotation(positions[:, None], config)
     new_cache = []
-    for i, old in enumerate(cache):
+    for layer, old in zip(layers, cache, strict=True):
 
       def store(new, old=old):
         return tuple(
@@ -306,32 +345,29 @@ class Decoder(nnx.Module):
           for buffer, column in zip(old, new, strict=True)
         )
 
-      layer = nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], layers))
-      x, keys_values = layer(x, rotation, cache_mask[:, None, None], store)
+      block = nnx.merge(block_graph, layer)
+      x, keys_values = block(x, rotation, cache_mask[:, None, None], store)
       new_cache.append(keys_values)
-    return self.final_norm(x)[:, 0], tuple(new_cache)
+    return ends.final_norm(x)[:, 0], tuple(new_cache)
 
-  def _scan(self, tokens, mask, keep):
-    rotation = _rotation(jnp.cumsum(mask, axis=1) - 1, self.config)
-    causal = jnp.tri(tokens.shape[1], dtype=bool)
-    attended = causal[None, None] & mask[:, None, None]
-    graph, layers = nnx.split(self.layers)
-
-    def step(x, layer):
-      x, keys_values = nnx.merge(graph, layer)(x, rotation, attended)
-      return x, keep(keys_values)
-
-    if self.config.remat:
-      step = jax.checkpoint(step)
-    return jax.lax.scan(step, self.embed(tokens), layers)
+  return _Decoder(init, hidden, prefill, decode)
 
 
-def _graph(config):
-  return nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+def _unstack(params):
+  layers = params["layers"]
+  if isinstance(layers, tuple):
+    return params
+  num_layers = jax.tree.leaves(layers)[0].shape[0]
+  layers = tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(num_layers))
+  # Without the barrier XLA moves the slices into the loop and copies every weight at every step.
+  return params | {"layers": jax.lax.optimization_barrier(layers)}
 
 
-def _init_decoder(config, key):
-  return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(key))))
+def _grow(cache, cache_len):
+  def pad(x):
+    return jnp.pad(x, ((0, 0), (0, 0), (0, cache_len - x.shape[2]), (0, 0)))
+
+  return jax.tree.map(pad, cache)
 
 
 def _rotation(positions, config):
