@@ -1,0 +1,150 @@
+"""KL divergences between a policy and another one, in nats per token.
+
+An estimator is a function of the log-probabilities of the tokens taken, `[..., T]`; below,
+log_ratio = log_probs - ref_log_probs, and pi is the policy of `log_probs`. Nothing is stopped here:
+both arguments carry gradient, and whoever puts an estimator in a loss or a reward decides. What an
+estimator is worth depends on which of the two, so each docstring says, for tokens drawn from pi:
+the expected value, the expected gradient as a loss (differentiated) and as a reward cost (the
+value, stopped, times the score function). Summed over a sequence the value stays what it says; the
+gradient as a loss covers the divergence at given prefixes and not how pi chooses the prefixes.
+
+Nothing is masked here: where the padding may hold values that are far apart or not finite, make
+both arguments equal there first.
+
+Names and formulas: John Schulman, "Approximating KL Divergence", 2020,
+http://joschu.net/blog/kl-approx.html.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from klrl.ops.log_probs import chunk_rows, matmul, num_chunks_of, unchunk_rows, vocab_log_probs
+from klrl.ops.masking import at_least_float32
+
+
+def _log_ratio(log_probs, other_log_probs):
+  chex.assert_equal_shape([log_probs, other_log_probs])
+  chex.assert_type([log_probs, other_log_probs], float)
+  return at_least_float32(log_probs) - at_least_float32(other_log_probs)
+
+
+def k1(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
+  """Returns [..., T] `log_ratio`, of either sign.
+
+  Tokens from pi: value KL(pi || ref), unbiased. As a loss the expected gradient is zero (it does
+  nothing but add noise); in the reward it is the gradient of KL(pi || ref).
+  """
+  return _log_ratio(log_probs, ref_log_probs)
+
+
+def k2(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
+  """Returns [..., T] `log_ratio**2 / 2`, not negative.
+
+  Tokens from pi: value biased, KL(pi || ref) to second order. As a loss the expected gradient is
+  that of KL(pi || ref), exactly; in the reward it is no divergence's gradient.
+  """
+  return 0.5 * _log_ratio(log_probs, ref_log_probs) ** 2
+
+
+def k3(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
+  """Returns [..., T] `exp(-log_ratio) - 1 + log_ratio`, not negative.
+
+  Tokens from pi: value KL(pi || ref), unbiased if ref has no mass outside pi's support; the
+  variance is unbounded where ref is much larger than pi. As a loss the expected gradient is that of
+  KL(ref || pi), the other direction; in the reward it is that of KL(pi || ref) minus that of
+  KL(ref || pi), which vanishes to first order at pi = ref.
+  """
+  log_ratio = _log_ratio(log_probs, ref_log_probs)
+  # Not `exp(-log_ratio) - 1`: in float32 that makes k3 negative at log_ratio = 1e-4.
+  return jnp.expm1(-log_ratio) + log_ratio
+
+
+KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def kl_old_new(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
+  """Returns [..., T] `ratio - 1 - log(ratio)`, ratio = pi / old, not negative.
+
+  Tokens from old (not from pi): value KL(old || pi), unbiased, and as a loss the expected gradient
+  is that of KL(old || pi) at the prefixes that old visits. It is k3 of old against pi.
+  """
+  return k3(old_log_probs, log_probs)
+
+
+def kl_new_old(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
+  """Returns [..., T] `ratio * log(ratio) - (ratio - 1)`, ratio = pi / old, not negative.
+
+  Tokens from old (not from pi): value KL(pi || old), unbiased, and as a loss the expected gradient
+  is that of KL(pi || old) at the prefixes that old visits. It is k3 of pi against old, weighted by
+  the ratio.
+  """
+  return jnp.exp(_log_ratio(log_probs, old_log_probs)) * k3(log_probs, old_log_probs)
+
+
+def exact_kl(logits: jax.Array, ref_logits: jax.Array, *, temperature=1.0) -> jax.Array:
+  """Returns [..., T] KL(pi || ref) of the two next-token distributions, summed over the vocabulary.
+
+  Nats per token. Not negative up to rounding; inf where ref excludes (logit -inf) a token that pi
+  does not; a token that pi excludes adds nothing. Summed over the prefixes of a completion from pi
+  it estimates the sequence KL, unbiased and with no more variance than k1 (Afra Amini, Tim Vieira
+  and Ryan Cotterell, "Better Estimation of the KL Divergence Between Language Models", 2025);
+  differentiated, it gives the gradient at those prefixes only.
+
+  Args:
+    logits: [..., T, V] of pi; carries gradient.
+    ref_logits: [..., T, V]; carries gradient as well, though a frozen reference has no use for it.
+    temperature: scalar of both, may be traced; carries gradient.
+  """
+  chex.assert_equal_shape([logits, ref_logits])
+  log_probs = vocab_log_probs(logits, temperature=temperature)
+  ref_log_probs = vocab_log_probs(ref_logits, temperature=temperature)
+  excluded = jnp.isneginf(log_probs)
+  log_ratio = jnp.where(excluded, 0.0, log_probs) - jnp.where(excluded, 0.0, ref_log_probs)
+  return (jnp.exp(log_probs) * log_ratio).sum(axis=-1)
+
+
+def exact_kl_from_hidden(
+  hidden: jax.Array,
+  unembedding: jax.Array,
+  ref_hidden: jax.Array,
+  ref_unembedding: jax.Array,
+  *,
+  temperature=1.0,
+  chunk_size=None,
+) -> jax.Array:
+  """Returns `exact_kl` of `hidden @ unembedding` and its reference's, without holding the logits.
+
+  [..., T], nats per token. The backward pass makes each chunk's logits once more.
+
+  Args:
+    hidden: [..., T, D]; carries gradient, as do the other arrays.
+    unembedding: [D, V].
+    ref_hidden: [..., T, D_ref]; D_ref may differ from D.
+    ref_unembedding: [D_ref, V].
+    temperature: scalar of both, may be traced; carries gradient.
+    chunk_size: as in `token_log_probs_from_hidden`.
+  """
+  chex.assert_shape(ref_hidden, (*hidden.shape[:-1], None))
+  chex.assert_shape(unembedding, (hidden.shape[-1], None))
+  chex.assert_shape(ref_unembedding, (ref_hidden.shape[-1], unembedding.shape[1]))
+  shape, dtypes = hidden.shape[:-1], (unembedding.dtype, ref_unembedding.dtype)
+  num_rows = hidden[..., 0].size
+  num_chunks = num_chunks_of(num_rows, unembedding.shape[1], chunk_size)
+
+  # The gradient of what a loop closes over is summed in its own dtype, so that is float32.
+  weights = (at_least_float32(unembedding), at_least_float32(ref_unembedding))
+
+  @jax.checkpoint
+  def chunk(hidden, ref_hidden, weights, temperature):
+    logits, ref_logits = (
+      matmul(x, weight.astype(dtype))
+      for x, weight, dtype in zip((hidden, ref_hidden), weights, dtypes, strict=True)
+    )
+    return exact_kl(logits, ref_logits, temperature=temperature)
+
+  kl = jax.lax.map(
+    lambda rows: chunk(*rows, weights, temperature),
+    tuple(chunk_rows(x.reshape(num_rows, x.shape[-1]), num_chunks) for x in (hidden, ref_hidden)),
+  )
+  return unchunk_rows(kl, num_rows).reshape(shape)

@@ -1,0 +1,191 @@
+"""Log-probabilities of the tokens taken, and entropies, in nats per token.
+
+One definition, with scaled = logits / temperature:
+
+    log_prob = scaled[token] - logsumexp(scaled)
+    entropy  = logsumexp(scaled) - sum_v softmax(scaled)_v * scaled_v
+
+and two back-ends. The first reads `logits [..., T, V]`. The second (`*_from_hidden`) reads
+`hidden [..., T, D]` and `unembedding [D, V]`, makes the logits of `chunk_size` rows at a time and
+forgets them: the forward pass keeps the log-sum-exp of each row, the backward pass makes the
+chunk's logits once more. Matrix products take the inputs' dtype and accumulate in at least float32
+(under `jax.default_matmul_precision`, as everywhere in JAX).
+
+There is no mask here: `tokens` must be valid ids in the padding too, and the caller masks.
+"""
+
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from klrl.ops.masking import at_least_float32
+
+# About 16 MiB of float32 logits at a time; BUILD_NOTES.md has the measurement.
+LOGITS_PER_CHUNK = 2**22
+
+
+def vocab_log_probs(logits: jax.Array, *, temperature=1.0) -> jax.Array:
+  """Returns log softmax(logits / temperature) [..., V], nats.
+
+  A logit of -inf stays -inf and sends no gradient anywhere, `temperature` included.
+  """
+  logits = at_least_float32(logits)
+  excluded = jnp.isneginf(logits)
+  # Not `logits / temperature`: its gradient to the temperature would be 0 * inf.
+  scaled = jnp.where(excluded, -jnp.inf, jnp.where(excluded, 0.0, logits) / temperature)
+  return scaled - jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
+
+
+def token_log_probs(logits: jax.Array, tokens: jax.Array, *, temperature=1.0) -> jax.Array:
+  """Returns [..., T], the log-probabilities of `tokens`, nats per token.
+
+  Args:
+    logits: [..., T, V]; carries gradient.
+    tokens: [..., T] integer ids in [0, V).
+    temperature: scalar, may be traced; carries gradient.
+  """
+  chex.assert_shape(tokens, logits.shape[:-1])
+  chex.assert_type(tokens, int)
+  log_probs = vocab_log_probs(logits, temperature=temperature)
+  return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+
+
+def entropy(logits: jax.Array, *, temperature=1.0) -> jax.Array:
+  """Returns [..., T], the entropy of softmax(logits / temperature), nats per token.
+
+  Gradient flows to `logits` [..., T, V] and `temperature`.
+  """
+  log_probs = vocab_log_probs(logits, temperature=temperature)
+  finite = jnp.where(jnp.isneginf(log_probs), 0.0, log_probs)
+  return -(jnp.exp(log_probs) * finite).sum(axis=-1)
+
+
+def token_log_probs_from_hidden(
+  hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, *, temperature=1.0, chunk_size=None
+) -> jax.Array:
+  """Returns `token_log_probs` of the logits `hidden @ unembedding`, without holding them.
+
+  [..., T], nats per token.
+
+  Args:
+    hidden: [..., T, D]; carries gradient.
+    unembedding: [D, V]; carries gradient, accumulated in at least float32.
+    tokens: [..., T] integer ids in [0, V).
+    temperature: scalar, may be traced; carries gradient.
+    chunk_size: at most this many rows of logits exist at a time; None takes 2**22 / V rows. Where
+      rows are sharded over devices it counts the rows of all of them.
+
+  Raises:
+    ValueError: `chunk_size` is not positive.
+  """
+  return _from_hidden(False, hidden, unembedding, tokens, temperature, chunk_size)[0]
+
+
+def token_log_probs_and_entropy_from_hidden(
+  hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, *, temperature=1.0, chunk_size=None
+) -> tuple[jax.Array, jax.Array]:
+  """Returns (`token_log_probs`, `entropy`) of `hidden @ unembedding`, without holding the logits.
+
+  Both [..., T], nats per token; arguments and errors as in `token_log_probs_from_hidden`.
+  """
+  return _from_hidden(True, hidden, unembedding, tokens, temperature, chunk_size)
+
+
+def chunk_rows(x: jax.Array, num_chunks: int) -> jax.Array:
+  """Returns the rows of `x` [N, ...] as [num_chunks, rows, ...], zero-padded to a multiple.
+
+  The rows of a chunk are `num_chunks` apart, so that each chunk takes an equal share of every
+  device over which the rows are sharded.
+  """
+  rows = math.ceil(x.shape[0] / num_chunks)
+  x = jnp.pad(x, [(0, rows * num_chunks - x.shape[0]), *[(0, 0)] * (x.ndim - 1)])
+  return x.reshape(rows, num_chunks, *x.shape[1:]).swapaxes(0, 1)
+
+
+def unchunk_rows(x: jax.Array, num_rows: int) -> jax.Array:
+  """Returns the first `num_rows` rows of `chunk_rows`' inverse."""
+  return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:num_rows]
+
+
+def num_chunks_of(num_rows: int, vocab_size: int, chunk_size: int | None) -> int:
+  """Returns how many chunks of at most `chunk_size` rows (None: the default) hold `num_rows`."""
+  if chunk_size is None:
+    chunk_size = max(1, LOGITS_PER_CHUNK // vocab_size)
+  if chunk_size < 1:
+    raise ValueError(f"chunk_size={chunk_size}: give a positive number of rows, or None.")
+  return max(1, math.ceil(num_rows / chunk_size))
+
+
+def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Returns `x @ y`, multiplied in the inputs' dtype and accumulated in at least float32."""
+  dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
+  return jnp.matmul(x, y, preferred_element_type=dtype)
+
+
+def _from_hidden(with_entropy, hidden, unembedding, tokens, temperature, chunk_size):
+  chex.assert_shape(tokens, hidden.shape[:-1])
+  chex.assert_shape(unembedding, (hidden.shape[-1], None))
+  chex.assert_type([hidden, unembedding, tokens], [float, float, int])
+  num_chunks = num_chunks_of(tokens.size, unembedding.shape[1], chunk_size)
+  accumulated = jnp.promote_types(jnp.result_type(hidden, unembedding), jnp.float32)
+  outputs = _chunked(
+    with_entropy,
+    chunk_rows(hidden.reshape(-1, hidden.shape[-1]), num_chunks),
+    unembedding,
+    chunk_rows(tokens.reshape(-1), num_chunks),
+    jnp.asarray(temperature, accumulated),
+  )
+  return tuple(unchunk_rows(x, tokens.size).reshape(tokens.shape) for x in outputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(with_entropy, hidden, unembedding, tokens, temperature):
+  """Returns (log_probs,) or (log_probs, entropy), each [K, C], from `hidden` [K, C, D]."""
+  return _chunked_fwd(with_entropy, hidden, unembedding, tokens, temperature)[0]
+
+
+def _chunked_fwd(with_entropy, hidden, unembedding, tokens, temperature):
+  def chunk(args):
+    hidden, tokens = args
+    scaled = matmul(hidden, unembedding) / temperature
+    lse = jax.nn.logsumexp(scaled, axis=-1)
+    log_probs = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - lse
+    if not with_entropy:
+      return lse, (log_probs,)
+    probs = jnp.exp(scaled - lse[:, None])
+    return lse, (log_probs, lse - (probs * scaled).sum(axis=-1))
+
+  lse, outputs = jax.lax.map(chunk, (hidden, tokens))
+  return outputs, (hidden, unembedding, tokens, temperature, lse, outputs[1:])
+
+
+def _chunked_bwd(with_entropy, residuals, cotangents):
+  hidden, unembedding, tokens, temperature, lse, entropies = residuals
+
+  def chunk(sums, args):
+    hidden, tokens, lse, entropies, cotangents = args
+    scaled = matmul(hidden, unembedding) / temperature
+    log_probs = scaled - lse[:, None]
+    probs = jnp.exp(log_probs)
+    taken = jnp.arange(scaled.shape[1])[None, :] == tokens[:, None]
+    d_scaled = cotangents[0][:, None] * (taken - probs)
+    if with_entropy:
+      d_scaled -= cotangents[1][:, None] * probs * (log_probs + entropies[0][:, None])
+    d_logits = (d_scaled / temperature).astype(jnp.result_type(hidden, unembedding))
+    sums = (
+      sums[0] + matmul(hidden.T, d_logits),
+      sums[1] - (d_scaled * scaled).sum() / temperature,
+    )
+    return sums, matmul(d_logits, unembedding.T).astype(hidden.dtype)
+
+  zeros = (jnp.zeros(unembedding.shape, lse.dtype), jnp.zeros_like(temperature))
+  (d_unembedding, d_temperature), d_hidden = jax.lax.scan(
+    chunk, zeros, (hidden, tokens, lse, entropies, cotangents)
+  )
+  return d_hidden, d_unembedding.astype(unembedding.dtype), None, d_temperature
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)

@@ -1,0 +1,181 @@
+"""Losses per token, and the named ways to aggregate them.
+
+A loss is `[..., T]`, to be minimised, zero in the padding. Gradient flows through `log_probs` or
+`values` (and `kl`, where it is an argument) only; everything else is stopped. Bounds on
+ratio = exp(log_probs - old_log_probs) are put on its logarithm, so that a ratio beyond float32 that
+the clip ignores has gradient 0 and not NaN.
+
+An aggregation takes the loss and the mask and returns (sum, count), which add up over
+micro-batches and devices; `divide(sum, count)` is the loss. A row without a real token is not a
+sequence and counts nowhere.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from klrl.ops.masking import masked_mean, masked_sum_count, zero_padding
+
+
+def clipped_policy_loss(
+  log_probs: jax.Array,
+  old_log_probs: jax.Array,
+  advantages: jax.Array,
+  mask: jax.Array,
+  *,
+  clip_eps_low,
+  clip_eps_high,
+  dual_clip=jnp.inf,
+) -> jax.Array:
+  """Returns [..., T] `-min(ratio * A, clip(ratio, 1 - low, 1 + high) * A)`.
+
+  Where A < 0, the ratio is bounded by `dual_clip` as well. John Schulman et al., "Proximal Policy
+  Optimization Algorithms", 2017, eq. 7; two clip ranges: Qiying Yu et al., "DAPO", 2025, eq. 10;
+  dual clip: Deheng Ye et al., "Mastering Complex Control in MOBA Games with Deep Reinforcement
+  Learning", 2020, eq. 5.
+
+  Args:
+    log_probs: [..., T] of the current policy; carries gradient.
+    old_log_probs: [..., T] of the policy that sampled.
+    advantages: [..., T].
+    mask: [..., T] bool.
+    clip_eps_low: scalar in [0, 1], may be traced, as the next two.
+    clip_eps_high: scalar, at least 0.
+    dual_clip: scalar above 1; inf is off.
+  """
+  log_ratio, advantages = _stopped_inputs(log_probs, old_log_probs, advantages, mask)
+  lower, upper = jnp.log1p(-clip_eps_low), jnp.log1p(clip_eps_high)
+  log_ratio = jnp.where(
+    advantages >= 0,
+    jnp.minimum(log_ratio, upper),
+    jnp.clip(log_ratio, lower, jnp.log(dual_clip)),
+  )
+  return -jnp.exp(log_ratio) * advantages
+
+
+def clip_fraction(
+  log_probs: jax.Array,
+  old_log_probs: jax.Array,
+  advantages: jax.Array,
+  mask: jax.Array,
+  *,
+  clip_eps_low,
+  clip_eps_high,
+) -> jax.Array:
+  """Returns [..., T] float, 1 where `clipped_policy_loss` clips and so has no gradient, else 0.
+
+  A ratio outside the range on the side where the advantage does not push is not clipped. No
+  gradient; `dual_clip` is not counted.
+  """
+  log_ratio, advantages = _stopped_inputs(log_probs, old_log_probs, advantages, mask)
+  above = (advantages > 0) & (log_ratio > jnp.log1p(clip_eps_high))
+  below = (advantages < 0) & (log_ratio < jnp.log1p(-clip_eps_low))
+  return (above | below).astype(log_ratio.dtype)
+
+
+def kl_penalised_policy_loss(
+  log_probs: jax.Array,
+  old_log_probs: jax.Array,
+  advantages: jax.Array,
+  kl: jax.Array,
+  mask: jax.Array,
+  *,
+  trust_region_beta,
+) -> jax.Array:
+  """Returns [..., T] `-ratio * A + trust_region_beta * kl`, without a clip.
+
+  John Schulman et al., "Proximal Policy Optimization Algorithms", 2017, eq. 8.
+
+  Args:
+    log_probs: [..., T] of the current policy; carries gradient.
+    old_log_probs: [..., T] of the policy that sampled.
+    advantages: [..., T].
+    kl: [..., T] `kl_old_new` or `kl_new_old` of the two; carries gradient.
+    mask: [..., T] bool.
+    trust_region_beta: scalar, may be traced; reward per nat.
+  """
+  log_ratio, advantages = _stopped_inputs(log_probs, old_log_probs, advantages, mask)
+  return -jnp.exp(log_ratio) * advantages + trust_region_beta * zero_padding(kl, mask)
+
+
+def reinforce_loss(log_probs: jax.Array, advantages: jax.Array, mask: jax.Array) -> jax.Array:
+  """Returns [..., T] `-log_probs * A`, whose expected gradient is the policy gradient's negative.
+
+  Ronald Williams, "Simple Statistical Gradient-Following Algorithms for Connectionist
+  Reinforcement Learning", 1992.
+  """
+  chex.assert_equal_shape([log_probs, advantages])
+  return -zero_padding(log_probs, mask) * jax.lax.stop_gradient(zero_padding(advantages, mask))
+
+
+def value_loss(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
+  """Returns [..., T] `(values - returns)**2 / 2`; gradient flows to `values` only."""
+  return 0.5 * _error(zero_padding(values, mask), returns, mask) ** 2
+
+
+def clipped_value_loss(
+  values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, *, value_clip_eps
+) -> jax.Array:
+  """Returns [..., T] the larger `value_loss` of `values` and of `values` near `old_values`.
+
+  "Near" is within `value_clip_eps` (reward units; a scalar, may be traced, inf is off); gradient
+  flows to `values` only. From the PPO code of OpenAI baselines, 2017; in no paper of its authors.
+  """
+  values = zero_padding(values, mask)
+  old_values = jax.lax.stop_gradient(zero_padding(old_values, mask))
+  near = jnp.clip(values, old_values - value_clip_eps, old_values + value_clip_eps)
+  return 0.5 * jnp.maximum(_error(values, returns, mask) ** 2, _error(near, returns, mask) ** 2)
+
+
+def _stopped_inputs(log_probs, old_log_probs, advantages, mask):
+  """Returns (log_ratio, advantages), neutral in the padding and stopped but for `log_probs`."""
+  chex.assert_equal_shape([log_probs, old_log_probs, advantages])
+  chex.assert_type([log_probs, old_log_probs, advantages], float)
+  data = zero_padding(old_log_probs, mask), zero_padding(advantages, mask)
+  old_log_probs, advantages = jax.lax.stop_gradient(data)
+  return zero_padding(log_probs, mask) - old_log_probs, advantages
+
+
+def _error(values, returns, mask):
+  return values - jax.lax.stop_gradient(zero_padding(returns, mask))
+
+
+def token_mean(loss: jax.Array, mask: jax.Array, *, constant_length=None):
+  """Returns (sum over tokens, number of tokens): every token weighs the same."""
+  del constant_length
+  return masked_sum_count(loss, mask)
+
+
+def sequence_mean_token_mean(loss: jax.Array, mask: jax.Array, *, constant_length=None):
+  """Returns (sum of each sequence's mean, number of sequences): long ones weigh less per token."""
+  del constant_length
+  return masked_mean(loss, mask, axis=-1).sum(), _num_sequences(loss, mask)
+
+
+def sequence_mean_token_sum(loss: jax.Array, mask: jax.Array, *, constant_length=None):
+  """Returns (sum over tokens, number of sequences): the loss of a sequence is its tokens' sum."""
+  del constant_length
+  return zero_padding(loss, mask).sum(), _num_sequences(loss, mask)
+
+
+def constant(loss: jax.Array, mask: jax.Array, *, constant_length=None):
+  """Returns (sum over tokens, number of sequences * constant_length), as in Dr. GRPO.
+
+  Raises:
+    ValueError: `constant_length` is None.
+  """
+  if constant_length is None:
+    raise ValueError("constant aggregation divides by constant_length: give a number of tokens.")
+  return zero_padding(loss, mask).sum(), _num_sequences(loss, mask) * constant_length
+
+
+def _num_sequences(loss, mask):
+  return mask.any(axis=-1).sum(dtype=jnp.promote_types(loss.dtype, jnp.float32))
+
+
+AGGREGATIONS = {
+  "token_mean": token_mean,
+  "sequence_mean_token_mean": sequence_mean_token_mean,
+  "sequence_mean_token_sum": sequence_mean_token_sum,
+  "constant": constant,
+}
