@@ -1,0 +1,227 @@
+"""What each estimator's value and gradient are in expectation is summed exactly, never sampled."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from klrl import ops
+
+# KL(pi || ref) = 0.373386 and KL(ref || pi) = 0.421968 differ, so a swapped direction shows.
+PI = np.array([0.7, 0.2, 0.1])
+REF = np.array([0.3, 0.3, 0.4])
+KL_PI_REF = (PI * np.log(PI / REF)).sum()
+KL_REF_PI = (REF * np.log(REF / PI)).sum()
+# Gradients with respect to the logits of pi.
+GRADIENT_PI_REF = PI * (np.log(PI / REF) - KL_PI_REF)
+GRADIENT_REF_PI = PI - REF
+
+
+def _expectation(estimator, logits, other, sampler, placement):
+  """Returns the expected value whose gradient is the estimator's as a loss or in the reward."""
+  log_probs = jax.nn.log_softmax(logits)
+  terms = estimator(log_probs, jnp.log(other))
+  if placement == "loss":
+    return (jax.lax.stop_gradient(sampler) * terms).sum()
+  return (jnp.exp(log_probs) * jax.lax.stop_gradient(terms)).sum()
+
+
+def _value_and_gradient(estimator, other, sampler, placement="loss"):
+  with jax.enable_x64(True):
+    value, gradient = jax.value_and_grad(
+      lambda logits: _expectation(estimator, logits, jnp.array(other), sampler, placement)
+    )(jnp.log(jnp.array(PI)))
+    return np.asarray(value), np.asarray(gradient)
+
+
+class EstimatorsTest(chex.TestCase):
+  @chex.all_variants
+  @parameterized.named_parameters(
+    # log_ratio = log 2, -log 2; exp(-log_ratio) = 1/2, 2.
+    ("k1", ops.k1, [np.log(2), -np.log(2)]),
+    ("k2", ops.k2, [np.log(2) ** 2 / 2] * 2),
+    ("k3", ops.k3, [np.log(2) - 0.5, 1 - np.log(2)]),
+    # ratio = 2, 1/2: ratio - 1 - log(ratio), then ratio * log(ratio) - (ratio - 1).
+    ("kl_old_new", ops.kl_old_new, [1 - np.log(2), np.log(2) - 0.5]),
+    ("kl_new_old", ops.kl_new_old, [2 * np.log(2) - 1, 0.5 - np.log(2) / 2]),
+  )
+  def test_golden(self, estimator, expected):
+    log_probs, other = jnp.log(jnp.array([[0.5, 0.25]])), jnp.log(jnp.array([[0.25, 0.5]]))
+    np.testing.assert_allclose(self.variant(estimator)(log_probs, other), [expected], rtol=1e-5)
+
+  @parameterized.named_parameters(
+    ("k1", ops.k1, KL_PI_REF),
+    ("k3", ops.k3, KL_PI_REF),
+    ("k2", ops.k2, (PI * np.log(PI / REF) ** 2).sum() / 2),
+  )
+  def test_value_on_samples_of_pi(self, estimator, expected):
+    value, _ = _value_and_gradient(estimator, REF, PI)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+
+  @parameterized.named_parameters(
+    ("k1_loss", ops.k1, "loss", 0 * PI),
+    ("k2_loss", ops.k2, "loss", GRADIENT_PI_REF),
+    ("k3_loss", ops.k3, "loss", GRADIENT_REF_PI),
+    ("k1_reward", ops.k1, "reward", GRADIENT_PI_REF),
+    ("k3_reward", ops.k3, "reward", GRADIENT_PI_REF - GRADIENT_REF_PI),
+  )
+  def test_gradient_on_samples_of_pi(self, estimator, placement, expected):
+    _, gradient = _value_and_gradient(estimator, REF, PI, placement)
+    np.testing.assert_allclose(gradient, expected, atol=1e-14)
+
+  def test_k2_in_the_reward_is_no_divergence_gradient(self):
+    _, gradient = _value_and_gradient(ops.k2, REF, PI, "reward")
+    self.assertGreater(np.abs(gradient - GRADIENT_PI_REF).max(), 0.05)
+    self.assertGreater(np.abs(gradient - GRADIENT_REF_PI).max(), 0.05)
+
+  @parameterized.named_parameters(
+    ("kl_old_new", ops.kl_old_new, KL_REF_PI, GRADIENT_REF_PI),
+    ("kl_new_old", ops.kl_new_old, KL_PI_REF, GRADIENT_PI_REF),
+  )
+  def test_value_and_gradient_on_samples_of_old(self, estimator, value, gradient):
+    output = _value_and_gradient(estimator, REF, REF)
+    np.testing.assert_allclose(output[0], value, rtol=1e-12)
+    np.testing.assert_allclose(output[1], gradient, atol=1e-14)
+
+  @chex.all_variants
+  @parameterized.named_parameters(*ops.KL_ESTIMATORS.items())
+  def test_every_estimator_in_the_table(self, estimator):
+    log_probs = -jnp.arange(1.0, 7.0).reshape(2, 3)
+    fn = self.variant(estimator)
+    np.testing.assert_array_equal(fn(log_probs, log_probs), np.zeros((2, 3)))
+    chex.assert_numerical_grads(
+      lambda x, y: fn(x, y).sum(), (log_probs, 0.9 * log_probs), order=1, atol=1e-2, rtol=1e-2
+    )
+    self.assertEqual(fn(*[log_probs.astype(jnp.bfloat16)] * 2).dtype, jnp.float32)
+    with self.assertRaises(AssertionError):
+      fn(log_probs, log_probs[:1])
+
+  @parameterized.named_parameters(
+    ("k3", ops.k3), ("kl_old_new", ops.kl_old_new), ("kl_new_old", ops.kl_new_old)
+  )
+  def test_close_policies_give_no_negative_value(self, estimator):
+    log_ratio = np.concatenate([s * np.geomspace(1e-8, 1, 200) for s in (-1.0, 1.0)])
+    values = estimator(jnp.float32(log_ratio), jnp.zeros(400, jnp.float32))
+    self.assertGreaterEqual(values.min(), 0.0)
+    large = np.abs(log_ratio) > 1e-4
+    np.testing.assert_allclose(values[large] / (log_ratio[large] ** 2 / 2), 1.0, atol=1.0)
+
+  @chex.all_variants
+  @parameterized.named_parameters(
+    ("k2", ops.k2), ("k3", ops.k3), ("kl_old_new", ops.kl_old_new), ("kl_new_old", ops.kl_new_old)
+  )
+  def test_padding_made_equal_first_reaches_neither_value_nor_gradient(self, estimator):
+    mask = np.array([True, False, True, False])
+    log_probs = np.array([-1.0, -np.inf, -2.0, np.nan], np.float32)
+    other = np.array([-1.5, -3.0, -1.0, -1e4], np.float32)
+
+    def total(log_probs):
+      return estimator(ops.zero_padding(log_probs, mask), ops.zero_padding(other, mask)).sum()
+
+    value, gradient = self.variant(jax.value_and_grad(total))(log_probs)
+    kept = jax.value_and_grad(lambda x: estimator(x, jnp.array(other[mask])).sum())(log_probs[mask])
+    np.testing.assert_allclose(value, kept[0], rtol=1e-6)
+    np.testing.assert_allclose(gradient, [kept[1][0], 0, kept[1][1], 0], rtol=1e-6)
+
+
+class ExactKLTest(chex.TestCase):
+  @chex.all_variants
+  def test_golden_value_and_gradient(self):
+    kl = self.variant(jax.value_and_grad(lambda x, y: ops.exact_kl(x, y).sum(), argnums=(0, 1)))
+    value, (d_logits, d_ref_logits) = kl(jnp.log(PI)[None] + 3.0, jnp.log(REF)[None] - 1.0)
+    np.testing.assert_allclose(value, KL_PI_REF, rtol=1e-5)
+    np.testing.assert_allclose(d_logits[0], GRADIENT_PI_REF, atol=1e-6)
+    np.testing.assert_allclose(d_ref_logits[0], REF - PI, atol=1e-6)
+
+  def test_equals_a_loop_at_a_temperature(self):
+    logits, ref_logits = jax.random.normal(jax.random.key(0), (2, 3, 4, 6))
+    truth = np.zeros((3, 4))
+    for row in np.ndindex(3, 4):
+      p, q = (np.exp(np.asarray(x[row], np.float64) / 0.6) for x in (logits, ref_logits))
+      p, q = p / p.sum(), q / q.sum()
+      truth[row] = sum(p[v] * np.log(p[v] / q[v]) for v in range(6))
+    kl = ops.exact_kl(logits, ref_logits, temperature=0.6)
+    np.testing.assert_allclose(kl, truth, rtol=1e-5, atol=1e-6)
+
+  def test_it_is_zero_where_the_policies_agree(self):
+    logits = jax.random.normal(jax.random.key(0), (5, 7))
+    np.testing.assert_array_equal(ops.exact_kl(logits, logits), np.zeros(5))
+
+  @chex.all_variants
+  def test_tokens_that_the_policy_excludes_add_nothing(self):
+    def total(logits, ref_logits, temperature):
+      return ops.exact_kl(logits, ref_logits, temperature=temperature).sum()
+
+    gradient = self.variant(jax.value_and_grad(total, argnums=(0, 1, 2)))
+    logits = jnp.array([[1.0, -jnp.inf, 0.3]])
+    both = gradient(logits, jnp.array([[0.2, -jnp.inf, 0.1]]), jnp.float32(0.9))
+    kept = gradient(logits[:, ::2], jnp.array([[0.2, 0.1]]), jnp.float32(0.9))
+    np.testing.assert_allclose(both[0], kept[0], rtol=1e-6)
+    for one, other in zip(both[1][:2], kept[1][:2], strict=True):
+      np.testing.assert_allclose(one, [[other[0, 0], 0, other[0, 1]]], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(both[1][2], kept[1][2], rtol=1e-5)
+    # Here ref gives that token 1/3: the two kept tokens lose log(2/3) of ref's mass each.
+    one_sided = ops.exact_kl(jnp.array([0.0, -jnp.inf, 0.0]), jnp.zeros(3))
+    np.testing.assert_allclose(one_sided, -np.log(2 / 3), rtol=1e-6)
+
+  def test_a_token_that_only_the_reference_excludes_costs_infinity(self):
+    self.assertEqual(ops.exact_kl(jnp.zeros(2), jnp.array([0.0, -jnp.inf])), jnp.inf)
+
+
+class ExactKLFromHiddenTest(chex.TestCase):
+  def _inputs(self, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(3), 4)
+    shapes = ((2, 5, 6), (6, 9), (2, 5, 3), (3, 9))  # widths differ
+    return [
+      jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)
+    ]
+
+  @chex.all_variants
+  @parameterized.parameters(3, None)
+  def test_it_equals_the_dense_form_in_value_and_gradient(self, chunk_size):
+    weights = jnp.sin(jnp.arange(1.0, 11.0)).reshape(2, 5)
+
+    def dense(hidden, unembedding, ref_hidden, ref_unembedding, temperature):
+      logits, ref_logits = hidden @ unembedding, ref_hidden @ ref_unembedding
+      return (weights * ops.exact_kl(logits, ref_logits, temperature=temperature)).sum()
+
+    def chunked(*args):
+      kl = ops.exact_kl_from_hidden(*args[:4], temperature=args[4], chunk_size=chunk_size)
+      return (weights * kl).sum()
+
+    outputs = [
+      self.variant(jax.value_and_grad(fn, argnums=range(5)))(*self._inputs(), jnp.float32(0.8))
+      for fn in (dense, chunked)
+    ]
+    chex.assert_trees_all_close(*outputs, rtol=2e-5, atol=2e-5)
+
+  def test_bfloat16_is_accumulated_in_float32(self):
+    def outputs(inputs):
+      total = lambda *args: ops.exact_kl_from_hidden(*args, chunk_size=2).sum()  # noqa: E731
+      return jax.value_and_grad(total, argnums=range(4))(*inputs)
+
+    narrow = self._inputs(jnp.bfloat16)
+    value, gradients = outputs(narrow)
+    truth, true_gradients = outputs([x.astype(jnp.float32) for x in narrow])
+    np.testing.assert_allclose(value, truth, rtol=1e-5)
+    for gradient, true_gradient in zip(gradients, true_gradients, strict=True):
+      self.assertEqual(gradient.dtype, jnp.bfloat16)
+      error = jnp.linalg.norm(gradient.astype(jnp.float32) - true_gradient)
+      self.assertLess(error / jnp.linalg.norm(true_gradient), 2**-7)
+
+  def test_logits_are_never_held(self):
+    rows, vocab_size = 512, 64
+    hidden, unembedding = jnp.ones((rows, 4)), jnp.ones((4, vocab_size))
+
+    def total(hidden, unembedding):
+      args = (hidden, unembedding, 2 * hidden, unembedding)
+      return ops.exact_kl_from_hidden(*args, chunk_size=16).sum()
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
+    memory = gradient.lower(hidden, unembedding).compile().memory_analysis()
+    self.assertLess(memory.temp_size_in_bytes, 4 * rows * vocab_size // 2)
+
+
+if __name__ == "__main__":
+  absltest.main()
