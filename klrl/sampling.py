@@ -48,21 +48,20 @@ def top_k_logits(logits: Array, k: int) -> Array:
 
 
 def top_p_logits(logits: Array, p: float) -> Array:
-  """Returns logits [..., V] with the tail at -inf: the smallest head of probability >= p stays.
+  """Returns logits [..., V] with the tail at -inf: the largest head of probability <= p stays.
 
   The most likely token always stays, also for p = 0; p = 1 keeps everything. Tokens as likely as
-  the least likely kept one stay too. A. Holtzman et al., "The Curious Case of Neural Text
-  Degeneration" (2020), equation 2.
+  the least likely kept one stay too. This is the rule of D. Ziegler et al., "Fine-Tuning Language
+  Models from Human Preferences" (2019, its code); A. Holtzman et al., "The Curious Case of Neural
+  Text Degeneration" (2020), equation 2, keep one token more, the one that reaches p.
   """
   if not 0 <= p <= 1:
     raise ValueError(f"top_p={p} must lie between 0 and 1.")
   if p == 1:
     return logits
   descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-  probs = jax.nn.softmax(descending, axis=-1)
-  # A token stays if the head before it does not reach p yet.
-  before = jnp.cumsum(probs, axis=-1) - probs
-  kept = (before < p).at[..., 0].set(True)
+  cumulative = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
+  kept = (cumulative <= p).at[..., 0].set(True)
   threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
   return jnp.where(logits < threshold, -jnp.inf, logits)
 
