@@ -1,0 +1,90 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from klrl import ops
+
+SCHEDULE = {"initial": 1.0, "final": 0.2, "num_iterations": 4}
+# (rule, coefficients, measured KLs, beta after each, starting from 1)
+CASES = {
+  "fixed": (ops.fixed, {}, [0.0, 100.0], [1, 1]),
+  # Halved below 4, doubled above 9, else kept; both bounds belong to the middle.
+  "doubling": (ops.doubling, {"target_kl": 6.0}, [3.9, 4.0, 9.0, 9.1, 9.1], [0.5, 0.5, 0.5, 1, 2]),
+  # Errors 1 -> .2, -.1, -1 -> -.2, times 5/10.
+  "proportional": (
+    ops.proportional,
+    {"target_kl": 10.0, "num_samples": 5, "horizon": 10},
+    [20.0, 9.0, 0.0],
+    [1.1, 1.1 * 0.95, 1.1 * 0.95 * 0.9],
+  ),
+  # Leaves zero again.
+  "dual_ascent": (
+    ops.dual_ascent,
+    {"target_kl": 5.0, "step_size": 0.2},
+    [7.0, 0.0, 0.0, 6.0],
+    [1.4, 0.4, 0, 0.2],
+  ),
+  "linear_schedule": (ops.linear_schedule, SCHEDULE, [0.0] * 5, [0.8, 0.6, 0.4, 0.2, 0.2]),
+  # .6 + .4 cos(pi k / 4)
+  "cosine_schedule": (
+    ops.cosine_schedule,
+    SCHEDULE,
+    [0.0] * 5,
+    [0.6 + 0.2 * np.sqrt(2), 0.6, 0.6 - 0.2 * np.sqrt(2), 0.2, 0.2],
+  ),
+}
+
+
+def _start(beta=1.0):
+  return ops.ControllerState(jnp.float32(beta), jnp.int32(0))
+
+
+class ControllersTest(chex.TestCase):
+  @chex.all_variants
+  @parameterized.named_parameters((name, *case) for name, case in CASES.items())
+  def test_golden(self, rule, coefficients, measured_kls, expected):
+    names = list(coefficients)
+    step = self.variant(
+      lambda state, kl, *values: rule(state, kl, **dict(zip(names, values, strict=True)))
+    )
+    state, betas = _start(), []
+    for kl in measured_kls:
+      state = step(state, jnp.float32(kl), *map(jnp.float32, coefficients.values()))
+      betas.append(state.beta)
+    np.testing.assert_allclose(betas, expected, rtol=1e-6, atol=1e-6)
+    self.assertEqual(state.iteration, len(measured_kls))
+
+  @parameterized.named_parameters((name, *case[:2]) for name, case in CASES.items())
+  def test_the_state_keeps_its_types_and_can_be_scanned(self, rule, coefficients):
+    step = lambda state, kl: (rule(state, kl, **coefficients), state.beta)  # noqa: E731
+    state, _ = jax.lax.scan(step, _start(), jnp.ones(3))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, _start())
+
+  @parameterized.named_parameters((name, *case[:2]) for name, case in CASES.items())
+  def test_members_of_a_sweep_move_on_their_own(self, rule, coefficients):
+    betas, kls = jnp.array([0.5, 1.0, 2.0]), jnp.array([0.0, 6.0, 50.0])
+    states = ops.ControllerState(betas, jnp.zeros(3, jnp.int32))
+    swept = jax.vmap(functools.partial(rule, **coefficients))(states, kls)
+    for index, (beta, kl) in enumerate(zip(betas, kls, strict=True)):
+      alone = rule(_start(beta), kl, **coefficients)
+      np.testing.assert_allclose(swept.beta[index], alone.beta, rtol=1e-6)
+
+  def test_dual_ascent_finds_the_multiplier_of_a_budget(self):
+    # Bandit ref * exp(r / beta): the KL at the beta that is found is the budget.
+    ref, scores = jnp.array([0.4, 0.3, 0.2, 0.1]), jnp.arange(4.0)
+
+    def step(state, _):
+      policy = jax.nn.softmax(jnp.log(ref) + scores / state.beta)
+      kl = (policy * jnp.log(policy / ref)).sum()
+      return ops.dual_ascent(state, kl, target_kl=0.3, step_size=1.0), kl
+
+    _, kls = jax.lax.scan(step, _start(2.0), length=400)
+    np.testing.assert_allclose(kls[-1], 0.3, rtol=1e-4)
+
+
+if __name__ == "__main__":
+  absltest.main()

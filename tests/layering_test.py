@@ -1,0 +1,100 @@
+"""Imports point one way, frameworks stay in their place, and no file grows beyond a reading."""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+MAX_LINES = 400
+# A module may import its own level and those below; one that is not named is in the middle.
+LEVELS = {
+  "ops": 0,
+  "errors": 0,
+  "models": 1,
+  "parallel": 1,
+  "objective": 1,
+  "oracle": 1,
+  "loop": 3,
+  "rlhf": 4,
+}
+MIDDLE = 2
+
+
+def _files(package):
+  return sorted((ROOT / package).rglob("*.py"))
+
+
+def _imports(path):
+  """Yields the full dotted name of everything that a file imports, wherever it does."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"{path}: write imports in full, not relative."
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _within(name, *packages):
+  return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def _level(module):
+  return LEVELS.get(module, MIDDLE)
+
+
+def _offences(path):
+  """Yields what is wrong with the imports of one file of the library."""
+  parts = path.relative_to(ROOT / "klrl").with_suffix("").parts
+  module = parts[0]
+  for name in _imports(path):
+    if _within(name, "experiments"):
+      yield f"{name}: the library knows no experiment"
+    if _within(name, "absl.flags"):
+      yield f"{name}: flags are read in experiments only"
+    if _within(name, "flax") and module != "models":
+      yield f"{name}: Flax stays in klrl/models"
+    if module == "ops" and not (
+      _within(name, "jax", "chex", "klrl.ops") or name.split(".")[0] in sys.stdlib_module_names
+    ):
+      yield f"{name}: ops import jax, chex and each other only"
+    if _within(name, "klrl") and module != "__init__":
+      imported = name.split(".")[1] if "." in name else "__init__"
+      if imported == "__init__" or _level(imported) > _level(module):
+        yield f"{name}: above klrl.{module}"
+
+
+@pytest.mark.parametrize("path", _files("klrl"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+  assert not list(_offences(path))
+
+
+@pytest.mark.parametrize(
+  "path",
+  [*_files("klrl"), *_files("experiments")],
+  ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_a_file_can_be_read_in_one_sitting(path):
+  assert len(path.read_text().splitlines()) <= MAX_LINES, "split it, or delete what it can lose"
+
+
+@pytest.mark.parametrize(
+  ("module", "line"),
+  [
+    ("ops/kl", "import optax"),
+    ("ops/kl", "from klrl import errors"),
+    ("learner", "from klrl.loop import run"),
+    ("models/decoder", "from klrl import sampling"),
+    ("oracle", "from klrl.learner import make_update_fn"),
+    ("loop", "from absl import flags"),
+    ("loop", "def lazily():\n  import flax.nnx"),
+    ("parallel", "from experiments import ppo"),
+  ],
+)
+def test_an_import_that_points_up_is_seen(module, line, tmp_path, monkeypatch):
+  monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+  path = tmp_path / "klrl" / f"{module}.py"
+  path.parent.mkdir(parents=True)
+  path.write_text(line)
+  assert list(_offences(path))

@@ -1,0 +1,214 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from klrl import ops
+
+# Each takes (what carries gradient, what is stopped ..., mask), all [..., T].
+POLICY_LOSSES = {
+  "clipped": lambda *args: ops.clipped_policy_loss(*args, clip_eps_low=0.2, clip_eps_high=0.3),
+  "dual_clipped": lambda *args: ops.clipped_policy_loss(
+    *args, clip_eps_low=0.2, clip_eps_high=0.3, dual_clip=1.5
+  ),
+  "kl_old_new": lambda log_probs, old_log_probs, advantages, mask: ops.kl_penalised_policy_loss(
+    log_probs,
+    old_log_probs,
+    advantages,
+    ops.kl_old_new(ops.zero_padding(log_probs, mask), ops.zero_padding(old_log_probs, mask)),
+    mask,
+    trust_region_beta=0.5,
+  ),
+  "reinforce": lambda log_probs, _, advantages, mask: ops.reinforce_loss(
+    log_probs, advantages, mask
+  ),
+}
+VALUE_LOSSES = {
+  "plain": lambda values, _, returns, mask: ops.value_loss(values, returns, mask),
+  "clipped": lambda *args: ops.clipped_value_loss(*args, value_clip_eps=0.4),
+}
+LOSSES = [
+  *((f"{name}_policy", loss) for name, loss in POLICY_LOSSES.items()),
+  *((f"{name}_value", loss) for name, loss in VALUE_LOSSES.items()),
+]
+
+
+def _reference(name, x, old, target, real):
+  """One token of each loss above, in Python floats."""
+  if not real:
+    return 0.0
+  ratio = np.exp(x - old)
+  near = min(max(x, old - 0.4), old + 0.4)
+  surrogate = min(ratio * target, min(max(ratio, 0.8), 1.3) * target)
+  return {
+    "clipped_policy": -surrogate,
+    "dual_clipped_policy": -(max(surrogate, 1.5 * target) if target < 0 else surrogate),
+    "kl_old_new_policy": -ratio * target + 0.5 * (ratio - 1 - np.log(ratio)),
+    "reinforce_policy": -x * target,
+    "plain_value": (x - target) ** 2 / 2,
+    "clipped_value": max((x - target) ** 2, (near - target) ** 2) / 2,
+  }[name]
+
+
+def _batch(seed=0):
+  keys = jax.random.split(jax.random.key(seed), 4)
+  x, old, target = (np.asarray(jax.random.normal(key, (3, 7))) for key in keys[:3])
+  mask = np.array(jax.random.bernoulli(keys[3], 0.6, (3, 7)))
+  mask[0] = False
+  return x, old, target, mask
+
+
+class LossesTest(chex.TestCase):
+  @chex.all_variants
+  @parameterized.named_parameters(
+    # Ratios 2, 1/2, 2, 1/2 with advantages 1, 1, -1, -1.
+    ("clipped", POLICY_LOSSES["clipped"], [-1.3, -0.5, 2.0, 0.8]),
+    ("dual_clipped", POLICY_LOSSES["dual_clipped"], [-1.3, -0.5, 1.5, 0.8]),
+  )
+  def test_golden_clip(self, loss, expected):
+    log_ratio = jnp.log(jnp.array([2.0, 0.5, 2.0, 0.5]))
+    advantages = jnp.array([1.0, 1.0, -1.0, -1.0])
+    output = self.variant(loss)(log_ratio - 1, -jnp.ones(4), advantages, jnp.ones(4, bool))
+    np.testing.assert_allclose(output, expected, rtol=1e-6)
+
+  @chex.all_variants
+  def test_golden_values(self):
+    values, old_values = jnp.array([3.0, 3.0, 0.0]), jnp.array([1.0, 1.0, 0.0])
+    returns, mask = jnp.array([1.0, 5.0, 2.0]), jnp.ones(3, bool)
+    fn = self.variant(lambda *args: ops.clipped_value_loss(*args, value_clip_eps=0.5))
+    # Values near the old ones: 1.5, 1.5, 0. Errors 2 or .5; -2 or -3.5; -2 or -2.
+    np.testing.assert_allclose(fn(values, old_values, returns, mask), [2.0, 6.125, 2.0])
+    np.testing.assert_allclose(self.variant(ops.value_loss)(values, returns, mask), [2, 2, 2])
+
+  @chex.all_variants
+  @parameterized.named_parameters((name, name, loss) for name, loss in LOSSES)
+  def test_equals_a_loop_with_nan_and_inf_in_the_padding(self, name, loss):
+    x, old, target, mask = _batch()
+    truth = np.vectorize(lambda *args: _reference(name, *args))(x, old, target, mask)
+    weights = jnp.sin(jnp.arange(1.0, x.size + 1)).reshape(x.shape)
+
+    def total(x, old, target):
+      per_token = loss(x, old, target, mask)
+      return (weights * per_token).sum(), per_token
+
+    gradient = jax.grad(total, argnums=(0, 1, 2), has_aux=True)
+    clean, _ = gradient(x, old, target)
+    dirty = [
+      np.where(mask, array, np.float32(bad))
+      for array, bad in ((x, -np.inf), (old, np.nan), (target, np.inf))
+    ]
+    gradients, per_token = self.variant(gradient)(*dirty)
+    np.testing.assert_allclose(per_token, truth, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(gradients[0], clean[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(gradients[0])[~mask], 0.0)
+
+  @parameterized.named_parameters(case for case in LOSSES if case[0] != "kl_old_new_policy")
+  def test_only_the_first_argument_carries_gradient(self, loss):
+    *arrays, mask = _batch()
+    gradients = jax.grad(lambda *args: loss(*args, mask).sum(), argnums=(0, 1, 2))(*arrays)
+    self.assertGreater(np.abs(gradients[0]).max(), 0.1)
+    for gradient in gradients[1:]:
+      np.testing.assert_array_equal(gradient, np.zeros(mask.shape))
+
+  def test_the_kl_penalty_carries_gradient_through_log_probs_and_kl(self):
+    log_probs, old_log_probs, advantages, mask = _batch()
+    kl = np.ones(mask.shape, np.float32)
+    gradients = jax.grad(
+      lambda *args: ops.kl_penalised_policy_loss(*args, mask, trust_region_beta=0.5).sum(),
+      argnums=(0, 1, 2, 3),
+    )(log_probs, old_log_probs, advantages, kl)
+    ratio = np.exp(log_probs - old_log_probs)
+    np.testing.assert_allclose(gradients[0], np.where(mask, -ratio * advantages, 0), rtol=1e-5)
+    np.testing.assert_array_equal(gradients[1:3], np.zeros((2, *mask.shape)))
+    np.testing.assert_array_equal(gradients[3], np.where(mask, 0.5, 0))
+
+  @parameterized.named_parameters(*LOSSES)
+  def test_gradients_are_numerically_right(self, loss):
+    *arrays, mask = _batch(seed=3)
+    fn = lambda x: loss(x, *arrays[1:], mask).sum()  # noqa: E731
+    chex.assert_numerical_grads(fn, (arrays[0],), order=1, atol=2e-2, rtol=2e-2)
+
+  def test_a_clipped_token_has_no_gradient_however_large_its_ratio(self):
+    log_probs = jnp.array([200.0, -200.0])
+    loss = lambda x: POLICY_LOSSES["clipped"](  # noqa: E731
+      x, jnp.zeros(2), jnp.array([1.0, -1.0]), jnp.ones(2, bool)
+    )
+    np.testing.assert_allclose(loss(log_probs), [-1.3, 0.8], rtol=1e-6)
+    np.testing.assert_array_equal(jax.grad(lambda x: loss(x).sum())(log_probs), [0, 0])
+
+  def test_infinite_bounds_turn_the_clips_off(self):
+    log_probs, old_log_probs, advantages, mask = _batch()
+    loss = ops.clipped_policy_loss(
+      log_probs, old_log_probs, advantages, mask, clip_eps_low=1.0, clip_eps_high=jnp.inf
+    )
+    ratio = np.exp(log_probs - old_log_probs)
+    np.testing.assert_allclose(loss, np.where(mask, -ratio * advantages, 0), rtol=1e-5)
+    value_loss = ops.clipped_value_loss(
+      log_probs, old_log_probs, advantages, mask, value_clip_eps=jnp.inf
+    )
+    np.testing.assert_allclose(value_loss, ops.value_loss(log_probs, advantages, mask))
+
+  @chex.all_variants
+  def test_clip_fraction_marks_real_tokens_without_gradient(self):
+    log_probs, old_log_probs, advantages, mask = _batch()
+    args = (old_log_probs, advantages, mask)
+    clipped = self.variant(
+      lambda *args: ops.clip_fraction(*args, clip_eps_low=0.2, clip_eps_high=0.3)
+    )(log_probs, *args)
+    gradient = jax.grad(lambda x: POLICY_LOSSES["clipped"](x, *args).sum())(log_probs)
+    np.testing.assert_array_equal(clipped, mask & (gradient == 0))
+    self.assertBetween(clipped.sum(), 1, mask.sum() - 1)
+
+  @parameterized.named_parameters(*LOSSES)
+  def test_shapes_that_would_broadcast_are_refused(self, loss):
+    x, old, target, mask = _batch()
+    with self.assertRaises(AssertionError):
+      loss(x, old, target[:1], mask)
+    with self.assertRaises(AssertionError):
+      loss(x, old, target, mask[:1])
+
+
+class AggregationTest(chex.TestCase):
+  LOSS = np.array([[1, 2, np.nan], [6, np.inf, np.nan], [np.nan] * 3], np.float32)
+  MASK = np.array([[True, True, False], [True, False, False], [False] * 3])
+
+  @chex.all_variants
+  @parameterized.named_parameters(
+    # The last row has no token, so there are two sequences. Last: a token's weight in row one.
+    ("token_mean", ops.token_mean, (9.0, 3.0), 1.0),
+    ("sequence_mean_token_mean", ops.sequence_mean_token_mean, (1.5 + 6.0, 2.0), 0.5),
+    ("sequence_mean_token_sum", ops.sequence_mean_token_sum, (9.0, 2.0), 1.0),
+    ("constant", ops.constant, (9.0, 2.0 * 5), 1.0),
+  )
+  def test_golden_with_nan_and_inf_in_the_padding(self, aggregate, expected, weight):
+    aggregate = functools.partial(aggregate, constant_length=5)
+    output = self.variant(aggregate)(self.LOSS, self.MASK)
+    np.testing.assert_allclose(output, expected, rtol=1e-6)
+    derivative = self.variant(jax.grad(lambda x, mask: aggregate(x, mask)[0]))
+    gradient = [[weight, weight, 0], [1, 0, 0], [0, 0, 0]]
+    np.testing.assert_allclose(derivative(self.LOSS, self.MASK), gradient, rtol=1e-6)
+
+  @parameterized.named_parameters(*ops.AGGREGATIONS.items())
+  def test_micro_batches_add_up(self, aggregate):
+    loss, _, _, mask = _batch()
+    whole = aggregate(loss, mask, constant_length=7)
+    parts = [aggregate(loss[i : i + 1], mask[i : i + 1], constant_length=7) for i in range(3)]
+    np.testing.assert_allclose(whole, np.sum(parts, axis=0), rtol=1e-5)
+
+  @parameterized.named_parameters(*ops.AGGREGATIONS.items())
+  def test_no_token_at_all_divides_to_zero(self, aggregate):
+    loss = lambda x: ops.divide(*aggregate(x, np.zeros((3, 3), bool), constant_length=5))  # noqa: E731
+    value, gradient = jax.value_and_grad(loss)(self.LOSS)
+    self.assertEqual(value, 0.0)
+    np.testing.assert_array_equal(gradient, np.zeros((3, 3)))
+
+  def test_a_constant_without_a_length_is_refused(self):
+    with self.assertRaisesRegex(ValueError, "constant_length"):
+      ops.constant(self.LOSS, self.MASK)
+
+
+if __name__ == "__main__":
+  absltest.main()
