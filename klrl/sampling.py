@@ -218,9 +218,22 @@ def _make_generate_fn(policy, max_completion_len, eos_id, pad_id):
       sampler_log_probs=jnp.zeros(shape, log_prob_dtype),
     )
     state = append(state, hidden)
-    # A step reads its whole cache, so each loop runs on one at most twice as long as what is in it.
-    for cache_len in cache_lens:
-      state, cache = run(state, cache, cache_len)
+
+    # A step reads its whole cache, so each loop runs on one at most twice as long as what is in it,
+    # and no cache grows for rows that have ended.
+    def run_all(state, cache, cache_lens):
+      state, cache = run(state, cache, cache_lens[0])
+      if len(cache_lens) == 1:
+        return state
+      return jax.lax.cond(
+        jnp.all(state.finished),
+        lambda state, cache: state,
+        lambda state, cache: run_all(state, cache, cache_lens[1:]),
+        state,
+        cache,
+      )
+
+    state = run_all(state, cache, cache_lens)
     return Rollout(
       tokens=jnp.concatenate([prompts, state.tokens], axis=1),
       prompt_mask=prompt_mask,

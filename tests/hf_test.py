@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
+from klrl.errors import UserError
 from klrl.models import hf
 from klrl.models.decoder import DecoderConfig, policy_model, scalar_model
 
@@ -172,7 +173,7 @@ def test_shards_hold_the_same_model_and_replace_the_single_file(tmp_path, monkey
   assert_trees_equal(hf.load_policy(tmp_path)[1], params)
   first = sorted(tmp_path.glob("*.safetensors"))[0]
   first.unlink()
-  with pytest.raises(FileNotFoundError, match=first.name):
+  with pytest.raises(UserError, match=first.name):
     hf.load_policy(tmp_path)
   monkeypatch.undo()
   saved(tmp_path)
@@ -227,41 +228,41 @@ def test_a_tied_matrix_stored_twice_and_old_frequencies_are_passed_over(tmp_path
 def test_a_model_that_we_do_not_compute_is_refused_by_name(changes, message, tmp_path):
   saved(tmp_path)
   edit_config(tmp_path, **changes)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     hf.load_policy(tmp_path)
 
 
 def test_missing_and_broken_files_are_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+  with pytest.raises(UserError, match="nowhere does not exist"):
     hf.load_policy(tmp_path / "nowhere")
-  with pytest.raises(FileNotFoundError, match=r"config\.json with a model_type"):
+  with pytest.raises(UserError, match=r"config\.json with a model_type"):
     hf.load_policy(tmp_path)
   saved(tmp_path)
   weights = tmp_path / "model.safetensors"
   weights.write_bytes(b"not tensors")
-  with pytest.raises(ValueError, match="is not a safetensors file"):
+  with pytest.raises(UserError, match="is not a safetensors file"):
     hf.load_policy(tmp_path)
   weights.unlink()
-  with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
+  with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
     hf.load_policy(tmp_path)
   (tmp_path / "pytorch_model.bin").write_bytes(b"")
-  with pytest.raises(ValueError, match=r"pickle.*convert it to safetensors"):
+  with pytest.raises(UserError, match=r"pickle.*convert it to safetensors"):
     hf.load_policy(tmp_path)
   (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}')
-  with pytest.raises(ValueError, match="outside the directory"):
+  with pytest.raises(UserError, match="outside the directory"):
     hf.load_policy(tmp_path)
   (tmp_path / "config.json").write_text("{")
-  with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+  with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
     hf.load_policy(tmp_path)
 
 
 def test_a_language_model_is_no_scalar_model(tmp_path):
   saved(tmp_path)
-  with pytest.raises(ValueError, match=r"no score\.weight.*scalar_params_from"):
+  with pytest.raises(UserError, match=r"no score\.weight.*scalar_params_from"):
     hf.load_scalar(tmp_path)
   two_labels = random_params(scalar_model(LLAMA)) | {"head": np.zeros((12, 2), np.float32)}
   hf.save_scalar(tmp_path, LLAMA, two_labels, tiny_tokenizer())
-  with pytest.raises(ValueError, match=r"score\.weight has shape \(2, 12\), not \(1, 12\)"):
+  with pytest.raises(UserError, match=r"score\.weight has shape \(2, 12\), not \(1, 12\)"):
     hf.load_scalar(tmp_path)
 
 
@@ -277,18 +278,18 @@ def test_special_tokens_come_from_their_names_then_from_ids(tmp_path):
   edit_config(tmp_path, eos_token_id=None)
   assert (hf.load_tokenizer(tmp_path).eos_id, hf.load_tokenizer(tmp_path).pad_id) == (None, 0)
   file.write_text(json.dumps({"bos_token": "<absent>"}))
-  with pytest.raises(ValueError, match="bos_token '<absent>'"):
+  with pytest.raises(UserError, match="bos_token '<absent>'"):
     hf.load_tokenizer(tmp_path)
   (tmp_path / "tokenizer.json").unlink()
-  with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
+  with pytest.raises(UserError, match=r"no tokenizer\.json"):
     hf.load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused():
   hf.check_tokenizer(tiny_tokenizer(11), LLAMA)
-  with pytest.raises(ValueError, match="ids go up to 11, but the model has vocab_size=11"):
+  with pytest.raises(UserError, match="ids go up to 11, but the model has vocab_size=11"):
     hf.check_tokenizer(tiny_tokenizer(12), LLAMA)
-  with pytest.raises(ValueError, match="ids go up to 40"):
+  with pytest.raises(UserError, match="ids go up to 40"):
     hf.check_tokenizer(dataclasses.replace(tiny_tokenizer(), eos_id=40), LLAMA)
 
 

@@ -22,6 +22,7 @@ import safetensors.numpy
 import tokenizers
 from flax import traverse_util
 
+from klrl.errors import UserError
 from klrl.models.decoder import DecoderConfig, Params, policy_model, scalar_model
 
 # Our path -> Hugging Face's name.
@@ -65,8 +66,8 @@ class TokenizerInfo:
 def load_policy(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
   """Returns the config and params (numpy, float32) of a causal language model.
 
-  Raises FileNotFoundError for a missing directory or file, ValueError for a model that the decoder
-  does not compute and for a tensor that is missing, left over or of the wrong shape.
+  Raises UserError for a missing or broken directory or file, a model that the decoder does not
+  compute, and a tensor that is missing, left over or of the wrong shape.
   """
   directory = _model_dir(path)
   config = _decoder_config(directory / "config.json")
@@ -78,12 +79,12 @@ def load_policy(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
 def load_scalar(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
   """Returns the config and params (numpy, float32) of a sequence classifier with one label.
 
-  Raises as `load_policy` does, and ValueError where there is no score head.
+  Raises as `load_policy` does, also where there is no score head.
   """
   directory = _model_dir(path)
   config = _decoder_config(directory / "config.json")
   if "score.weight" not in _tensor_files(directory):
-    raise ValueError(
+    raise UserError(
       f"{directory} has no score.weight, so it is no value or reward model. To start one from a"
       " language model: load_policy, then scalar_params_from."
     )
@@ -117,7 +118,7 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
   directory = _model_dir(path)
   file = directory / "tokenizer.json"
   if not file.is_file():
-    raise FileNotFoundError(f"{directory} has no tokenizer.json; save one beside the model.")
+    raise UserError(f"{directory} has no tokenizer.json; save one beside the model.")
   tokenizer = tokenizers.Tokenizer.from_file(str(file))
   config = _read_json(directory / "config.json")
   named_file = directory / "tokenizer_config.json"
@@ -130,7 +131,7 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
     if token is not None:
       token_id = tokenizer.token_to_id(token)
       if token_id is None:
-        raise ValueError(f"{kind}_token {token!r} of {named_file} is not in {file}.")
+        raise UserError(f"{kind}_token {token!r} of {named_file} is not in {file}.")
       return token_id
     ids = config.get(f"{kind}_token_id")
     return ids[0] if isinstance(ids, list) else ids
@@ -142,12 +143,12 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
 
 
 def check_tokenizer(info: TokenizerInfo, config: DecoderConfig) -> None:
-  """Raises ValueError if the tokenizer has ids that the model has no embedding for."""
+  """Raises UserError if the tokenizer has ids that the model has no embedding for."""
   vocab = info.tokenizer.get_vocab(with_added_tokens=True)
   special_ids = [i for i in (info.bos_id, info.eos_id, info.pad_id) if i is not None]
   largest = max([*vocab.values(), *special_ids])
   if largest >= config.vocab_size:
-    raise ValueError(
+    raise UserError(
       f"the tokenizer's ids go up to {largest}, but the model has vocab_size={config.vocab_size}:"
       " this tokenizer belongs to another model."
     )
@@ -156,13 +157,13 @@ def check_tokenizer(info: TokenizerInfo, config: DecoderConfig) -> None:
 def _model_dir(path):
   path = pathlib.Path(path)
   if not path.is_dir():
-    raise FileNotFoundError(f"model directory {path} does not exist.")
+    raise UserError(f"model directory {path} does not exist.")
   # A run directory has a config.json too, that of the run.
   for directory in (path, path / "model"):
     file = directory / "config.json"
     if file.is_file() and "model_type" in _read_json(file):
       return directory
-  raise FileNotFoundError(
+  raise UserError(
     f"neither {path} nor {path / 'model'} has a config.json with a model_type; name a directory"
     " in the layout of Hugging Face."
   )
@@ -172,9 +173,9 @@ def _read_json(file):
   try:
     value = json.loads(file.read_text(encoding="utf-8"))
   except ValueError as error:
-    raise ValueError(f"{file} is not valid JSON: {error}") from None
+    raise UserError(f"{file} is not valid JSON: {error}") from None
   if not isinstance(value, dict):
-    raise ValueError(f"{file} must hold a JSON object.")
+    raise UserError(f"{file} must hold a JSON object.")
   return value
 
 
@@ -183,11 +184,11 @@ def _decoder_config(file: pathlib.Path) -> DecoderConfig:
   raw = _read_json(file)
   model_type = raw["model_type"]
   if model_type not in ("llama", "qwen2"):
-    raise ValueError(f"{file}: model_type {model_type!r} is not supported; llama and qwen2 are.")
+    raise UserError(f"{file}: model_type {model_type!r} is not supported; llama and qwen2 are.")
   rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
   rope_type = rope.get("rope_type", rope.get("type", "default"))
   if rope_type != "default":
-    raise ValueError(f"{file}: rope_scaling of type {rope_type!r} is not supported.")
+    raise UserError(f"{file}: rope_scaling of type {rope_type!r} is not supported.")
   for name, supported in {
     "hidden_act": "silu",
     "mlp_bias": False,
@@ -196,7 +197,7 @@ def _decoder_config(file: pathlib.Path) -> DecoderConfig:
     "attention_bias": model_type == "qwen2" and raw.get("attention_bias", False),
   }.items():
     if raw.get(name, supported) != supported:
-      raise ValueError(f"{file}: {name}={raw[name]!r} is not supported.")
+      raise UserError(f"{file}: {name}={raw[name]!r} is not supported.")
   try:
     return DecoderConfig(
       vocab_size=raw["vocab_size"],
@@ -213,7 +214,7 @@ def _decoder_config(file: pathlib.Path) -> DecoderConfig:
       attention_bias=model_type == "qwen2",
     )
   except KeyError as error:
-    raise ValueError(f"{file} lacks {error}.") from None
+    raise UserError(f"{file} lacks {error}.") from None
 
 
 def _hf_config(config: DecoderConfig, tokenizer: TokenizerInfo, dtype: str) -> dict[str, Any]:
@@ -258,21 +259,21 @@ def _tensor_files(directory: pathlib.Path) -> dict[str, Any]:
   elif (directory / _INDEX).is_file():
     names = sorted(set(_read_json(directory / _INDEX).get("weight_map", {}).values()))
   elif pickles := sorted([*directory.glob("*.bin"), *directory.glob("*.pt*")]):
-    raise ValueError(
+    raise UserError(
       f"{pickles[0]} is a pickle, which can run code and is not read; convert it to safetensors."
     )
   else:
-    raise FileNotFoundError(f"{directory} has neither {_WEIGHTS} nor {_INDEX}.")
+    raise UserError(f"{directory} has neither {_WEIGHTS} nor {_INDEX}.")
   tensor_files = {}
   for name in names:
     if pathlib.PurePath(name).name != name:
-      raise ValueError(f"{directory / _INDEX} names {name!r}, which is outside the directory.")
+      raise UserError(f"{directory / _INDEX} names {name!r}, which is outside the directory.")
     if not (directory / name).is_file():
-      raise FileNotFoundError(f"{directory} lacks the shard {name}.")
+      raise UserError(f"{directory} lacks the shard {name}.")
     try:
       file = safetensors.safe_open(directory / name, framework="np")
     except safetensors.SafetensorError as error:
-      raise ValueError(f"{directory / name} is not a safetensors file: {error}") from None
+      raise UserError(f"{directory / name} is not a safetensors file: {error}") from None
     tensor_files |= dict.fromkeys(file.keys(), file)
   return tensor_files
 
@@ -285,7 +286,7 @@ def _load_params(directory, init, ignored):
   # Old files carry the rotation's frequencies, which the config determines.
   found = {name for name in tensor_files if not name.endswith("rotary_emb.inv_freq")} - ignored
   if wanted != found:
-    raise ValueError(
+    raise UserError(
       f"{directory} does not hold the model of its config.json: missing tensors"
       f" {sorted(wanted - found)[:5]}, unexpected tensors {sorted(found - wanted)[:5]}."
     )
@@ -294,7 +295,7 @@ def _load_params(directory, init, ignored):
     shape = shape[::-1] if _is_transposed(path) else shape
     array = tensor_files[name].get_tensor(name)
     if array.shape != shape:
-      raise ValueError(f"{directory}: tensor {name} has shape {array.shape}, not {shape}.")
+      raise UserError(f"{directory}: tensor {name} has shape {array.shape}, not {shape}.")
     array = array.astype(np.float32)
     return array.T if _is_transposed(path) else array
 
