@@ -70,7 +70,7 @@ class LogitsTest(chex.TestCase):
     np.testing.assert_allclose(cold, np.log([2 / 3, 1 / 6]), rtol=1e-6)
 
   @chex.all_variants
-  @parameterized.parameters(0.7, 1.0, 3.0)
+  @parameterized.parameters(0.7, 3.0)
   def test_equals_a_loop(self, temperature):
     hidden, unembedding, tokens = _inputs()
     logits = hidden @ unembedding
@@ -120,9 +120,11 @@ class LogitsTest(chex.TestCase):
     _, _, tokens = _inputs()
     logits = jax.random.normal(jax.random.key(7), (B, T, 4))
     chex.assert_numerical_grads(
-      lambda logits, temperature: _weighted(
-        ops.token_log_probs(logits, tokens % 4, temperature=temperature),
-        ops.entropy(logits, temperature=temperature),
+      jax.jit(
+        lambda logits, temperature: _weighted(
+          ops.token_log_probs(logits, tokens % 4, temperature=temperature),
+          ops.entropy(logits, temperature=temperature),
+        )
       ),
       (logits, jnp.float32(0.9)),
       order=1,
@@ -133,7 +135,7 @@ class LogitsTest(chex.TestCase):
 
 class HiddenTest(chex.TestCase):
   @chex.all_variants
-  @parameterized.parameters(1, 3, 10, None)
+  @parameterized.parameters(3, None)
   def test_back_ends_agree_in_value_and_gradient(self, chunk_size):
     hidden, unembedding, tokens = _inputs()
     arguments = (hidden, unembedding, jnp.float32(0.7))
@@ -183,7 +185,7 @@ class HiddenTest(chex.TestCase):
       truth = _reference(hidden @ unembedding, np.asarray(tokens), 0.7)
       np.testing.assert_allclose(chunked, truth, rtol=1e-12)
       chex.assert_numerical_grads(
-        lambda *args: _weighted(*_chunked(args[0], args[1], tokens, args[2], 3)),
+        jax.jit(lambda *args: _weighted(*_chunked(args[0], args[1], tokens, args[2], 3))),
         (hidden, unembedding, jnp.float64(0.7)),
         order=1,
         modes=["rev"],
@@ -200,7 +202,7 @@ class HiddenTest(chex.TestCase):
         log_probs, entropies = _chunked(hidden, unembedding, tokens, 0.7, 3)
         return _weighted(log_probs, entropies), (log_probs, entropies)
 
-      return jax.grad(scalar, argnums=(0, 1), has_aux=True)(hidden, unembedding)
+      return jax.jit(jax.grad(scalar, argnums=(0, 1), has_aux=True))(hidden, unembedding)
 
     gradients, values = outputs(hidden, unembedding)
     true_gradients, true_values = outputs(*wide)
@@ -244,21 +246,23 @@ class HiddenTest(chex.TestCase):
       one = jax.tree.map(lambda x, index=index: x[index], mapped)
       chex.assert_trees_all_close(one, gradient(temperature), rtol=1e-5, atol=1e-5)
 
-  def test_rows_sharded_over_devices_give_the_same_numbers(self):
-    hidden, unembedding, tokens = (x.repeat(4, 0) if x.ndim != 2 else x for x in _inputs())
-    tokens = tokens.repeat(4, 0)[: hidden.shape[0]]
+  def test_rows_sharded_over_devices_stay_there_and_give_the_same_numbers(self):
+    hidden, unembedding, tokens = _inputs()
+    hidden, tokens = hidden.repeat(4, axis=0), tokens.repeat(4, axis=0)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    @jax.jit
     def gradient(hidden, unembedding, tokens):
       scalar = lambda *args: _weighted(*_chunked(*args, tokens, 1.0, 8))  # noqa: E731
       return jax.value_and_grad(scalar, argnums=(0, 1))(hidden, unembedding)
 
-    sharded = gradient(jax.device_put(hidden, by_row), unembedding, jax.device_put(tokens, by_row))
+    arguments = (hidden, unembedding, tokens)
+    sharded = jax.jit(gradient, in_shardings=(by_row, everywhere, by_row))
+    self.assertNotIn("all-gather", sharded.lower(*arguments).compile().as_text())
     chex.assert_trees_all_close(
-      jax.device_get(sharded),
-      jax.device_get(gradient(hidden, unembedding, tokens)),
+      jax.device_get(sharded(*arguments)),
+      jax.device_get(jax.jit(gradient)(*arguments)),
       rtol=1e-5,
       atol=1e-5,
     )
