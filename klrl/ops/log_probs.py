@@ -23,7 +23,8 @@ import jax.numpy as jnp
 
 from klrl.ops.masking import at_least_float32
 
-# 64 MiB of float32: a quarter of it was 10 to 40% slower, four times as much no faster.
+# 64 MiB of float32. On 2 CPU cores, 4096 rows of 32000, value and gradient took 11% longer with a
+# quarter of it and 7% less with twice as much, in one run on a noisy machine.
 LOGITS_PER_CHUNK = 2**24
 
 
