@@ -219,6 +219,7 @@ def test_a_tied_matrix_stored_twice_and_old_frequencies_are_passed_over(tmp_path
     ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),
     ({"hidden_size": None}, "lacks 'hidden_size'"),
+    ({"head_dim": 3}, r"config\.json: head_dim=3 must be even"),
     ({"vocab_size": 12}, r"model\.embed_tokens\.weight has shape \(11, 12\), not \(12, 12\)"),
     ({"intermediate_size": 9}, r"mlp\.down_proj\.weight has shape \(12, 20\), not \(12, 9\)"),
     ({"tie_word_embeddings": False}, r"missing tensors \['lm_head\.weight'\]"),
@@ -279,6 +280,9 @@ def test_special_tokens_come_from_their_names_then_from_ids(tmp_path):
   assert (hf.load_tokenizer(tmp_path).eos_id, hf.load_tokenizer(tmp_path).pad_id) == (None, 0)
   file.write_text(json.dumps({"bos_token": "<absent>"}))
   with pytest.raises(UserError, match="bos_token '<absent>'"):
+    hf.load_tokenizer(tmp_path)
+  (tmp_path / "tokenizer.json").write_text("{}")
+  with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
     hf.load_tokenizer(tmp_path)
   (tmp_path / "tokenizer.json").unlink()
   with pytest.raises(UserError, match=r"no tokenizer\.json"):

@@ -65,8 +65,11 @@ def completions(rollout):
   return np.asarray(rollout.tokens)[:, rollout.prompt_mask.shape[1] :]
 
 
-def counting_policy(calls, vocab_size=50):
-  """Returns a policy that always goes on with the last token + 1, and notes each decoding step."""
+def counting_policy(steps, cache_lens, vocab_size=50):
+  """Returns a policy that always goes on with the last token + 1.
+
+  It notes (cache length, slot) of each decoding step, and each cache length that it allocates.
+  """
 
   def one_hot(tokens):
     return 9.0 * jax.nn.one_hot((tokens + 1) % vocab_size, vocab_size)
@@ -75,11 +78,12 @@ def counting_policy(calls, vocab_size=50):
     return one_hot(tokens[:, -1]), jnp.zeros((1, 1, cache_len, 1))
 
   def decode(params, tokens, positions, cache, slot, cache_mask):
-    note = functools.partial(lambda length, slot: calls.append((length, int(slot))), cache.shape[2])
-    jax.debug.callback(note, slot, ordered=True)
+    cache_len = cache.shape[2]
+    jax.debug.callback(lambda slot: steps.append((cache_len, int(slot))), slot, ordered=True)
     return one_hot(tokens), cache
 
   def grow(cache, cache_len):
+    jax.debug.callback(lambda: cache_lens.append(cache_len), ordered=True)
     return jnp.pad(cache, ((0, 0), (0, 0), (0, cache_len - cache.shape[2]), (0, 0)))
 
   return Policy(
@@ -95,16 +99,16 @@ def counting_policy(calls, vocab_size=50):
 
 
 def count_up(prompts, **settings):
-  """Returns the greedy rollout of the counting policy and its decoding steps."""
-  calls = []
-  greedy = jax.jit(make_greedy_fn(counting_policy(calls), **settings))
+  """Returns the greedy rollout of the counting policy, and what it noted."""
+  steps, cache_lens = [], []
+  greedy = jax.jit(make_greedy_fn(counting_policy(steps, cache_lens), **settings))
   rollout = greedy({}, np.array(prompts), np.ones_like(prompts, bool))
   jax.effects_barrier()
-  return rollout, calls
+  return rollout, steps, cache_lens
 
 
 def test_each_row_ends_at_its_own_eos():
-  rollout, _ = count_up([[5], [3], [8], [1]], max_completion_len=5, eos_id=6, pad_id=0)
+  rollout, *_ = count_up([[5], [3], [8], [1]], max_completion_len=5, eos_id=6, pad_id=0)
   np.testing.assert_array_equal(
     completions(rollout),
     [[6, 0, 0, 0, 0], [4, 5, 6, 0, 0], [9, 10, 11, 12, 13], [2, 3, 4, 5, 6]],
@@ -116,7 +120,7 @@ def test_each_row_ends_at_its_own_eos():
 
 
 def test_no_eos_id_means_full_length_even_through_padding_ids():
-  rollout, _ = count_up([[48]], max_completion_len=4, eos_id=None, pad_id=0)
+  rollout, *_ = count_up([[48]], max_completion_len=4, eos_id=None, pad_id=0)
   np.testing.assert_array_equal(completions(rollout), [[49, 0, 1, 2]])
   assert np.all(rollout.completion_mask) and not np.any(rollout.finished)
 
@@ -127,15 +131,16 @@ def test_the_model_is_not_called_after_the_last_token():
 
 
 def test_work_stops_when_all_rows_have_ended():
-  rollout, calls = count_up([[3], [5]], max_completion_len=50_000, eos_id=7, pad_id=0)
-  assert len(calls) == 3
+  rollout, steps, cache_lens = count_up([[3], [5]], max_completion_len=9000, eos_id=7, pad_id=0)
+  assert len(steps) == 3
+  assert max(cache_lens) < 200
   np.testing.assert_array_equal(np.sum(rollout.completion_mask, axis=1), [4, 2])
 
 
 def test_a_step_reads_at_most_twice_the_slots_in_use_plus_the_first_cache():
-  _, calls = count_up([[1, 2]], max_completion_len=1200, eos_id=None, pad_id=0)
-  assert [slot for _, slot in calls] == list(range(2, 1201))
-  assert all(slot < length <= max(2 * slot, 2 + 128) for length, slot in calls)
+  _, steps, _ = count_up([[1, 2]], max_completion_len=1200, eos_id=None, pad_id=0)
+  assert [slot for _, slot in steps] == list(range(2, 1201))
+  assert all(slot < length <= max(2 * slot, 2 + 128) for length, slot in steps)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,10 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
   file = directory / "tokenizer.json"
   if not file.is_file():
     raise UserError(f"{directory} has no tokenizer.json; save one beside the model.")
-  tokenizer = tokenizers.Tokenizer.from_file(str(file))
+  try:
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+  except Exception as error:  # the library raises nothing more specific
+    raise UserError(f"{file} is not a tokenizer: {error}") from None
   config = _read_json(directory / "config.json")
   named_file = directory / "tokenizer_config.json"
   named = _read_json(named_file) if named_file.is_file() else {}
@@ -215,6 +218,8 @@ def _decoder_config(file: pathlib.Path) -> DecoderConfig:
     )
   except KeyError as error:
     raise UserError(f"{file} lacks {error}.") from None
+  except ValueError as error:
+    raise UserError(f"{file}: {error}") from None
 
 
 def _hf_config(config: DecoderConfig, tokenizer: TokenizerInfo, dtype: str) -> dict[str, Any]:
