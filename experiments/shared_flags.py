@@ -1,0 +1,147 @@
+"""From a frozen config to absl flags and back; the fields that every experiment has.
+
+A field of an experiment's `Config` is declared once, with its default, help and range:
+
+    beta: float = setting(0.1, "KL coefficient ...", minimum=0.0)
+
+`run(main, Config)` makes the flags of the same names, parses the command line and calls
+`main(config)`. Importing an experiment defines no flag.
+"""
+
+import dataclasses
+import sys
+from typing import Any
+
+from absl import app, flags, logging
+
+from klrl.errors import UserError
+from klrl.loop import Interrupted
+from klrl.progress import console
+
+
+def setting(
+  default,
+  help: str,
+  *,
+  choices: tuple[str, ...] | None = None,
+  minimum: float | None = None,
+  maximum: float | None = None,
+  read_when: tuple[str, tuple] | None = None,
+) -> Any:
+  """Returns a dataclass field that is also a flag.
+
+  Args:
+    default: the default; its type is the flag's.
+    help: one line with the unit.
+    choices: the values allowed.
+    minimum: smallest value allowed.
+    maximum: largest value allowed.
+    read_when: (other field, values): this field is read only while the other field has one of these
+      values; setting it otherwise is an error, so that no flag is silently without effect.
+  """
+  metadata = {
+    "help": help,
+    "choices": choices,
+    "minimum": minimum,
+    "maximum": maximum,
+    "read_when": read_when,
+  }
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+  """The fields of every experiment. Constructing one checks all ranges (UserError)."""
+
+  workdir: str = setting("", "folder of the run; default: runs/EXPERIMENT-HASH of the flags")
+  seed: int = setting(0, "seed of sampling and minibatch order", minimum=0)
+  init_seed: int = setting(0, "seed of fresh parameters and of the stages before", minimum=0)
+  data_seed: int = setting(0, "seed of the order of the data", minimum=0)
+  num_iterations: int = setting(100, "iterations", minimum=1)
+  batch_size: int = setting(256, "rows per iteration", minimum=1)
+  mesh: str = setting("", "devices, e.g. data=4,fsdp=2; default: all of them on data")
+  save_every: int = setting(50, "iterations between checkpoints", minimum=1)
+  keep: int = setting(2, "checkpoints that are kept", minimum=1)
+  profile: bool = setting(False, "write a trace of a few iterations to WORKDIR/profile")
+  tensorboard: bool = setting(False, "write event files to WORKDIR/tensorboard")
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value, rule = getattr(self, field.name), field.metadata
+      if rule["choices"] and value not in rule["choices"]:
+        raise UserError(f"--{field.name}={value}: must be one of {', '.join(rule['choices'])}.")
+      # `not >=` rather than `<`: NaN fails too.
+      if rule["minimum"] is not None and not value >= rule["minimum"]:
+        raise UserError(f"--{field.name}={value}: must be at least {rule['minimum']}.")
+      if rule["maximum"] is not None and not value <= rule["maximum"]:
+        raise UserError(f"--{field.name}={value}: must be at most {rule['maximum']}.")
+      if value != field.default:
+        check_is_read(self, field)
+
+  def loop_settings(self) -> dict[str, Any]:
+    """Returns the fields that `loop.run` takes under the same names."""
+    names = ("num_iterations", "save_every", "keep", "profile", "tensorboard")
+    return {name: getattr(self, name) for name in names}
+
+
+def check_is_read(config, field: dataclasses.Field) -> None:
+  """Raises UserError where nothing reads `field` under the other values of `config`."""
+  if field.metadata["read_when"]:
+    other, values = field.metadata["read_when"]
+    if getattr(config, other) not in values:
+      raise UserError(
+        f"--{field.name} is set, but nothing reads it with --{other}={getattr(config, other)}; "
+        f"it is read with --{other}={'|'.join(map(str, values))}."
+      )
+
+
+def define_flags(config_class) -> None:
+  """Defines one absl flag for each field of `config_class`."""
+  define = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+  }
+  for field in dataclasses.fields(config_class):
+    if field.metadata["choices"]:
+      flags.DEFINE_enum(
+        field.name, field.default, field.metadata["choices"], field.metadata["help"]
+      )
+    else:
+      define[type(field.default)](field.name, field.default, field.metadata["help"])
+
+
+def config_from_flags(config_class):
+  """Returns the config that the parsed flags describe."""
+  fields = dataclasses.fields(config_class)
+  config = config_class(**{field.name: flags.FLAGS[field.name].value for field in fields})
+  for field in fields:
+    if flags.FLAGS[field.name].present:
+      check_is_read(config, field)
+  return config
+
+
+def run(main, config_class) -> None:
+  """Runs `main(config)` with the config from the command line; the body of every main guard."""
+  define_flags(config_class)
+
+  def call(arguments):
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # Orbax tells of every step of a save.
+    try:
+      if len(arguments) > 1:
+        raise UserError(f"Unexpected argument {arguments[1]!r}; every setting is a --flag=value.")
+      main(config_from_flags(config_class))
+    except UserError as error:
+      console.print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True)
+      sys.exit(1)
+    except Interrupted as stop:
+      console.print(_escape(str(stop)), soft_wrap=True)
+      sys.exit(130)
+
+  app.run(call)
+
+
+def _escape(text: str) -> str:
+  return text.replace("[", r"\[")

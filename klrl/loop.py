@@ -1,0 +1,147 @@
+"""The loop that every experiment runs: step, check, record, save.
+
+It knows nothing of flags, of mathematics or of how progress is shown: it is a generator, and whoever
+iterates decides what to print.
+"""
+
+import contextlib
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from klrl import metrics
+from klrl.checkpoint import Checkpoints
+from klrl.errors import UserError
+
+_PROFILED_ITERATIONS = 3
+
+
+class Interrupted(Exception):
+  """The run was asked to stop; everything up to here is saved."""
+
+
+def restore_or_init(workdir: pathlib.Path, state, *, keep: int):
+  """Returns (iterations done, state): the newest checkpoint of `workdir`, or 0 and `state`."""
+  with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=keep)) as checkpoints:
+    done = checkpoints.latest()
+    return (0, state) if done is None else (done, checkpoints.restore(state))
+
+
+def run(
+  step: Callable[[Any, int], tuple[Any, dict]],
+  state,
+  *,
+  start: int,
+  num_iterations: int,
+  workdir: pathlib.Path,
+  save_every: int,
+  keep: int,
+  profile: bool = False,
+  tensorboard: bool = False,
+) -> Iterator[tuple[int, Any, dict[str, float | None]]]:
+  """Yields (iterations done, state, figures) after each iteration.
+
+  Writes `metrics.jsonl` (figures, the same for the same seed), `timing.jsonl` and `checkpoints/`.
+  A state is saved only after its figures were read and found finite.
+
+  Args:
+    step: (state, iteration) -> (state, metrics as (sum, count) pairs); may donate the state.
+    state: pytree of arrays; what `restore_or_init` returned.
+    start: iterations done already.
+    num_iterations: where to end.
+    workdir: the run's folder.
+    save_every: iterations between checkpoints; the last one is always saved.
+    keep: how many checkpoints stay.
+    profile: whether to write a trace of a few iterations to `workdir/profile`.
+    tensorboard: whether to write event files to `workdir/tensorboard`.
+
+  Raises:
+    Interrupted: after SIGINT or SIGTERM, between two iterations, with the state saved.
+    UserError: a figure is NaN or infinite; it is named, and the last checkpoint stays.
+  """
+  for name in ("metrics.jsonl", "timing.jsonl"):
+    metrics.truncate(workdir / name, start)
+  past = metrics.read_lines(workdir / "timing.jsonl")
+  elapsed = past[-1]["elapsed_seconds"] if past else 0.0
+  with contextlib.ExitStack() as stack:
+    checkpoints = stack.enter_context(
+      contextlib.closing(Checkpoints(workdir / "checkpoints", keep=keep))
+    )
+    events = tensorboard and stack.enter_context(
+      contextlib.closing(metrics.TensorBoard(workdir / "tensorboard"))
+    )
+    asked_to_stop = stack.enter_context(_deferred_signals())
+    for iteration in range(start, num_iterations):
+      # The first iteration compiles, so the trace starts with the second.
+      if profile and iteration == start + 1:
+        jax.profiler.start_trace(str(workdir / "profile"))
+      began = time.monotonic()
+      state, pairs = step(state, iteration)
+      figures = metrics.finalise(jax.device_get(pairs))
+      seconds = time.monotonic() - began
+      elapsed += seconds
+      if profile and iteration == min(start + _PROFILED_ITERATIONS, num_iterations - 1):
+        jax.profiler.stop_trace()
+      _check_finite(figures, iteration, checkpoints.latest(), workdir)
+      metrics.append_line(workdir / "metrics.jsonl", {"iteration": iteration, **figures})
+      metrics.append_line(
+        workdir / "timing.jsonl",
+        {
+          "iteration": iteration,
+          "seconds": round(seconds, 6),
+          "tokens_per_second": round((figures.get("rollout/tokens") or 0.0) / seconds, 1),
+          "elapsed_seconds": round(elapsed, 6),
+        },
+      )
+      if events:
+        events.write(iteration, figures)
+      done = iteration + 1
+      if asked_to_stop or done == num_iterations or done % save_every == 0:
+        checkpoints.save(done, state)
+      yield done, state, figures
+      if asked_to_stop and done < num_iterations:
+        raise Interrupted(
+          f"Stopped after iteration {done} of {num_iterations}, saved in {workdir}. "
+          "Run the same command again to go on."
+        )
+
+
+def _check_finite(figures, iteration: int, saved: int | None, workdir: pathlib.Path) -> None:
+  bad = metrics.first_not_finite(figures)
+  if bad is not None:
+    kept = f"The checkpoint after iteration {saved} is kept" if saved else "Nothing was saved yet"
+    raise UserError(
+      f"Iteration {iteration + 1}: {bad} is {figures[bad]}. {kept} in {workdir}. "
+      "Try a lower --learning_rate or --max_grad_norm; for score/mean look at the reward."
+    )
+
+
+@contextlib.contextmanager
+def _deferred_signals():
+  """Yields a list that is empty until SIGINT or SIGTERM arrives.
+
+  A state that is donated to a running iteration cannot be saved, so the first signal waits for the
+  iteration to end; a second one kills as usual.
+  """
+  received: list[int] = []
+  previous = {}
+
+  def note(number, frame):
+    del frame
+    received.append(number)
+    signal.signal(number, previous[number])
+
+  try:
+    for number in (signal.SIGINT, signal.SIGTERM):
+      previous[number] = signal.signal(number, note)
+  except ValueError:  # Not the main thread: signals are somebody else's business.
+    previous.clear()
+  try:
+    yield received
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)

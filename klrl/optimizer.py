@@ -1,0 +1,34 @@
+"""The optimizer of every experiment."""
+
+import jax
+import optax
+
+
+def make_optimizer(learning_rate, max_grad_norm) -> optax.GradientTransformation:
+  """Returns Adam behind global-norm clipping.
+
+  Both arguments may be traced scalars: the state depends on neither, so the transformation can be
+  built inside a compiled function and a sweep over learning rates is one program.
+  """
+  return optax.chain(
+    optax.clip_by_global_norm(max_grad_norm),
+    optax.scale_by_adam(),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def init_optimizer(params) -> optax.OptState:
+  """Returns the optimizer's state at zero."""
+  return make_optimizer(0.0, 1.0).init(params)
+
+
+def apply_gradients(params, opt_state, gradients, *, learning_rate, max_grad_norm):
+  """Returns (params, opt_state, gradient norm before clipping) after one step."""
+  optimizer = make_optimizer(learning_rate, max_grad_norm)
+  updates, opt_state = optimizer.update(gradients, opt_state, params)
+  return optax.apply_updates(params, updates), opt_state, optax.tree.norm(gradients)
+
+
+def copy(tree):
+  """Returns the same arrays in buffers of their own: donating one must not delete the other."""
+  return jax.tree.map(lambda leaf: leaf.copy(), tree)

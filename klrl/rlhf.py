@@ -1,0 +1,361 @@
+"""A whole RLHF run around a learner: models, prompts, scores, before and after.
+
+    load_models, load_task -> run(...): evaluate, iterate, evaluate, save, summarise
+
+The learner decides how a rollout changes the state; everything here is the same for all of them.
+"""
+
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from klrl import completions, evaluation, learner, loop, parallel, progress
+from klrl.errors import UserError
+from klrl.models import (
+  Policy,
+  ScalarModel,
+  TokenizerInfo,
+  check_tokenizer,
+  load_policy,
+  load_scalar,
+  load_tokenizer,
+  policy_model,
+  save_policy,
+  save_scalar,
+  scalar_model,
+  scalar_params_from,
+)
+from klrl.ops import ControllerState
+from klrl.optimizer import copy, init_optimizer
+from klrl.report import write_report
+from klrl.sampling import Rollout, make_sample_fn
+from klrl.summary import write_summary
+from klrl.tasks import arithmetic, data, rewards
+
+_HELD_OUT_SHARE = 0.1
+_SLOW_REWARD_SHARE = 0.5
+
+
+class Models(NamedTuple):
+  """The four models of PPO, pure functions and parameters; absent ones are None."""
+
+  tokenizer: TokenizerInfo
+  policy: Policy
+  policy_params: dict
+  reference: Policy | None
+  reference_params: dict | None
+  value_model: ScalarModel
+  value_params: dict
+  reward_model: ScalarModel | None
+  reward_params: dict | None
+
+
+class Task(NamedTuple):
+  """Prompts to train on and to judge by, and how completions are scored."""
+
+  training: data.Prompts
+  held_out: data.Prompts
+  max_completion_len: int
+  reward_fn: rewards.RewardFn | None  # None: the reward model scores on the device
+  answers: np.ndarray | None  # [N_held_out, T] for the gold score of the embedded task
+
+
+def load_models(config, *, policy: str, reward_model: str) -> Models:
+  """Returns the models in the directories `policy` and `reward_model` ("" for none).
+
+  The reference is `config.reference`, else the policy as it starts; it is left out when nothing
+  measures or penalises a KL to it. The value model is `config.value_model`, else it starts as a copy
+  of the reward model, else of the policy's trunk with a zero head.
+
+  Raises:
+    UserError: a directory that does not hold what it should, or tokenizers that differ.
+  """
+  policy_config, policy_params = load_policy(policy)
+  tokenizer = load_tokenizer(policy)
+  check_tokenizer(tokenizer, policy_config)
+  reference = reference_params = scorer = reward_params = None
+  if config.kl_placement != "none" or config.kl_every:
+    reference_config, reference_params = policy_config, policy_params
+    if config.reference:
+      _check_same_tokenizer(tokenizer, config.reference, "--reference")
+      reference_config, reference_params = load_policy(config.reference)
+    reference = policy_model(reference_config)
+  value_config, value_params = policy_config, scalar_params_from(policy_params)
+  if reward_model:
+    _check_same_tokenizer(tokenizer, reward_model, "--reward_model")
+    value_config, reward_params = load_scalar(reward_model)
+    scorer, value_params = scalar_model(value_config), reward_params
+  if config.value_model:
+    _check_same_tokenizer(tokenizer, config.value_model, "--value_model")
+    value_config, value_params = load_scalar(config.value_model)
+  return Models(
+    tokenizer,
+    policy_model(policy_config),
+    policy_params,
+    reference,
+    reference_params,
+    scalar_model(value_config),
+    value_params,
+    scorer,
+    reward_params,
+  )
+
+
+def _check_same_tokenizer(tokenizer: TokenizerInfo, directory: str, flag: str) -> None:
+  theirs = load_tokenizer(directory)
+  if theirs.tokenizer.get_vocab() != tokenizer.tokenizer.get_vocab():
+    raise UserError(
+      f"{flag}={directory} has another vocabulary than the policy; all models of a run read the "
+      "same tokens."
+    )
+
+
+def load_task(config, models: Models) -> Task:
+  """Returns the embedded arithmetic task, or the prompts and the reward that the config names.
+
+  Raises:
+    UserError: a prompt file or reward function that cannot be used.
+  """
+  reward_fn = rewards.load_reward_fn(config.reward) if config.reward else None
+  if config.prompts:
+    max_completion_len = config.max_completion_len or 64
+    records = data.read_records(config.prompts, ("prompt",))
+    if len(records) < 2:
+      raise UserError(f"{config.prompts} has one prompt; at least one more is needed to hold out.")
+    order = np.random.default_rng((config.data_seed, 3)).permutation(len(records))
+    num_held_out = max(1, int(_HELD_OUT_SHARE * len(records)))
+    parts = [records[i] for i in order[num_held_out:]], [records[i] for i in order[:num_held_out]]
+  else:
+    max_completion_len = config.max_completion_len or arithmetic.MAX_COMPLETION_LEN
+    parts = tuple(arithmetic.prompt_records(held_out=held_out) for held_out in (False, True))
+  context = min(
+    model.config.max_len
+    for model in (models.policy, models.reference, models.value_model, models.reward_model)
+    if model
+  )
+  if max_completion_len >= context:
+    raise UserError(
+      f"--max_completion_len={max_completion_len} leaves no room for a prompt: the smallest context "
+      f"of the models holds {context} tokens."
+    )
+  training, held_out = (
+    data.encode_prompts(part, models.tokenizer, max_prompt_len=context - max_completion_len)
+    for part in parts
+  )
+  answers = None
+  if not config.prompts:
+    answers = arithmetic.answer_tokens(parts[1], models.tokenizer)
+  return Task(training, held_out, max_completion_len, reward_fn, answers)
+
+
+def init_state(config, models: Models) -> learner.TrainState:
+  """Returns the state before the first iteration; its buffers are its own."""
+  params = copy({"policy": models.policy_params, "value": models.value_params})
+  return learner.TrainState(
+    params=params,
+    opt_state=init_optimizer(params),
+    controller=ControllerState(
+      jnp.float32(config.beta if config.kl_placement != "none" else 0.0), jnp.int32(0)
+    ),
+    trust_region=ControllerState(jnp.float32(config.trust_region_beta), jnp.int32(0)),
+    hypers=learner.hypers_from_config(config),
+    key=jax.random.key(config.seed),
+    iteration=jnp.int32(0),
+  )
+
+
+def run(config, workdir: pathlib.Path, models: Models, task: Task, *, keys) -> dict[str, Any]:
+  """Trains, evaluates before and after, writes all files of a run and returns the summary.
+
+  Args:
+    config: the experiment's config.
+    workdir: the run's folder.
+    models: what `load_models` returned.
+    task: what `load_task` returned.
+    keys: (metric, label) of the figures shown while it runs.
+  """
+  mesh = parallel.make_mesh(config.mesh)
+  parallel.check_batch_size(mesh, config.batch_size)
+  state = init_state(config, models)
+  shardings = parallel.state_shardings(mesh, state)
+  state = jax.device_put(state, shardings)
+  frozen = {"reference": models.reference_params, "reward_model": models.reward_params}
+  frozen = jax.device_put(frozen, parallel.state_shardings(mesh, frozen))
+  start, state = loop.restore_or_init(workdir, state, keep=config.keep)
+  sample = make_sample_fn(
+    models.policy,
+    max_completion_len=task.max_completion_len,
+    eos_id=models.tokenizer.eos_id,
+    pad_id=models.tokenizer.pad_id,
+  )
+  judge = _Judge(config, mesh, models, task, sample, frozen)
+  before = judge(jax.device_put(models.policy_params, shardings.params["policy"]), when="before")
+  if start == 0:
+    evaluation.step_zero_checks(
+      before.evaluation,
+      starts_as_reference=not config.reference,
+      dtype=models.policy.config.dtype,
+    )
+  step = _make_step(config, mesh, models, task, sample, frozen, shardings)
+  iterations = loop.run(step, state, start=start, workdir=workdir, **config.loop_settings())
+  for _, state, _ in progress.show(
+    iterations, title="PPO", start=start, total=config.num_iterations, keys=keys
+  ):
+    pass
+  after = judge(state.params["policy"], when="after")
+  params = jax.device_get(state.params)
+  save_policy(workdir / "model", models.policy.config, params["policy"], models.tokenizer)
+  save_scalar(workdir / "value_model", models.value_model.config, params["value"], models.tokenizer)
+  (workdir / "samples.jsonl").write_text(
+    "".join(json.dumps(record) + "\n" for record in before.samples + after.samples)
+  )
+  figures = {f"{name}_before": x for name, x in before.figures.items()}
+  figures |= {f"{name}_after": x for name, x in after.figures.items()}
+  # The KLs that a run is known by are those of the trained policy.
+  figures |= {name: x for name, x in after.figures.items() if name.startswith("kl_ref")}
+  summary = write_summary(workdir, figures)
+  write_report(workdir)
+  return summary
+
+
+def _make_step(config, mesh, models: Models, task: Task, sample, frozen, shardings):
+  """Returns step(state, iteration) -> (state, metrics) for `loop.run`; compiled, state donated."""
+  rows_sharding = parallel.by_rows(mesh)
+  prompts, prompt_mask = jax.device_put(
+    (task.training.tokens, task.training.mask), parallel.replicated(mesh)
+  )
+  out_shardings = (shardings, None)
+  parts = (config, task.max_completion_len, models.policy, models.value_model, models.reference)
+  jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
+
+  def rows_of(iteration):
+    return data.batch_rows(
+      config.data_seed, iteration, config.batch_size, len(task.training.tokens)
+    )
+
+  if task.reward_fn is None:
+    score = make_reward_model_score_fn(models.reward_model)
+    iterate = jit(learner.make_iteration_fn(*parts, sample, score))
+
+    def step(state, iteration):
+      rows = jax.device_put(rows_of(iteration), rows_sharding)
+      return iterate(state, frozen, prompts, prompt_mask, rows)
+
+    return step
+
+  rollout_fn = jit(functools.partial(learner.sample_rollout, sample))
+  update = jit(learner.make_update_fn(*parts))
+  notice_slow = _SlowRewardNotice()
+
+  def step_with_host_reward(state, iteration):
+    rows = rows_of(iteration)
+    began = time.monotonic()
+    state, rollout = rollout_fn(state, prompts, prompt_mask, jax.device_put(rows, rows_sharding))
+    texts = data.completion_texts(models.tokenizer, jax.device_get(rollout))
+    sampled = time.monotonic()
+    scores = rewards.scores(task.reward_fn, [task.training.records[row] for row in rows], texts)
+    scored = time.monotonic()
+    state, pairs = update(
+      state, frozen["reference"], rollout, jax.device_put(scores, rows_sharding)
+    )
+    jax.block_until_ready(pairs)
+    notice_slow(scored - sampled, time.monotonic() - began, len(texts))
+    return state, pairs
+
+  return step_with_host_reward
+
+
+def make_reward_model_score_fn(reward_model: ScalarModel) -> Callable:
+  """Returns score(frozen, rollout, rows) -> [B], the reward model's score on the device."""
+  return lambda frozen, rollout, rows: completions.reward_model_scores(
+    reward_model, frozen["reward_model"], rollout
+  )
+
+
+class _SlowRewardNotice:
+  """Says once when the user's reward function takes most of an iteration."""
+
+  def __init__(self):
+    self._said = False
+
+  def __call__(self, reward_seconds: float, iteration_seconds: float, num: int) -> None:
+    slow = reward_seconds > 1.0 and reward_seconds > _SLOW_REWARD_SHARE * iteration_seconds
+    if slow and not self._said:
+      self._said = True
+      progress.console.print(
+        f"The reward function takes {reward_seconds:.1f} s for {num} completions, "
+        f"{reward_seconds / iteration_seconds:.0%} of an iteration."
+      )
+
+
+class _Judgement(NamedTuple):
+  evaluation: evaluation.Evaluation
+  figures: dict[str, float | None]
+  samples: list[dict[str, Any]]
+
+
+class _Judge:
+  """Evaluates policies on the same held-out prompts with the same keys; compiles once."""
+
+  def __init__(self, config, mesh, models: Models, task: Task, sample, frozen):
+    self._config, self._models, self._task, self._frozen = config, models, task, frozen
+    self._rows = np.arange(config.num_eval_rows) % len(task.held_out.tokens)
+    self._prompts = jax.device_put(
+      (task.held_out.tokens[self._rows], task.held_out.mask[self._rows]),
+      parallel.replicated(mesh),
+    )
+    self._evaluate = jax.jit(evaluation.make_evaluate_fn(models.policy, models.reference, sample))
+    if task.reward_fn is None:
+      self._score = jax.jit(make_reward_model_score_fn(models.reward_model))
+
+  def __call__(self, params, *, when: str) -> _Judgement:
+    task, tokenizer = self._task, self._models.tokenizer
+    evaluated = self._evaluate(
+      params,
+      self._frozen["reference"],
+      *self._prompts,
+      # The same noise before and after, and never the training's.
+      jax.random.fold_in(jax.random.key(self._config.seed), 2**31 - 1),
+      temperature=jnp.float32(self._config.temperature),
+    )
+    texts = evaluation.texts_of(evaluated, tokenizer)
+    records = [task.held_out.records[row] for row in self._rows]
+    if task.reward_fn is None:
+      scores = np.asarray(self._score(self._frozen, evaluated.rollout, None))
+    else:
+      scores = rewards.scores(task.reward_fn, records, texts)
+    gold = self._gold(evaluated.rollout)
+    prompts = [record["prompt"] for record in records]
+    return _Judgement(
+      evaluated,
+      evaluation.figures(evaluated, scores, gold, texts),
+      evaluation.samples(
+        when,
+        evaluated,
+        scores,
+        gold,
+        texts,
+        prompts,
+        tokenizer,
+        self._config.num_samples,
+      ),
+    )
+
+  def _gold(self, rollout: Rollout) -> np.ndarray | None:
+    if self._task.answers is None:
+      return None
+    return np.asarray(
+      arithmetic.accuracy(
+        completions.completion_tokens(rollout),
+        rollout.completion_mask,
+        self._task.answers[self._rows],
+        pad_id=self._models.tokenizer.pad_id,
+      )
+    )

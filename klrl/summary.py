@@ -1,0 +1,52 @@
+"""`summary.json`: the figures that a finished run is judged by, and what it ran on."""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+
+import jax
+
+from klrl import metrics
+from klrl.workdir import write_text
+
+_PACKAGES = ("klrl", "jax", "flax", "optax", "orbax-checkpoint", "chex")
+# Present in every summary, null where an experiment has no such figure.
+_ALWAYS = (
+  "score_before",
+  "score_after",
+  "gold_before",
+  "gold_after",
+  *(
+    f"{name}{suffix}"
+    for name in ("kl_ref_k1", "kl_ref_k3", "kl_ref_exact")
+    for suffix in ("", "_stderr")
+  ),
+)
+
+
+def write_summary(workdir: pathlib.Path, figures: dict) -> dict:
+  """Writes `summary.json`, which marks the run as finished, and returns its content."""
+  timing = metrics.read_lines(workdir / "timing.jsonl")
+  # The first iteration compiles; a rate that includes it says nothing about the machine.
+  rates = sorted(line["tokens_per_second"] for line in timing[1:])
+  summary = {
+    **dict.fromkeys(_ALWAYS),
+    **figures,
+    "wall_seconds": timing[-1]["elapsed_seconds"] if timing else 0.0,
+    "tokens_per_second": rates[len(rates) // 2] if rates else None,
+    "num_iterations": len(timing),
+    "versions": {
+      "python": platform.python_version(),
+      **{package: importlib.metadata.version(package) for package in _PACKAGES},
+    },
+    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+  }
+  write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+  return summary
+
+
+def read_summary(workdir: pathlib.Path) -> dict | None:
+  """Returns the content of `summary.json`, None where the run has not finished."""
+  path = workdir / "summary.json"
+  return json.loads(path.read_text()) if path.exists() else None

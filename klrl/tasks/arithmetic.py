@@ -1,0 +1,124 @@
+"""The embedded task: add two numbers, character by character.
+
+    prompt "38+47="   completion "85"         operands below 50, so at most two digits
+
+All of it is generated here. Demonstrations are of imperfect quality, preferences carry label noise,
+and an exact verifier (`accuracy`) gives the gold score, which no training stage ever sees. A tenth
+of the problems is held out.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+
+from klrl.models import TokenizerInfo
+
+MAX_COMPLETION_LEN = 4  # the end-of-sequence, and one digit more than any answer has
+MAX_PROMPT_LEN = 7  # beginning-of-sequence and "38+47="
+_SPECIAL = ("<pad>", "<s>", "</s>")
+_OPERANDS = 50
+
+
+def make_tokenizer() -> TokenizerInfo:
+  """Returns a tokenizer with one token per character, and the three special ones."""
+  vocabulary = {token: i for i, token in enumerate([*_SPECIAL, *"0123456789+="])}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+  tokenizer.decoder = tokenizers.decoders.Fuse()
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+  )
+  tokenizer.add_special_tokens(list(_SPECIAL))
+  return TokenizerInfo(tokenizer, bos_id=1, eos_id=2, pad_id=0)
+
+
+def problems(*, held_out: bool) -> np.ndarray:
+  """Returns [N, 2] int, the operands of one of the two fixed parts, in random order."""
+  order = np.random.default_rng(0).permutation(_OPERANDS**2)
+  num_held_out = len(order) // 10
+  part = order[:num_held_out] if held_out else order[num_held_out:]
+  return np.stack(np.divmod(part, _OPERANDS), axis=1)
+
+
+def prompt(a: int, b: int) -> str:
+  """Returns the text of a problem."""
+  return f"{a}+{b}="
+
+
+def prompt_records(*, held_out: bool) -> list[dict[str, str]]:
+  """Returns `{"prompt", "answer"}` for every problem of a part."""
+  return [
+    {"prompt": prompt(a, b), "answer": str(a + b)} for a, b in problems(held_out=held_out).tolist()
+  ]
+
+
+def demonstrations(seed: int, num: int, *, quality: float = 0.5) -> list[tuple[str, str]]:
+  """Returns (prompt, completion) texts of which a fraction `quality` is right.
+
+  The others make a slip that people make: a carry forgotten, one too many or too few, or a digit
+  misread.
+  """
+  rng = np.random.default_rng((seed, 1))
+  pairs = _draw_problems(rng, num)
+  return [
+    (prompt(a, b), str(a + b) if rng.random() < quality else _slip(rng, a, b))
+    for a, b in pairs.tolist()
+  ]
+
+
+def preferences(seed: int, num: int, *, label_noise: float = 0.1) -> list[tuple[str, str, str]]:
+  """Returns (prompt, chosen, rejected) texts; a fraction `label_noise` has the labels swapped.
+
+  Each pair sets the right answer against a slip.
+  """
+  rng = np.random.default_rng((seed, 2))
+  triples = []
+  for a, b in _draw_problems(rng, num).tolist():
+    pair = str(a + b), _slip(rng, a, b)
+    chosen, rejected = pair[::-1] if rng.random() < label_noise else pair
+    triples.append((prompt(a, b), chosen, rejected))
+  return triples
+
+
+def _draw_problems(rng: np.random.Generator, num: int) -> np.ndarray:
+  pool = problems(held_out=False)
+  return pool[rng.integers(len(pool), size=num)]
+
+
+def _slip(rng: np.random.Generator, a: int, b: int) -> str:
+  total = a + b
+  match rng.integers(3):
+    case 0:  # A carry forgotten, or one that was not there.
+      return str(total - 10 if a % 10 + b % 10 >= 10 else total + 10)
+    case 1:
+      return str(total + rng.choice((-1, 1))) if total else "1"
+    case _:  # One digit misread as another; never the leading one as 0.
+      digits = list(str(total))
+      position = rng.integers(len(digits))
+      smallest = int(position == 0 and len(digits) > 1)
+      others = [digit for digit in "0123456789"[smallest:] if digit != digits[position]]
+      digits[position] = rng.choice(others)
+      return "".join(digits)
+
+
+def answer_tokens(records: list[dict[str, str]], tokenizer: TokenizerInfo) -> np.ndarray:
+  """Returns [N, T] int32, each record's right completion with its end-of-sequence, padded."""
+  answers = np.full((len(records), MAX_COMPLETION_LEN), tokenizer.pad_id, np.int32)
+  for row, record in zip(answers, records, strict=True):
+    ids = tokenizer.tokenizer.encode(record["answer"], add_special_tokens=False).ids
+    row[: len(ids) + 1] = [*ids, tokenizer.eos_id]
+  return answers
+
+
+def accuracy(completions, completion_mask, answers, *, pad_id: int):
+  """Returns [B] float32: 1 where the completion is exactly the answer and ends there, else 0.
+
+  Args:
+    completions: [B, T] int32 sampled tokens.
+    completion_mask: [B, T] bool.
+    answers: [B, T] int32 rows of `answer_tokens`.
+    pad_id: the padding token of `answers`.
+  """
+  return jnp.all(jnp.where(completion_mask, completions, pad_id) == answers, axis=1).astype(
+    jnp.float32
+  )

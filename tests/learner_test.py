@@ -1,0 +1,355 @@
+"""Tests of the PPO learner on a tiny decoder: what reaches the state, and what does not."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import ppo
+from klrl import learner, ops, parallel
+from klrl.models import DecoderConfig, policy_model, scalar_model
+from klrl.optimizer import init_optimizer
+from klrl.sampling import Rollout, make_sample_fn
+
+BATCH, PROMPT_LEN, MAX_COMPLETION_LEN, VOCAB = 8, 3, 4, 7
+DECODER = DecoderConfig(
+  vocab_size=VOCAB,
+  width=16,
+  num_layers=1,
+  num_heads=2,
+  num_kv_heads=2,
+  head_dim=8,
+  mlp_dim=32,
+  max_len=16,
+)
+POLICY, VALUE = policy_model(DECODER), scalar_model(DECODER)
+
+
+def make_config(**changes):
+  return ppo.Config(**{"batch_size": BATCH, "num_epochs": 2, "num_minibatches": 2, **changes})
+
+
+def make_state(config, *, seed=0):
+  policy_key, value_key = jax.random.split(jax.random.key(seed))
+  # Larger than the usual initialisation, so that distributions are far from uniform.
+  policy_params = jax.tree.map(lambda x: 10 * x, POLICY.init(policy_key))
+  params = {"policy": policy_params, "value": VALUE.init(value_key)}
+  return learner.TrainState(
+    params=params,
+    opt_state=init_optimizer(params),
+    controller=ops.ControllerState(jnp.float32(config.beta), jnp.int32(0)),
+    trust_region=ops.ControllerState(jnp.float32(config.trust_region_beta), jnp.int32(0)),
+    hypers=learner.hypers_from_config(config),
+    key=jax.random.key(seed + 1),
+    iteration=jnp.int32(0),
+  )
+
+
+def make_prompts():
+  tokens = jax.random.randint(jax.random.key(5), (BATCH, PROMPT_LEN), 3, VOCAB)
+  mask = jnp.ones((BATCH, PROMPT_LEN), bool).at[0, 0].set(False)
+  return tokens, mask
+
+
+@functools.cache
+def make_rollout() -> Rollout:
+  sample = make_sample_fn(POLICY, max_completion_len=MAX_COMPLETION_LEN, eos_id=2, pad_id=0)
+  state = make_state(make_config())
+  tokens, mask = make_prompts()
+  return jax.jit(sample)(
+    state.params["policy"], tokens, mask, jax.random.key(9), temperature=jnp.float32(1.0)
+  )
+
+
+def scores_of(rollout):
+  return jnp.sum(rollout.completion_mask & (rollout.tokens[:, PROMPT_LEN:] == 3), axis=1) * 1.0
+
+
+def reference_params():
+  return make_state(make_config(), seed=3).params["policy"]
+
+
+@functools.cache
+def compiled_update(config):
+  return jax.jit(learner.make_update_fn(config, MAX_COMPLETION_LEN, POLICY, VALUE, POLICY))
+
+
+def update(config, rollout=None, *, state=None, scores=None):
+  rollout = make_rollout() if rollout is None else rollout
+  # Traced coefficients do not need a program of their own.
+  traced = {name: getattr(make_config(), name) for name in learner.Hypers._fields}
+  fn = compiled_update(
+    dataclasses.replace(config, **traced, trust_region_beta=make_config().trust_region_beta)
+  )
+  state, metrics = fn(
+    make_state(config) if state is None else state,
+    reference_params(),
+    rollout,
+    scores_of(rollout) if scores is None else scores,
+  )
+  return state, {name: float(ops.divide(*pair)) for name, pair in metrics.items()}, metrics
+
+
+def moved(state):
+  start = make_state(make_config()).params["policy"]
+  return float(
+    jnp.sqrt(
+      sum(
+        jnp.sum((a - b) ** 2)
+        for a, b in zip(
+          jax.tree.leaves(state.params["policy"]), jax.tree.leaves(start), strict=True
+        )
+      )
+    )
+  )
+
+
+def test_reward_is_score_minus_beta_times_k1_to_the_reference():
+  beta = 0.7
+  _, figures, _ = update(make_config(beta=beta))
+  expected = figures["score/mean"] - beta * figures["kl/ref_k1"]
+  np.testing.assert_allclose(figures["reward/mean"], expected, rtol=1e-5)
+  assert abs(figures["kl/ref_k1"]) > 0.1
+
+
+def test_metrics_match_a_recomputation_with_dense_logits():
+  rollout, config = make_rollout(), make_config(learning_rate=0.0, kl_every=1)
+  _, figures, _ = update(config)
+  mask = np.asarray(rollout.completion_mask)
+  attention = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)
+
+  def vocab_log_probs(params):
+    hidden = POLICY.hidden(params, rollout.tokens, attention)[:, PROMPT_LEN - 1 : -1]
+    return np.asarray(jax.nn.log_softmax(hidden @ POLICY.unembedding(params)))
+
+  pi = vocab_log_probs(make_state(config).params["policy"])
+  ref = vocab_log_probs(reference_params())
+  tokens = np.asarray(rollout.tokens)[:, PROMPT_LEN:, None]
+  log_ratio = np.take_along_axis(pi - ref, tokens, axis=-1)[..., 0]
+  entropy = -(np.exp(pi) * pi).sum(-1)
+  exact = (np.exp(pi) * (pi - ref)).sum(-1)
+  expected = {
+    "kl/ref_k1": log_ratio[mask].sum() / BATCH,
+    "kl/ref_k1_per_token": log_ratio[mask].mean(),
+    "kl/ref_k3": (np.exp(-log_ratio) - 1 + log_ratio)[mask].sum() / BATCH,
+    "kl/ref_exact": exact[mask].sum() / BATCH,
+    "policy/entropy": entropy[mask].mean(),
+    "kl/old_k3": 0.0,
+    "policy/clip_fraction": 0.0,
+  }
+  for name, value in expected.items():
+    np.testing.assert_allclose(figures[name], value, rtol=2e-4, atol=2e-5, err_msg=name)
+  sums = np.where(mask, log_ratio, 0).sum(1)
+  np.testing.assert_allclose(
+    figures["kl/ref_k1_stderr"], sums.std(ddof=1) / np.sqrt(BATCH), rtol=1e-4
+  )
+
+
+def test_zero_learning_rate_moves_nothing_and_default_moves_both_models():
+  config = make_config(learning_rate=0.0)
+  state, _, _ = update(config)
+  chex.assert_trees_all_equal(state.params, make_state(config).params)
+  state, _, _ = update(make_config())
+  for old, new in zip(
+    jax.tree.leaves(make_state(config).params["value"]["decoder"]["layers"]["mlp"]),
+    jax.tree.leaves(state.params["value"]["decoder"]["layers"]["mlp"]),
+    strict=True,
+  ):
+    assert np.any(old != new)
+  assert moved(state) > 0
+
+
+def test_coefficients_are_traced_and_structure_is_static():
+  config = make_config()
+  fn = compiled_update(config)
+  rollout = make_rollout()
+  for beta, learning_rate, gae_lambda in ((0.1, 1e-3, 0.95), (0.0, 1e-2, 1.0), (3.0, 0.0, 0.0)):
+    state = make_state(make_config(beta=beta, learning_rate=learning_rate, gae_lambda=gae_lambda))
+    fn(state, reference_params(), rollout, scores_of(rollout))
+  assert fn._cache_size() == 1  # Padding tests of another shape run later, on other configs.
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"beta": 2.0},
+    {"gamma": 0.5},
+    {"gae_lambda": 0.1},
+    {"clip_eps_low": 0.0, "clip_eps_high": 0.0},
+    {"value_clip_eps": 1e-3},
+    {"vf_coef": 5.0},
+    {"entropy_coef": 1.0},
+    {"max_grad_norm": 1e-3},
+    {"learning_rate": 1e-4},
+    {"temperature": 0.5},
+    {"num_epochs": 1},
+    {"num_minibatches": 1},
+    {"whiten_advantages": False},
+    {"loss_aggregation": "sequence_mean_token_mean"},
+    {"loss_aggregation": "constant"},
+    {"kl_placement": "none"},
+    {"trust_region": "none"},
+    {"trust_region": "kl_old_new"},
+    {"trust_region": "kl_new_old"},
+    {"trust_region": "kl_new_old", "trust_region_beta": 7.0},
+  ],
+)
+def test_every_setting_changes_the_update(change):
+  base = {"learning_rate": 1e-2, "num_epochs": 2}
+  state, figures, _ = update(make_config(**base))
+  changed, changed_figures, _ = update(make_config(**{**base, **change}))
+  leaves = zip(jax.tree.leaves(state.params), jax.tree.leaves(changed.params), strict=True)
+  # A change of the loss's scale alone is undone by clipping and Adam; the loss still tells.
+  assert any(np.any(a != b) for a, b in leaves) or (
+    figures["policy/loss"] != changed_figures["policy/loss"]
+  )
+
+
+def test_max_kl_old_ends_the_epochs_and_counts_only_steps_taken():
+  config = make_config(learning_rate=1e-2, max_kl_old=0.0)
+  state, figures, _ = update(config)
+  # The first minibatch is on-policy, up to rounding; every one after it is not.
+  assert figures["policy/num_updates"] <= 1
+  _, free, _ = update(make_config(learning_rate=1e-2))
+  assert free["policy/num_updates"] == 4
+  assert moved(state) <= 1.01 * moved(
+    update(make_config(learning_rate=1e-2, num_epochs=1, num_minibatches=1))[0]
+  )
+
+
+def test_strong_trust_region_penalty_keeps_the_policy_closer():
+  base = {"learning_rate": 2e-2, "num_epochs": 8, "whiten_advantages": True}
+  free = update(make_config(**base, trust_region="none"))[1]["kl/old_k3"]
+  for direction in ("kl_old_new", "kl_new_old"):
+    held = update(make_config(**base, trust_region=direction, trust_region_beta=10.0))[1]
+    assert held["kl/old_k3"] < 0.5 * free, direction
+
+
+def test_adaptive_trust_region_doubles_after_a_large_step():
+  config = make_config(
+    learning_rate=3e-2,
+    trust_region="kl_old_new",
+    trust_region_adaptive=True,
+    trust_region_target=1e-4,
+  )
+  state, figures, _ = update(config)
+  assert figures["kl/old_k3"] > 1.5e-4
+  np.testing.assert_allclose(state.trust_region.beta, 2 * config.trust_region_beta)
+
+
+@pytest.mark.parametrize(
+  ("controller", "expected"),
+  [
+    ("fixed", 0.1),
+    ("doubling", 0.2),
+    ("proportional", 0.1 * (1 + 0.2 * BATCH / 10_000)),
+    ("linear", 0.1 * (1 - 1 / 60)),
+  ],
+)
+def test_controller_moves_beta_by_the_measured_kl(controller, expected):
+  change = {"controller": controller}
+  if controller in ("doubling", "proportional"):
+    change["kl_target"] = 1e-6  # The reference is another model: the KL is far above.
+  state, figures, _ = update(make_config(**change))
+  assert figures["kl/ref_k1"] > 1e-3
+  np.testing.assert_allclose(state.controller.beta, expected, rtol=1e-5)
+
+
+def test_without_kl_in_the_objective_the_reference_is_scored_at_its_cadence_only():
+  config = make_config(kl_placement="none", kl_every=2)
+  state = make_state(config)
+  _, _, first = update(config, state=state)
+  _, _, second = update(config, state=state._replace(iteration=jnp.int32(1)))
+  assert float(first["kl/ref_k1"][1]) > 0
+  assert float(second["kl/ref_k1"][1]) == 0
+  never = make_config(kl_placement="none", kl_every=0)
+  fn = learner.make_update_fn(never, MAX_COMPLETION_LEN, POLICY, VALUE, POLICY)
+  rollout = make_rollout()
+  poisoned = jax.tree.map(lambda x: x * jnp.nan, reference_params())
+  state, _ = jax.jit(fn)(make_state(never), poisoned, rollout, scores_of(rollout))
+  chex.assert_tree_all_finite(state.params)
+
+
+def test_longer_padding_changes_nothing():
+  rollout, extra = make_rollout(), 3
+  config = make_config(num_minibatches=1, num_epochs=1)
+
+  def pad(x, value=0):
+    return jnp.pad(x, ((0, 0), (0, extra)), constant_values=value)
+
+  padded = rollout._replace(
+    tokens=pad(rollout.tokens),
+    completion_mask=pad(rollout.completion_mask, False),
+    old_log_probs=pad(rollout.old_log_probs),
+    sampler_log_probs=pad(rollout.sampler_log_probs),
+  )
+  state, figures, _ = update(config)
+  padded_state, padded_figures, _ = update(config, padded)
+  chex.assert_trees_all_close(state.params, padded_state.params, atol=1e-5)
+  chex.assert_trees_all_close(figures, padded_figures, rtol=1e-4, atol=1e-5)
+
+
+def test_garbage_in_the_padding_reaches_nothing():
+  rollout = make_rollout()
+  assert not np.all(rollout.completion_mask)
+  dirty = rollout._replace(
+    old_log_probs=jnp.where(rollout.completion_mask, rollout.old_log_probs, jnp.nan)
+  )
+  config = make_config(trust_region="kl_new_old")
+  clean_state, clean, _ = update(config)
+  dirty_state, figures, _ = update(config, dirty)
+  chex.assert_trees_all_equal(clean_state.params, dirty_state.params)
+  chex.assert_trees_all_equal(clean, figures)
+
+
+@pytest.mark.parametrize("spec", ["data=4", "data=2,fsdp=2", "fsdp=2,tensor=2"])
+def test_sharded_update_equals_the_single_device_one(spec):
+  config = make_config()
+  fn = learner.make_update_fn(config, MAX_COMPLETION_LEN, POLICY, VALUE, POLICY)
+  rollout = make_rollout()
+  state, figures, _ = update(config)
+  mesh = parallel.make_mesh(spec)
+  start = make_state(config)
+  shardings = parallel.state_shardings(mesh, start)
+  sharded_state, metrics = jax.jit(fn, out_shardings=(shardings, None))(
+    jax.device_put(start, shardings),
+    jax.device_put(reference_params(), parallel.state_shardings(mesh, reference_params())),
+    jax.device_put(rollout, parallel.by_rows(mesh)),
+    jax.device_put(scores_of(rollout), parallel.by_rows(mesh)),
+  )
+  # Adam turns rounding of gradients near zero into steps, hence not tighter.
+  chex.assert_trees_all_close(
+    jax.device_get(sharded_state.params), jax.device_get(state.params), atol=2e-5
+  )
+  sharded = {name: float(ops.divide(*pair)) for name, pair in jax.device_get(metrics).items()}
+  chex.assert_trees_all_close(sharded, figures, rtol=1e-3, atol=1e-5)
+
+
+def test_ppo_learns_which_token_pays():
+  config = make_config(
+    batch_size=64, num_minibatches=2, num_epochs=2, learning_rate=1e-2, beta=0.0, num_iterations=15
+  )
+  sample = make_sample_fn(POLICY, max_completion_len=MAX_COMPLETION_LEN, eos_id=2, pad_id=0)
+  iterate = jax.jit(
+    learner.make_iteration_fn(
+      config,
+      MAX_COMPLETION_LEN,
+      POLICY,
+      VALUE,
+      POLICY,
+      sample,
+      lambda frozen, rollout, rows: scores_of(rollout),
+    )
+  )
+  tokens, mask = make_prompts()
+  state, frozen = make_state(config), {"reference": make_state(config).params["policy"]}
+  history = []
+  for _ in range(config.num_iterations):
+    state, metrics = iterate(state, frozen, tokens, mask, jnp.arange(64) % BATCH)
+    history.append(float(ops.divide(*metrics["score/mean"])))
+  assert history[-1] > history[0] + 1.0, history
+  assert int(state.iteration) == config.num_iterations
