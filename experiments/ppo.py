@@ -3,10 +3,10 @@
     python -m experiments.ppo
     python -m experiments.ppo --policy=DIR --prompts=FILE.jsonl --reward=FILE.py:FUNCTION
 
-Without flags it runs three stages on an embedded task, addition by characters: supervised fine-tuning
-on demonstrations of which half are wrong, a reward model from preferences of which a tenth is
-swapped, and PPO; then it compares the SFT policy with the PPO policy on held-out problems, with an
-exact verifier as the gold score that no stage has seen.
+Without flags it runs three stages on an embedded task, addition by characters: supervised
+fine-tuning on demonstrations of which half are wrong, a reward model from preferences of which one
+in twenty is swapped, and PPO; then it compares the SFT policy with the PPO policy on held-out
+problems, with an exact verifier as the gold score that no stage has seen.
 
     J = E[r - beta * log(pi / pi_ref)]     (Ouyang et al., InstructGPT, 2022, eq. 2)
 
@@ -132,10 +132,10 @@ class Config(shared_flags.RunConfig):
   num_eval_rows: int = setting(512, "held-out completions before and after", minimum=2)
   num_samples: int = setting(8, "completions shown in the report", minimum=0)
   sft_iterations: int = setting(
-    1200, "iterations of the embedded SFT stage", minimum=1, read_when=("policy", ("",))
+    700, "iterations of the embedded SFT stage", minimum=1, read_when=("policy", ("",))
   )
   reward_model_iterations: int = setting(
-    300, "iterations of the embedded reward model stage", minimum=1, read_when=("policy", ("",))
+    1000, "iterations of the embedded reward model stage", minimum=1, read_when=("policy", ("",))
   )
 
   def __post_init__(self):

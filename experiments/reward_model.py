@@ -7,8 +7,9 @@
 
 (Stiennon et al., "Learning to summarize from human feedback", 2020, section 3.4.) The score is read
 at the last token. Without flags it starts from the embedded SFT model (running that stage first, if
-need be) and learns from embedded preferences with a tenth of the labels swapped. With `--data` it reads
-lines of `{"prompt": ..., "chosen": ..., "rejected": ...}`. The model is left in WORKDIR/model.
+need be) and learns from embedded preferences with one label in twenty swapped. With `--data` it
+reads lines of `{"prompt": ..., "chosen": ..., "rejected": ...}`. The model is left in
+WORKDIR/model.
 """
 
 import dataclasses
@@ -42,21 +43,22 @@ from klrl.workdir import open_workdir
 class Config(shared_flags.RunConfig):
   """Settings of reward modelling."""
 
-  num_iterations: int = setting(300, "iterations", minimum=1)
+  num_iterations: int = setting(1000, "iterations", minimum=1)
+  batch_size: int = setting(128, "pairs per iteration", minimum=1)
   learning_rate: float = setting(1e-3, "peak learning rate of Adam", minimum=0.0)
   max_grad_norm: float = setting(1.0, "largest global gradient norm", minimum=0.0)
   policy: str = setting("", "model directory to start from; default: the embedded SFT stage")
   data: str = setting("", "JSON lines with prompt, chosen, rejected; default: embedded arithmetic")
   num_preferences: int = setting(60_000, "embedded pairs", minimum=2, read_when=("data", ("",)))
   label_noise: float = setting(
-    0.1,
+    0.05,
     "share of swapped labels among embedded pairs",
     minimum=0.0,
     maximum=1.0,
     read_when=("data", ("",)),
   )
   sft_iterations: int = setting(
-    1200, "iterations of the embedded SFT stage", minimum=1, read_when=("policy", ("",))
+    700, "iterations of the embedded SFT stage", minimum=1, read_when=("policy", ("",))
   )
 
 
@@ -99,14 +101,14 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
 
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
   run = loop.run(step, state, start=start, workdir=workdir, **config.loop_settings())
-  for _, state, _ in progress.show(  # noqa: B007
+  state = progress.watch(
     run,
+    state,
     title="Reward model",
     start=start,
     total=config.num_iterations,
     keys=(("loss/bradley_terry", "loss"), ("loss/accuracy", "accuracy")),
-  ):
-    pass
+  )
   pairs = evaluate(state.params, jax.device_put(held_out, parallel.replicated(mesh)))
   accuracy = float(ops.divide(*pairs["loss/accuracy"]))
   save_scalar(workdir / "model", model_config, jax.device_get(state.params), tokenizer)

@@ -3,8 +3,8 @@
     python -m experiments.sft
     python -m experiments.sft --policy=DIR --data=FILE.jsonl
 
-Without flags it trains a small decoder from scratch on the embedded arithmetic demonstrations, half
-of which are wrong. With `--data` it trains on lines of `{"prompt": ..., "completion": ...}`. The loss
+Without flags it trains a small decoder from scratch on embedded arithmetic demonstrations, half of
+which are wrong. With `--data` it trains on lines of `{"prompt": ..., "completion": ...}`. The loss
 counts the completion's tokens only. The model is left in WORKDIR/model.
 """
 
@@ -36,7 +36,7 @@ from klrl.workdir import open_workdir
 class Config(shared_flags.RunConfig):
   """Settings of supervised fine-tuning."""
 
-  num_iterations: int = setting(1200, "iterations", minimum=1)
+  num_iterations: int = setting(700, "iterations", minimum=1)
   learning_rate: float = setting(4e-3, "peak learning rate of Adam", minimum=0.0)
   max_grad_norm: float = setting(1.0, "largest global gradient norm", minimum=0.0)
   policy: str = setting("", "model directory to start from; default: a fresh small decoder")
@@ -84,14 +84,14 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
 
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
   run = loop.run(step, state, start=start, workdir=workdir, **config.loop_settings())
-  for _, state, _ in progress.show(  # noqa: B007  the last state is what we are after
+  state = progress.watch(
     run,
+    state,
     title="SFT",
     start=start,
     total=config.num_iterations,
     keys=(("loss/cross_entropy", "cross-entropy"), ("gradient/norm", "gradient")),
-  ):
-    pass
+  )
   pairs = evaluate(state.params, jax.device_put(held_out, parallel.replicated(mesh)))
   held_out_loss = float(ops.divide(*pairs["loss/cross_entropy"]))
   save_policy(workdir / "model", model_config, jax.device_get(state.params), tokenizer)

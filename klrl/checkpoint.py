@@ -22,7 +22,7 @@ class Checkpoints:
     )
 
   def latest(self) -> int | None:
-    """Returns the number of finished iterations in the newest checkpoint, None where there is none."""
+    """Returns how many iterations the newest checkpoint has done, None where there is none."""
     return self._manager.latest_step()
 
   def save(self, iteration: int, state) -> None:

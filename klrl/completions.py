@@ -32,7 +32,7 @@ def completion_hidden(policy, params, rollout: Rollout) -> jax.Array:
 
 
 def log_probs_and_entropy(policy, params, rollout: Rollout, *, temperature):
-  """Returns the log-probs of the completion tokens and the policy's entropy there, each [B, T], nats.
+  """Returns log-probs of the completion tokens and the policy's entropy there, [B, T] each, nats.
 
   Gradient flows to `params`; [B, T, V] logits are never held.
   """

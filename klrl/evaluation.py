@@ -1,6 +1,7 @@
 """Before and after: a policy on held-out prompts, and the checks that every run makes at step 0."""
 
 import collections
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -105,8 +106,8 @@ def step_zero_checks(evaluation: Evaluation, *, starts_as_reference: bool, dtype
     gap = np.abs(np.where(mask, rescored - np.asarray(evaluation.ref_log_probs), 0.0)).max()
     if not gap <= tolerance:
       raise UserError(
-        f"Step 0: the policy starts as its reference, yet their log-probs differ by {gap:.2g} nats, "
-        "so KL(pi || pi_ref) is not 0. Check that both were loaded from the same files."
+        f"Step 0: the policy starts as its reference, yet their log-probs differ by {gap:.2g} "
+        "nats, so KL(pi || pi_ref) is not 0. Check that both were loaded from the same files."
       )
   # -log pi(a|s) - H(pi(.|s)) has mean zero at every state if the draws come from pi.
   surprise = np.where(mask, -sampled - np.asarray(evaluation.entropy), 0.0).sum(axis=1)
@@ -153,11 +154,11 @@ def samples(
 
 
 def distinct_2(texts: list[str]) -> float | None:
-  """Returns the share of different pairs among all pairs of neighbouring words; None without any."""
+  """Returns the share of different ones among all pairs of neighbouring words, None without any."""
   pairs: collections.Counter = collections.Counter()
   for text in texts:
     words = text.split()
-    pairs.update(zip(words, words[1:], strict=False))
+    pairs.update(itertools.pairwise(words))
   return len(pairs) / pairs.total() if pairs else None
 
 

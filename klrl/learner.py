@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from klrl import completions, ops
+from klrl import completions, measures, ops
 from klrl.optimizer import apply_gradients
 from klrl.sampling import Rollout
 
@@ -94,9 +94,9 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
     )
     metrics = {
       **kl_metrics,
-      **_rollout_metrics(rollout, scores),
+      **measures.rollout_metrics(rollout, scores),
       "reward/mean": (rewards.sum(), jnp.float32(scores.shape[0])),
-      "value/explained_variance": _explained_variance(old_values, returns, mask),
+      "value/explained_variance": measures.explained_variance(old_values, returns, mask),
       "controller/beta": (state.controller.beta, 1.0),
     }
     if config.trust_region in ("kl_old_new", "kl_new_old"):
@@ -111,8 +111,8 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
       policy, params["policy"], rollout, temperature=hypers.temperature
     )
     kl_old = {
-      "kl/old_k1": _per_sequence(ops.k1(rollout.old_log_probs, log_probs), mask),
-      "kl/old_k3": _per_sequence(ops.k3(rollout.old_log_probs, log_probs), mask),
+      "kl/old_k1": measures.per_sequence(ops.k1(rollout.old_log_probs, log_probs), mask),
+      "kl/old_k3": measures.per_sequence(ops.k3(rollout.old_log_probs, log_probs), mask),
     }
     trust_region = state.trust_region
     if config.trust_region_adaptive:
@@ -170,23 +170,6 @@ def sample_rollout(sample, state: TrainState, prompts, prompt_mask, rows):
   return state._replace(key=key), rollout
 
 
-def _per_sequence(x, mask):
-  """Returns (sum over all tokens, number of sequences): the mean of sequence sums."""
-  return jnp.where(mask, x, 0.0).sum(), jnp.float32(mask.shape[0])
-
-
-def _sequence_stats(name: str, per_token, mask):
-  """Returns the mean over sequences, its standard error, and the mean per token."""
-  sums = jnp.where(mask, per_token, 0.0).sum(axis=1)
-  num_sequences = jnp.float32(sums.shape[0])
-  stderr = jnp.std(sums, ddof=1) / jnp.sqrt(num_sequences)
-  return {
-    name: (sums.sum(), num_sequences),
-    f"{name}_stderr": (stderr, 1.0),
-    f"{name}_per_token": (sums.sum(), mask.sum().astype(jnp.float32)),
-  }
-
-
 def _reference_kl(config, policy, reference, state, reference_params, rollout, *, temperature):
   """Returns the per-token KL that goes into the reward [B, T], and the kl/ref_* metrics.
 
@@ -204,7 +187,9 @@ def _reference_kl(config, policy, reference, state, reference_params, rollout, *
     )
     kl = ops.k1(rollout.old_log_probs, ref_log_probs)
     k3 = ops.k3(rollout.old_log_probs, ref_log_probs)
-    return kl, _sequence_stats("kl/ref_k1", kl, mask) | _sequence_stats("kl/ref_k3", k3, mask)
+    return kl, measures.sequence_stats("kl/ref_k1", kl, mask) | measures.sequence_stats(
+      "kl/ref_k3", k3, mask
+    )
 
   def exact(ref_hidden):
     params = state.params["policy"]
@@ -215,7 +200,7 @@ def _reference_kl(config, policy, reference, state, reference_params, rollout, *
       reference.unembedding(reference_params),
       temperature=temperature,
     )
-    return _sequence_stats("kl/ref_exact", kl, mask)
+    return measures.sequence_stats("kl/ref_exact", kl, mask)
 
   def ref_hidden():
     return completions.completion_hidden(reference, reference_params, rollout)
@@ -240,25 +225,6 @@ def _at_cadence(config, state, measure):
   not_measured = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure))
   due = state.iteration % config.kl_every == 0
   return jax.lax.cond(due, measure, lambda: not_measured)
-
-
-def _rollout_metrics(rollout: Rollout, scores):
-  num_rows = jnp.float32(scores.shape[0])
-  num_tokens = rollout.completion_mask.sum().astype(jnp.float32)
-  return {
-    "score/mean": (scores.sum(), num_rows),
-    "score/std": (jnp.std(scores), 1.0),
-    "rollout/length": (num_tokens, num_rows),
-    "rollout/finished_fraction": (rollout.finished.sum().astype(jnp.float32), num_rows),
-    "rollout/tokens": (num_tokens, 1.0),
-  }
-
-
-def _explained_variance(values, returns, mask):
-  """Returns 1 - Var(returns - values) / Var(returns) over real tokens; not measured at variance 0."""
-  residual = ops.masked_var(returns - values, mask)
-  total = ops.masked_var(returns, mask)
-  return jnp.where(total > 0, total - residual, 0.0), jnp.where(total > 0, total, 0.0)
 
 
 def _make_loss_fn(config, max_completion_len, policy, value_model):
@@ -336,7 +302,7 @@ def _make_loss_fn(config, max_completion_len, policy, value_model):
         clip_eps_high=hypers.clip_eps_high,
       )
       metrics["policy/clip_fraction"] = (clipped.sum(), num_tokens)
-    kl_old = ops.divide(*_per_sequence(ops.k3(rollout.old_log_probs, log_probs), mask))
+    kl_old = ops.divide(*measures.per_sequence(ops.k3(rollout.old_log_probs, log_probs), mask))
     return loss, (metrics, kl_old)
 
   return loss_fn

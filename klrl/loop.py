@@ -1,7 +1,7 @@
 """The loop that every experiment runs: step, check, record, save.
 
-It knows nothing of flags, of mathematics or of how progress is shown: it is a generator, and whoever
-iterates decides what to print.
+It knows nothing of flags, of mathematics or of how progress is shown: it is a generator, and
+whoever iterates decides what to print.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Devices and mesh axes; the only file that names them.
 
-One mesh with the axes `sweep`, `data`, `fsdp` and `tensor`. Programs are plain `jax.jit` over global
-arrays whose `NamedSharding` says where they live; that is what `pjit` became.
+One mesh with the axes `sweep`, `data`, `fsdp` and `tensor`. Programs are plain `jax.jit` over
+global arrays whose `NamedSharding` says where they live; that is what `pjit` became.
 
 * `data`: rows of a batch.
 * `fsdp`: rows of a batch, and every parameter's largest divisible axis.
@@ -38,13 +38,13 @@ def make_mesh(spec: str) -> Mesh:
     axis, _, size = part.partition("=")
     if axis not in AXES or not size.isdigit() or int(size) < 1:
       raise UserError(
-        f"--mesh={spec}: {part!r} is not AXIS=SIZE with an axis of {', '.join(AXES)} and a size >= 1."
+        f"--mesh={spec}: {part!r} is not AXIS=SIZE with AXIS one of {', '.join(AXES)}, SIZE >= 1."
       )
     sizes[axis] = int(size)
   needed = math.prod(sizes.values())
   if needed > jax.device_count():
     raise UserError(
-      f"--mesh={spec} needs {needed} devices, but JAX sees {jax.device_count()}. Use a smaller mesh."
+      f"--mesh={spec} needs {needed} devices, JAX sees {jax.device_count()}. Use a smaller mesh."
     )
   return jax.make_mesh(
     tuple(sizes.values()),

@@ -71,8 +71,8 @@ def load_models(config, *, policy: str, reward_model: str) -> Models:
   """Returns the models in the directories `policy` and `reward_model` ("" for none).
 
   The reference is `config.reference`, else the policy as it starts; it is left out when nothing
-  measures or penalises a KL to it. The value model is `config.value_model`, else it starts as a copy
-  of the reward model, else of the policy's trunk with a zero head.
+  measures or penalises a KL to it. The value model is `config.value_model`, else it starts as a
+  copy of the reward model, else of the policy's trunk with a zero head.
 
   Raises:
     UserError: a directory that does not hold what it should, or tokenizers that differ.
@@ -142,8 +142,8 @@ def load_task(config, models: Models) -> Task:
   )
   if max_completion_len >= context:
     raise UserError(
-      f"--max_completion_len={max_completion_len} leaves no room for a prompt: the smallest context "
-      f"of the models holds {context} tokens."
+      f"--max_completion_len={max_completion_len} leaves no room for a prompt: the smallest "
+      f"context of the models holds {context} tokens."
     )
   training, held_out = (
     data.encode_prompts(part, models.tokenizer, max_prompt_len=context - max_completion_len)
@@ -205,10 +205,9 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, keys) -> d
     )
   step = _make_step(config, mesh, models, task, sample, frozen, shardings)
   iterations = loop.run(step, state, start=start, workdir=workdir, **config.loop_settings())
-  for _, state, _ in progress.show(
-    iterations, title="PPO", start=start, total=config.num_iterations, keys=keys
-  ):
-    pass
+  state = progress.watch(
+    iterations, state, title="PPO", start=start, total=config.num_iterations, keys=keys
+  )
   after = judge(state.params["policy"], when="after")
   params = jax.device_get(state.params)
   save_policy(workdir / "model", models.policy.config, params["policy"], models.tokenizer)

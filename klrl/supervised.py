@@ -22,7 +22,7 @@ class SupervisedState(NamedTuple):
 
 
 def init_supervised_state(params, config) -> SupervisedState:
-  """Returns the state before the first step; reads config.learning_rate and config.max_grad_norm."""
+  """Returns the state before the first step; reads `learning_rate` and `max_grad_norm`."""
   return SupervisedState(
     params,
     init_optimizer(params),

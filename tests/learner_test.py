@@ -15,7 +15,7 @@ from klrl.models import DecoderConfig, policy_model, scalar_model
 from klrl.optimizer import init_optimizer
 from klrl.sampling import Rollout, make_sample_fn
 
-BATCH, PROMPT_LEN, MAX_COMPLETION_LEN, VOCAB = 8, 3, 4, 7
+BATCH, PROMPT_LEN, MAX_COMPLETION_LEN, VOCAB, EOS = 8, 3, 4, 7, 4
 DECODER = DecoderConfig(
   vocab_size=VOCAB,
   width=16,
@@ -57,7 +57,7 @@ def make_prompts():
 
 @functools.cache
 def make_rollout() -> Rollout:
-  sample = make_sample_fn(POLICY, max_completion_len=MAX_COMPLETION_LEN, eos_id=2, pad_id=0)
+  sample = make_sample_fn(POLICY, max_completion_len=MAX_COMPLETION_LEN, eos_id=EOS, pad_id=0)
   state = make_state(make_config())
   tokens, mask = make_prompts()
   return jax.jit(sample)(
@@ -333,7 +333,7 @@ def test_ppo_learns_which_token_pays():
   config = make_config(
     batch_size=64, num_minibatches=2, num_epochs=2, learning_rate=1e-2, beta=0.0, num_iterations=15
   )
-  sample = make_sample_fn(POLICY, max_completion_len=MAX_COMPLETION_LEN, eos_id=2, pad_id=0)
+  sample = make_sample_fn(POLICY, max_completion_len=MAX_COMPLETION_LEN, eos_id=EOS, pad_id=0)
   iterate = jax.jit(
     learner.make_iteration_fn(
       config,

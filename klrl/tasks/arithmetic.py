@@ -1,10 +1,10 @@
 """The embedded task: add two numbers, character by character.
 
-    prompt "38+47="   completion "85"         operands below 50, so at most two digits
+    prompt "38+07="   completion "45"
 
-All of it is generated here. Demonstrations are of imperfect quality, preferences carry label noise,
-and an exact verifier (`accuracy`) gives the gold score, which no training stage ever sees. A tenth
-of the problems is held out.
+Operands are below 50 and every number has two digits. All of it is generated here. Demonstrations
+are of imperfect quality, preferences carry label noise, and an exact verifier (`accuracy`) gives
+the gold score, which no training stage ever sees. A tenth of the problems is held out.
 """
 
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ import tokenizers
 from klrl.models import TokenizerInfo
 
 MAX_COMPLETION_LEN = 4  # the end-of-sequence, and one digit more than any answer has
-MAX_PROMPT_LEN = 7  # beginning-of-sequence and "38+47="
 _SPECIAL = ("<pad>", "<s>", "</s>")
 _OPERANDS = 50
 
@@ -42,17 +41,23 @@ def problems(*, held_out: bool) -> np.ndarray:
 
 def prompt(a: int, b: int) -> str:
   """Returns the text of a problem."""
-  return f"{a}+{b}="
+  return f"{a:02d}+{b:02d}="
+
+
+def answer(a: int, b: int) -> str:
+  """Returns the right completion of a problem."""
+  return f"{a + b:02d}"
 
 
 def prompt_records(*, held_out: bool) -> list[dict[str, str]]:
   """Returns `{"prompt", "answer"}` for every problem of a part."""
   return [
-    {"prompt": prompt(a, b), "answer": str(a + b)} for a, b in problems(held_out=held_out).tolist()
+    {"prompt": prompt(a, b), "answer": answer(a, b)}
+    for a, b in problems(held_out=held_out).tolist()
   ]
 
 
-def demonstrations(seed: int, num: int, *, quality: float = 0.5) -> list[tuple[str, str]]:
+def demonstrations(seed: int, num: int, *, quality: float) -> list[tuple[str, str]]:
   """Returns (prompt, completion) texts of which a fraction `quality` is right.
 
   The others make a slip that people make: a carry forgotten, one too many or too few, or a digit
@@ -61,20 +66,21 @@ def demonstrations(seed: int, num: int, *, quality: float = 0.5) -> list[tuple[s
   rng = np.random.default_rng((seed, 1))
   pairs = _draw_problems(rng, num)
   return [
-    (prompt(a, b), str(a + b) if rng.random() < quality else _slip(rng, a, b))
+    (prompt(a, b), answer(a, b) if rng.random() < quality else _slip(rng, a, b))
     for a, b in pairs.tolist()
   ]
 
 
-def preferences(seed: int, num: int, *, label_noise: float = 0.1) -> list[tuple[str, str, str]]:
+def preferences(seed: int, num: int, *, label_noise: float) -> list[tuple[str, str, str]]:
   """Returns (prompt, chosen, rejected) texts; a fraction `label_noise` has the labels swapped.
 
-  Each pair sets the right answer against a slip.
+  Each pair sets the right answer against a slip or, half of the time, a wild guess: a reward model
+  that has seen slips only sits on a plateau for hundreds of iterations.
   """
   rng = np.random.default_rng((seed, 2))
   triples = []
   for a, b in _draw_problems(rng, num).tolist():
-    pair = str(a + b), _slip(rng, a, b)
+    pair = answer(a, b), _slip(rng, a, b) if rng.random() < 0.5 else _wild_guess(rng, a, b)
     chosen, rejected = pair[::-1] if rng.random() < label_noise else pair
     triples.append((prompt(a, b), chosen, rejected))
   return triples
@@ -86,19 +92,25 @@ def _draw_problems(rng: np.random.Generator, num: int) -> np.ndarray:
 
 
 def _slip(rng: np.random.Generator, a: int, b: int) -> str:
-  total = a + b
-  match rng.integers(3):
-    case 0:  # A carry forgotten, or one that was not there.
-      return str(total - 10 if a % 10 + b % 10 >= 10 else total + 10)
-    case 1:
-      return str(total + rng.choice((-1, 1))) if total else "1"
-    case _:  # One digit misread as another; never the leading one as 0.
-      digits = list(str(total))
-      position = rng.integers(len(digits))
-      smallest = int(position == 0 and len(digits) > 1)
-      others = [digit for digit in "0123456789"[smallest:] if digit != digits[position]]
-      digits[position] = rng.choice(others)
-      return "".join(digits)
+  """Returns a wrong answer of two digits."""
+  right = a + b
+  while True:
+    match rng.integers(3):
+      case 0:  # A carry forgotten, or one that was not there.
+        wrong = right - 10 if a % 10 + b % 10 >= 10 else right + 10
+      case 1:
+        wrong = right + rng.choice((-1, 1))
+      case _:  # One digit misread.
+        digits = list(answer(a, b))
+        digits[rng.integers(2)] = str(rng.integers(10))
+        wrong = int("".join(digits))
+    if wrong != right and 0 <= wrong < 100:
+      return f"{wrong:02d}"
+
+
+def _wild_guess(rng: np.random.Generator, a: int, b: int) -> str:
+  """Returns a wrong answer of two digits, all equally likely."""
+  return f"{(a + b + rng.integers(1, 100)) % 100:02d}"
 
 
 def answer_tokens(records: list[dict[str, str]], tokenizer: TokenizerInfo) -> np.ndarray:

@@ -73,8 +73,8 @@ def encode_prompts(
       raise UserError(f"Prompt {number} is empty and the tokenizer adds no beginning-of-sequence.")
     if len(row) > max_prompt_len:
       raise UserError(
-        f"Prompt {number} has {len(row)} tokens; at most {max_prompt_len} fit into the model's context "
-        f"beside the completion. Shorten it or lower --max_completion_len. "
+        f"Prompt {number} has {len(row)} tokens; at most {max_prompt_len} fit into the model's "
+        f"context beside the completion. Shorten it or lower --max_completion_len. "
         f"It begins {records[number - 1]['prompt'][:60]!r}."
       )
   tokens, mask = pad(rows, tokenizer.pad_id, left=True)

@@ -1,0 +1,277 @@
+"""Whole experiments at tiny size: what they leave behind, and how they say no."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from experiments import ppo, reward_model, sft
+from klrl import loop
+from klrl.errors import UserError
+from klrl.models import load_policy, load_scalar
+from klrl.tasks import arithmetic
+
+ROOT = pathlib.Path(__file__).parents[1]
+STORIES = ROOT.parent / "shared" / "models" / "stories260K"
+STAGES = {"sft_iterations": 3, "reward_model_iterations": 3}
+TINY = {
+  "num_iterations": 4,
+  "batch_size": 16,
+  "num_eval_rows": 16,
+  "num_samples": 2,
+  "num_epochs": 1,
+  "num_minibatches": 2,
+  "save_every": 2,
+  "kl_every": 2,
+  # One device: what several do is the business of learner_test.
+  "mesh": "data=1",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """The folder in which one embedded run has finished; every test of this file works in it."""
+  directory = tmp_path_factory.mktemp("experiments")
+  before = pathlib.Path.cwd()
+  os.chdir(directory)
+  ppo.main(ppo.Config(**TINY, **STAGES, workdir="embedded"))
+  yield directory
+  os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def own(runs):
+  """Settings of a run with a policy, prompts and a reward of one's own."""
+  with (runs / "prompts.jsonl").open("w") as file:
+    for i, record in enumerate(arithmetic.prompt_records(held_out=False)[:40]):
+      file.write(json.dumps({**record, "number": i}) + "\n")
+  (runs / "reward.py").write_text(
+    textwrap.dedent("""
+      def sevens(prompts, completions, answer, number, **columns):
+        assert all(isinstance(i, int) for i in number) and len(answer) == len(prompts)
+        return [completion.count("7") for completion in completions]
+    """)
+  )
+  (policy,) = (runs / "runs/stages").glob("sft-*")
+  return {
+    **TINY,
+    "policy": str(policy),
+    "prompts": "prompts.jsonl",
+    "reward": "reward.py:sevens",
+    "max_completion_len": 3,
+  }
+
+
+def read_lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_embedded_run_leaves_everything_behind(runs):
+  workdir = runs / "embedded"
+  for name in ("config.json", "flags.txt", "report.html", "samples.jsonl", "timing.jsonl"):
+    assert (workdir / name).stat().st_size, name
+  summary = json.loads((workdir / "summary.json").read_text())
+  for name in ("score_before", "score_after", "gold_before", "gold_after", "wall_seconds"):
+    assert isinstance(summary[name], float), name
+  for name in ("kl_ref_k1", "kl_ref_k3", "kl_ref_exact"):
+    assert summary[name] != 0 and summary[f"{name}_stderr"] > 0
+    assert summary[f"{name}_before"] == pytest.approx(0, abs=1e-5)
+  assert summary["num_iterations"] == TINY["num_iterations"]
+  lines = read_lines(workdir / "metrics.jsonl")
+  assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
+  assert [line["kl/ref_exact"] is None for line in lines] == [False, True, False, True]
+  whens = [(sample["when"], sample["index"]) for sample in read_lines(workdir / "samples.jsonl")]
+  assert whens == [("before", 0), ("before", 1), ("after", 0), ("after", 1)]
+  load_policy(workdir)
+  load_scalar(workdir / "value_model")
+
+
+def test_a_finished_run_is_shown_and_not_run_again(runs, capsys):
+  before = (runs / "embedded/timing.jsonl").read_bytes()
+  ppo.main(ppo.Config(**TINY, **STAGES, workdir="embedded"))
+  assert "finished before" in capsys.readouterr().out
+  assert (runs / "embedded/timing.jsonl").read_bytes() == before
+
+
+def test_stages_are_found_again_by_another_run(runs):
+  stages = sorted(path.name for path in (runs / "runs/stages").iterdir())
+  config = ppo.Config(**TINY, **STAGES)
+  ppo.model_directories(config)
+  assert sorted(path.name for path in (runs / "runs/stages").iterdir()) == stages
+  assert len(stages) == 2
+
+
+def test_workdir_of_another_config_is_refused(runs):
+  with pytest.raises(UserError, match=r"beta is 0\.1 there and 0\.5 here"):
+    ppo.main(ppo.Config(**TINY, **STAGES, beta=0.5, workdir="embedded"))
+
+
+def test_interrupted_run_with_own_reward_goes_on_bit_for_bit(runs, own, monkeypatch):
+  ppo.main(ppo.Config(**own, workdir="whole"))
+  real_step, calls = loop._check_finite, []
+
+  def interrupt_once(*arguments):
+    calls.append(arguments)
+    if len(calls) == 3:
+      os.kill(os.getpid(), 2)
+    return real_step(*arguments)
+
+  monkeypatch.setattr(loop, "_check_finite", interrupt_once)
+  with pytest.raises(loop.Interrupted, match="after iteration 3 of 4"):
+    ppo.main(ppo.Config(**own, workdir="parts"))
+  assert not (runs / "parts/summary.json").exists()
+  ppo.main(ppo.Config(**own, workdir="parts"))
+  for name in ("metrics.jsonl", "samples.jsonl"):
+    assert (runs / "whole" / name).read_bytes() == (runs / "parts" / name).read_bytes(), name
+  whole, parts = (
+    json.loads((runs / name / "summary.json").read_text()) for name in ("whole", "parts")
+  )
+  timed = ("wall_seconds", "tokens_per_second")
+  assert {k: v for k, v in whole.items() if k not in timed} == {
+    k: v for k, v in parts.items() if k not in timed
+  }
+
+
+def test_another_seed_gives_another_run(runs, own):
+  lines = []
+  for seed in (0, 1):
+    ppo.main(ppo.Config(**{**own, "num_iterations": 1}, seed=seed, workdir=f"seed{seed}"))
+    lines.append((runs / f"seed{seed}/metrics.jsonl").read_text())
+  assert lines[0] != lines[1]
+
+
+def test_nan_score_stops_the_run_and_keeps_what_was_saved(runs, own):
+  (runs / "nan.py").write_text(
+    textwrap.dedent("""
+      calls = []
+
+      def reward(prompts, completions, **columns):
+        calls.append(1)
+        # The first call evaluates; the fourth is the third iteration.
+        return [float("nan") if len(calls) == 4 else 0.0 for _ in completions]
+    """)
+  )
+  with pytest.raises(UserError, match=r"returned nan for completion"):
+    ppo.main(ppo.Config(**{**own, "reward": "nan.py:reward"}, workdir="nan"))
+  assert len(read_lines(runs / "nan/metrics.jsonl")) == 2
+  assert (runs / "nan/checkpoints/2").is_dir()
+  assert not (runs / "nan/summary.json").exists()
+
+
+def test_reference_and_value_model_of_ones_own(runs, own):
+  workdir = ppo.main(
+    ppo.Config(
+      **{**own, "num_iterations": 1},
+      reference="embedded",
+      value_model="embedded/value_model",
+      workdir="own-models",
+    )
+  )
+  assert json.loads((workdir / "summary.json").read_text())["kl_ref_exact_before"] > 0
+
+
+def test_without_kl_the_reference_is_never_loaded(runs, own):
+  config = ppo.Config(
+    **{**own, "num_iterations": 1, "kl_every": 0, "kl_placement": "none"}, workdir="no-kl"
+  )
+  summary = json.loads((ppo.main(config) / "summary.json").read_text())
+  assert summary["kl_ref_k1"] is None and summary["score_after"] is not None
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"policy": "nowhere"}, "nowhere does not exist"),
+    ({"prompts": "nowhere.jsonl"}, "no file nowhere.jsonl"),
+    ({"prompts": "empty.jsonl"}, "empty.jsonl is empty"),
+    ({"prompts": "broken.jsonl"}, "broken.jsonl line 2"),
+    ({"prompts": "long.jsonl"}, r"Prompt \d has 61 tokens"),
+    ({"reward": "reward.py:nothing"}, "no function 'nothing'"),
+    ({"reward": "nowhere.py:f"}, "no such file"),
+    ({"max_completion_len": 32}, "leaves no room for a prompt"),
+    ({"mesh": "data=3"}, "batch_size=16 cannot be split over 3"),
+    ({"mesh": "data=400"}, "needs 400 devices"),
+    ({"reward": "", "reward_model": "embedded"}, "score"),
+  ],
+)
+def test_wrong_use_is_one_clear_message(runs, own, changes, message):
+  (runs / "empty.jsonl").write_text("\n")
+  (runs / "broken.jsonl").write_text('{"prompt": "01+02="}\n{"prompt": \n')
+  (runs / "long.jsonl").write_text('{"prompt": "%s"}\n' % ("1" * 60) * 3)
+  with pytest.raises(UserError, match=message):
+    ppo.main(ppo.Config(**{**own, **changes}, workdir="wrong"))
+  shutil.rmtree(runs / "wrong", ignore_errors=True)
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="needs the shared model")
+def test_models_with_different_tokenizers_are_refused(runs, own):
+  with pytest.raises(UserError, match="another vocabulary than the policy"):
+    ppo.main(ppo.Config(**own, reference=str(STORIES), workdir="wrong"))
+  shutil.rmtree(runs / "wrong", ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"beta": -1.0}, "--beta=-1.0: must be at least 0"),
+    ({"beta": float("nan")}, "--beta=nan"),
+    ({"policy": "somewhere"}, "--policy needs something to score with"),
+    ({"prompts": "file"}, "go together"),
+    ({"kl_placement": "none", "beta": 0.3}, "--beta is set, but nothing reads it"),
+    ({"kl_target": 3.0}, "--kl_target is set, but nothing reads it"),
+    ({"trust_region": "none", "clip_eps_low": 0.1}, "--clip_eps_low is set"),
+    ({"num_minibatches": 3}, "not a multiple"),
+    ({"reward": "f.py:f", "reward_model": "d"}, "give one of them"),
+    ({"trust_region": "hope"}, "must be one of clip"),
+  ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+  with pytest.raises(UserError, match=message):
+    ppo.Config(**settings)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--trust_region=hope"], "value should be one of"),
+    (["--beta=-1"], "Error: --beta=-1.0: must be at least 0.0."),
+    (["--policy=nowhere"], "Error: --policy needs something to score with"),
+    (["--kl_placement=none", "--beta=0.1"], "Error: --beta is set, but nothing reads it"),
+  ],
+)
+def test_command_line_says_no_without_a_traceback(tmp_path, arguments, message):
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.ppo", *arguments],
+    cwd=tmp_path,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  output = done.stdout + done.stderr
+  assert done.returncode == 1, output
+  assert message in output
+  assert "Traceback" not in output
+  assert not list(tmp_path.iterdir())
+
+
+def test_sft_and_reward_model_train_on_files(runs, own):
+  with (runs / "demonstrations.jsonl").open("w") as file:
+    for prompt, completion in arithmetic.demonstrations(0, 40, quality=1.0):
+      file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+  with (runs / "pairs.jsonl").open("w") as file:
+    for prompt, chosen, rejected in arithmetic.preferences(0, 40, label_noise=0.0):
+      line = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+      file.write(json.dumps(line) + "\n")
+  shared = {"policy": own["policy"], "num_iterations": 2, "batch_size": 8, "mesh": "data=1"}
+  workdir = sft.main(sft.Config(**shared, data="demonstrations.jsonl"))
+  load_policy(workdir)
+  assert json.loads((workdir / "summary.json").read_text())["held_out_cross_entropy"] > 0
+  workdir = reward_model.main(reward_model.Config(**shared, data="pairs.jsonl"))
+  load_scalar(workdir)
+  assert json.loads((workdir / "summary.json").read_text())["held_out_loss"] > 0
