@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from klrl.errors import UserError
 from klrl.loop import Interrupted
 from klrl.progress import console
+from klrl.workdir import is_read
 
 
 def setting(
@@ -86,13 +87,12 @@ class RunConfig:
 
 def check_is_read(config, field: dataclasses.Field) -> None:
   """Raises UserError where nothing reads `field` under the other values of `config`."""
-  if field.metadata["read_when"]:
+  if not is_read(config, field):
     other, values = field.metadata["read_when"]
-    if getattr(config, other) not in values:
-      raise UserError(
-        f"--{field.name} is set, but nothing reads it with --{other}={getattr(config, other)}; "
-        f"it is read with --{other}={'|'.join(map(str, values))}."
-      )
+    raise UserError(
+      f"--{field.name} is set, but nothing reads it with --{other}={getattr(config, other)}; "
+      f"it is read with --{other}={'|'.join(map(str, values))}."
+    )
 
 
 def define_flags(config_class) -> None:

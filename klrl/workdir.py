@@ -46,15 +46,30 @@ def open_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path
         f"{directory} holds a run with another configuration: {'; '.join(differing)}. "
         "Choose another --workdir, or leave it out."
       )
-  elif directory.exists() and any(directory.iterdir()):
-    raise UserError(f"{directory} is not empty and holds no run. Choose another --workdir.")
+  elif directory.exists() and (directory.is_file() or any(directory.iterdir())):
+    raise UserError(f"{directory} is no empty folder and holds no run. Choose another --workdir.")
   directory.mkdir(parents=True, exist_ok=True)
   fields = dataclasses.asdict(config)
   write_text(path, json.dumps({"experiment": experiment, **fields}, indent=2) + "\n")
   write_text(
-    directory / "flags.txt", "".join(f"--{name}={value}\n" for name, value in fields.items())
+    directory / "flags.txt",
+    "".join(
+      f"--{field.name}={fields[field.name]}\n"
+      for field in dataclasses.fields(config)
+      if is_read(config, field)
+    ),
   )
   return directory
+
+
+def is_read(config, field: dataclasses.Field) -> bool:
+  """Returns whether anything reads `field` under the other values of `config`.
+
+  Its metadata may hold `read_when`, (other field, values). A flag that nothing reads may not be
+  given, not even at its default.
+  """
+  other, values = field.metadata.get("read_when") or (None, ())
+  return other is None or getattr(config, other) in values
 
 
 def _result_fields(config) -> dict:

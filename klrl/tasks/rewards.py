@@ -17,16 +17,18 @@ from klrl.errors import UserError
 
 RewardFn = Callable[..., list[float]]
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 def load_reward_fn(spec: str) -> RewardFn:
   """Returns the function that `FILE.py:NAME` names. The file is the user's own code and is run.
 
   Raises:
-    UserError: no such file or function, or the file fails when it is run.
+    UserError: no such Python file or function, or the file fails when it is run.
   """
   path, _, name = spec.rpartition(":")
-  if not path or not pathlib.Path(path).is_file():
-    raise UserError(f"--reward={spec}: there is no such file; write FILE.py:FUNCTION.")
+  if not path.endswith(".py") or not pathlib.Path(path).is_file():
+    raise UserError(f"--reward={spec}: there is no such Python file; write FILE.py:FUNCTION.")
   module_spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
   module = importlib.util.module_from_spec(module_spec)
   try:
@@ -44,7 +46,7 @@ def scores(
   """Returns [B] float32, what `reward_fn` says of the completions of `records`.
 
   Raises:
-    UserError: it raises, returns another number of scores, or one that is not a finite number.
+    UserError: it raises, returns another number of scores, or one that is not a finite float32.
   """
   prompts = [record["prompt"] for record in records]
   columns = {
@@ -61,8 +63,8 @@ def scores(
     )
   for i, score in enumerate(returned):
     try:
-      is_finite = math.isfinite(score)
-    except TypeError as error:
+      is_finite = math.fabs(score) <= _LARGEST
+    except (TypeError, OverflowError) as error:
       raise UserError(f"The reward function returned {score!r}, not a number.") from error
     if not is_finite:
       raise UserError(

@@ -1,0 +1,192 @@
+"""Tests of reading, encoding, padding, splitting and ordering data."""
+
+import pathlib
+
+import numpy as np
+import pytest
+import tokenizers
+
+from klrl.errors import UserError
+from klrl.models import load_tokenizer
+from klrl.sampling import Rollout
+from klrl.tasks import arithmetic, data
+
+STORIES = pathlib.Path(__file__).parents[2] / "shared" / "models" / "stories260K"
+TOKENIZER = arithmetic.make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def stories():
+  if not STORIES.is_dir():
+    pytest.skip("the stories260K model is not there")
+  return load_tokenizer(STORIES)
+
+
+def write(path, content):
+  path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  return path
+
+
+def test_every_column_is_kept_and_blank_lines_are_skipped(tmp_path):
+  path = write(tmp_path / "a.jsonl", '{"prompt": "é", "n": 1}\r\n\n  \n{"prompt": "", "x": [2]}')
+  assert data.read_records(path, ("prompt",)) == [
+    {"prompt": "é", "n": 1},
+    {"prompt": "", "x": [2]},
+  ]
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ("", r"a\.jsonl is empty; expected JSON lines with prompt, completion"),
+    ("\n \n", "is empty"),
+    ('{"prompt": "p", "completion": "c"}\n\n{"prompt": ', r"a\.jsonl line 3 is not JSON"),
+    ('{"prompt": "p"}', "line 1 has no text column 'completion'"),
+    ('{"prompt": "p", "completion": 3}', "line 1 has no text column 'completion'"),
+    ('["prompt", "completion"]', "line 1 has no text column 'prompt'"),
+    ('{"prompt": "p", "completion": "c"}\n{"prompt": "\xe9"}'.encode("latin-1"), "line 2 is not"),
+  ],
+)
+def test_a_broken_file_is_one_clear_error(tmp_path, content, message):
+  with pytest.raises(UserError, match=message):
+    data.read_records(write(tmp_path / "a.jsonl", content), ("prompt", "completion"))
+
+
+def test_a_missing_file_is_named_with_what_it_should_hold(tmp_path):
+  with pytest.raises(UserError, match=r"no file .*absent\.jsonl; expected JSON lines with prompt"):
+    data.read_records(tmp_path / "absent.jsonl", ("prompt",))
+
+
+def test_prompts_are_padded_on_the_left_and_examples_on_the_right():
+  prompts = data.encode_prompts(
+    [{"prompt": "1", "n": 7}, {"prompt": "+="}], TOKENIZER, max_prompt_len=3
+  )
+  # Ids: <pad> 0, <s> 1, </s> 2, digits from 3, + 13, = 14.
+  np.testing.assert_array_equal(prompts.tokens, [[0, 1, 4], [1, 13, 14]])
+  np.testing.assert_array_equal(prompts.mask, [[False, True, True], [True, True, True]])
+  assert prompts.records[0] == {"prompt": "1", "n": 7}
+  examples = data.encode_examples([("1", "2"), ("+=", "")], TOKENIZER, max_len=4)
+  np.testing.assert_array_equal(examples.tokens, [[1, 4, 5, 2], [1, 13, 14, 2]])
+  examples = data.encode_examples([("1", "23"), ("+", "")], TOKENIZER, max_len=5)
+  np.testing.assert_array_equal(examples.tokens, [[1, 4, 5, 6, 2], [1, 13, 2, 0, 0]])
+  np.testing.assert_array_equal(examples.mask, np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]) > 0)
+  # Exactly the completion with its end-of-sequence.
+  np.testing.assert_array_equal(
+    examples.completion_mask, np.array([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]]) > 0
+  )
+  assert examples.tokens.dtype == prompts.tokens.dtype == np.int32
+  assert examples.completion_mask.dtype == prompts.mask.dtype == bool
+
+
+def test_prompts_and_examples_that_are_too_long_are_numbered():
+  records = [{"prompt": "1"}, {"prompt": "12+34="}]
+  with pytest.raises(UserError, match=r"Prompt 2 has 7 tokens; at most 6 fit.*begins '12\+34='"):
+    data.encode_prompts(records, TOKENIZER, max_prompt_len=6)
+  data.encode_prompts(records, TOKENIZER, max_prompt_len=7)
+  texts = [("1", "2"), ("1", "234")]
+  with pytest.raises(UserError, match="Example 2 has 6 tokens, the model's context holds 5"):
+    data.encode_examples(texts, TOKENIZER, max_len=5)
+  data.encode_examples(texts, TOKENIZER, max_len=6)
+
+
+def test_an_empty_prompt_needs_a_beginning_of_sequence():
+  records = [{"prompt": "1"}, {"prompt": ""}]
+  assert data.encode_prompts(records, TOKENIZER, max_prompt_len=2).tokens[1].tolist() == [0, 1]
+  bare = arithmetic.make_tokenizer()
+  bare.tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A")
+  with pytest.raises(UserError, match="Prompt 2 is empty and the tokenizer adds no beginning"):
+    data.encode_prompts(records, bare, max_prompt_len=2)
+
+
+@pytest.mark.parametrize(
+  ("prompt", "completion", "first_token"),
+  [
+    ("Once upon a time", " there was a cat.", "▁there"),
+    ("Hi", "!", "!"),
+    ("", "Once", "▁Once"),
+    ("Once", " é", "▁"),
+    # One token crosses the border: it is the model that writes it.
+    ("Once up", "on a time", "▁upon"),
+  ],
+)
+def test_a_real_tokenizer_is_split_where_the_completion_begins(
+  stories, prompt, completion, first_token
+):
+  texts = [(prompt, completion), ("a longer prompt than the others", " and a longer completion")]
+  examples = data.encode_examples(texts, stories, max_len=64)
+  row, mask, completion_mask = (array[0] for array in examples)
+  whole = stories.tokenizer.encode(prompt + completion).ids
+  assert row[mask].tolist() == [*whole, stories.eos_id]
+  ids = row[completion_mask].tolist()
+  assert stories.tokenizer.id_to_token(ids[0]) == first_token
+  assert ids[-1] == stories.eos_id
+  # One stretch up to the end of the text.
+  assert whole[len(whole) + 1 - len(ids) :] == ids[:-1]
+
+
+def test_completions_keep_their_leading_space(stories):
+  prompts, completions = ["Once upon a time", "Hi"], [" there was", "!"]
+  rows = [stories.tokenizer.encode(text).ids for text in prompts]
+  tokens, prompt_mask = data.pad(rows, stories.pad_id, left=True)
+  examples = data.encode_examples(list(zip(prompts, completions, strict=True)), stories, max_len=64)
+  rows = [row[mask] for row, mask in zip(examples.tokens, examples.completion_mask, strict=True)]
+  assert stories.tokenizer.decode(rows[0]) == "there was"  # What a careless decode would say.
+  completion_tokens, mask = data.pad(rows, stories.pad_id, left=False)
+  rollout = Rollout(
+    np.concatenate([tokens, completion_tokens], axis=1), prompt_mask, mask, None, None, None
+  )
+  assert data.completion_texts(stories, rollout) == completions
+
+
+def test_continuation_of_half_a_character_is_still_text(stories):
+  *prompt, last = stories.tokenizer.encode("cat 中").ids
+  assert stories.tokenizer.id_to_token(last).startswith("<0x")  # Bytes: not in the vocabulary.
+  assert isinstance(data.decode_continuation(stories, prompt, [last]), str)
+  assert data.decode_continuation(TOKENIZER, [1, 4], [5, 2]) == "2"
+  assert data.decode_continuation(TOKENIZER, [1, 4], []) == ""
+
+
+@pytest.mark.parametrize(("batch_size", "num_rows"), [(3, 7), (7, 7), (10, 4), (1, 5)])
+def test_every_row_is_used_once_per_epoch_without_gaps(batch_size, num_rows):
+  num_epochs = 3 * batch_size
+  num_iterations = num_epochs * num_rows // batch_size
+  walk = np.concatenate(
+    [data.batch_rows(5, i, batch_size, num_rows) for i in range(num_iterations)]
+  )
+  epochs = walk.reshape(num_epochs, num_rows)
+  np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(num_rows), (num_epochs, 1)))
+  assert len({tuple(epoch) for epoch in epochs}) > 1
+  assert walk.dtype == np.int32
+
+
+def test_order_is_a_function_of_seed_and_iteration():
+  rows = data.batch_rows(0, 3, 8, 100)
+  np.testing.assert_array_equal(rows, data.batch_rows(0, 3, 8, 100))
+  assert np.any(rows != data.batch_rows(1, 3, 8, 100))
+  assert np.any(rows != data.batch_rows(0, 4, 8, 100))
+
+
+def numbered(num_rows):
+  numbers = np.arange(num_rows)
+  return data.Examples(numbers, 10 * numbers, 100 * numbers)
+
+
+@pytest.mark.parametrize(
+  ("num_rows", "num_held_out"), [(2, 1), (39, 1), (40, 2), (100, 5), (20_000, 512)]
+)
+def test_held_out_rows_are_a_random_part_of_their_own(num_rows, num_held_out):
+  training, held_out = data.split_held_out(numbered(num_rows), 0)
+  assert len(held_out.tokens) == num_held_out
+  both = np.concatenate([training.tokens, held_out.tokens])
+  np.testing.assert_array_equal(np.sort(both), np.arange(num_rows))
+  for part in (training, held_out):
+    np.testing.assert_array_equal(part.mask, 10 * part.tokens)
+    np.testing.assert_array_equal(part.completion_mask, 100 * part.tokens)
+
+
+def test_held_out_rows_depend_on_the_seed_and_need_two_rows():
+  parts = [data.split_held_out(numbered(200), seed)[1].tokens for seed in (0, 0, 1)]
+  np.testing.assert_array_equal(parts[0], parts[1])
+  assert set(parts[0]) != set(parts[2])
+  with pytest.raises(UserError, match="single row"):
+    data.split_held_out(numbered(1), 0)
