@@ -39,7 +39,8 @@ _KL_TRUST_REGIONS = ("kl_old_new", "kl_new_old")
 class Config(shared_flags.RunConfig):
   """Settings of PPO. A change of those in `learner.Hypers`, or of beta, compiles nothing anew."""
 
-  num_iterations: int = setting(60, "iterations", minimum=1)
+  num_iterations: int = setting(80, "iterations", minimum=1)
+  batch_size: int = setting(128, "completions per iteration", minimum=1)
 
   policy: str = setting("", "model directory to train; default: the embedded SFT stage")
   reference: str = setting("", "model directory of pi_ref; default: the policy at the start")
@@ -55,7 +56,7 @@ class Config(shared_flags.RunConfig):
   temperature: float = setting(1.0, "of sampling, and of every log-prob", minimum=1e-3)
 
   beta: float = setting(
-    0.1,
+    0.5,
     "KL coefficient, reward per nat of sequence KL(pi || pi_ref)",
     minimum=0.0,
     read_when=("kl_placement", ("reward",)),
@@ -113,7 +114,7 @@ class Config(shared_flags.RunConfig):
     float("inf"), "KL(old || pi), nats per sequence, that ends an iteration's epochs", minimum=0.0
   )
 
-  num_epochs: int = setting(4, "passes over a rollout", minimum=1)
+  num_epochs: int = setting(2, "passes over a rollout", minimum=1)
   num_minibatches: int = setting(4, "gradient steps per pass", minimum=1)
   learning_rate: float = setting(5e-4, "learning rate of Adam", minimum=0.0)
   max_grad_norm: float = setting(1.0, "largest global gradient norm", minimum=0.0)
@@ -180,6 +181,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
       task,
       keys=(
         ("score/mean", "score"),
+        ("gold/mean", "gold"),
         ("kl/ref_k1", "KL to reference, nats/sequence"),
         ("controller/beta", "beta"),
         ("rollout/length", "length"),
@@ -230,7 +232,7 @@ def show_summary(summary: dict) -> None:
   for label, name, form in rows:
     cells = []
     for when in ("before", "after"):
-      value, stderr = summary.get(f"{name}_{when}"), summary.get(f"{name}_stderr_{when}")
+      value, stderr = summary.get(f"{name}_{when}"), summary.get(f"{name}_{when}_stderr")
       text = "" if value is None else form.format(value)
       cells.append(f"{text} ± {form.format(stderr)}" if text and stderr is not None else text)
     if any(cells):

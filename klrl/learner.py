@@ -139,20 +139,24 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
 
 
 def make_iteration_fn(
-  config, max_completion_len: int, policy, value_model, reference, sample, score
+  config, max_completion_len: int, policy, value_model, reference, sample, score, gold=None
 ):
   """Returns iteration(state, frozen, prompts, prompt_mask, rows) -> (state, metrics).
 
   The whole iteration as one pure function, for scores that are computed on the device:
   `score(frozen, rollout, rows) -> [B]`. `frozen["reference"]` holds the reference's parameters,
-  `rows [B]` int32 says which prompts to sample from.
+  `rows [B]` int32 says which prompts to sample from. `gold(rollout, rows) -> [B]` is measured where
+  it is given, and nothing is trained on it.
   """
   update = make_update_fn(config, max_completion_len, policy, value_model, reference)
 
   def iteration(state, frozen, prompts, prompt_mask, rows):
     state, rollout = sample_rollout(sample, state, prompts, prompt_mask, rows)
     scores = score(frozen, rollout, rows)
-    return update(state, frozen["reference"], rollout, scores)
+    state, metrics = update(state, frozen["reference"], rollout, scores)
+    if gold is not None:
+      metrics["gold/mean"] = (gold(rollout, rows).sum(), jnp.float32(len(rows)))
+    return state, metrics
 
   return iteration
 

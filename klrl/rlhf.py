@@ -35,7 +35,7 @@ from klrl.models import (
 from klrl.ops import ControllerState
 from klrl.optimizer import copy, init_optimizer
 from klrl.report import write_report
-from klrl.sampling import Rollout, make_sample_fn
+from klrl.sampling import make_sample_fn
 from klrl.summary import write_summary
 from klrl.tasks import arithmetic, data, rewards
 
@@ -64,7 +64,6 @@ class Task(NamedTuple):
   held_out: data.Prompts
   max_completion_len: int
   reward_fn: rewards.RewardFn | None  # None: the reward model scores on the device
-  answers: np.ndarray | None  # [N_held_out, T] for the gold score of the embedded task
 
 
 def load_models(config, *, policy: str, reward_model: str) -> Models:
@@ -149,10 +148,12 @@ def load_task(config, models: Models) -> Task:
     data.encode_prompts(part, models.tokenizer, max_prompt_len=context - max_completion_len)
     for part in parts
   )
-  answers = None
   if not config.prompts:
-    answers = arithmetic.answer_tokens(parts[1], models.tokenizer)
-  return Task(training, held_out, max_completion_len, reward_fn, answers)
+    training, held_out = (
+      part._replace(answers=arithmetic.answer_tokens(part.records, models.tokenizer))
+      for part in (training, held_out)
+    )
+  return Task(training, held_out, max_completion_len, reward_fn)
 
 
 def init_state(config, models: Models) -> learner.TrainState:
@@ -215,8 +216,11 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, keys) -> d
   (workdir / "samples.jsonl").write_text(
     "".join(json.dumps(record) + "\n" for record in before.samples + after.samples)
   )
-  figures = {f"{name}_before": x for name, x in before.figures.items()}
-  figures |= {f"{name}_after": x for name, x in after.figures.items()}
+  figures = {}
+  for when, judgement in (("before", before), ("after", after)):
+    for name, x in judgement.figures.items():
+      stem, stderr, _ = name.partition("_stderr")
+      figures[f"{stem}_{when}{stderr}"] = x
   # The KLs that a run is known by are those of the trained policy.
   figures |= {name: x for name, x in after.figures.items() if name.startswith("kl_ref")}
   summary = write_summary(workdir, figures)
@@ -241,7 +245,8 @@ def _make_step(config, mesh, models: Models, task: Task, sample, frozen, shardin
 
   if task.reward_fn is None:
     score = make_reward_model_score_fn(models.reward_model)
-    iterate = jit(learner.make_iteration_fn(*parts, sample, score))
+    gold = make_gold_fn(task.training, models.tokenizer)
+    iterate = jit(learner.make_iteration_fn(*parts, sample, score, gold))
 
     def step(state, iteration):
       rows = jax.device_put(rows_of(iteration), rows_sharding)
@@ -251,6 +256,7 @@ def _make_step(config, mesh, models: Models, task: Task, sample, frozen, shardin
 
   rollout_fn = jit(functools.partial(learner.sample_rollout, sample))
   update = jit(learner.make_update_fn(*parts))
+  gold = make_gold_fn(task.training, models.tokenizer)
   notice_slow = _SlowRewardNotice()
 
   def step_with_host_reward(state, iteration):
@@ -265,6 +271,8 @@ def _make_step(config, mesh, models: Models, task: Task, sample, frozen, shardin
       state, frozen["reference"], rollout, jax.device_put(scores, rows_sharding)
     )
     jax.block_until_ready(pairs)
+    if gold is not None:
+      pairs["gold/mean"] = (gold(rollout, rows).sum(), len(rows))
     notice_slow(scored - sampled, time.monotonic() - began, len(texts))
     return state, pairs
 
@@ -275,6 +283,19 @@ def make_reward_model_score_fn(reward_model: ScalarModel) -> Callable:
   """Returns score(frozen, rollout, rows) -> [B], the reward model's score on the device."""
   return lambda frozen, rollout, rows: completions.reward_model_scores(
     reward_model, frozen["reward_model"], rollout
+  )
+
+
+def make_gold_fn(prompts: data.Prompts, tokenizer: TokenizerInfo) -> Callable | None:
+  """Returns gold(rollout, rows) -> [B], 1 for a right completion, else 0; None without answers."""
+  if prompts.answers is None:
+    return None
+  answers = jnp.asarray(prompts.answers)
+  return lambda rollout, rows: arithmetic.accuracy(
+    completions.completion_tokens(rollout),
+    rollout.completion_mask,
+    answers[rows],
+    pad_id=tokenizer.pad_id,
   )
 
 
@@ -311,6 +332,7 @@ class _Judge:
       parallel.replicated(mesh),
     )
     self._evaluate = jax.jit(evaluation.make_evaluate_fn(models.policy, models.reference, sample))
+    self._gold = make_gold_fn(task.held_out, models.tokenizer)
     if task.reward_fn is None:
       self._score = jax.jit(make_reward_model_score_fn(models.reward_model))
 
@@ -330,7 +352,7 @@ class _Judge:
       scores = np.asarray(self._score(self._frozen, evaluated.rollout, None))
     else:
       scores = rewards.scores(task.reward_fn, records, texts)
-    gold = self._gold(evaluated.rollout)
+    gold = self._gold and np.asarray(self._gold(evaluated.rollout, self._rows))
     prompts = [record["prompt"] for record in records]
     return _Judgement(
       evaluated,
@@ -345,16 +367,4 @@ class _Judge:
         tokenizer,
         self._config.num_samples,
       ),
-    )
-
-  def _gold(self, rollout: Rollout) -> np.ndarray | None:
-    if self._task.answers is None:
-      return None
-    return np.asarray(
-      arithmetic.accuracy(
-        completions.completion_tokens(rollout),
-        rollout.completion_mask,
-        self._task.answers[self._rows],
-        pad_id=self._models.tokenizer.pad_id,
-      )
     )

@@ -107,8 +107,8 @@ def test_stages_are_found_again_by_another_run(runs):
 
 
 def test_workdir_of_another_config_is_refused(runs):
-  with pytest.raises(UserError, match=r"beta is 0\.1 there and 0\.5 here"):
-    ppo.main(ppo.Config(**TINY, **STAGES, beta=0.5, workdir="embedded"))
+  with pytest.raises(UserError, match=r"beta is 0\.5 there and 0\.7 here"):
+    ppo.main(ppo.Config(**TINY, **STAGES, beta=0.7, workdir="embedded"))
 
 
 def test_interrupted_run_with_own_reward_goes_on_bit_for_bit(runs, own, monkeypatch):

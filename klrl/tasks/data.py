@@ -21,6 +21,7 @@ class Prompts(NamedTuple):
   tokens: np.ndarray  # [N, P] int32, left-padded
   mask: np.ndarray  # [N, P] bool
   records: list[dict[str, Any]]
+  answers: np.ndarray | None = None  # [N, T] int32, the right completions where there are any
 
 
 class Examples(NamedTuple):
@@ -42,13 +43,13 @@ def read_records(path: str | pathlib.Path, required: Sequence[str]) -> list[dict
   if not path.is_file():
     raise UserError(f"There is no file {path}; expected JSON lines with {', '.join(required)}.")
   records = []
-  with path.open(encoding="utf-8") as file:
+  with path.open("rb") as file:
     for number, line in enumerate(file, start=1):
       if not line.strip():
         continue
       try:
         record = json.loads(line)
-      except json.JSONDecodeError as error:
+      except ValueError as error:  # JSON or UTF-8
         raise UserError(f"{path} line {number} is not JSON: {error}.") from error
       for column in required:
         if not isinstance(record, dict) or not isinstance(record.get(column), str):

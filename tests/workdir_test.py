@@ -1,0 +1,105 @@
+"""Tests of a run's folder: which configuration it holds, and the summary of a run."""
+
+import dataclasses
+import json
+
+import pytest
+
+from experiments import ppo, sft
+from klrl import summary
+from klrl.errors import UserError
+from klrl.metrics import append_line
+from klrl.workdir import NOT_PART_OF_THE_RESULT, config_hash, open_workdir, write_text
+
+
+def test_default_folder_is_named_by_the_configuration(tmp_path):
+  config = ppo.Config(seed=3)
+  directory = open_workdir("ppo", config, root=str(tmp_path / "runs"))
+  assert directory == tmp_path / "runs" / f"ppo-{config_hash(config)}"
+  assert len(config_hash(config)) == 8
+  assert json.loads((directory / "config.json").read_text()) == {
+    "experiment": "ppo",
+    **dataclasses.asdict(config),
+  }
+
+
+def test_the_same_configuration_goes_on_in_its_folder(tmp_path):
+  workdir = str(tmp_path / "run")
+  directory = open_workdir("ppo", ppo.Config(workdir=workdir, save_every=10))
+  (directory / "metrics.jsonl").write_text("kept")
+  assert open_workdir("ppo", ppo.Config(workdir=workdir, save_every=20)) == directory
+  assert (directory / "metrics.jsonl").read_text() == "kept"
+  assert json.loads((directory / "config.json").read_text())["save_every"] == 20
+  assert "--save_every=20\n" in (directory / "flags.txt").read_text()
+
+
+def test_another_configuration_is_refused_and_every_field_named(tmp_path):
+  workdir = str(tmp_path)
+  open_workdir("ppo", ppo.Config(workdir=workdir, beta=0.1))
+  before = (tmp_path / "config.json").read_bytes()
+  message = r"another configuration: beta is 0\.1 there and 0\.7 here; seed is 0 there and 1 here\."
+  with pytest.raises(UserError, match=message):
+    open_workdir("ppo", ppo.Config(workdir=workdir, beta=0.7, seed=1, keep=9))
+  with pytest.raises(UserError, match="experiment is 'ppo' there and 'sft' here"):
+    open_workdir("sft", sft.Config(workdir=workdir))
+  assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_field_that_was_added_since_is_named(tmp_path):
+  config = ppo.Config(workdir=str(tmp_path), beta=0.7)
+  open_workdir("ppo", config)
+  record = json.loads((tmp_path / "config.json").read_text())
+  del record["beta"]
+  (tmp_path / "config.json").write_text(json.dumps(record | {"removed": 1}))
+  with pytest.raises(UserError, match=r"beta is None there and 0\.7.*removed is 1 there and None"):
+    open_workdir("ppo", config)
+
+
+def test_a_place_that_holds_something_else_is_refused(tmp_path):
+  (tmp_path / "thesis.tex").write_text("precious")
+  for workdir in (tmp_path, tmp_path / "thesis.tex"):
+    with pytest.raises(UserError, match="is no empty folder and holds no run"):
+      open_workdir("ppo", ppo.Config(workdir=str(workdir)))
+  assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+  (tmp_path / "empty").mkdir()
+  open_workdir("ppo", ppo.Config(workdir=str(tmp_path / "empty")))
+
+
+def test_hash_follows_everything_that_can_change_a_result():
+  base = config_hash(ppo.Config())
+  for change in ({"seed": 1}, {"init_seed": 1}, {"beta": 0.7}, {"mesh": "data=1"}):
+    assert config_hash(ppo.Config(**change)) != base, change
+  free = {"workdir": "w", "save_every": 7, "keep": 7, "profile": True, "tensorboard": True}
+  assert set(free) == set(NOT_PART_OF_THE_RESULT)
+  assert config_hash(ppo.Config(**free)) == base
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path):
+  path = tmp_path / "a.json"
+  write_text(path, "old")
+  with pytest.raises(UnicodeEncodeError):
+    write_text(path, "new \ud800")
+  assert path.read_text() == "old"
+
+
+def test_summary_has_every_promised_figure_and_marks_the_run_as_finished(tmp_path):
+  assert summary.read_summary(tmp_path) is None
+  rates = [1.0, 30.0, 10.0, 20.0]  # The first one compiled.
+  for i, rate in enumerate(rates):
+    append_line(
+      tmp_path / "timing.jsonl",
+      {"iteration": i, "elapsed_seconds": 2.0 * (i + 1), "tokens_per_second": rate},
+    )
+  written = summary.write_summary(tmp_path, {"score_after": 0.5, "extra": 1})
+  assert summary.read_summary(tmp_path) == written
+  expected = {"score_after": 0.5, "extra": 1, "score_before": None, "gold_after": None}
+  expected |= {"kl_ref_k1": None, "kl_ref_exact_stderr": None}
+  expected |= {"tokens_per_second": 20.0, "wall_seconds": 8.0, "num_iterations": 4}
+  assert {name: written[name] for name in expected} == expected
+  assert written["versions"]["jax"] and written["device"]
+
+
+def test_summary_of_a_run_without_iterations(tmp_path):
+  written = summary.write_summary(tmp_path, {})
+  assert written["tokens_per_second"] is None
+  assert (written["num_iterations"], written["wall_seconds"]) == (0, 0.0)
