@@ -1,0 +1,97 @@
+"""Tests of figures on the host: division, the first bad one, files of lines, TensorBoard."""
+
+import math
+import sys
+import types
+
+import jax.numpy as jnp
+import pytest
+
+from klrl import metrics
+from klrl.errors import UserError
+
+INF, NAN = math.inf, math.nan
+
+
+def test_a_figure_is_sum_over_count_and_null_where_nothing_was_counted():
+  pairs = {
+    "score/mean": (jnp.float32(3), jnp.float32(2)),
+    "kl/ref_exact": (0.0, 0.0),
+    "kl/old_k3": (jnp.float32(0), 4),
+  }
+  figures = metrics.finalise(pairs)
+  assert figures == {"kl/old_k3": 0.0, "kl/ref_exact": None, "score/mean": 1.5}
+  assert list(figures) == sorted(figures)
+  assert type(figures["score/mean"]) is float
+
+
+@pytest.mark.parametrize(
+  ("figures", "first"),
+  [
+    ({"score/mean": 1.0, "kl/ref_exact": None, "policy/loss": -2.0}, None),
+    ({}, None),
+    ({"gradient/norm": NAN, "policy/loss": NAN, "score/mean": INF}, "score/mean"),
+    ({"gradient/norm": NAN, "loss/value": -INF}, "loss/value"),
+    ({"policy/loss": NAN, "value/explained": NAN, "kl/ref_k1": NAN}, "kl/ref_k1"),
+    ({"controller/beta": NAN, "gradient/norm": NAN}, "gradient/norm"),
+    ({"controller/beta": INF}, "controller/beta"),
+    ({"kl/ref_k3": NAN, "kl/ref_k1": NAN}, "kl/ref_k1"),
+  ],
+)
+def test_the_cause_is_named_before_its_consequences(figures, first):
+  assert metrics.first_not_finite(figures) == first
+
+
+def test_lines_are_appended_and_read_back(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  assert metrics.read_lines(path) == []
+  records = [{"iteration": i, "score/mean": 0.1 * i, "kl/ref_exact": None} for i in range(3)]
+  for record in records:
+    metrics.append_line(path, record)
+  assert metrics.read_lines(path) == records
+
+
+def test_truncate_keeps_the_iterations_before_the_checkpoint(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  metrics.truncate(path, 2)
+  assert not path.exists()
+  for i in range(5):
+    metrics.append_line(path, {"iteration": i})
+  before = path.read_bytes()
+  with path.open("a") as file:
+    file.write('{"iteration": 1')  # Cut off while it was written.
+  metrics.truncate(path, 5)
+  assert path.read_bytes() == before
+  metrics.truncate(path, 2)
+  assert metrics.read_lines(path) == [{"iteration": 0}, {"iteration": 1}]
+  metrics.truncate(path, 0)
+  assert path.read_bytes() == b""
+  assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_says_what_to_install(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  with pytest.raises(UserError, match=r"pip install 'klrl\[tensorboard\]'"):
+    metrics.TensorBoard(tmp_path)
+
+
+def test_tensorboard_gets_every_figure_that_was_measured(tmp_path, monkeypatch):
+  seen = []
+
+  class SummaryWriter:
+    def __init__(self, directory):
+      seen.append(directory)
+
+    def add_scalar(self, *arguments):
+      seen.append(arguments)
+
+    def close(self):
+      seen.append("closed")
+
+  monkeypatch.setitem(
+    sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter)
+  )
+  writer = metrics.TensorBoard(tmp_path)
+  writer.write(3, {"score/mean": 0.0, "kl/ref_exact": None, "policy/loss": -1.0})
+  writer.close()
+  assert seen == [str(tmp_path), ("score/mean", 0.0, 3), ("policy/loss", -1.0, 3), "closed"]

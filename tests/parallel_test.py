@@ -1,0 +1,154 @@
+"""Tests of meshes and of where the arrays of a decoder and its optimizer are put."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from klrl import parallel
+from klrl.errors import UserError
+from klrl.models import DecoderConfig, policy_model, scalar_model
+from klrl.optimizer import init_optimizer
+
+DECODER = DecoderConfig(
+  vocab_size=10,
+  width=8,
+  num_layers=4,  # Divisible by every axis of a mesh: were it not for its name, it would be split.
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=4,
+  mlp_dim=12,
+  max_len=16,
+  tie_embeddings=False,
+  attention_bias=True,
+)
+
+
+def specs(mesh_spec, tree):
+  """Returns {path: partition of each axis} for the state `tree`."""
+  shardings = parallel.state_shardings(parallel.make_mesh(mesh_spec), tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): tuple(sharding.spec)
+    for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
+  }
+
+
+def params():
+  return jax.eval_shape(policy_model(DECODER).init, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+  ("spec", "sizes"),
+  [
+    ("", (1, 4, 1, 1)),
+    ("data=1", (1, 1, 1, 1)),
+    ("data=2,fsdp=2", (1, 2, 2, 1)),
+    ("tensor=2,data=2", (1, 2, 1, 2)),
+    ("sweep=3", (3, 1, 1, 1)),
+  ],
+)
+def test_a_mesh_has_the_sizes_asked_for(spec, sizes):
+  mesh = parallel.make_mesh(spec)
+  assert dict(mesh.shape) == dict(zip(parallel.AXES, sizes, strict=True))
+
+
+@pytest.mark.parametrize(
+  "part", ["model=2", "data", "data=", "data=0", "data=-1", "data=two", "data=1.5", "=2", "2"]
+)
+def test_a_part_that_is_no_size_of_an_axis_is_named(part):
+  with pytest.raises(UserError, match=f"--mesh=fsdp=2,{part}: '{part}' is not AXIS=SIZE"):
+    parallel.make_mesh(f"fsdp=2,{part}")
+
+
+def test_more_devices_than_there_are_is_refused():
+  with pytest.raises(UserError, match=r"--mesh=data=4,fsdp=2 needs 8 devices, JAX sees 4"):
+    parallel.make_mesh("data=4,fsdp=2")
+
+
+def test_batches_must_split_evenly_over_data_and_fsdp():
+  mesh = parallel.make_mesh("data=2,fsdp=2")
+  parallel.check_batch_size(mesh, 8)
+  with pytest.raises(UserError, match="--batch_size=6 cannot be split over 4 devices; use"):
+    parallel.check_batch_size(mesh, 6)
+  parallel.check_batch_size(parallel.make_mesh("tensor=4"), 7)
+
+
+def test_rows_are_split_and_replicas_are_whole():
+  mesh = parallel.make_mesh("data=2,fsdp=2")
+  x = np.arange(8).reshape(4, 2)
+  rows = jax.device_put(x, parallel.by_rows(mesh))
+  assert sorted(shard.data[0, 0].item() for shard in rows.addressable_shards) == [0, 2, 4, 6]
+  whole = jax.device_put(x, parallel.replicated(mesh))
+  assert all(shard.data.shape == (4, 2) for shard in whole.addressable_shards)
+
+
+def test_tensor_splits_heads_hidden_units_and_vocabulary():
+  found = specs("tensor=2", params())
+  layers = {
+    name.removeprefix("decoder/layers/"): spec for name, spec in found.items() if "layers" in name
+  }
+  opening, closing = (None, None, "tensor"), (None, "tensor", None)
+  for name in ("attention/query", "attention/key", "attention/value", "mlp/gate", "mlp/up"):
+    assert layers[f"{name}/kernel"] == opening, name
+  for name in ("attention/output", "mlp/down"):
+    assert layers[f"{name}/kernel"] == closing, name
+  assert found["decoder/embed/embedding"] == ("tensor", None)
+  assert found["unembedding"] == (None, "tensor")
+
+
+def test_fsdp_splits_the_largest_axis_that_divides():
+  found = specs("fsdp=4", params())
+  assert found["decoder/layers/mlp/gate/kernel"] == (None, None, "fsdp")  # [4, 8, 12]
+  assert found["decoder/layers/mlp/down/kernel"] == (None, "fsdp", None)  # [4, 12, 8]
+  # 10 does not divide by 4, so the width does the splitting.
+  assert found["decoder/embed/embedding"] == (None, "fsdp")
+  assert found["unembedding"] == ("fsdp", None)
+
+
+def test_tensor_and_fsdp_take_different_axes():
+  found = specs("fsdp=2,tensor=2", params())
+  assert found["decoder/layers/attention/query/kernel"] == (None, "fsdp", "tensor")
+  assert found["decoder/layers/attention/output/kernel"] == (None, "tensor", "fsdp")
+  assert found["decoder/embed/embedding"] == ("tensor", "fsdp")
+
+
+@pytest.mark.parametrize("spec", ["fsdp=4", "tensor=4", "fsdp=2,tensor=2", "data=4"])
+def test_layer_axis_and_small_arrays_are_never_split(spec):
+  for name, axes in specs(spec, params()).items():
+    if "layers" in name:
+      assert axes[0] is None, name
+    if name.endswith(("bias", "scale")):
+      assert not any(axes), name
+    if spec == "data=4":
+      assert not any(axes), name
+
+
+def test_sizes_that_do_not_divide_stay_whole():
+  found = specs("tensor=4", params())
+  assert found["decoder/embed/embedding"] == (None, None)  # 10 words
+  assert found["decoder/layers/mlp/gate/kernel"] == (None, None, "tensor")
+  assert specs("fsdp=3", {"a": jnp.zeros((4, 8)), "b": jnp.zeros((4, 9))}) == {
+    "a": (None, None),
+    "b": (None, "fsdp"),
+  }
+  head = jax.eval_shape(scalar_model(DECODER).init, jax.random.key(0))["head"]
+  assert specs("fsdp=2,tensor=2", {"head": head})["head"] == ("fsdp", None)  # [8, 1]
+
+
+def test_moments_lie_where_their_parameters_lie_and_scalars_are_whole():
+  tree = params()
+  state = {"params": tree, "opt_state": jax.eval_shape(init_optimizer, tree), "x": jnp.zeros(())}
+  found = specs("fsdp=2,tensor=2", state)
+  kernel = "decoder/layers/mlp/down/kernel"
+  moments = [spec for name, spec in found.items() if "opt_state" in name and name.endswith(kernel)]
+  assert moments == [found[f"params/{kernel}"]] * 2
+  assert found["x"] == ()
+
+
+def test_a_real_state_can_be_put_there():
+  mesh = parallel.make_mesh("fsdp=2,tensor=2")
+  kernel = {"layers": {"mlp": {"down": {"kernel": np.arange(4 * 12 * 8.0).reshape(4, 12, 8)}}}}
+  placed = jax.device_put(kernel, parallel.state_shardings(mesh, kernel))
+  (leaf,) = jax.tree.leaves(placed)
+  assert {shard.data.shape for shard in leaf.addressable_shards} == {(4, 6, 4)}
+  np.testing.assert_array_equal(leaf, kernel["layers"]["mlp"]["down"]["kernel"])

@@ -1,0 +1,124 @@
+"""Tests of the optimizer and of the step of the stages before RL, on problems of two numbers."""
+
+import functools
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from klrl import optimizer
+from klrl.supervised import init_supervised_state, make_supervised_step
+
+START = {"a": jnp.float32(0.5), "b": jnp.float32(-0.25)}
+
+
+def line_loss(params, batch):
+  x, y = batch
+  squares = (params["a"] * x + params["b"] - y) ** 2
+  return squares.mean(), {"loss/square": (squares.sum(), jnp.float32(len(x)))}
+
+
+def slope_loss(params, batch):
+  """A gradient that is always (3, -4): Adam then moves by its learning rate at each step."""
+  loss = 3 * params["a"] - 4 * params["b"]
+  return loss, {"loss/slope": (loss, 1.0)}
+
+
+@functools.cache
+def compiled_step(loss_fn, num_iterations):
+  return jax.jit(make_supervised_step(loss_fn, num_iterations=num_iterations))
+
+
+def run(loss_fn, batch, *, num_iterations, learning_rate, max_grad_norm=1e3, num_steps=None):
+  """Returns every state, the first included, and the metrics of every step."""
+  config = types.SimpleNamespace(learning_rate=learning_rate, max_grad_norm=max_grad_norm)
+  states, metrics = [init_supervised_state(START, config)], []
+  for _ in range(num_steps or num_iterations):
+    state, figures = compiled_step(loss_fn, num_iterations)(states[-1], batch)
+    states.append(state)
+    metrics.append(figures)
+  return states, metrics
+
+
+def make_line():
+  x = jnp.linspace(-1, 1, 16)
+  return x, 2 * x - 1
+
+
+def test_a_line_is_found():
+  states, metrics = run(line_loss, make_line(), num_iterations=200, learning_rate=0.1)
+  chex.assert_trees_all_close(
+    states[-1].params, {"a": jnp.float32(2), "b": jnp.float32(-1)}, atol=1e-2
+  )
+  assert metrics[-1]["loss/square"][0] < 1e-3 < metrics[0]["loss/square"][0]
+  assert int(states[-1].iteration) == 200
+
+
+def test_learning_rate_0_moves_nothing():
+  states, metrics = run(line_loss, make_line(), num_iterations=200, learning_rate=0.0, num_steps=3)
+  chex.assert_trees_all_equal(states[-1].params, START)
+  assert metrics[-1]["gradient/norm"][0] > 0
+
+
+def test_learning_rate_falls_to_a_tenth_by_a_cosine():
+  states, _ = run(slope_loss, None, num_iterations=10, learning_rate=0.1, num_steps=13)
+  a, b = (np.array([state.params[name] for state in states]) for name in ("a", "b"))
+  t = np.minimum(np.arange(13), 10)
+  expected = 0.1 * (0.1 + 0.9 * (1 + np.cos(np.pi * t / 10)) / 2)
+  np.testing.assert_allclose(-np.diff(a), expected, rtol=1e-4)
+  np.testing.assert_allclose(np.diff(b), expected, rtol=1e-4)
+  np.testing.assert_allclose([expected[0], expected[5], expected[10]], [0.1, 0.055, 0.01])
+
+
+def test_gradient_norm_is_reported_before_clipping():
+  _, metrics = run(
+    slope_loss, None, num_iterations=10, learning_rate=0.1, max_grad_norm=0.1, num_steps=1
+  )
+  np.testing.assert_allclose(metrics[0]["gradient/norm"][0], 5, rtol=1e-6)
+
+
+def adam(gradients, learning_rate, max_grad_norm):
+  """Returns where Adam (Kingma and Ba, 2015, algorithm 1) goes from 0 along clipped `gradients`."""
+  x, first, second = np.zeros(2), np.zeros(2), np.zeros(2)
+  for t, gradient in enumerate(gradients, start=1):
+    gradient = gradient * min(1, max_grad_norm / np.linalg.norm(gradient))
+    first = 0.9 * first + 0.1 * gradient
+    second = 0.999 * second + 0.001 * gradient**2
+    scaled = first / (1 - 0.9**t), second / (1 - 0.999**t)
+    x = x - learning_rate * scaled[0] / (np.sqrt(scaled[1]) + 1e-8)
+  return x
+
+
+def test_steps_are_those_of_adam_behind_clipping_for_traced_coefficients():
+  gradients = np.array([[30.0, 40.0], [0.3, -0.4], [-3.0, 0.1]])
+  step = jax.jit(optimizer.apply_gradients)
+  found = []
+  for learning_rate, max_grad_norm in ((0.1, 1.0), (0.1, 100.0), (0.02, 2.0)):
+    params = {"x": jnp.zeros(()), "y": jnp.zeros(())}
+    state = optimizer.init_optimizer(params)
+    for x, y in gradients:
+      params, state, norm = step(
+        params,
+        state,
+        {"x": jnp.float32(x), "y": jnp.float32(y)},
+        learning_rate=learning_rate,
+        max_grad_norm=max_grad_norm,
+      )
+      np.testing.assert_allclose(norm, np.hypot(x, y), rtol=1e-6)
+    found.append([float(params["x"]), float(params["y"])])
+    np.testing.assert_allclose(
+      found[-1], adam(gradients, learning_rate, max_grad_norm), rtol=1e-4, atol=1e-6
+    )
+  # Clipping joins the parameters: it changes where they go, not only how fast.
+  assert not np.allclose(found[0], found[1], rtol=0.05)
+  assert step._cache_size() == 1
+
+
+def test_a_copy_survives_the_donation_of_the_original():
+  tree = {"a": jnp.arange(4.0)}
+  copy = optimizer.copy(tree)
+  jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(tree)
+  assert tree["a"].is_deleted()
+  np.testing.assert_array_equal(copy["a"], np.arange(4.0))
