@@ -139,6 +139,9 @@ def run(main, config_class) -> None:
     except Interrupted as stop:
       console.print(_escape(str(stop)), soft_wrap=True)
       sys.exit(130)
+    except KeyboardInterrupt:  # Outside the loop, or a second Ctrl-C inside it.
+      console.print("Interrupted. The same command goes on from the last checkpoint.")
+      sys.exit(130)
 
   app.run(call)
 
