@@ -1,6 +1,7 @@
 """Tests of evaluations: their figures, their samples, and the checks that stop a run at step 0."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import pytest
 
 from klrl import completions, evaluation
 from klrl.errors import UserError
-from klrl.models import DecoderConfig, policy_model
-from klrl.sampling import make_sample_fn
+from klrl.models import DecoderConfig, load_tokenizer, policy_model
+from klrl.sampling import Rollout, make_sample_fn
 from klrl.tasks import arithmetic
 
+STORIES = pathlib.Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 TOKENIZER = arithmetic.make_tokenizer()
 PROMPT_LEN, MAX_COMPLETION_LEN, BATCH, VOCAB = 3, 4, 1024, TOKENIZER.tokenizer.get_vocab_size()
 DECODER = DecoderConfig(
@@ -182,9 +184,7 @@ def test_draws_at_another_temperature_than_claimed_stop_the_run(temperature):
   with pytest.raises(UserError, match="the sampler does not draw from the policy") as stop:
     check(claimed, starts_as_reference=False)
   # Flatter draws are more surprising than the entropy says, sharper ones less.
-  assert (" nats per sequence" in str(stop.value)) and ("is -" in str(stop.value)) == (
-    temperature < 1
-  )
+  assert ("log_prob - entropy is -" in str(stop.value)) == (temperature < 1)
 
 
 def test_distinct_2_by_hand():
@@ -213,8 +213,23 @@ def test_samples_show_each_real_token_of_the_first_rows():
     assert (record["when"], record["index"], record["prompt"]) == ("before", i, f"prompt {i}")
     assert (record["score"], record["gold"]) == (i / 2, 1.0)
     finished += record["tokens"][-1] == "</s>"
-  assert 0 < finished
+  assert finished > 0
   (record,) = evaluation.samples(
     "after", evaluate(with_reference=False), scores, None, texts, prompts, TOKENIZER, 1
   )
   assert record["kl_ref"] is None and record["gold"] is None
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260K model is not there")
+def test_pieces_of_a_sample_keep_their_spaces():
+  tokenizer = load_tokenizer(STORIES)
+  bos, *ids = tokenizer.tokenizer.encode("Once upon a time").ids
+  ids.append(tokenizer.eos_id)
+  mask = np.ones((1, len(ids)), bool)
+  tokens = np.array([[bos, *ids]], np.int32)
+  rollout = Rollout(tokens, np.ones((1, 1), bool), mask, mask[:, -1], None, None)
+  found = evaluation.Evaluation(rollout, np.zeros_like(mask, float), None, None, None)
+  texts = evaluation.texts_of(found, tokenizer)
+  (record,) = evaluation.samples("after", found, [0], None, texts, [""], tokenizer, 1)
+  assert record["tokens"] == ["Once", " upon", " a", " time", "</s>"]
+  assert record["completion"] == "Once upon a time"

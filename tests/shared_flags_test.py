@@ -200,3 +200,9 @@ def test_main_gets_the_config_and_an_interruption_has_its_own_status(monkeypatch
 
   assert run_main(monkeypatch, interrupted) == 130
   assert "Stopped after iteration 4 of 6." in capsys.readouterr().out
+
+  def killed(config):
+    raise KeyboardInterrupt
+
+  assert run_main(monkeypatch, killed) == 130
+  assert "goes on from the last checkpoint" in capsys.readouterr().out
