@@ -25,10 +25,10 @@ from rich.table import Table
 
 from experiments import reward_model, shared_flags
 from experiments.shared_flags import setting
-from klrl import ops, progress, rlhf
+from klrl import ops, parallel, progress, rlhf
 from klrl.errors import UserError
 from klrl.summary import read_summary
-from klrl.workdir import open_workdir
+from klrl.workdir import create_workdir, find_workdir
 
 _ADAPTIVE = ("doubling", "proportional", "dual_ascent")
 _SCHEDULED = ("linear", "cosine")
@@ -162,13 +162,15 @@ class Config(shared_flags.RunConfig):
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is shown, not run again."""
-  workdir = open_workdir("ppo", config, root=root)
+  workdir = find_workdir("ppo", config, root=root)
   summary = read_summary(workdir)
   if summary:
     progress.console.print(f"PPO: finished before, in {workdir}", soft_wrap=True)
   else:
+    parallel.check_batch_size(parallel.make_mesh(config.mesh), config.batch_size)
     models = rlhf.load_models(config, **model_directories(config))
     task = rlhf.load_task(config, models)
+    create_workdir(workdir, "ppo", config)
     progress.console.print(
       f"PPO: {len(task.training.tokens)} prompts, {len(task.held_out.tokens)} held out; "
       f"results go to {workdir}",

@@ -36,7 +36,7 @@ from klrl.report import write_report
 from klrl.summary import read_summary, write_summary
 from klrl.supervised import init_supervised_state, make_supervised_step
 from klrl.tasks import arithmetic, data
-from klrl.workdir import open_workdir
+from klrl.workdir import create_workdir, find_workdir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is not run again."""
   if config.data and not config.policy:
     raise UserError("--data needs --policy=DIR, the model whose trunk the reward model takes over.")
-  workdir = open_workdir("reward_model", config, root=root)
+  workdir = find_workdir("reward_model", config, root=root)
   if read_summary(workdir):
     progress.console.print(f"Reward model: finished before, in {workdir}", soft_wrap=True)
     return workdir
@@ -86,6 +86,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   tokenizer = load_tokenizer(directory)
   check_tokenizer(tokenizer, model_config)
   training, held_out = _pairs(config, tokenizer, model_config.max_len)
+  create_workdir(workdir, "reward_model", config)
 
   loss_fn = make_bradley_terry_fn(scalar_model(model_config))
   step_fn = make_supervised_step(loss_fn, num_iterations=config.num_iterations)

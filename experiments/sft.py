@@ -29,7 +29,7 @@ from klrl.report import write_report
 from klrl.summary import read_summary, write_summary
 from klrl.supervised import init_supervised_state, make_supervised_step
 from klrl.tasks import arithmetic, data
-from klrl.workdir import open_workdir
+from klrl.workdir import create_workdir, find_workdir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is not run again."""
   if bool(config.policy) != bool(config.data):
     raise UserError("--policy and --data go together: a model of yours needs data of yours.")
-  workdir = open_workdir("sft", config, root=root)
+  workdir = find_workdir("sft", config, root=root)
   if read_summary(workdir):
     progress.console.print(f"SFT: finished before, in {workdir}", soft_wrap=True)
     return workdir
@@ -68,6 +68,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   model_config, params, tokenizer = _model(config)
   policy = policy_model(model_config)
   training, held_out = _examples(config, tokenizer, model_config.max_len)
+  create_workdir(workdir, "sft", config)
 
   loss_fn = make_cross_entropy_fn(policy)
   step_fn = make_supervised_step(loss_fn, num_iterations=config.num_iterations)

@@ -69,6 +69,9 @@ class RunConfig:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value, rule = getattr(self, field.name), field.metadata
+      if isinstance(field.default, float):  # 1 and 1.0 are one configuration, with one hash.
+        value = float(value)
+        object.__setattr__(self, field.name, value)
       if rule["choices"] and value not in rule["choices"]:
         raise UserError(f"--{field.name}={value}: must be one of {', '.join(rule['choices'])}.")
       # `not >=` rather than `<`: NaN fails too.

@@ -31,23 +31,25 @@ def make_mesh(spec: str) -> Mesh:
   Raises:
     UserError: unknown axis, a size that is not a positive integer, or more devices than there are.
   """
-  sizes = dict.fromkeys(AXES, 1)
+  sizes: dict[str, int] = {}
   if not spec:
     sizes["data"] = jax.device_count()
   for part in filter(None, spec.split(",")):
     axis, _, size = part.partition("=")
-    if axis not in AXES or not size.isdigit() or int(size) < 1:
+    if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
       raise UserError(
-        f"--mesh={spec}: {part!r} is not AXIS=SIZE with AXIS one of {', '.join(AXES)}, SIZE >= 1."
+        f"--mesh={spec}: {part!r} is not AXIS=SIZE with SIZE >= 1 and AXIS one of "
+        f"{', '.join(AXES)}, each at most once."
       )
     sizes[axis] = int(size)
-  needed = math.prod(sizes.values())
+  shape = tuple(sizes.get(axis, 1) for axis in AXES)
+  needed = math.prod(shape)
   if needed > jax.device_count():
     raise UserError(
       f"--mesh={spec} needs {needed} devices, JAX sees {jax.device_count()}. Use a smaller mesh."
     )
   return jax.make_mesh(
-    tuple(sizes.values()),
+    shape,
     AXES,
     axis_types=(AxisType.Auto,) * len(AXES),
     devices=jax.devices()[:needed],

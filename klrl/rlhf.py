@@ -183,7 +183,6 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, keys) -> d
     keys: (metric, label) of the figures shown while it runs.
   """
   mesh = parallel.make_mesh(config.mesh)
-  parallel.check_batch_size(mesh, config.batch_size)
   state = init_state(config, models)
   shardings = parallel.state_shardings(mesh, state)
   state = jax.device_put(state, shardings)

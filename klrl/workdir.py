@@ -20,8 +20,8 @@ def config_hash(config) -> str:
   return hashlib.sha256(json.dumps(_result_fields(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def open_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path:
-  """Returns the folder of this run, with its `config.json` and `flags.txt` in it.
+def find_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path:
+  """Returns the folder of this run, which need not exist yet; nothing is written.
 
   Args:
     experiment: name of the experiment, first part of a folder's default name.
@@ -29,11 +29,12 @@ def open_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path
     root: where folders with default names are.
 
   Raises:
-    UserError: the folder holds a run with another configuration; the fields are named.
+    UserError: the folder holds something else, or a run that has begun with another
+      configuration; the fields are named.
   """
   directory = pathlib.Path(config.workdir or f"{root}/{experiment}-{config_hash(config)}")
   path = directory / "config.json"
-  if path.exists():
+  if (directory / "metrics.jsonl").exists() and path.exists():
     theirs = json.loads(path.read_text())
     ours = {"experiment": experiment, **_result_fields(config)}
     differing = [
@@ -46,11 +47,23 @@ def open_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path
         f"{directory} holds a run with another configuration: {'; '.join(differing)}. "
         "Choose another --workdir, or leave it out."
       )
-  elif directory.exists() and (directory.is_file() or any(directory.iterdir())):
+  elif directory.is_file() or (
+    directory.exists() and not path.exists() and any(directory.iterdir())
+  ):
     raise UserError(f"{directory} is no empty folder and holds no run. Choose another --workdir.")
+  return directory
+
+
+def create_workdir(directory: pathlib.Path, experiment: str, config) -> None:
+  """Writes `config.json` and `flags.txt` into what `find_workdir` returned.
+
+  To be called when all inputs are loaded, so that a command that cannot work leaves nothing behind.
+  """
   directory.mkdir(parents=True, exist_ok=True)
   fields = dataclasses.asdict(config)
-  write_text(path, json.dumps({"experiment": experiment, **fields}, indent=2) + "\n")
+  write_text(
+    directory / "config.json", json.dumps({"experiment": experiment, **fields}, indent=2) + "\n"
+  )
   write_text(
     directory / "flags.txt",
     "".join(
@@ -59,7 +72,6 @@ def open_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path
       if is_read(config, field)
     ),
   )
-  return directory
 
 
 def is_read(config, field: dataclasses.Field) -> bool:

@@ -309,3 +309,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   with pytest.raises(OSError, match="disk full"):
     saved(tmp_path, UNTIED)
   assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_a_tokenizer_that_closes_prompts_with_eos_is_refused():
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+    single="$A </s>", special_tokens=[("</s>", 1)]
+  )
+  info = hf.TokenizerInfo(tokenizer, None, 1, 1)
+  with pytest.raises(UserError, match="ends every text with its EOS"):
+    hf.check_tokenizer(info, LLAMA)

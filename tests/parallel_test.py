@@ -53,7 +53,8 @@ def test_a_mesh_has_the_sizes_asked_for(spec, sizes):
 
 
 @pytest.mark.parametrize(
-  "part", ["model=2", "data", "data=", "data=0", "data=-1", "data=two", "data=1.5", "=2", "2"]
+  "part",
+  ["model=2", "data", "data=", "data=0", "data=-1", "data=two", "data=1.5", "=2", "2", "data=²"],
 )
 def test_a_part_that_is_no_size_of_an_axis_is_named(part):
   with pytest.raises(UserError, match=f"--mesh=fsdp=2,{part}: '{part}' is not AXIS=SIZE"):
@@ -152,3 +153,8 @@ def test_a_real_state_can_be_put_there():
   (leaf,) = jax.tree.leaves(placed)
   assert {shard.data.shape for shard in leaf.addressable_shards} == {(4, 6, 4)}
   np.testing.assert_array_equal(leaf, kernel["layers"]["mlp"]["down"]["kernel"])
+
+
+def test_an_axis_named_twice_is_refused():
+  with pytest.raises(UserError, match="at most once"):
+    parallel.make_mesh("data=2,data=1")

@@ -8,7 +8,7 @@ from absl import flags
 
 from experiments import ppo, reward_model, sft, shared_flags
 from klrl.errors import UserError
-from klrl.workdir import open_workdir
+from klrl.workdir import config_hash, create_workdir, find_workdir
 
 EXPERIMENTS = (sft, reward_model, ppo)
 
@@ -138,7 +138,8 @@ def test_a_flag_that_nothing_reads_is_refused_even_at_its_default():
 )
 def test_flags_of_a_run_make_the_same_configuration_again(tmp_path, experiment, config):
   config = dataclasses.replace(config, workdir=str(tmp_path / "run"))
-  directory = open_workdir(experiment, config)
+  directory = find_workdir(experiment, config)
+  create_workdir(directory, experiment, config)
   again = config_of_command_line(type(config), f"--flagfile={directory}/flags.txt")
   assert again == config
   changed = config_of_command_line(type(config), f"--flagfile={directory}/flags.txt", "--seed=9")
@@ -206,3 +207,7 @@ def test_main_gets_the_config_and_an_interruption_has_its_own_status(monkeypatch
 
   assert run_main(monkeypatch, killed) == 130
   assert "goes on from the last checkpoint" in capsys.readouterr().out
+
+
+def test_a_whole_number_is_the_same_setting_as_its_float():
+  assert config_hash(ppo.Config(beta=1)) == config_hash(ppo.Config(beta=1.0))

@@ -9,7 +9,24 @@ from experiments import ppo, sft
 from klrl import summary
 from klrl.errors import UserError
 from klrl.metrics import append_line
-from klrl.workdir import NOT_PART_OF_THE_RESULT, config_hash, open_workdir, write_text
+from klrl.workdir import (
+  NOT_PART_OF_THE_RESULT,
+  config_hash,
+  create_workdir,
+  find_workdir,
+  write_text,
+)
+
+
+def open_workdir(experiment, config, *, root="runs"):
+  """What an experiment does on its way to its first iteration."""
+  directory = find_workdir(experiment, config, root=root)
+  create_workdir(directory, experiment, config)
+  return directory
+
+
+def begin(directory):
+  (directory / "metrics.jsonl").write_text("{}")
 
 
 def test_default_folder_is_named_by_the_configuration(tmp_path):
@@ -35,7 +52,7 @@ def test_the_same_configuration_goes_on_in_its_folder(tmp_path):
 
 def test_another_configuration_is_refused_and_every_field_named(tmp_path):
   workdir = str(tmp_path)
-  open_workdir("ppo", ppo.Config(workdir=workdir, beta=0.1))
+  begin(open_workdir("ppo", ppo.Config(workdir=workdir, beta=0.1)))
   before = (tmp_path / "config.json").read_bytes()
   message = r"another configuration: beta is 0\.1 there and 0\.7 here; seed is 0 there and 1 here\."
   with pytest.raises(UserError, match=message):
@@ -45,9 +62,19 @@ def test_another_configuration_is_refused_and_every_field_named(tmp_path):
   assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_a_run_that_never_began_does_not_hold_its_folder(tmp_path):
+  open_workdir("ppo", ppo.Config(workdir=str(tmp_path), beta=0.1))
+  open_workdir("ppo", ppo.Config(workdir=str(tmp_path), beta=0.7))
+  assert json.loads((tmp_path / "config.json").read_text())["beta"] == 0.7
+
+
+def test_finding_a_folder_writes_nothing(tmp_path):
+  assert not find_workdir("ppo", ppo.Config(workdir=str(tmp_path / "new"))).exists()
+
+
 def test_a_field_that_was_added_since_is_named(tmp_path):
   config = ppo.Config(workdir=str(tmp_path), beta=0.7)
-  open_workdir("ppo", config)
+  begin(open_workdir("ppo", config))
   record = json.loads((tmp_path / "config.json").read_text())
   del record["beta"]
   (tmp_path / "config.json").write_text(json.dumps(record | {"removed": 1}))

@@ -146,7 +146,10 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
 
 
 def check_tokenizer(info: TokenizerInfo, config: DecoderConfig) -> None:
-  """Raises UserError if the tokenizer has ids that the model has no embedding for."""
+  """Raises UserError if the tokenizer does not fit: ids without an embedding, or an EOS of its own.
+
+  A prompt that the tokenizer closes with EOS leaves nothing to complete.
+  """
   vocab = info.tokenizer.get_vocab(with_added_tokens=True)
   special_ids = [i for i in (info.bos_id, info.eos_id, info.pad_id) if i is not None]
   largest = max([*vocab.values(), *special_ids])
@@ -154,6 +157,11 @@ def check_tokenizer(info: TokenizerInfo, config: DecoderConfig) -> None:
     raise UserError(
       f"the tokenizer's ids go up to {largest}, but the model has vocab_size={config.vocab_size}:"
       " this tokenizer belongs to another model."
+    )
+  if info.eos_id is not None and info.tokenizer.encode("a").ids[-1:] == [info.eos_id]:
+    raise UserError(
+      "the tokenizer ends every text with its EOS, prompts too; take that out of the post_processor"
+      " in tokenizer.json."
     )
 
 

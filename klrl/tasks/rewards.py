@@ -7,6 +7,7 @@ raises or returns wrongly becomes one message that names the completion.
 import importlib.util
 import math
 import pathlib
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +30,10 @@ def load_reward_fn(spec: str) -> RewardFn:
   path, _, name = spec.rpartition(":")
   if not path.endswith(".py") or not pathlib.Path(path).is_file():
     raise UserError(f"--reward={spec}: there is no such Python file; write FILE.py:FUNCTION.")
-  module_spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+  module_spec = importlib.util.spec_from_file_location(f"reward_of_{pathlib.Path(path).stem}", path)
   module = importlib.util.module_from_spec(module_spec)
+  # Dataclasses and pickles in the file look their module up by name.
+  sys.modules[module_spec.name] = module
   try:
     module_spec.loader.exec_module(module)
   except Exception as error:
