@@ -27,6 +27,7 @@ from experiments import reward_model, shared_flags
 from experiments.shared_flags import setting
 from klrl import ops, parallel, progress, rlhf
 from klrl.errors import UserError
+from klrl.report import write_report
 from klrl.summary import read_summary
 from klrl.workdir import create_workdir, find_workdir
 
@@ -88,7 +89,11 @@ class Config(shared_flags.RunConfig):
     choices=("clip", *_KL_TRUST_REGIONS, "none"),
   )
   clip_eps_low: float = setting(
-    0.2, "ratio may fall to 1 - this", minimum=0.0, read_when=("trust_region", ("clip",))
+    0.2,
+    "ratio may fall to 1 - this",
+    minimum=0.0,
+    maximum=1.0,
+    read_when=("trust_region", ("clip",)),
   )
   clip_eps_high: float = setting(
     0.2, "ratio may rise to 1 + this", minimum=0.0, read_when=("trust_region", ("clip",))
@@ -154,6 +159,10 @@ class Config(shared_flags.RunConfig):
         f"--batch_size={self.batch_size} is not a multiple of "
         f"--num_minibatches={self.num_minibatches}."
       )
+    if self.beta == 0 and self.controller in ("doubling", "proportional"):
+      raise UserError(f"--controller={self.controller} multiplies beta, and --beta=0 stays 0.")
+    if self.reference and self.kl_placement == "none" and not self.kl_every:
+      raise UserError("--reference is set, but nothing reads it: no KL is penalised or measured.")
     if self.controller != "fixed" and self.kl_placement == "none":
       raise UserError(
         f"--controller={self.controller} has no beta to move with --kl_placement=none."
@@ -166,8 +175,11 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   summary = read_summary(workdir)
   if summary:
     progress.console.print(f"PPO: finished before, in {workdir}", soft_wrap=True)
+    write_report(workdir)
   else:
+    # What can be wrong is looked at before the stages take their time.
     parallel.check_batch_size(parallel.make_mesh(config.mesh), config.batch_size)
+    rlhf.check_inputs(config)
     models = rlhf.load_models(config, **model_directories(config))
     task = rlhf.load_task(config, models)
     create_workdir(workdir, "ppo", config)

@@ -142,13 +142,9 @@ def run_sft_stage(config: Config) -> pathlib.Path:
 def make_bradley_terry_fn(reward_model):
   """Returns loss(params, pairs) -> (loss, metrics): mean -log sigmoid(chosen - rejected), nats."""
 
-  def score(params, tokens, mask):
-    values = reward_model.values(params, tokens, mask)
-    return jnp.take_along_axis(values, mask.sum(axis=1, keepdims=True) - 1, axis=1)[:, 0]
-
   def loss_fn(params, batch: Pairs):
     # One forward pass over both halves; widths are equal by construction.
-    scores = score(
+    scores = reward_model.scores(
       params,
       jnp.concatenate([batch.chosen, batch.rejected]),
       jnp.concatenate([batch.chosen_mask, batch.rejected_mask]),

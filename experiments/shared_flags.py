@@ -113,6 +113,8 @@ def define_flags(config_class) -> None:
       )
     else:
       define[type(field.default)](field.name, field.default, field.metadata["help"])
+    # `--help` shows the flags of the program that was started, which is where absl looks for them.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[field.name])
 
 
 def config_from_flags(config_class):

@@ -47,7 +47,7 @@ class Checkpoints:
       return self._manager.restore(self.latest(), args=ocp.args.StandardRestore(target))
     except (ValueError, KeyError, TypeError) as error:
       raise UserError(
-        f"The checkpoint in {self._directory} does not fit this model and optimizer: "
+        f"The checkpoint in {self._directory} is damaged or does not fit this model: "
         f"{str(error).splitlines()[0]} Use another --workdir, or the flags that wrote it."
       ) from error
 

@@ -50,8 +50,13 @@ def make_evaluate_fn(policy, reference, sample):
   return evaluate
 
 
-def figures(evaluation: Evaluation, scores, gold, texts: list[str]) -> dict[str, float | None]:
+def figures(
+  evaluation: Evaluation, scores, gold, texts: list[str], prompt_ids: np.ndarray
+) -> dict[str, float | None]:
   """Returns the figures of an evaluation: means over rows, with standard errors for scores and KLs.
+
+  `prompt_ids [B]` says which rows share a prompt: completions of one prompt are not independent, so
+  a standard error is that of a mean over prompts.
 
   KLs are KL(pi || pi_ref), nats per sequence, with `_per_token` beside each; `nll` is the mean
   negative log-likelihood under the reference, nats per token; `distinct_2` is the share of
@@ -60,8 +65,10 @@ def figures(evaluation: Evaluation, scores, gold, texts: list[str]) -> dict[str,
   mask = np.asarray(evaluation.rollout.completion_mask)
   num_tokens = max(1, int(mask.sum()))
   found = {
-    **_mean_and_stderr("score", np.asarray(scores)),
-    **(_mean_and_stderr("gold", np.asarray(gold)) if gold is not None else {"gold": None}),
+    **_mean_and_stderr("score", np.asarray(scores), prompt_ids),
+    **(
+      _mean_and_stderr("gold", np.asarray(gold), prompt_ids) if gold is not None else {"gold": None}
+    ),
     "entropy": _sums(evaluation.entropy, mask).sum() / num_tokens,
     "length": mask.sum(axis=1).mean(),
     "finished_fraction": np.asarray(evaluation.rollout.finished).mean(),
@@ -75,7 +82,9 @@ def figures(evaluation: Evaluation, scores, gold, texts: list[str]) -> dict[str,
     }
     for name, kl in per_token.items():
       sums = _sums(kl, mask)
-      found |= _mean_and_stderr(name, sums) | {f"{name}_per_token": sums.sum() / num_tokens}
+      found |= _mean_and_stderr(name, sums, prompt_ids) | {
+        f"{name}_per_token": sums.sum() / num_tokens
+      }
     found["nll"] = -_sums(evaluation.ref_log_probs, mask).sum() / num_tokens
   return {name: None if x is None else float(x) for name, x in found.items()}
 
@@ -171,6 +180,13 @@ def _sums(per_token, mask) -> np.ndarray:
   return np.where(mask, np.asarray(per_token), 0.0).sum(axis=1)
 
 
-def _mean_and_stderr(name: str, x: np.ndarray) -> dict[str, float | None]:
-  stderr = x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else None
-  return {name: x.mean(), f"{name}_stderr": stderr}
+def _mean_and_stderr(name: str, x: np.ndarray, prompt_ids: np.ndarray) -> dict:
+  """Returns the mean over rows, and its standard error with prompts as the independent units."""
+  sums, counts = (np.bincount(prompt_ids, weights=w) for w in (x, np.ones_like(x)))
+  mean, num_prompts = x.mean(), np.count_nonzero(counts)
+  if num_prompts < 2:
+    return {name: mean, f"{name}_stderr": None}
+  # The variance of a ratio of sums, for prompts with different numbers of rows.
+  residual = sums - mean * counts
+  stderr = np.sqrt((residual**2).sum() * num_prompts / (num_prompts - 1)) / counts.sum()
+  return {name: mean, f"{name}_stderr": stderr}

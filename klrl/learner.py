@@ -34,6 +34,10 @@ class Hypers(NamedTuple):
   max_kl_old: jax.Array
   kl_target: jax.Array
   trust_region_target: jax.Array
+  beta_final: jax.Array
+  kl_horizon: jax.Array
+  kl_step_size: jax.Array
+  beta: jax.Array  # where a schedule starts; losses read the controller's
 
 
 class TrainState(NamedTuple):
@@ -72,7 +76,7 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
   Args:
     config: frozen; read are kl_placement, kl_every, controller, trust_region,
       trust_region_adaptive, loss_aggregation, num_epochs, num_minibatches, num_iterations,
-      batch_size, beta, beta_final, whiten_advantages.
+      batch_size, whiten_advantages.
     max_completion_len: T, the constant of the aggregation `constant`.
     policy: a `models.Policy`; its old log-probs come from the sampler.
     value_model: a `models.ScalarModel`.
@@ -124,7 +128,7 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
     controller = state.controller
     if config.kl_placement == "reward":
       measured_kl = ops.divide(*kl_metrics["kl/ref_k1"])
-      controller = next_controller(controller, measured_kl, target_kl=hypers.kl_target)
+      controller = next_controller(controller, measured_kl, hypers)
     state = state._replace(
       params=params,
       opt_state=opt_state,
@@ -240,31 +244,26 @@ def _make_loss_fn(config, max_completion_len, policy, value_model):
 
   def policy_loss(log_probs, batch: Batch, hypers, trust_region_beta):
     old_log_probs, mask = batch.rollout.old_log_probs, batch.rollout.completion_mask
-    match config.trust_region:
-      case "clip":
-        return ops.clipped_policy_loss(
-          log_probs,
-          old_log_probs,
-          batch.advantages,
-          mask,
-          clip_eps_low=hypers.clip_eps_low,
-          clip_eps_high=hypers.clip_eps_high,
-        )
-      case "kl_old_new" | "kl_new_old" | "none":
-        estimator = {"kl_old_new": ops.kl_old_new, "kl_new_old": ops.kl_new_old}
-        kl = (
-          jnp.zeros_like(log_probs)
-          if config.trust_region == "none"
-          else estimator[config.trust_region](log_probs, old_log_probs)
-        )
-        return ops.kl_penalised_policy_loss(
-          log_probs,
-          old_log_probs,
-          batch.advantages,
-          kl,
-          mask,
-          trust_region_beta=trust_region_beta,
-        )
+    if config.trust_region == "clip":
+      return ops.clipped_policy_loss(
+        log_probs,
+        old_log_probs,
+        batch.advantages,
+        mask,
+        clip_eps_low=hypers.clip_eps_low,
+        clip_eps_high=hypers.clip_eps_high,
+      )
+    penalty = {"kl_old_new": ops.kl_old_new, "kl_new_old": ops.kl_new_old}.get(
+      config.trust_region, lambda log_probs, old_log_probs: jnp.zeros_like(log_probs)
+    )
+    return ops.kl_penalised_policy_loss(
+      log_probs,
+      old_log_probs,
+      batch.advantages,
+      penalty(log_probs, old_log_probs),
+      mask,
+      trust_region_beta=trust_region_beta,
+    )
 
   def loss_fn(params, batch: Batch, hypers: Hypers, trust_region_beta):
     rollout = batch.rollout
@@ -296,6 +295,8 @@ def _make_loss_fn(config, max_completion_len, policy, value_model):
     )
     num_tokens = mask.sum().astype(jnp.float32)
     metrics["policy/entropy"] = (jnp.where(mask, entropy, 0.0).sum(), num_tokens)
+    value_clipped = mask & (jnp.abs(values - batch.old_values) > hypers.value_clip_eps)
+    metrics["value/clip_fraction"] = (value_clipped.sum(), num_tokens)
     if config.trust_region == "clip":
       clipped = ops.clip_fraction(
         log_probs,
@@ -366,23 +367,29 @@ def _inner_epochs(config, loss_fn, state: TrainState, batch: Batch, key):
 
 
 def _make_controller(config):
-  """Returns next(state, measured_kl, *, target_kl) -> state, the rule that moves beta."""
-  schedule = {
-    "initial": config.beta,
-    "final": config.beta_final,
-    "num_iterations": config.num_iterations,
-  }
+  """Returns next(state, measured_kl, hypers) -> state, the rule that moves beta."""
+
+  def schedule(rule):
+    # The last iteration is the one that has `beta_final`.
+    num_steps = max(1, config.num_iterations - 1)
+    return lambda state, kl, hypers: rule(
+      state, kl, initial=hypers.beta, final=hypers.beta_final, num_iterations=num_steps
+    )
+
   rules = {
-    "fixed": lambda state, kl, target_kl: ops.fixed(state, kl),
-    "doubling": lambda state, kl, target_kl: ops.doubling(state, kl, target_kl=target_kl),
-    "proportional": lambda state, kl, target_kl: ops.proportional(
-      state, kl, target_kl=target_kl, num_samples=config.batch_size, horizon=config.kl_horizon
+    "fixed": lambda state, kl, hypers: ops.fixed(state, kl),
+    "doubling": lambda state, kl, hypers: ops.doubling(state, kl, target_kl=hypers.kl_target),
+    "proportional": lambda state, kl, hypers: ops.proportional(
+      state,
+      kl,
+      target_kl=hypers.kl_target,
+      num_samples=config.batch_size,
+      horizon=hypers.kl_horizon,
     ),
-    "dual_ascent": lambda state, kl, target_kl: ops.dual_ascent(
-      state, kl, target_kl=target_kl, step_size=config.kl_step_size
+    "dual_ascent": lambda state, kl, hypers: ops.dual_ascent(
+      state, kl, target_kl=hypers.kl_target, step_size=hypers.kl_step_size
     ),
-    "linear": lambda state, kl, target_kl: ops.linear_schedule(state, kl, **schedule),
-    "cosine": lambda state, kl, target_kl: ops.cosine_schedule(state, kl, **schedule),
+    "linear": schedule(ops.linear_schedule),
+    "cosine": schedule(ops.cosine_schedule),
   }
-  rule = rules[config.controller]
-  return lambda state, kl, *, target_kl: rule(state, kl, target_kl)
+  return rules[config.controller]

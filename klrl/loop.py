@@ -84,7 +84,9 @@ def run(
       figures = metrics.finalise(jax.device_get(pairs))
       seconds = time.monotonic() - began
       elapsed += seconds
-      if profile and iteration == min(start + _PROFILED_ITERATIONS, num_iterations - 1):
+      num_tokens = figures.get("rollout/tokens")
+      last_profiled = min(start + _PROFILED_ITERATIONS, num_iterations - 1)
+      if profile and start < iteration == last_profiled:
         jax.profiler.stop_trace()
       _check_finite(figures, iteration, checkpoints.latest(), workdir)
       metrics.append_line(workdir / "metrics.jsonl", {"iteration": iteration, **figures})
@@ -93,21 +95,24 @@ def run(
         {
           "iteration": iteration,
           "seconds": round(seconds, 6),
-          "tokens_per_second": round((figures.get("rollout/tokens") or 0.0) / seconds, 1),
+          "tokens_per_second": num_tokens and round(num_tokens / seconds, 1),
           "elapsed_seconds": round(elapsed, 6),
         },
       )
       if events:
         events.write(iteration, figures)
       done = iteration + 1
-      if asked_to_stop or done == num_iterations or done % save_every == 0:
+      stop = bool(asked_to_stop)  # Read once: what is said to be saved was saved.
+      if stop or done == num_iterations or done % save_every == 0:
         checkpoints.save(done, state)
       yield done, state, figures
-      if asked_to_stop and done < num_iterations:
+      if stop:
         raise Interrupted(
           f"Stopped after iteration {done} of {num_iterations}, saved in {workdir}. "
           "Run the same command again to go on."
         )
+    if asked_to_stop:  # It came after the last look, with everything saved.
+      raise Interrupted(f"Stopped after the last iteration, saved in {workdir}.")
 
 
 def _check_finite(figures, iteration: int, saved: int | None, workdir: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """What a person sees while a run works: a bar on a terminal, a line now and then in a log."""
 
+import time
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -28,16 +29,26 @@ def watch(
     keys: (metric key, label) of the figures that matter.
   """
 
+  began = before = time.monotonic()
+
   def line(figures) -> str:
-    return "  ".join(
-      f"{label} {figures[key]:.4g}" for key, label in keys if figures.get(key) is not None
-    )
+    nonlocal before
+    now = time.monotonic()
+    seconds, before = now - before, now
+    parts = [f"{label} {figures[key]:.4g}" for key, label in keys if figures.get(key) is not None]
+    if figures.get("rollout/tokens"):
+      parts.append(f"{figures['rollout/tokens'] / seconds:,.0f} tokens/s")
+    return "  ".join(parts)
 
   if not console.is_terminal:
     every = max(1, total // 10)
     for done, state, figures in iterations:  # noqa: B007
+      text = line(figures)
       if done == start + 1 or done % every == 0 or done == total:
-        console.print(f"{title} {done}/{total}  {line(figures)}", markup=False, soft_wrap=True)
+        left = (total - done) * (time.monotonic() - began) / (done - start)
+        console.print(
+          f"{title} {done}/{total}  {text}  {left:.0f} s left", markup=False, soft_wrap=True
+        )
     return state
   with Progress(
     TextColumn("{task.description}"),

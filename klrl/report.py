@@ -80,6 +80,10 @@ def _note(text: str) -> Html:
   return element("p", text, class_="note")
 
 
+def _has_beta(config: dict) -> bool:
+  return config.get("beta") is not None and config.get("kl_placement") != "none"
+
+
 def _read_object(path: pathlib.Path, gaps: list[str]) -> dict:
   try:
     value = json.loads(path.read_text("utf-8", "replace"))
@@ -351,7 +355,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   summary = _read_object(workdir / "summary.json", gaps)
   series = _series(_read_lines(workdir / "metrics.jsonl", gaps))
   timing = _series(_read_lines(workdir / "timing.jsonl", gaps))
-  samples = _read_lines(workdir / "samples.jsonl", gaps)
+  supervised = config.get("experiment") in ("sft", "reward_model")  # These draw no samples.
+  samples = [] if supervised else _read_lines(workdir / "samples.jsonl", gaps)
   flags = workdir / "flags.txt"
   for name, values in series.items():
     if bad := [i for i in values if not math.isfinite(values[i])]:
@@ -364,7 +369,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   figures = _flat(summary)
   facts = [text(x) for name, text in FACTS if (x := number(figures.get(name))) and math.isfinite(x)]
   facts += [str(figures["device"])] if "device" in figures else []
-  beta = f", beta {config['beta']}" if config.get("beta") is not None else ""
+  beta = f", beta {config['beta']}" if _has_beta(config) else ""
   title = f"{config.get('experiment', 'A run')}{beta}"
 
   body = [

@@ -66,6 +66,17 @@ class Task(NamedTuple):
   reward_fn: rewards.RewardFn | None  # None: the reward model scores on the device
 
 
+def check_inputs(config) -> None:
+  """Raises UserError where a directory, file or function that the config names cannot be used."""
+  for name in ("policy", "reference", "reward_model", "value_model"):
+    if getattr(config, name):
+      load_tokenizer(getattr(config, name))
+  if config.prompts:
+    data.read_records(config.prompts, ("prompt",))
+  if config.reward:
+    rewards.load_reward_fn(config.reward)
+
+
 def load_models(config, *, policy: str, reward_model: str) -> Models:
   """Returns the models in the directories `policy` and `reward_model` ("" for none).
 
@@ -83,17 +94,17 @@ def load_models(config, *, policy: str, reward_model: str) -> Models:
   if config.kl_placement != "none" or config.kl_every:
     reference_config, reference_params = policy_config, policy_params
     if config.reference:
-      _check_same_tokenizer(tokenizer, config.reference, "--reference")
       reference_config, reference_params = load_policy(config.reference)
+      _check_fits(tokenizer, policy_config, config.reference, reference_config, "--reference")
     reference = policy_model(reference_config)
   value_config, value_params = policy_config, scalar_params_from(policy_params)
   if reward_model:
-    _check_same_tokenizer(tokenizer, reward_model, "--reward_model")
     value_config, reward_params = load_scalar(reward_model)
+    _check_fits(tokenizer, policy_config, reward_model, value_config, "--reward_model")
     scorer, value_params = scalar_model(value_config), reward_params
   if config.value_model:
-    _check_same_tokenizer(tokenizer, config.value_model, "--value_model")
     value_config, value_params = load_scalar(config.value_model)
+    _check_fits(tokenizer, policy_config, config.value_model, value_config, "--value_model")
   return Models(
     tokenizer,
     policy_model(policy_config),
@@ -107,9 +118,9 @@ def load_models(config, *, policy: str, reward_model: str) -> Models:
   )
 
 
-def _check_same_tokenizer(tokenizer: TokenizerInfo, directory: str, flag: str) -> None:
-  theirs = load_tokenizer(directory)
-  if theirs.tokenizer.get_vocab() != tokenizer.tokenizer.get_vocab():
+def _check_fits(tokenizer: TokenizerInfo, policy_config, directory, config, flag: str) -> None:
+  same_tokens = load_tokenizer(directory).tokenizer.get_vocab() == tokenizer.tokenizer.get_vocab()
+  if not same_tokens or config.vocab_size != policy_config.vocab_size:
     raise UserError(
       f"{flag}={directory} has another vocabulary than the policy; all models of a run read the "
       "same tokens."
@@ -150,7 +161,11 @@ def load_task(config, models: Models) -> Task:
   )
   if not config.prompts:
     training, held_out = (
-      part._replace(answers=arithmetic.answer_tokens(part.records, models.tokenizer))
+      part._replace(
+        answers=arithmetic.answer_tokens(
+          part.records, models.tokenizer, max_completion_len=max_completion_len
+        )
+      )
       for part in (training, held_out)
     )
   return Task(training, held_out, max_completion_len, reward_fn)
@@ -355,7 +370,7 @@ class _Judge:
     prompts = [record["prompt"] for record in records]
     return _Judgement(
       evaluated,
-      evaluation.figures(evaluated, scores, gold, texts),
+      evaluation.figures(evaluated, scores, gold, texts, self._rows),
       evaluation.samples(
         when,
         evaluated,

@@ -29,12 +29,12 @@ def write_summary(workdir: pathlib.Path, figures: dict) -> dict:
   """Writes `summary.json`, which marks the run as finished, and returns its content."""
   timing = metrics.read_lines(workdir / "timing.jsonl")
   # The first iteration compiles; a rate that includes it says nothing about the machine.
-  rates = sorted(line["tokens_per_second"] for line in timing[1:])
+  rates = sorted(line["tokens_per_second"] or 0.0 for line in timing[1:])
   summary = {
     **dict.fromkeys(_ALWAYS),
     **figures,
     "wall_seconds": timing[-1]["elapsed_seconds"] if timing else 0.0,
-    "tokens_per_second": rates[len(rates) // 2] if rates else None,
+    "tokens_per_second": (rates[len(rates) // 2] or None) if rates else None,
     "num_iterations": len(timing),
     "versions": {
       "python": platform.python_version(),

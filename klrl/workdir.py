@@ -33,9 +33,8 @@ def find_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path
       configuration; the fields are named.
   """
   directory = pathlib.Path(config.workdir or f"{root}/{experiment}-{config_hash(config)}")
-  path = directory / "config.json"
-  if (directory / "metrics.jsonl").exists() and path.exists():
-    theirs = json.loads(path.read_text())
+  theirs = _read_config(directory / "config.json")
+  if theirs and (directory / "metrics.jsonl").exists():
     ours = {"experiment": experiment, **_result_fields(config)}
     differing = [
       f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
@@ -47,9 +46,7 @@ def find_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path
         f"{directory} holds a run with another configuration: {'; '.join(differing)}. "
         "Choose another --workdir, or leave it out."
       )
-  elif directory.is_file() or (
-    directory.exists() and not path.exists() and any(directory.iterdir())
-  ):
+  elif directory.is_file() or (directory.exists() and not theirs and any(directory.iterdir())):
     raise UserError(f"{directory} is no empty folder and holds no run. Choose another --workdir.")
   return directory
 
@@ -82,6 +79,15 @@ def is_read(config, field: dataclasses.Field) -> bool:
   """
   other, values = field.metadata.get("read_when") or (None, ())
   return other is None or getattr(config, other) in values
+
+
+def _read_config(path: pathlib.Path) -> dict | None:
+  """Returns the configuration of a run of ours; a model's config.json is none."""
+  try:
+    config = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return None
+  return config if isinstance(config, dict) and "experiment" in config else None
 
 
 def _result_fields(config) -> dict:

@@ -101,7 +101,9 @@ def test_draws_depend_on_the_seed_alone():
 
 
 def test_answer_tokens_end_with_the_end_of_sequence():
-  tokens = arithmetic.answer_tokens([{"answer": "07"}, {"answer": "98"}], TOKENIZER)
+  tokens = arithmetic.answer_tokens(
+    [{"answer": "07"}, {"answer": "98"}], TOKENIZER, max_completion_len=4
+  )
   # Digit d has id d + 3.
   np.testing.assert_array_equal(tokens, [[3, 10, EOS, PAD], [12, 11, EOS, PAD]])
 
@@ -123,7 +125,7 @@ def test_answer_tokens_end_with_the_end_of_sequence():
   ],
 )
 def test_only_the_exact_answer_counts(completion, expected):
-  answers = arithmetic.answer_tokens([{"answer": "12"}], TOKENIZER)
+  answers = arithmetic.answer_tokens([{"answer": "12"}], TOKENIZER, max_completion_len=4)
   # What stands behind the end is not part of the completion.
   row = np.full((1, 4), 9, np.int32)
   row[0, : len(completion)] = completion

@@ -76,7 +76,7 @@ def test_figures_match_a_recomputation():
   mask = found.rollout.completion_mask
   rng = np.random.default_rng(0)
   scores, gold = rng.normal(size=BATCH).astype(np.float32), rng.integers(2, size=BATCH)
-  figures = evaluation.figures(found, scores, gold, ["a b a b", "c"])
+  figures = evaluation.figures(found, scores, gold, ["a b a b", "c"], np.arange(BATCH))
 
   log_ratio = np.where(mask, found.log_probs - found.ref_log_probs, 0).astype(np.float64)
   per_token = {
@@ -114,7 +114,7 @@ def test_padding_reaches_no_figure():
       for name in ("log_probs", "entropy", "ref_log_probs", "kl_exact")
     }
   )
-  arguments = np.zeros(BATCH), None, ["a b"]
+  arguments = np.zeros(BATCH), None, ["a b"], np.arange(BATCH)
   assert evaluation.figures(dirty, *arguments) == evaluation.figures(found, *arguments)
   check(dirty, starts_as_reference=False)
 
@@ -122,7 +122,7 @@ def test_padding_reaches_no_figure():
 def test_without_reference_or_gold_nothing_is_compared():
   found = evaluate(with_reference=False)
   assert found.ref_log_probs is None and found.kl_exact is None
-  figures = evaluation.figures(found, np.arange(BATCH), None, ["a"])
+  figures = evaluation.figures(found, np.arange(BATCH), None, ["a"], np.arange(BATCH))
   assert figures["gold"] is None and figures["distinct_2"] is None
   assert not [name for name in figures if "kl" in name or name == "nll"]
   check(found)
@@ -133,7 +133,7 @@ def test_without_reference_or_gold_nothing_is_compared():
 def test_a_sound_policy_passes_at_any_temperature(temperature):
   found = evaluate(temperature=temperature)
   check(found)
-  figures = evaluation.figures(found, np.zeros(BATCH), None, [])
+  figures = evaluation.figures(found, np.zeros(BATCH), None, [], np.arange(BATCH))
   for name in ("kl_ref_k1", "kl_ref_k3", "kl_ref_exact"):
     assert abs(figures[name]) < 1e-5
 
@@ -233,3 +233,14 @@ def test_pieces_of_a_sample_keep_their_spaces():
   (record,) = evaluation.samples("after", found, [0], None, texts, [""], tokenizer, 1)
   assert record["tokens"] == ["Once", " upon", " a", " time", "</s>"]
   assert record["completion"] == "Once upon a time"
+
+
+def test_standard_errors_take_prompts_as_the_independent_units():
+  found = evaluate()
+  prompt_ids = np.arange(BATCH) % 2
+  scores = prompt_ids * 2.0  # All completions of a prompt agree: two observations, not BATCH.
+  figures = evaluation.figures(found, scores, None, ["a"], prompt_ids)
+  assert figures["score"] == pytest.approx(1.0)
+  assert figures["score_stderr"] == pytest.approx(np.std([0, 2], ddof=1) / np.sqrt(2))
+  one = evaluation.figures(found, scores, None, ["a"], np.zeros(BATCH, int))
+  assert one["score_stderr"] is None

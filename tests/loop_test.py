@@ -1,5 +1,6 @@
 """Tests of the loop: what is written, what is saved, how it stops."""
 
+import gc
 import json
 import os
 import signal
@@ -117,8 +118,47 @@ def test_handlers_are_put_back(tmp_path):
   assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+# Orbax leaves an event loop behind a restore that fails; it complains when it is collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_checkpoint_of_another_model_is_one_clear_error(tmp_path):
   run(tmp_path)
   other = {"key": jax.random.key(0), "x": jnp.zeros(3)}
   with pytest.raises(UserError, match="does not fit"):
     loop.restore_or_init(tmp_path, other, keep=2)
+  gc.collect()
+
+
+def test_a_signal_between_two_iterations_is_saved_before_it_is_obeyed(tmp_path):
+  iterations = loop.run(
+    counting_step,
+    fresh_state(),
+    start=0,
+    num_iterations=6,
+    workdir=tmp_path,
+    save_every=50,
+    keep=2,
+  )
+  with pytest.raises(loop.Interrupted, match="Stopped after iteration 4 of 6"):
+    for done, _, _ in iterations:
+      if done == 3:  # While the consumer prints.
+        os.kill(os.getpid(), signal.SIGINT)
+  assert loop.restore_or_init(tmp_path, fresh_state(), keep=2)[0] == 4
+
+
+def test_a_signal_in_the_last_iteration_is_not_swallowed(tmp_path):
+  with pytest.raises(loop.Interrupted, match="iteration 6 of 6"):
+    run(tmp_path, step=interrupting_step(5))
+
+
+def test_profile_of_a_single_iteration_is_no_error(tmp_path):
+  iterations = loop.run(
+    counting_step,
+    fresh_state(),
+    start=0,
+    num_iterations=1,
+    workdir=tmp_path,
+    save_every=1,
+    keep=1,
+    profile=True,
+  )
+  assert len(list(iterations)) == 1

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
+from klrl.errors import UserError
 from klrl.models import TokenizerInfo
 
-MAX_COMPLETION_LEN = 4  # the end-of-sequence, and one digit more than any answer has
+ANSWER_LEN = 3  # two digits and the end-of-sequence
+MAX_COMPLETION_LEN = 4  # room for one digit too many
 _SPECIAL = ("<pad>", "<s>", "</s>")
 _OPERANDS = 50
 
@@ -113,9 +115,20 @@ def _wild_guess(rng: np.random.Generator, a: int, b: int) -> str:
   return f"{(a + b + rng.integers(1, 100)) % 100:02d}"
 
 
-def answer_tokens(records: list[dict[str, str]], tokenizer: TokenizerInfo) -> np.ndarray:
-  """Returns [N, T] int32, each record's right completion with its end-of-sequence, padded."""
-  answers = np.full((len(records), MAX_COMPLETION_LEN), tokenizer.pad_id, np.int32)
+def answer_tokens(
+  records: list[dict[str, str]], tokenizer: TokenizerInfo, *, max_completion_len: int
+) -> np.ndarray:
+  """Returns [N, T] int32, each record's right completion with its end-of-sequence, padded to T.
+
+  Raises:
+    UserError: T is shorter than an answer.
+  """
+  if max_completion_len < ANSWER_LEN:
+    raise UserError(
+      f"--max_completion_len={max_completion_len}: the embedded task needs {ANSWER_LEN}, two "
+      "digits and the end-of-sequence."
+    )
+  answers = np.full((len(records), max_completion_len), tokenizer.pad_id, np.int32)
   for row, record in zip(answers, records, strict=True):
     ids = tokenizer.tokenizer.encode(record["answer"], add_special_tokens=False).ids
     row[: len(ids) + 1] = [*ids, tokenizer.eos_id]

@@ -91,8 +91,10 @@ def encode_examples(
   tokens as when the model writes it.
 
   Raises:
-    UserError: an example is longer than `max_len` tokens.
+    UserError: an example is longer than `max_len` tokens, or the tokenizer has no EOS.
   """
+  if tokenizer.eos_id is None:
+    raise UserError("The tokenizer names no EOS token; completions could not be closed.")
   rows, num_prompt_tokens = [], []
   encodings = tokenizer.tokenizer.encode_batch(
     [prompt + completion for prompt, completion in texts]

@@ -57,7 +57,7 @@ def scores(
     for name in sorted({name for record in records for name in record} - {"prompt"})
   }
   try:
-    returned = list(reward_fn(prompts, completions, **columns))
+    returned = list(reward_fn(prompts=prompts, completions=completions, **columns))
   except Exception as error:
     raise UserError(f"The reward function failed: {_last_frame(error)}") from error
   if len(returned) != len(completions):
