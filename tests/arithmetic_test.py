@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from klrl.errors import UserError
 from klrl.tasks import arithmetic
 
 TOKENIZER = arithmetic.make_tokenizer()
@@ -132,3 +133,8 @@ def test_only_the_exact_answer_counts(completion, expected):
   mask = np.arange(4)[None] < len(completion)
   returned = jax.jit(arithmetic.accuracy, static_argnames="pad_id")(row, mask, answers, pad_id=PAD)
   np.testing.assert_array_equal(returned, np.float32([expected]))
+
+
+def test_a_completion_too_short_for_an_answer_is_refused():
+  with pytest.raises(UserError, match="the embedded task needs 3"):
+    arithmetic.answer_tokens([{"answer": "12"}], TOKENIZER, max_completion_len=2)

@@ -109,3 +109,11 @@ def test_other_columns_arrive_as_lists_and_missing_ones_as_none():
 def test_a_column_that_the_function_does_not_take_is_named():
   with pytest.raises(UserError, match="unexpected keyword argument 'answer'"):
     scores(lambda prompts, completions: [0.0], [{"prompt": "p", "answer": "4"}], ["a"])
+
+
+def test_it_is_called_by_keyword_so_that_the_order_of_arguments_is_free(tmp_path):
+  def swapped(completions, prompts):
+    return [len(completion) for completion in completions]
+
+  np.testing.assert_array_equal(scores(swapped, RECORDS, ["a", "bc"]), [1, 2])
+  np.testing.assert_array_equal(scores(lambda completions, **_: [1, 2], RECORDS, ["", ""]), [1, 2])

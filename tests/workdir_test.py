@@ -92,6 +92,15 @@ def test_a_place_that_holds_something_else_is_refused(tmp_path):
   open_workdir("ppo", ppo.Config(workdir=str(tmp_path / "empty")))
 
 
+def test_the_folder_of_a_model_is_refused_and_left_as_it_is(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+  with pytest.raises(UserError, match="holds no run"):
+    find_workdir("ppo", ppo.Config(workdir=str(tmp_path)))
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(UserError, match="holds no run"):
+    find_workdir("ppo", ppo.Config(workdir=str(tmp_path)))
+
+
 def test_hash_follows_everything_that_can_change_a_result():
   base = config_hash(ppo.Config())
   for change in ({"seed": 1}, {"init_seed": 1}, {"beta": 0.7}, {"mesh": "data=1"}):
