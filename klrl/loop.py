@@ -80,7 +80,10 @@ def run(
       if profile and iteration == start + 1:
         jax.profiler.start_trace(str(workdir / "profile"))
       began = time.monotonic()
-      state, pairs = step(state, iteration)
+      try:
+        state, pairs = step(state, iteration)
+      except UserError as error:
+        raise UserError(f"Iteration {iteration + 1}: {error}") from error
       figures = metrics.finalise(jax.device_get(pairs))
       seconds = time.monotonic() - began
       elapsed += seconds

@@ -155,7 +155,7 @@ def test_nan_score_stops_the_run_and_keeps_what_was_saved(runs, own):
         return [float("nan") if len(calls) == 4 else 0.0 for _ in completions]
     """)
   )
-  with pytest.raises(UserError, match=r"returned nan for completion"):
+  with pytest.raises(UserError, match=r"Iteration 3: .* returned nan for completion"):
     ppo.main(ppo.Config(**{**own, "reward": "nan.py:reward"}, workdir="nan"))
   assert len(read_lines(runs / "nan/metrics.jsonl")) == 2
   assert (runs / "nan/checkpoints/2").is_dir()
