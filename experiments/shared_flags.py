@@ -51,20 +51,11 @@ def setting(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class LabConfig:
   """The fields of every experiment. Constructing one checks all ranges (UserError)."""
 
   workdir: str = setting("", "folder of the run; default: runs/EXPERIMENT-HASH of the flags")
   seed: int = setting(0, "seed of sampling and minibatch order", minimum=0)
-  init_seed: int = setting(0, "seed of fresh parameters and of the stages before", minimum=0)
-  data_seed: int = setting(0, "seed of the order of the data", minimum=0)
-  num_iterations: int = setting(100, "iterations", minimum=1)
-  batch_size: int = setting(256, "rows per iteration", minimum=1)
-  mesh: str = setting("", "devices, e.g. data=4,fsdp=2; default: all of them on data")
-  save_every: int = setting(50, "iterations between checkpoints", minimum=1)
-  keep: int = setting(2, "checkpoints that are kept", minimum=1)
-  profile: bool = setting(False, "write a trace of a few iterations to WORKDIR/profile")
-  tensorboard: bool = setting(False, "write event files to WORKDIR/tensorboard")
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -81,6 +72,21 @@ class RunConfig:
         raise UserError(f"--{field.name}={value}: must be at most {rule['maximum']}.")
       if value != field.default:
         check_is_read(self, field)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(LabConfig):
+  """The fields of every experiment that trains a model."""
+
+  init_seed: int = setting(0, "seed of fresh parameters and of the stages before", minimum=0)
+  data_seed: int = setting(0, "seed of the order of the data", minimum=0)
+  num_iterations: int = setting(100, "iterations", minimum=1)
+  batch_size: int = setting(256, "rows per iteration", minimum=1)
+  mesh: str = setting("", "devices, e.g. data=4,fsdp=2; default: all of them on data")
+  save_every: int = setting(50, "iterations between checkpoints", minimum=1)
+  keep: int = setting(2, "checkpoints that are kept", minimum=1)
+  profile: bool = setting(False, "write a trace of a few iterations to WORKDIR/profile")
+  tensorboard: bool = setting(False, "write event files to WORKDIR/tensorboard")
 
   def loop_settings(self) -> dict[str, Any]:
     """Returns the fields that `loop.run` takes under the same names."""

@@ -12,11 +12,11 @@ ABSENT = "\N{EN DASH}"
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1d2126; --quiet: #5c646e;
-  --rule: #e2e3e1; --shade: #f4f4f1; --first: #2563a8; --second: #b4540a; --heat: 226 110 20;
-  --warn: #8a4b00; --warn-shade: #fdf3e1; }
+  --rule: #e2e3e1; --shade: #f4f4f1; --first: #2563a8; --second: #b4540a; --third: #2f7d4f;
+  --fourth: #8b4a9c; --heat: 226 110 20; --warn: #8a4b00; --warn-shade: #fdf3e1; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16181b; --ink: #dfe1e4; --quiet: #989fa8;
-  --rule: #2f3338; --shade: #1e2125; --first: #74aeea; --second: #f0a15c; --heat: 205 95 15;
-  --warn: #f2c27e; --warn-shade: #2c2417; } }
+  --rule: #2f3338; --shade: #1e2125; --first: #74aeea; --second: #f0a15c; --third: #6fc491;
+  --fourth: #cf9be0; --heat: 205 95 15; --warn: #f2c27e; --warn-shade: #2c2417; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 68rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", sans-serif;
@@ -51,6 +51,8 @@ figcaption b { font-weight: 600; }
 .legend i { display: inline-block; width: 1.1rem; margin-right: .35rem; vertical-align: .25em;
   border-top: 2px solid var(--first); }
 .legend i.second { border-top: 2px dashed var(--second); }
+.legend i.third { border-top-color: var(--third); }
+.legend i.fourth { border-top-color: var(--fourth); }
 .legend i.dots { width: .4rem; height: .4rem; border: 0; border-radius: 50%; vertical-align: .08em;
   background: currentColor; }
 svg { display: block; width: 100%; height: auto; overflow: visible; margin-top: .25rem; }

@@ -1,8 +1,9 @@
 """Curves of a run as small SVG pictures that live inside a page.
 
 A `Line` is one quantity over iterations; `curves` draws several of them on one pair of axes and
-returns SVG markup. Titles, units and legends are text of the page, not of the picture, which keeps
-them selectable and lets mathematical markup in a metric's name do no harm.
+returns SVG markup; `picture` does so for any drawing. Titles, units and legends are text of the
+page, not of the picture, which keeps them selectable and lets mathematical markup in a metric's
+name do no harm.
 
 The page owns the colours: what is drawn in a colour of `PAGE_COLOURS` comes out as the CSS value
 beside it, so one picture serves light and dark. The same lines give the same bytes.
@@ -22,8 +23,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 INK = "#010101"
-SERIES = ("#010102", "#010103")
-PAGE_COLOURS = {INK: "currentColor", SERIES[0]: "var(--first)", SERIES[1]: "var(--second)"}
+SERIES = ("#010102", "#010103", "#010104", "#010105")
+PAGE_COLOURS = {
+  INK: "currentColor",
+  SERIES[0]: "var(--first)",
+  SERIES[1]: "var(--second)",
+  SERIES[2]: "var(--third)",
+  SERIES[3]: "var(--fourth)",
+}
 MAX_POINTS, MAX_MARKERS = 300, 30  # the first is about a small picture's columns of pixels
 LARGEST = 1e100
 
@@ -88,13 +95,9 @@ def _tick_label(value: float, _) -> str:
 
 
 def curves(lines: list[Line]) -> str:
-  """Returns the SVG markup of `lines` (at least one) on common axes.
+  """Returns the SVG markup of `lines` (at least one) over the iterations, on common axes."""
 
-  The markup has neither identifiers that clash with another picture's, nor dates, nor addresses.
-  """
-  with matplotlib.style.context(["default", SETTINGS]):  # whatever is in a matplotlibrc
-    # Never pyplot: its figures are global state, and it may look for a screen.
-    figure = Figure(figsize=(3.4, 1.75))
+  def draw(figure):
     axes = figure.add_axes((0.115, 0.13, 0.87, 0.82))
     for line in lines:
       _draw(axes, line)
@@ -102,14 +105,32 @@ def curves(lines: list[Line]) -> str:
     span = max(1.0, max(line.iterations.max() for line in lines) - first)
     axes.set_xlim(first - 0.04 * span, first + 1.04 * span)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-    axes.xaxis.set_major_formatter(_tick_label)
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(_tick_label)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set(color=INK, alpha=0.45, linewidth=0.7)
-    axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
-    axes.tick_params(length=0, labelsize=8, labelcolor=INK, pad=4)
-    axes.set_axisbelow(True)
+    bare(axes)
+
+  return picture(draw, width=3.4, height=1.75)
+
+
+def bare(axes) -> None:
+  """Leaves a bottom line, faint horizontal rules and plain numbers of the axes."""
+  axes.xaxis.set_major_formatter(_tick_label)
+  axes.yaxis.set_major_formatter(_tick_label)
+  axes.spines[["top", "right", "left"]].set_visible(False)
+  axes.spines["bottom"].set(color=INK, alpha=0.45, linewidth=0.7)
+  axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
+  axes.tick_params(length=0, labelsize=8, labelcolor=INK, pad=4)
+  axes.set_axisbelow(True)
+
+
+def picture(draw, *, width: float, height: float) -> str:
+  """Returns the SVG markup of what `draw(figure)` puts on a matplotlib figure, sizes in inches.
+
+  The markup has neither identifiers that clash with another picture's, nor dates, nor addresses.
+  """
+  with matplotlib.style.context(["default", SETTINGS]):  # whatever is in a matplotlibrc
+    # Never pyplot: its figures are global state, and it may look for a screen.
+    figure = Figure(figsize=(width, height))
+    draw(figure)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
   return _for_page(buffer.getvalue())
