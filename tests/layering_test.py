@@ -16,8 +16,10 @@ LEVELS = {
   "parallel": 1,
   "objective": 1,
   "oracle": 1,
+  "bandits": 1,
   "loop": 3,
   "rlhf": 4,
+  "supervised": 4,
 }
 MIDDLE = 2
 
