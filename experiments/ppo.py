@@ -1,4 +1,4 @@
-"""RLHF with PPO: policy, reference, reward and value model, KL to the reference in the reward.
+"""RLHF with PPO: policy, reference, reward and value model, and a KL penalty to the reference.
 
     python -m experiments.ppo
     python -m experiments.ppo --policy=DIR --prompts=FILE.jsonl --reward=FILE.py:FUNCTION
@@ -8,9 +8,10 @@ fine-tuning on demonstrations of which half are wrong, a reward model from prefe
 in twenty is swapped, and PPO; then it compares the SFT policy with the PPO policy on held-out
 problems, with an exact verifier as the gold score that no stage has seen.
 
-    J = E[r - beta * log(pi / pi_ref)]     (Ouyang et al., InstructGPT, 2022, eq. 2)
+    J = E[r] - beta * KL(pi || pi_ref)     (Ouyang et al., InstructGPT, 2022, eq. 2)
 
-with PPO's clipped surrogate or its KL penalty (Schulman et al., 2017, eq. 7 and 8) and GAE.
+with the KL in the reward or as a loss (--kl_placement and its companions, docs/kl.md), PPO's
+clipped surrogate or its KL penalty (Schulman et al., 2017, eq. 7 and 8), and GAE.
 
 Departures from InstructGPT:
 1. No pretraining mix.
@@ -24,20 +25,19 @@ import pathlib
 from rich.table import Table
 
 from experiments import reward_model, shared_flags
+from experiments.kl_flags import KLConfig
 from experiments.shared_flags import setting
-from klrl import ops, parallel, progress, rlhf
+from klrl import parallel, progress, rlhf
 from klrl.errors import UserError
 from klrl.report import write_report
 from klrl.summary import read_summary
 from klrl.workdir import create_workdir, find_workdir
 
-_ADAPTIVE = ("doubling", "proportional", "dual_ascent")
-_SCHEDULED = ("linear", "cosine")
 _KL_TRUST_REGIONS = ("kl_old_new", "kl_new_old")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(shared_flags.RunConfig):
+class Config(KLConfig):
   """Settings of PPO. A change of those in `learner.Hypers`, or of beta, compiles nothing anew."""
 
   num_iterations: int = setting(80, "iterations", minimum=1)
@@ -55,33 +55,6 @@ class Config(shared_flags.RunConfig):
     0, "most tokens of a completion; 0: 4 for embedded arithmetic, else 64", minimum=0
   )
   temperature: float = setting(1.0, "of sampling, and of every log-prob", minimum=1e-3)
-
-  beta: float = setting(
-    0.5,
-    "KL coefficient, reward per nat of sequence KL(pi || pi_ref)",
-    minimum=0.0,
-    read_when=("kl_placement", ("reward",)),
-  )
-  kl_placement: str = setting("reward", "where the KL goes", choices=("reward", "none"))
-  kl_every: int = setting(10, "iterations between exact KL measurements; 0: never", minimum=0)
-  controller: str = setting(
-    "fixed", "the rule that moves beta", choices=("fixed", *_ADAPTIVE, *_SCHEDULED)
-  )
-  kl_target: float = setting(
-    6.0, "nats per sequence to steer to", minimum=1e-6, read_when=("controller", _ADAPTIVE)
-  )
-  kl_horizon: float = setting(
-    10_000.0,
-    "sequences over which the proportional rule acts",
-    minimum=1.0,
-    read_when=("controller", ("proportional",)),
-  )
-  kl_step_size: float = setting(
-    0.01, "step of dual ascent", minimum=0.0, read_when=("controller", ("dual_ascent",))
-  )
-  beta_final: float = setting(
-    0.0, "beta at the end of a schedule", minimum=0.0, read_when=("controller", _SCHEDULED)
-  )
 
   trust_region: str = setting(
     "clip",
@@ -131,9 +104,6 @@ class Config(shared_flags.RunConfig):
   )
   vf_coef: float = setting(0.5, "weight of the value loss", minimum=0.0)
   entropy_coef: float = setting(0.0, "weight of the entropy bonus", minimum=0.0)
-  loss_aggregation: str = setting(
-    "token_mean", "what a loss is divided by", choices=tuple(ops.AGGREGATIONS)
-  )
 
   num_eval_rows: int = setting(512, "held-out completions before and after", minimum=2)
   num_samples: int = setting(8, "completions shown in the report", minimum=0)
@@ -159,14 +129,8 @@ class Config(shared_flags.RunConfig):
         f"--batch_size={self.batch_size} is not a multiple of "
         f"--num_minibatches={self.num_minibatches}."
       )
-    if self.beta == 0 and self.controller in ("doubling", "proportional"):
-      raise UserError(f"--controller={self.controller} multiplies beta, and --beta=0 stays 0.")
     if self.reference and self.kl_placement == "none" and not self.kl_every:
       raise UserError("--reference is set, but nothing reads it: no KL is penalised or measured.")
-    if self.controller != "fixed" and self.kl_placement == "none":
-      raise UserError(
-        f"--controller={self.controller} has no beta to move with --kl_placement=none."
-      )
 
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:

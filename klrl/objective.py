@@ -53,6 +53,11 @@ class KLPenalty(NamedTuple):
     return self.placement != "none" and self.estimator == "exact"
 
 
+def penalty_of(config) -> KLPenalty:
+  """Returns the penalty that the fields kl_placement, kl_estimator, ... of a config name."""
+  return KLPenalty(*(getattr(config, f"kl_{name}") for name in KLPenalty._fields))
+
+
 PLACEMENTS = ("reward", "loss", "both", "none")
 ESTIMATORS = ("k1", "k2", "k3", "exact")
 CORRECTIONS = ("none", "token", "prefix")
@@ -129,7 +134,9 @@ def prefix_cap_effect(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap):
 
 
 def reward_kl(penalty: KLPenalty, log_probs, ref_log_probs, exact_kl=None) -> jax.Array:
-  """Returns [..., T] the estimate that a penalty `in_reward` takes off the reward; no gradient.
+  """Returns [..., T] the estimate that the penalty takes off the reward; no gradient.
+
+  Zero where it is not `in_reward`.
 
   Args:
     penalty: the choice.
@@ -137,6 +144,8 @@ def reward_kl(penalty: KLPenalty, log_probs, ref_log_probs, exact_kl=None) -> ja
     ref_log_probs: [..., T].
     exact_kl: [..., T] of the same policy, where the penalty reads it.
   """
+  if not penalty.in_reward:
+    return jnp.zeros_like(log_probs)
   if penalty.estimator == "exact":
     kl = exact_kl
   elif penalty.placement == "both" and penalty.estimator == "k2":
@@ -152,7 +161,7 @@ def penalised_advantages(
   """Returns (advantages, returns), [..., T] each, of scores less the penalty's reward part.
 
   Args:
-    penalty: the choice; where it is not `in_reward`, `kl` is not read.
+    penalty: the choice.
     scores: [...] one per completion.
     kl: [..., T] what `reward_kl` returned.
     values: [..., T] of the state before each token.
@@ -161,7 +170,7 @@ def penalised_advantages(
     gamma: discount per token.
     gae_lambda: lambda of `ops.gae`.
   """
-  kl = ops.zero_padding(kl, mask) if penalty.in_reward else jnp.zeros_like(values)
+  kl = ops.zero_padding(kl, mask)
   through_return = kl if penalty.credit == "sequence" else jnp.zeros_like(kl)
   if penalty.placement == "both" and penalty.estimator != "k3":
     # The loss term has a token's own KL, the reward only what comes after it: shifted by one.
@@ -325,24 +334,32 @@ def audit(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> Audit:
   )
 
 
-def check_penalty(penalty: KLPenalty, *, allow_biased_kl: bool = False) -> str | None:
-  """Returns None, or for a refused penalty that is allowed all the same the warning to show.
+def warnings_of(config) -> list[str]:
+  """Returns what a reader of the run must know of its KL penalty; reads the fields named below.
 
   Raises:
-    UserError: the penalty is refused; the message says which gradient it has and what to use.
+    UserError: the penalty (kl_placement, ...) is refused and not allowed by allow_biased_kl; the
+      message says which gradient it has and what to use.
   """
+  penalty = penalty_of(config)
   if penalty.placement == "none":
-    return None
+    return []
+  warnings = []
   claim = audit(penalty)
-  if claim.verdict != "refused":
-    return None
-  what = (
-    f"The KL penalty {penalty} does not descend KL(pi||ref): its expected gradient is "
-    f"{_named(claim.gradient)}. Use {claim.instead} instead"
-  )
-  if not allow_biased_kl:
-    raise UserError(f"{what} ({flags_of(claim.instead)}), or pass --allow_biased_kl.")
-  return f"{what}."
+  if claim.verdict == "refused":
+    what = (
+      f"The KL penalty {penalty} does not descend KL(pi||ref): its expected gradient is "
+      f"{_named(claim.gradient)}. Use {claim.instead} instead"
+    )
+    if not config.allow_biased_kl:
+      raise UserError(f"{what} ({flags_of(claim.instead)}), or pass --allow_biased_kl.")
+    warnings.append(f"{what}.")
+  if config.loss_aggregation == "sequence_mean_token_mean":
+    warnings.append(
+      "The aggregation sequence_mean_token_mean divides by each completion's length, so beta is no "
+      "longer reward per nat of sequence KL: long completions are held less."
+    )
+  return warnings
 
 
 def flags_of(penalty: KLPenalty) -> str:
@@ -357,7 +374,11 @@ def _named(gradient: str) -> str:
 
 
 def _undefined(penalty: KLPenalty) -> str:
-  rows = [str(row) for row in DEFINED if row.placement == penalty.placement]
+  rows = [
+    str(row)
+    for row in DEFINED
+    if row.placement == penalty.placement and audit(row).verdict != "refused"
+  ]
   if penalty.placement == "reward":
     why = "a reward is weighted by the policy loss's own ratio, not by a correction of the KL"
   elif penalty.placement == "both" and penalty.estimator == "k1":
@@ -370,4 +391,4 @@ def _undefined(penalty: KLPenalty) -> str:
     why = "k2 needs its weight stopped, and a stopped weight gives no credit for later KL"
   else:
     why = "without the ratio of the prefix a loss term gives no credit for later KL"
-  return f"The KL penalty {penalty} has no meaning of its own: {why}. There are: {', '.join(rows)}."
+  return f"The KL penalty {penalty} has no meaning of its own: {why}. Use one of {', '.join(rows)}."

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klrl import completions, evaluation, learner, loop, parallel, progress
+from klrl import completions, evaluation, learner, loop, objective, parallel, progress
 from klrl.errors import UserError
 from klrl.models import (
   Policy,
@@ -197,6 +197,9 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, keys) -> d
     task: what `load_task` returned.
     keys: (metric, label) of the figures shown while it runs.
   """
+  warnings = objective.warnings_of(config)
+  for warning in warnings:
+    progress.console.print(f"[bold yellow]Warning:[/] {warning}", soft_wrap=True)
   mesh = parallel.make_mesh(config.mesh)
   state = init_state(config, models)
   shardings = parallel.state_shardings(mesh, state)
@@ -235,6 +238,8 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, keys) -> d
     for name, x in judgement.figures.items():
       stem, stderr, _ = name.partition("_stderr")
       figures[f"{stem}_{when}{stderr}"] = x
+  if warnings:
+    figures["warnings"] = warnings
   # The KLs that a run is known by are those of the trained policy.
   figures |= {name: x for name, x in after.figures.items() if name.startswith("kl_ref")}
   summary = write_summary(workdir, figures)

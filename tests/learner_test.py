@@ -108,11 +108,11 @@ def moved(state):
   )
 
 
-def test_reward_is_score_minus_beta_times_k1_to_the_reference():
+def test_objective_is_score_minus_beta_times_k1_to_the_reference():
   beta = 0.7
   _, figures, _ = update(make_config(beta=beta))
   expected = figures["score/mean"] - beta * figures["kl/ref_k1"]
-  np.testing.assert_allclose(figures["reward/mean"], expected, rtol=1e-5)
+  np.testing.assert_allclose(figures["objective/mean"], expected, rtol=1e-5)
   assert abs(figures["kl/ref_k1"]) > 0.1
 
 
@@ -192,6 +192,11 @@ def test_coefficients_are_traced_and_structure_is_static():
     {"loss_aggregation": "sequence_mean_token_mean"},
     {"loss_aggregation": "constant"},
     {"kl_placement": "none"},
+    {"kl_credit": "token"},
+    {"kl_refresh": "minibatch"},
+    {"kl_placement": "both", "kl_estimator": "k2"},
+    {"kl_placement": "both", "kl_estimator": "exact", "kl_refresh": "minibatch"},
+    {"kl_placement": "loss", "kl_estimator": "exact", "kl_credit": "token"},
     {"trust_region": "none"},
     {"trust_region": "kl_old_new"},
     {"trust_region": "kl_new_old"},

@@ -5,6 +5,7 @@ from klrl.ops.advantages import gae as gae
 from klrl.ops.advantages import group_centred as group_centred
 from klrl.ops.advantages import group_relative as group_relative
 from klrl.ops.advantages import leave_one_out as leave_one_out
+from klrl.ops.advantages import mean_and_std as mean_and_std
 from klrl.ops.advantages import vtrace as vtrace
 from klrl.ops.advantages import whiten as whiten
 from klrl.ops.controllers import ControllerState as ControllerState

@@ -148,14 +148,23 @@ def leave_one_out(scores: jax.Array) -> jax.Array:
   return group_centred(scores) * (group_size / max(1, group_size - 1))
 
 
+def mean_and_std(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns (mean, standard deviation) of `x` [...] over all real tokens, scalars.
+
+  The variance is the population's, plus 1e-8 so that nothing is divided by zero.
+  """
+  x = zero_padding(x, mask)
+  return masked_mean(x, mask), jnp.sqrt(masked_var(x, mask) + WHITEN_EPS)
+
+
 def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True) -> jax.Array:
   """Returns `x` [...] scaled to unit variance over all real tokens, zero in the padding.
 
-  The mean becomes 0, or stays with `shift_mean=False`. The variance is the population's, plus 1e-8;
-  a single token gives 0 (or itself), no token gives zeros. Daniel Ziegler et al., "Fine-Tuning
-  Language Models from Human Preferences", 2019, code: rewards keep their mean, advantages do not.
+  The mean becomes 0, or stays with `shift_mean=False`. A single token gives 0 (or itself), no token
+  gives zeros. Daniel Ziegler et al., "Fine-Tuning Language Models from Human Preferences", 2019,
+  code: rewards keep their mean, advantages do not.
   """
   x = zero_padding(x, mask)
-  mean = masked_mean(x, mask)
-  whitened = (x - mean) * jax.lax.rsqrt(masked_var(x, mask) + WHITEN_EPS)
+  mean, std = mean_and_std(x, mask)
+  whitened = (x - mean) / std
   return zero_padding(whitened if shift_mean else whitened + mean, mask)

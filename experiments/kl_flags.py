@@ -1,0 +1,88 @@
+"""The KL penalty's settings: the same flags, with the same names, on every RL experiment."""
+
+import dataclasses
+
+from experiments.shared_flags import RunConfig, setting
+from klrl import objective, ops
+from klrl.errors import UserError
+
+_ADAPTIVE = ("doubling", "proportional", "dual_ascent")
+_SCHEDULED = ("linear", "cosine")
+PENALISED = ("reward", "loss", "both")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KLConfig(RunConfig):
+  """The fields of `objective.KLPenalty`, beta, the rule that moves it, and what a loss is over."""
+
+  beta: float = setting(
+    0.5,
+    "KL coefficient, reward per nat of sequence KL(pi || pi_ref)",
+    minimum=0.0,
+    read_when=("kl_placement", PENALISED),
+  )
+  kl_placement: str = setting("reward", "where the KL goes", choices=objective.PLACEMENTS)
+  kl_estimator: str = setting(
+    "k1",
+    "how the KL is estimated",
+    choices=objective.ESTIMATORS,
+    read_when=("kl_placement", PENALISED),
+  )
+  kl_correction: str = setting(
+    "none",
+    "importance weight of a loss term, for tokens of an older policy",
+    choices=objective.CORRECTIONS,
+    read_when=("kl_placement", PENALISED),
+  )
+  kl_credit: str = setting(
+    "sequence",
+    "whether a token answers for the KL of later ones",
+    choices=objective.CREDITS,
+    read_when=("kl_placement", PENALISED),
+  )
+  prefix_cap: float = setting(
+    float("inf"),
+    "largest weight of a prefix; below inf the KL's gradient is biased",
+    minimum=1.0,
+    read_when=("kl_correction", ("prefix",)),
+  )
+  kl_refresh: str = setting(
+    "iteration",
+    "when the KL in the reward is computed anew",
+    choices=objective.REFRESHES,
+    read_when=("kl_placement", ("reward", "both")),
+  )
+  allow_biased_kl: bool = setting(
+    False, "run a penalty that is refused, with a warning", read_when=("kl_placement", PENALISED)
+  )
+  kl_every: int = setting(10, "iterations between exact KL measurements; 0: never", minimum=0)
+  loss_aggregation: str = setting(
+    "token_mean", "what a loss is divided by", choices=tuple(ops.AGGREGATIONS)
+  )
+  controller: str = setting(
+    "fixed",
+    "the rule that moves beta",
+    choices=("fixed", *_ADAPTIVE, *_SCHEDULED),
+    read_when=("kl_placement", PENALISED),
+  )
+  kl_target: float = setting(
+    6.0, "nats per sequence to steer to", minimum=1e-6, read_when=("controller", _ADAPTIVE)
+  )
+  kl_horizon: float = setting(
+    10_000.0,
+    "sequences over which the proportional rule acts",
+    minimum=1.0,
+    read_when=("controller", ("proportional",)),
+  )
+  kl_step_size: float = setting(
+    0.01, "step of dual ascent", minimum=0.0, read_when=("controller", ("dual_ascent",))
+  )
+  beta_final: float = setting(
+    0.0, "beta at the end of a schedule", minimum=0.0, read_when=("controller", _SCHEDULED)
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    objective.warnings_of(self)  # raises where the penalty is refused
+    if self.beta == 0 and self.controller in ("doubling", "proportional"):
+      raise UserError(f"--controller={self.controller} multiplies beta, and --beta=0 stays 0.")

@@ -1,0 +1,225 @@
+"""The inner epochs: several passes of Adam over one rollout, in shuffled minibatches.
+
+The loss of a minibatch is the policy's, with the KL penalty's loss term where it has one, plus the
+value's, minus an entropy bonus. All of them are (sum, count) pairs over the same tokens or
+sequences, so one divisor serves policy loss and KL, and beta keeps its unit.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from klrl import completions, measures, objective, ops
+from klrl.optimizer import apply_gradients
+from klrl.sampling import Rollout
+
+
+class Batch(NamedTuple):
+  """What the inner epochs read of each completion; leading axis B."""
+
+  rollout: Rollout
+  scores: jax.Array  # [B]
+  advantages: jax.Array  # [B, T]
+  returns: jax.Array  # [B, T]
+  old_values: jax.Array  # [B, T]
+  ref_log_probs: jax.Array  # [B, T]; zeros where the objective has no KL
+  ref_hidden: jax.Array | None  # [B, T, D_ref], where the exact KL is made anew
+
+
+class Context(NamedTuple):
+  """What the inner epochs read and all completions share."""
+
+  hypers: NamedTuple  # learner.Hypers
+  beta: jax.Array
+  trust_region_beta: jax.Array
+  advantage_mean: jax.Array  # what the advantages were whitened by; 0 and 1 where they were not
+  advantage_std: jax.Array
+  ref_unembedding: jax.Array | None
+
+
+def needs_exact_kl(config, penalty: objective.KLPenalty) -> bool:
+  """Returns whether each minibatch computes the exact KL of its own."""
+  refreshed = penalty.in_reward and config.kl_refresh == "minibatch"
+  return penalty.reads_exact_kl and (penalty.in_loss or refreshed)
+
+
+def make_loss_fn(config, max_completion_len: int, policy, value_model):
+  """Returns loss(params, batch, context) -> (loss, (metrics, KL(old || pi))).
+
+  Args:
+    config: frozen; read are the KL penalty's fields, trust_region and loss_aggregation.
+    max_completion_len: the constant of the aggregation `constant`.
+    policy: a `models.Policy`.
+    value_model: a `models.ScalarModel`.
+  """
+  penalty = objective.penalty_of(config)
+  aggregate = ops.AGGREGATIONS[config.loss_aggregation]
+
+  def mean(per_token, mask):
+    return aggregate(per_token, mask, constant_length=max_completion_len)
+
+  def loss_fn(params, batch: Batch, context: Context):
+    rollout, hypers = batch.rollout, context.hypers
+    mask, num_tokens = rollout.completion_mask, batch.rollout.completion_mask.sum() * 1.0
+    hidden = completions.completion_hidden(policy, params["policy"], rollout)
+    unembedding = policy.unembedding(params["policy"])
+    log_probs, entropy = ops.token_log_probs_and_entropy_from_hidden(
+      hidden,
+      unembedding,
+      completions.completion_tokens(rollout),
+      temperature=hypers.temperature,
+    )
+    # Padding gets ratio 1 before anything exponentiates it.
+    log_probs = jnp.where(mask, log_probs, rollout.old_log_probs)
+    exact_kl = None
+    if needs_exact_kl(config, penalty):
+      exact_kl = ops.exact_kl_from_hidden(
+        hidden,
+        unembedding,
+        batch.ref_hidden,
+        context.ref_unembedding,
+        temperature=hypers.temperature,
+      )
+    terms = objective.TokenTerms(
+      log_probs, rollout.old_log_probs, batch.ref_log_probs, mask, exact_kl
+    )
+    if penalty.in_reward and config.kl_refresh == "minibatch":
+      batch = _refreshed(penalty, batch, context, terms)
+    values = completions.values(value_model, params["value"], rollout)
+    policy_loss, metrics = _policy_loss(config, log_probs, batch, context)
+    metrics |= {
+      "policy/loss": mean(policy_loss, mask),
+      "policy/entropy": mean(entropy, mask),
+      "value/loss": mean(
+        ops.clipped_value_loss(
+          values,
+          batch.old_values,
+          batch.returns,
+          mask,
+          value_clip_eps=hypers.value_clip_eps,
+        ),
+        mask,
+      ),
+    }
+    loss = (
+      ops.divide(*metrics["policy/loss"])
+      + hypers.vf_coef * ops.divide(*metrics["value/loss"])
+      - hypers.entropy_coef * ops.divide(*metrics["policy/entropy"])
+    )
+    if penalty.in_loss:
+      kl_loss = objective.kl_loss(penalty, terms, prefix_cap=hypers.prefix_cap)
+      metrics["policy/kl_loss"] = mean(kl_loss, mask)
+      # Whitening divides the reward, so it divides what the reward is weighed against.
+      beta = context.beta / context.advantage_std
+      loss += beta * ops.divide(*metrics["policy/kl_loss"])
+      if penalty.correction == "prefix":
+        bites, lost = objective.prefix_cap_effect(penalty, terms, prefix_cap=hypers.prefix_cap)
+        metrics["kl/prefix_cap_fraction"] = (bites.sum(), num_tokens)
+        metrics["kl/prefix_cap_lost"] = measures.per_sequence(lost, mask)
+    metrics["policy/entropy"] = (jnp.where(mask, entropy, 0.0).sum(), num_tokens)
+    value_clipped = mask & (jnp.abs(values - batch.old_values) > hypers.value_clip_eps)
+    metrics["value/clip_fraction"] = (value_clipped.sum(), num_tokens)
+    for name, estimator in (("k1", ops.k1), ("k3", ops.k3)):
+      metrics[f"kl/sampler_{name}"] = measures.per_sequence(
+        estimator(rollout.sampler_log_probs, log_probs), mask
+      )
+    kl_old = ops.divide(*measures.per_sequence(ops.k3(rollout.old_log_probs, log_probs), mask))
+    return loss, (metrics, kl_old)
+
+  return loss_fn
+
+
+def _refreshed(penalty, batch: Batch, context: Context, terms: objective.TokenTerms) -> Batch:
+  """Returns the batch with advantages and returns under the current policy's KL."""
+  hypers = context.hypers
+  kl = objective.reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl)
+  advantages, returns = objective.penalised_advantages(
+    penalty,
+    batch.scores,
+    kl,
+    batch.old_values,
+    terms.mask,
+    beta=context.beta,
+    gamma=hypers.gamma,
+    gae_lambda=hypers.gae_lambda,
+  )
+  advantages = (advantages - context.advantage_mean) / context.advantage_std
+  return batch._replace(advantages=advantages, returns=returns)
+
+
+def _policy_loss(config, log_probs, batch: Batch, context: Context):
+  """Returns ([B, T] loss of the trust region that the config names, its metrics)."""
+  old_log_probs, mask = batch.rollout.old_log_probs, batch.rollout.completion_mask
+  if config.trust_region == "clip":
+    eps = {name: getattr(context.hypers, name) for name in ("clip_eps_low", "clip_eps_high")}
+    arguments = log_probs, old_log_probs, batch.advantages, mask
+    clipped = ops.clip_fraction(*arguments, **eps)
+    metrics = {"policy/clip_fraction": (clipped.sum(), mask.sum() * 1.0)}
+    return ops.clipped_policy_loss(*arguments, **eps), metrics
+  penalty = {"kl_old_new": ops.kl_old_new, "kl_new_old": ops.kl_new_old}.get(
+    config.trust_region, lambda log_probs, old_log_probs: jnp.zeros_like(log_probs)
+  )
+  loss = ops.kl_penalised_policy_loss(
+    log_probs,
+    old_log_probs,
+    batch.advantages,
+    penalty(log_probs, old_log_probs),
+    mask,
+    trust_region_beta=context.trust_region_beta,
+  )
+  return loss, {}
+
+
+def inner_epochs(config, loss_fn, params, opt_state, batch: Batch, context: Context, key):
+  """Returns (params, opt_state, metrics) after `num_epochs` over `num_minibatches` minibatches.
+
+  A minibatch whose KL(old || pi) exceeds `hypers.max_kl_old` is not stepped on, nor is any after
+  it. Metrics are (sum, count) over all minibatches; `kl/sampler_*` over the first one, at which the
+  policy is still the one that sampled.
+  """
+  batch_size = batch.scores.shape[0]
+  orders = jax.vmap(lambda key: jax.random.permutation(key, batch_size))(
+    jax.random.split(key, config.num_epochs)
+  )
+  minibatches = orders.reshape(config.num_epochs * config.num_minibatches, -1)
+
+  def step(carry, rows):
+    params, opt_state = carry
+    minibatch = jax.tree.map(lambda x: x[rows], batch)
+    (_, (metrics, kl_old)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+      params, minibatch, context
+    )
+    stop = kl_old > context.hypers.max_kl_old
+    new_params, new_opt_state, norm = apply_gradients(
+      params,
+      opt_state,
+      gradients,
+      learning_rate=context.hypers.learning_rate,
+      max_grad_norm=context.hypers.max_grad_norm,
+    )
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(stop, old, new),
+      (new_params, new_opt_state),
+      (params, opt_state),
+    )
+    metrics["gradient/norm"] = (norm, 1.0)
+    metrics["policy/num_updates"] = (jnp.where(stop, 0.0, 1.0), 1.0)
+    return (params, opt_state), stop, jax.tree.map(jnp.float32, metrics)
+
+  def guarded(carry, rows):
+    trained, stopped = carry
+
+    def skip():
+      nothing = jax.eval_shape(step, trained, rows)[2]
+      return trained, jnp.bool_(True), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing)
+
+    trained, stopped, metrics = jax.lax.cond(stopped, skip, lambda: step(trained, rows))
+    return (trained, stopped), metrics
+
+  (trained, _), each = jax.lax.scan(guarded, ((params, opt_state), jnp.bool_(False)), minibatches)
+  metrics = jax.tree.map(lambda x: x.sum(axis=0), each)
+  metrics["policy/num_updates"] = (metrics["policy/num_updates"][0], 1.0)
+  for name in ("kl/sampler_k1", "kl/sampler_k3"):
+    metrics[name] = jax.tree.map(lambda x: x[0], each[name])
+  return *trained, metrics
