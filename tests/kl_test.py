@@ -177,24 +177,80 @@ class ExactKLFromHiddenTest(chex.TestCase):
       jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)
     ]
 
-  @chex.all_variants
-  @parameterized.parameters(3, None)
-  def test_it_equals_the_dense_form_in_value_and_gradient(self, chunk_size):
-    weights = jnp.sin(jnp.arange(1.0, 11.0)).reshape(2, 5)
+  def _total(self, *args, chunk_size=None):
+    """A scalar in which no two rows weigh the same."""
+    kl = ops.exact_kl_from_hidden(*args[:4], temperature=args[4], chunk_size=chunk_size)
+    return (jnp.sin(jnp.arange(1.0, 11.0)).reshape(2, 5) * kl).sum()
 
+  @chex.all_variants
+  @parameterized.parameters(1, 3, None)  # 10 rows: 10 chunks, 4 of which the last is short, one
+  def test_it_equals_the_dense_form_in_value_and_gradient(self, chunk_size):
     def dense(hidden, unembedding, ref_hidden, ref_unembedding, temperature):
       logits, ref_logits = hidden @ unembedding, ref_hidden @ ref_unembedding
-      return (weights * ops.exact_kl(logits, ref_logits, temperature=temperature)).sum()
+      kl = ops.exact_kl(logits, ref_logits, temperature=temperature)
+      return (jnp.sin(jnp.arange(1.0, 11.0)).reshape(2, 5) * kl).sum()
 
     def chunked(*args):
-      kl = ops.exact_kl_from_hidden(*args[:4], temperature=args[4], chunk_size=chunk_size)
-      return (weights * kl).sum()
+      return self._total(*args, chunk_size=chunk_size)
 
-    outputs = [
-      self.variant(jax.value_and_grad(fn, argnums=range(5)))(*self._inputs(), jnp.float32(0.8))
-      for fn in (dense, chunked)
-    ]
-    chex.assert_trees_all_close(*outputs, rtol=2e-5, atol=2e-5)
+    with jax.enable_x64(True):
+      outputs = [
+        self.variant(jax.value_and_grad(fn, argnums=range(5)))(
+          *self._inputs(jnp.float64), jnp.float64(0.8)
+        )
+        for fn in (dense, chunked)
+      ]
+      chex.assert_trees_all_equal_dtypes(*outputs)
+      chex.assert_trees_all_close(*outputs, rtol=1e-10, atol=1e-10)
+
+  def test_a_gradient_that_nobody_asks_for_costs_no_products(self):
+    def products(argnums, frozen):
+      def total(*args):
+        ref = jax.lax.stop_gradient(args[2:4]) if frozen else args[2:4]
+        return self._total(*args[:2], *ref, args[4], chunk_size=3)
+
+      gradient = jax.jit(jax.grad(total, argnums=argnums))
+      return gradient.lower(*self._inputs(), jnp.float32(0.8)).compile().as_text().count(" dot(")
+
+    # Two of the forward pass, the same two again, two gradients each of policy and reference.
+    self.assertEqual(products((0, 1, 2, 3, 4), frozen=False), 8)
+    self.assertEqual(products((0, 1, 2, 3, 4), frozen=True), 6)
+    self.assertEqual(products((0, 1), frozen=False), 6)
+    self.assertEqual(products((2, 3), frozen=False), 6)
+
+  def test_it_maps_over_members_with_their_own_temperature(self):
+    gradient = jax.value_and_grad(
+      lambda temperature, hidden: self._total(
+        hidden, *self._inputs()[1:], temperature, chunk_size=4
+      ),
+      argnums=(0, 1),
+    )
+    hidden, temperatures = self._inputs()[0], jnp.array([0.5, 1.0, 2.0])
+    mapped = jax.vmap(gradient, in_axes=(0, None))(temperatures, hidden)
+    for index, temperature in enumerate(temperatures):
+      one = jax.tree.map(lambda x, index=index: x[index], mapped)
+      chex.assert_trees_all_close(one, gradient(temperature, hidden), rtol=1e-5, atol=1e-5)
+
+  def test_rows_sharded_over_devices_stay_there_and_give_the_same_numbers(self):
+    hidden, unembedding, ref_hidden, ref_unembedding = self._inputs()
+    arguments = (hidden.repeat(4, 0), unembedding, ref_hidden.repeat(4, 0), ref_unembedding)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    by_row, everywhere = (
+      jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (["data"], [])
+    )
+
+    def gradient(*args):
+      total = lambda *args: (ops.exact_kl_from_hidden(*args, chunk_size=8) ** 2).sum()  # noqa: E731
+      return jax.value_and_grad(total, argnums=range(4))(*args)
+
+    sharded = jax.jit(gradient, in_shardings=(by_row, everywhere) * 2)
+    self.assertNotIn("all-gather", sharded.lower(*arguments).compile().as_text())
+    chex.assert_trees_all_close(
+      jax.device_get(sharded(*arguments)),
+      jax.device_get(jax.jit(gradient)(*arguments)),
+      rtol=1e-4,
+      atol=1e-4,
+    )
 
   def test_bfloat16_is_accumulated_in_float32(self):
     def outputs(inputs):

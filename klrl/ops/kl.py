@@ -115,7 +115,9 @@ def exact_kl_from_hidden(
 ) -> jax.Array:
   """Returns `exact_kl` of `hidden @ unembedding` and its reference's, without holding the logits.
 
-  [..., T], nats per token. The backward pass makes each chunk's logits once more.
+  [..., T], nats per token. The forward pass keeps both log-sum-exps of each row, the backward pass
+  makes each chunk's logits once more. Gradients of weights are accumulated in at least float32.
+  Under `jax.jit` a gradient that nobody asks for, as that of a frozen reference, costs nothing.
 
   Args:
     hidden: [..., T, D]; carries gradient, as do the other arrays.
@@ -124,27 +126,84 @@ def exact_kl_from_hidden(
     ref_unembedding: [D_ref, V].
     temperature: scalar of both, may be traced; carries gradient.
     chunk_size: as in `token_log_probs_from_hidden`.
+
+  Raises:
+    ValueError: `chunk_size` is not positive.
   """
   chex.assert_shape(ref_hidden, (*hidden.shape[:-1], None))
   chex.assert_shape(unembedding, (hidden.shape[-1], None))
   chex.assert_shape(ref_unembedding, (ref_hidden.shape[-1], unembedding.shape[1]))
-  shape, dtypes = hidden.shape[:-1], (unembedding.dtype, ref_unembedding.dtype)
-  num_rows = hidden[..., 0].size
+  arrays = (hidden, unembedding, ref_hidden, ref_unembedding)
+  chex.assert_type(arrays, float)
+  shape, num_rows = hidden.shape[:-1], hidden[..., 0].size
   num_chunks = num_chunks_of(num_rows, unembedding.shape[1], chunk_size)
-
-  # The gradient of what a loop closes over is summed in its own dtype, so that is float32.
-  weights = (at_least_float32(unembedding), at_least_float32(ref_unembedding))
-
-  @jax.checkpoint
-  def chunk(hidden, ref_hidden, weights, temperature):
-    logits, ref_logits = (
-      matmul(x, weight.astype(dtype))
-      for x, weight, dtype in zip((hidden, ref_hidden), weights, dtypes, strict=True)
-    )
-    return exact_kl(logits, ref_logits, temperature=temperature)
-
-  kl = jax.lax.map(
-    lambda rows: chunk(*rows, weights, temperature),
-    tuple(chunk_rows(x.reshape(num_rows, x.shape[-1]), num_chunks) for x in (hidden, ref_hidden)),
+  rows, ref_rows = (
+    chunk_rows(x.reshape(num_rows, x.shape[-1]), num_chunks) for x in (hidden, ref_hidden)
   )
+  accumulated = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+  temperature = jnp.asarray(temperature, accumulated)
+  kl = _chunked(rows, unembedding, ref_rows, ref_unembedding, temperature)
   return unchunk_rows(kl, num_rows).reshape(shape)
+
+
+@jax.custom_vjp
+def _chunked(hidden, unembedding, ref_hidden, ref_unembedding, temperature):
+  """Returns the KL [K, C] of rows `hidden` [K, C, D] and `ref_hidden` [K, C, D_ref]."""
+  return _chunked_fwd(hidden, unembedding, ref_hidden, ref_unembedding, temperature)[0]
+
+
+def _chunked_fwd(hidden, unembedding, ref_hidden, ref_unembedding, temperature):
+  def chunk(rows):
+    scaled = matmul(rows[0], unembedding) / temperature
+    ref_scaled = matmul(rows[1], ref_unembedding) / temperature
+    lse, ref_lse = (jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in (scaled, ref_scaled))
+    log_probs = scaled - lse
+    kl = (jnp.exp(log_probs) * (log_probs - (ref_scaled - ref_lse))).sum(axis=-1, keepdims=True)
+    return kl, lse, ref_lse
+
+  kl, lse, ref_lse = jax.lax.map(chunk, (hidden, ref_hidden))
+  inputs = (hidden, unembedding, ref_hidden, ref_unembedding, temperature)
+  return kl[..., 0], (*inputs, kl, lse, ref_lse)
+
+
+def _chunked_bwd(residuals, cotangents):
+  hidden, unembedding, ref_hidden, ref_unembedding, temperature, kl, lse, ref_lse = residuals
+
+  def chunk(sums, rows):
+    hidden, ref_hidden, kl, lse, ref_lse, cotangents = rows
+    scaled = matmul(hidden, unembedding) / temperature
+    ref_scaled = matmul(ref_hidden, ref_unembedding) / temperature
+    log_probs, ref_log_probs = scaled - lse, ref_scaled - ref_lse
+    probs = jnp.exp(log_probs)
+    d_scaled = cotangents[:, None] * probs * (log_probs - ref_log_probs - kl)
+    d_ref_scaled = cotangents[:, None] * (jnp.exp(ref_log_probs) - probs)
+    d_hidden, d_unembedding = _matmul_vjp(d_scaled / temperature, hidden, unembedding)
+    d_ref_hidden, d_ref_unembedding = _matmul_vjp(
+      d_ref_scaled / temperature, ref_hidden, ref_unembedding
+    )
+    d_temperature = -(d_scaled * scaled + d_ref_scaled * ref_scaled).sum() / temperature
+    # Each gradient is a sum of its own, so that the compiler can leave out of the loop those that
+    # nobody asks for, products included.
+    sums = jax.tree.map(jnp.add, sums, (d_unembedding, d_ref_unembedding, d_temperature))
+    return sums, (d_hidden, d_ref_hidden)
+
+  zeros = (
+    jnp.zeros(unembedding.shape, lse.dtype),
+    jnp.zeros(ref_unembedding.shape, ref_lse.dtype),
+    jnp.zeros_like(temperature),
+  )
+  sums, (d_hidden, d_ref_hidden) = jax.lax.scan(
+    chunk, zeros, (hidden, ref_hidden, kl, lse, ref_lse, cotangents)
+  )
+  d_unembedding = sums[0].astype(unembedding.dtype)
+  d_ref_unembedding = sums[1].astype(ref_unembedding.dtype)
+  return d_hidden, d_unembedding, d_ref_hidden, d_ref_unembedding, sums[2]
+
+
+def _matmul_vjp(d_logits, hidden, unembedding):
+  """Returns the gradients of `hidden`, in its dtype, and `unembedding`, in at least float32."""
+  d_logits = d_logits.astype(jnp.result_type(hidden, unembedding))
+  return matmul(d_logits, unembedding.T).astype(hidden.dtype), matmul(hidden.T, d_logits)
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)

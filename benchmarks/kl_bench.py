@@ -1,0 +1,101 @@
+"""Measures what `klrl.ops.exact_kl_from_hidden` costs, in time and in compiled memory.
+
+    python -m benchmarks.kl_bench
+
+Beside it stand two other ways to the same numbers: `dense` holds all logits, `checkpointed` makes a
+chunk's logits again by `jax.checkpoint` and lets JAX differentiate the formula. Three things are
+asked of each:
+
+1. The value.
+2. Value and gradient of the policy's arrays; the reference is frozen by `stop_gradient`.
+3. Value and gradient of all four arrays and the temperature.
+
+Prints medians over interleaved repetitions, with the fastest and slowest, ratios to the first line
+of each group, and the temporary memory that the compiler set aside.
+"""
+
+import argparse
+import statistics
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.sampling_bench import measure
+from klrl import ops
+from klrl.ops.log_probs import chunk_rows, matmul, num_chunks_of, unchunk_rows
+
+MIB = 2**20
+
+
+def dense(hidden, unembedding, ref_hidden, ref_unembedding, *, temperature):
+  logits, ref_logits = matmul(hidden, unembedding), matmul(ref_hidden, ref_unembedding)
+  return ops.exact_kl(logits, ref_logits, temperature=temperature)
+
+
+def checkpointed(hidden, unembedding, ref_hidden, ref_unembedding, *, temperature):
+  @jax.checkpoint
+  def chunk(rows, weights, temperature):
+    logits, ref_logits = matmul(rows[0], weights[0]), matmul(rows[1], weights[1])
+    return ops.exact_kl(logits, ref_logits, temperature=temperature)
+
+  weights = (unembedding, ref_unembedding)
+  num_chunks = num_chunks_of(len(hidden), unembedding.shape[1], None)
+  rows = tuple(chunk_rows(x, num_chunks) for x in (hidden, ref_hidden))
+  kl = jax.lax.map(lambda rows: chunk(rows, weights, temperature), rows)
+  return unchunk_rows(kl, len(hidden))
+
+
+WAYS = {"dense": dense, "checkpointed": checkpointed, "custom VJP": ops.exact_kl_from_hidden}
+
+
+def total(way, frozen):
+  """Returns f(hidden, unembedding, ref_hidden, ref_unembedding, temperature) -> sum of the KL."""
+
+  def fn(hidden, unembedding, ref_hidden, ref_unembedding, temperature):
+    ref = (ref_hidden, ref_unembedding)
+    ref = jax.lax.stop_gradient(ref) if frozen else ref
+    return way(hidden, unembedding, *ref, temperature=temperature).sum()
+
+  return fn
+
+
+QUESTIONS = {
+  "1. value": lambda way: total(way, frozen=True),
+  "2. gradient, frozen reference": lambda way: jax.value_and_grad(total(way, True), (0, 1)),
+  "3. gradient of everything": lambda way: jax.value_and_grad(total(way, False), range(5)),
+}
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--rows", type=int, default=4096)
+  parser.add_argument("--vocab_size", type=int, default=32_000)
+  parser.add_argument("--width", type=int, default=64)
+  parser.add_argument("--ref_width", type=int, default=96)
+  parser.add_argument("--repetitions", type=int, default=5)
+  args = parser.parse_args()
+  keys = jax.random.split(jax.random.key(0), 4)
+  inputs = []
+  for key, width in zip((keys[:2], keys[2:]), (args.width, args.ref_width), strict=True):
+    inputs.append(jax.random.normal(key[0], (args.rows, width)))
+    inputs.append(jax.random.normal(key[1], (width, args.vocab_size)) / width**0.5)
+  inputs.append(jnp.float32(0.9))
+  logits = args.rows * args.vocab_size * 4 / MIB
+  print(f"{jax.devices()[0]}, {args.rows} rows of {args.vocab_size}: {logits:.0f} MiB of logits")
+  for title, question in QUESTIONS.items():
+    compiled = {name: jax.jit(question(way)).lower(*inputs).compile() for name, way in WAYS.items()}
+    calls = {name: lambda fn=fn: fn(*inputs) for name, fn in compiled.items()}
+    print(title)
+    first = None
+    for name, seconds in measure(calls, args.repetitions).items():
+      median = statistics.median(seconds)
+      first = first or median
+      memory = compiled[name].memory_analysis().temp_size_in_bytes / MIB
+      print(
+        f"  {name:12} {median:6.2f} s  [{min(seconds):.2f}, {max(seconds):.2f}]  "
+        f"x{median / first:.2f}  {memory:7.1f} MiB"
+      )
+
+
+if __name__ == "__main__":
+  main()
