@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments import sft, shared_flags
 from experiments.shared_flags import setting
-from klrl import loop, ops, parallel, progress
+from klrl import parallel, progress
 from klrl.errors import UserError
 from klrl.models import (
   check_tokenizer,
@@ -32,9 +32,8 @@ from klrl.models import (
   scalar_model,
   scalar_params_from,
 )
-from klrl.report import write_report
-from klrl.summary import read_summary, write_summary
-from klrl.supervised import init_supervised_state, make_supervised_step
+from klrl.summary import read_summary
+from klrl.supervised import train
 from klrl.tasks import arithmetic, data
 from klrl.workdir import create_workdir, find_workdir
 
@@ -88,41 +87,21 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   training, held_out = _pairs(config, tokenizer, model_config.max_len)
   create_workdir(workdir, "reward_model", config)
 
-  loss_fn = make_bradley_terry_fn(scalar_model(model_config))
-  step_fn = make_supervised_step(loss_fn, num_iterations=config.num_iterations)
-  state = init_supervised_state(scalar_params_from(policy_params), config)
-  shardings = parallel.state_shardings(mesh, state)
-  state = jax.device_put(state, shardings)
-  train = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
-  evaluate = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
-
-  def step(state, iteration):
-    rows = data.batch_rows(config.data_seed, iteration, config.batch_size, len(training.chosen))
-    return train(state, jax.device_put(data.take(training, rows), parallel.by_rows(mesh)))
-
-  start, state = loop.restore_or_init(workdir, state, keep=config.keep)
-  run = loop.run(step, state, start=start, workdir=workdir, **config.loop_settings())
-  state = progress.watch(
-    run,
-    state,
+  summary = train(
+    config,
+    workdir,
+    make_bradley_terry_fn(scalar_model(model_config)),
+    scalar_params_from(policy_params),
+    training,
+    held_out,
+    save=lambda directory, params: save_scalar(directory, model_config, params, tokenizer),
+    summary={"held_out_accuracy": "loss/accuracy", "held_out_loss": "loss/bradley_terry"},
     title="Reward model",
-    start=start,
-    total=config.num_iterations,
     keys=(("loss/bradley_terry", "loss"), ("loss/accuracy", "accuracy")),
   )
-  pairs = evaluate(state.params, jax.device_put(held_out, parallel.replicated(mesh)))
-  accuracy = float(ops.divide(*pairs["loss/accuracy"]))
-  save_scalar(workdir / "model", model_config, jax.device_get(state.params), tokenizer)
-  write_summary(
-    workdir,
-    {
-      "held_out_accuracy": accuracy,
-      "held_out_loss": float(ops.divide(*pairs["loss/bradley_terry"])),
-    },
-  )
-  write_report(workdir)
   progress.console.print(
-    f"Reward model: agrees with {accuracy:.1%} of held-out labels, model in {workdir}/model",
+    f"Reward model: agrees with {summary['held_out_accuracy']:.1%} of held-out labels, "
+    f"model in {workdir}/model",
     soft_wrap=True,
   )
   return workdir

@@ -15,7 +15,7 @@ import jax
 
 from experiments import shared_flags
 from experiments.shared_flags import setting
-from klrl import loop, ops, parallel, progress
+from klrl import ops, parallel, progress
 from klrl.errors import UserError
 from klrl.models import (
   DecoderConfig,
@@ -25,9 +25,8 @@ from klrl.models import (
   policy_model,
   save_policy,
 )
-from klrl.report import write_report
-from klrl.summary import read_summary, write_summary
-from klrl.supervised import init_supervised_state, make_supervised_step
+from klrl.summary import read_summary
+from klrl.supervised import train
 from klrl.tasks import arithmetic, data
 from klrl.workdir import create_workdir, find_workdir
 
@@ -66,40 +65,24 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   mesh = parallel.make_mesh(config.mesh)
   parallel.check_batch_size(mesh, config.batch_size)
   model_config, params, tokenizer = _model(config)
-  policy = policy_model(model_config)
   training, held_out = _examples(config, tokenizer, model_config.max_len)
   create_workdir(workdir, "sft", config)
 
-  loss_fn = make_cross_entropy_fn(policy)
-  step_fn = make_supervised_step(loss_fn, num_iterations=config.num_iterations)
-  state = init_supervised_state(params, config)
-  shardings = parallel.state_shardings(mesh, state)
-  state = jax.device_put(state, shardings)
-  train = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
-  evaluate = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
-
-  def step(state, iteration):
-    rows = data.batch_rows(config.data_seed, iteration, config.batch_size, len(training.tokens))
-    batch = jax.device_put(data.take(training, rows), parallel.by_rows(mesh))
-    return train(state, batch)
-
-  start, state = loop.restore_or_init(workdir, state, keep=config.keep)
-  run = loop.run(step, state, start=start, workdir=workdir, **config.loop_settings())
-  state = progress.watch(
-    run,
-    state,
+  summary = train(
+    config,
+    workdir,
+    make_cross_entropy_fn(policy_model(model_config)),
+    params,
+    training,
+    held_out,
+    save=lambda directory, params: save_policy(directory, model_config, params, tokenizer),
+    summary={"held_out_cross_entropy": "loss/cross_entropy"},
     title="SFT",
-    start=start,
-    total=config.num_iterations,
     keys=(("loss/cross_entropy", "cross-entropy"), ("gradient/norm", "gradient")),
   )
-  pairs = evaluate(state.params, jax.device_put(held_out, parallel.replicated(mesh)))
-  held_out_loss = float(ops.divide(*pairs["loss/cross_entropy"]))
-  save_policy(workdir / "model", model_config, jax.device_get(state.params), tokenizer)
-  write_summary(workdir, {"held_out_cross_entropy": held_out_loss})
-  write_report(workdir)
   progress.console.print(
-    f"SFT: held-out cross-entropy {held_out_loss:.4f} nats per token, model in {workdir}/model",
+    f"SFT: held-out cross-entropy {summary['held_out_cross_entropy']:.4f} nats per token, "
+    f"model in {workdir}/model",
     soft_wrap=True,
   )
   return workdir

@@ -1,12 +1,23 @@
-"""The step of the stages before RL: minimise a loss over examples."""
+"""Minimising a loss over examples: the step, and a whole run around it.
 
-from typing import NamedTuple
+A loss is a function (params, batch) -> (loss, metrics as (sum, count) pairs). A batch is some rows
+of a named tuple of arrays, so that the same code serves any kind of example.
+"""
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from klrl.optimizer import apply_gradients, init_optimizer
+from klrl import loop, parallel, progress
+from klrl.ops import divide
+from klrl.optimizer import apply_gradients, copy, init_optimizer
+from klrl.report import write_report
+from klrl.summary import write_summary
+from klrl.tasks import data
 
 _FINAL_LEARNING_RATE = 0.1  # of the initial one, reached by a cosine
 
@@ -36,7 +47,7 @@ def make_supervised_step(loss_fn, *, num_iterations: int):
   """Returns step(state, batch) -> (state, metrics), Adam with a cosine schedule.
 
   Args:
-    loss_fn: (params, batch) -> (loss, metrics as (sum, count) pairs).
+    loss_fn: a loss.
     num_iterations: length of the schedule.
   """
   schedule = optax.cosine_decay_schedule(1.0, num_iterations, alpha=_FINAL_LEARNING_RATE)
@@ -54,3 +65,59 @@ def make_supervised_step(loss_fn, *, num_iterations: int):
     return state, metrics | {"gradient/norm": (norm, 1.0)}
 
   return step
+
+
+def train(
+  config,
+  workdir: pathlib.Path,
+  loss_fn,
+  params,
+  training: NamedTuple,
+  held_out: NamedTuple,
+  *,
+  save: Callable[[pathlib.Path, Any], None],
+  summary: Mapping[str, str],
+  title: str,
+  keys: Sequence[tuple[str, str]],
+) -> dict[str, Any]:
+  """Trains from the newest checkpoint on, writes all files of a run and returns the summary.
+
+  Args:
+    config: the experiment's config.
+    workdir: the run's folder.
+    loss_fn: a loss.
+    params: where to start; they are copied, so they survive.
+    training: named tuple of arrays with one row per example.
+    held_out: the same, not trained on.
+    save: (directory, params on the host), called once with `workdir / "model"`.
+    summary: {name in the summary: metric of `loss_fn`}, as measured on `held_out` at the end.
+    title: what is shown while it runs.
+    keys: (metric, label) of the figures shown.
+  """
+  mesh = parallel.make_mesh(config.mesh)
+  state = init_supervised_state(copy(params), config)
+  shardings = parallel.state_shardings(mesh, state)
+  state = jax.device_put(state, shardings)
+  train_step = jax.jit(
+    make_supervised_step(loss_fn, num_iterations=config.num_iterations),
+    donate_argnums=0,
+    out_shardings=(shardings, None),
+  )
+
+  def step(state, iteration):
+    rows = data.batch_rows(config.data_seed, iteration, config.batch_size, len(training[0]))
+    return train_step(state, jax.device_put(data.take(training, rows), parallel.by_rows(mesh)))
+
+  start, state = loop.restore_or_init(workdir, state, keep=config.keep)
+  iterations = loop.run(step, state, start=start, workdir=workdir, **config.loop_settings())
+  state = progress.watch(
+    iterations, state, title=title, start=start, total=config.num_iterations, keys=keys
+  )
+  evaluate = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
+  pairs = evaluate(state.params, jax.device_put(held_out, parallel.replicated(mesh)))
+  figures = {name: float(divide(*pairs[metric])) for name, metric in summary.items()}
+  save(workdir / "model", jax.device_get(state.params))
+  # The summary marks the run as finished, so the model comes before it.
+  content = write_summary(workdir, figures)
+  write_report(workdir)
+  return content

@@ -1,17 +1,27 @@
-"""Tests of the optimizer and of the step of the stages before RL, on problems of two numbers."""
+"""The optimizer, the step of a supervised stage and a whole run, on problems of two numbers."""
 
 import functools
+import json
 import types
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import sft
 from klrl import optimizer
-from klrl.supervised import init_supervised_state, make_supervised_step
+from klrl.supervised import init_supervised_state, make_supervised_step, train
+from klrl.tasks import data
+from klrl.workdir import create_workdir
 
 START = {"a": jnp.float32(0.5), "b": jnp.float32(-0.25)}
+
+
+class Points(NamedTuple):
+  x: np.ndarray
+  y: np.ndarray
 
 
 def line_loss(params, batch):
@@ -54,6 +64,47 @@ def test_a_line_is_found():
   )
   assert metrics[-1]["loss/square"][0] < 1e-3 < metrics[0]["loss/square"][0]
   assert int(states[-1].iteration) == 200
+
+
+def test_a_run_takes_its_steps_once_and_is_judged_on_what_it_has_not_seen(tmp_path):
+  config = sft.Config(num_iterations=5, batch_size=8, learning_rate=0.1, save_every=2, data_seed=3)
+  training = Points(*(np.asarray(x) for x in make_line()))
+  held_out = Points(np.float32([3, 5, 7]), np.float32([0, 0, 1]))
+  create_workdir(tmp_path, "sft", config)
+  saved = []
+
+  def run_it():
+    return train(
+      config,
+      tmp_path,
+      line_loss,
+      START,
+      training,
+      held_out,
+      save=lambda directory, params: saved.append((directory, params)),
+      summary={"held_out_square": "loss/square"},
+      title="Line",
+      keys=(("loss/square", "square"),),
+    )
+
+  summary = run_it()
+  state = init_supervised_state(START, config)
+  for iteration in range(5):
+    batch = data.take(training, data.batch_rows(3, iteration, 8, 16))
+    state, _ = compiled_step(line_loss, 5)(state, batch)
+  ((directory, params),) = saved
+  assert directory == tmp_path / "model"
+  chex.assert_trees_all_close(params, jax.device_get(state.params), rtol=1e-6)
+  squares = (params["a"] * held_out.x + params["b"] - held_out.y) ** 2
+  np.testing.assert_allclose(summary["held_out_square"], squares.mean(), rtol=1e-6)
+  assert json.loads((tmp_path / "summary.json").read_text()) == summary
+  assert (tmp_path / "report.html").exists()
+  lines = (tmp_path / "metrics.jsonl").read_text()
+  assert len(lines.splitlines()) == 5
+  # A second time there is nothing left to do: the last checkpoint gives the same.
+  assert run_it() == summary
+  chex.assert_trees_all_equal(params, saved[1][1])
+  assert (tmp_path / "metrics.jsonl").read_text() == lines
 
 
 def test_learning_rate_0_moves_nothing():
