@@ -164,6 +164,6 @@ def sequence_surrogate(
       "stopped_ratio": jax.lax.stop_gradient(capped),
     }[weight]
     term = jnp.exp(log_weight) * (jax.lax.stop_gradient(kl) if in_reward else kl)
-    return jnp.where(jnp.arange(terms.mask.shape[-1]) == 0, term, 0.0)
+    return jnp.zeros_like(terms.log_probs).at[..., :1].set(term)
 
   return f
