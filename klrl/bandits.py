@@ -1,4 +1,4 @@
-"""One choice among N: best-of-n, the optimum under other divergences, steps under two KLs.
+"""One choice among N: the optimum under other divergences or a KL budget, best-of-n, two KLs.
 
 A whole completion is such a choice too: what takes `probs [N]` or `log_probs [N]` takes those of
 `oracle.log_probs` as well, and `sequence_surrogate` is a penalty that sees it as one.
@@ -95,6 +95,38 @@ def optimal_under(divergence: str, ref_probs, scores, *, beta) -> tuple[jax.Arra
   return less + share * (more - less), best + beta * high
 
 
+def optimal_within(ref_probs, scores, *, max_kl) -> tuple[jax.Array, jax.Array]:
+  """Returns (probs [N], beta) of the maximum of E[score] with KL(pi || ref) at most `max_kl` nats.
+
+      pi = ref * exp(score / beta) / Z,   where beta minimises beta * (max_kl + log Z)
+
+  by bisection: that dual falls with beta while the KL exceeds `max_kl`. Where the best choices
+  alone do not exceed it, they are returned, and beta is next to 0. Abbas Abdolmaleki et al.,
+  "Maximum a Posteriori Policy Optimisation", 2018, the E-step.
+
+  Args:
+    ref_probs: [N].
+    scores: [N].
+    max_kl: positive scalar, may be traced.
+  """
+  ref_log_probs, spread = jnp.log(ref_probs), scores.max() - scores.min()
+  advantages = ops.divide(scores - scores.max(), spread)
+
+  def logits(log_beta):  # of beta / spread
+    return ref_log_probs + advantages * jnp.exp(-log_beta)
+
+  def halve(_, bounds):
+    low, high = bounds
+    middle = (low + high) / 2
+    too_far = ops.exact_kl(logits(middle), ref_log_probs) > max_kl
+    return jnp.where(too_far, middle, low), jnp.where(too_far, high, middle)
+
+  # The KL is at most (spread / beta)**2 / 8, since no variance exceeds spread**2 / 4.
+  high = -jnp.log(8 * max_kl) / 2
+  _, log_beta = jax.lax.fori_loop(0, 100, halve, (high - 40, high))
+  return jax.nn.softmax(logits(log_beta)), spread * jnp.exp(log_beta)
+
+
 def best_of_n(probs, scores, n) -> jax.Array:
   """Returns [N], the probabilities of the best of n draws; choices of equal score share its mass.
 
@@ -119,6 +151,36 @@ def best_of_n_kl_bound(n) -> jax.Array:
   alignment policy", 2024.
   """
   return jnp.log(n) - (n - 1) / n
+
+
+class GoldLaw(NamedTuple):
+  """What the true score does while an imitation of it is optimised: a law fitted to experiments."""
+
+  score: Callable  # (distance, alpha, slope) -> gain of true score; distance = sqrt(KL), nats
+  peak: Callable  # (alpha, slope) -> the distance where that is largest
+
+
+# Leo Gao, John Schulman and Jacob Hilton, "Scaling Laws for Reward Model Overoptimization", 2022,
+# section 1, whose beta is `slope` here.
+GOLD_LAWS = {
+  "rl": GoldLaw(
+    lambda d, alpha, slope: alpha * d - slope * jax.scipy.special.xlogy(d, d),
+    lambda alpha, slope: jnp.exp(alpha / slope - 1),
+  ),
+  "best_of_n": GoldLaw(
+    lambda d, alpha, slope: alpha * d - slope * d**2, lambda alpha, slope: alpha / (2 * slope)
+  ),
+}
+
+
+def standardised(probs, scores) -> jax.Array:
+  """Returns [N] (score - mean) / std under `probs`, and 0 where nothing varies.
+
+  What `ops.group_relative` tends to as the group grows.
+  """
+  centred = scores - scores.max()  # so that equal scores are 0 and not their rounding
+  centred = centred - (probs * centred).sum()
+  return ops.divide(centred, jnp.sqrt((probs * centred**2).sum()))
 
 
 def mirror_step(ref_log_probs, log_probs, scores, *, beta, eta) -> jax.Array:

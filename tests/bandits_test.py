@@ -68,6 +68,21 @@ def test_choices_at_a_jump_of_the_clamp_get_what_is_left():
   np.testing.assert_allclose([probs.sum(), multiplier], [1.0, 0.0], atol=1e-12)
 
 
+@pytest.mark.parametrize("max_kl", [1e-6, 0.1, 1.0, 2.0])
+def test_optimum_within_a_kl(max_kl):
+  probs, beta = jax.jit(lambda x: bandits.optimal_within(REF, SCORES, max_kl=x))(max_kl)
+  np.testing.assert_allclose((probs * np.log(probs / REF)).sum(), max_kl, rtol=1e-6)
+  np.testing.assert_allclose(bandits.optimal_under("reverse", REF, SCORES, beta=beta)[0], probs)
+
+
+def test_optimum_within_a_kl_that_does_not_bind():
+  probs, beta = bandits.optimal_within(REF, SCORES, max_kl=3.0)
+  np.testing.assert_allclose(probs, [0, 0, 0, 1])
+  np.testing.assert_allclose(beta, 0.0, atol=1e-12)
+  probs, _ = bandits.optimal_within(REF, np.ones(4), max_kl=0.1)
+  np.testing.assert_allclose(probs, REF)
+
+
 def test_best_of_n():
   best = bandits.best_of_n(REF, SCORES, 4)
   np.testing.assert_allclose(best, [0.0256, 0.2145, 0.416, 0.3439])
@@ -83,6 +98,20 @@ def test_best_of_n_kl_bound():
   fine = np.full(10_000, 1e-4)  # many choices, no ties: the bound is reached
   best = bandits.best_of_n(fine, np.arange(10_000.0), 16)
   np.testing.assert_allclose((best * np.log(best / fine)).sum(), bound[2], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", bandits.GOLD_LAWS)
+def test_gold_laws_start_at_zero_and_peak_where_they_say(name):
+  score, peak = bandits.GOLD_LAWS[name]
+  top = peak(0.5, 0.25)
+  assert score(0.0, 0.5, 0.25) == 0.0
+  assert score(top, 0.5, 0.25) > max(score(top * x, 0.5, 0.25) for x in (0.99, 1.01))
+
+
+def test_standardised_scores():
+  x = bandits.standardised(REF, SCORES)
+  np.testing.assert_allclose([(REF * x).sum(), (REF * x**2).sum()], [0, 1], atol=1e-12)
+  np.testing.assert_array_equal(bandits.standardised(REF, np.ones(4)), np.zeros(4))
 
 
 def test_mirror_steps_contract_to_the_optimum_under_the_global_kl():
