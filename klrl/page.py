@@ -134,6 +134,34 @@ def duration(seconds: float) -> str:
   return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def note(text: str) -> Html:
+  """Returns a paragraph in small quiet type."""
+  return element("p", text, class_="note")
+
+
+def table(columns, rows, *, class_: str = "figures") -> Html:
+  """Returns a table of text cells, the first of each row its heading; "figures" aligns right."""
+  head = element("tr", *(element("th", text, scope="col") for text in columns))
+  body = [
+    element("tr", element("th", first, scope="row"), *(element("td", x) for x in rest))
+    for first, *rest in rows
+  ]
+  whole = element("table", element("thead", head), element("tbody", *body), class_=class_)
+  return element("div", whole, class_="wide")
+
+
+def figure(title: str, unit: str, svg: str, legend=()) -> Html:
+  """Returns a picture of `plots` with its caption; `legend` names `SERIES` in turn."""
+  places = "first", "second", "third", "fourth"
+  names = [
+    element("span", element("i", class_=place), name)
+    for place, name in zip(places, legend, strict=False)
+  ]
+  about = element("b", title), " ", element("span", unit)
+  caption = element("figcaption", *about, element("div", *names, class_="legend"))
+  return element("figure", caption, Html(svg))
+
+
 def page(title: str, *body: Html) -> str:
   """Returns the whole document."""
   # The policy lets nothing run and nothing load, should an escape ever fail.

@@ -17,7 +17,7 @@ import pathlib
 
 import numpy as np
 
-from klrl.page import ABSENT, Html, digits, duration, element, number, page
+from klrl.page import ABSENT, Html, digits, duration, element, note, number, page
 from klrl.plots import INK, MAX_POINTS, SERIES, Line, curves
 
 MAX_SAMPLES = 10
@@ -74,10 +74,6 @@ PANELS = (
   ("Length", "tokens per completion", (("rollout/length", "", *FIRST),)),
   ("Speed", "tokens per second", (("tokens_per_second", "", *FIRST),)),
 )  # fmt: skip
-
-
-def _note(text: str) -> Html:
-  return element("p", text, class_="note")
 
 
 def _has_beta(config: dict) -> bool:
@@ -205,7 +201,7 @@ def _table(figures: dict[str, object]) -> Html:
       heading = element("th", label, element("span", unit), scope="row")
       rows.append(element("tr", heading, *(element("td", cell) for cell in cells)))
   if not rows:
-    return _note("No figures before and after.")
+    return note("No figures before and after.")
   head = element("tr", *(element("th", text, scope="col") for text in ("", "Before", "After")))
   about = element("caption", "KL is KL(policy \u2016 reference); \u00b1 is one standard error.")
   table = element("table", about, element("thead", head), element("tbody", *rows), class_="figures")
@@ -231,7 +227,7 @@ def _panel(title: str, unit: str, lines: tuple, series: dict) -> Html:
 
 def _curves(series: dict) -> list[Html]:
   if not series:
-    return [_note("No iteration was recorded.")]
+    return [note("No iteration was recorded.")]
   # A picture of its own for every figure that no panel has.
   placed = {name for *_, lines in PANELS for name, *_ in lines}
   placed |= {f"{name}_stderr" for name in series}
@@ -249,7 +245,7 @@ def _curves(series: dict) -> list[Html]:
     )
     about += "its band from their lowest to their highest value."
   fold = element("details", element("summary", "All metrics that are not above"), grids[1])
-  return [_note(about), grids[0], *([fold] if rest else [])]
+  return [note(about), grids[0], *([fold] if rest else [])]
 
 
 def _tokens(sample: dict, most: float) -> Html:
@@ -281,7 +277,7 @@ def _samples(records: list[dict]) -> list[Html]:
     index = str(record.get("index", f"line {position}"))
     pairs.setdefault(index, {})[str(record.get("when"))] = record
   if not pairs:
-    return [_note("No samples were kept.")]
+    return [note("No samples were kept.")]
   shown = list(pairs.values())[:MAX_SAMPLES]
   nats = [x for pair in shown for sample in pair.values() for x in _nats(sample) if x > 0]
   most = 0.0
@@ -292,7 +288,7 @@ def _samples(records: list[dict]) -> list[Html]:
     most = math.ceil(high / step) * step
   count = f"{len(shown)} of {len(pairs)} prompts" if len(shown) < len(pairs) else "The same prompts"
   parts = [
-    _note(
+    note(
       f"{count}, before and after training. A token's background is the exact KL to the reference "
       "at its position; point at it for the figures."
     )
@@ -310,7 +306,7 @@ def _samples(records: list[dict]) -> list[Html]:
         facts.append(f"KL {digits(sum(kl))} nats in {len(kl)} tokens")
       title = element("b", when.capitalize())
       beside = element("span", ", ".join(facts), class_="note")
-      text = _tokens(sample, most) if sample else _note("No sample.")
+      text = _tokens(sample, most) if sample else note("No sample.")
       columns.append(element("div", title, " ", beside, text))
     prompt = element("p", next(iter(pair.values())).get("prompt", ""), class_="prompt text")
     parts.append(element("div", prompt, *columns, class_="pair"))
@@ -374,7 +370,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
 
   body = [
     element("h1", title), element("p", _verdict(figures, series), class_="verdict"),
-    _note(" \u00b7 ".join(facts)),
+    note(" \u00b7 ".join(facts)),
     *_notices("Warnings", warnings, "warnings"), *_notices("Not complete", gaps, "missing"),
     element("h2", "Before and after"), _table(figures),
     element("h2", "Curves"), *_curves(series),
