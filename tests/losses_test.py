@@ -14,6 +14,8 @@ POLICY_LOSSES = {
   "dual_clipped": lambda *args: ops.clipped_policy_loss(
     *args, clip_eps_low=0.2, clip_eps_high=0.3, dual_clip=1.5
   ),
+  "gspo": lambda *args: ops.gspo_loss(*args, clip_eps_low=0.2, clip_eps_high=0.3),
+  "cispo": lambda *args: ops.cispo_loss(*args, max_ratio=1.5),
   "kl_old_new": lambda log_probs, old_log_probs, advantages, mask: ops.kl_penalised_policy_loss(
     log_probs,
     old_log_probs,
@@ -47,10 +49,17 @@ def _reference(name, x, old, target, real):
     "clipped_policy": -surrogate,
     "dual_clipped_policy": -(max(surrogate, 1.5 * target) if target < 0 else surrogate),
     "kl_old_new_policy": -ratio * target + 0.5 * (ratio - 1 - np.log(ratio)),
+    "cispo_policy": -min(ratio, 1.5) * x * target,
     "reinforce_policy": -x * target,
     "plain_value": (x - target) ** 2 / 2,
     "clipped_value": max((x - target) ** 2, (near - target) ** 2) / 2,
   }[name]
+
+
+def _sequence_mean(x, mask):
+  """The mean of each row's real tokens, at every token."""
+  means = [row[real].mean() if real.any() else 0.0 for row, real in zip(x, mask, strict=True)]
+  return np.broadcast_to(np.array(means)[:, None], x.shape)
 
 
 def _batch(seed=0):
@@ -87,7 +96,14 @@ class LossesTest(chex.TestCase):
   @parameterized.named_parameters((name, name, loss) for name, loss in LOSSES)
   def test_equals_a_loop_with_nan_and_inf_in_the_padding(self, name, loss):
     x, old, target, mask = _batch()
-    truth = np.vectorize(lambda *args: _reference(name, *args))(x, old, target, mask)
+    # GSPO clips one ratio for the whole sequence, the mean on the scale of logarithms.
+    of_sequence = name == "gspo_policy"
+    truth = np.vectorize(lambda *args: _reference(name.replace("gspo", "clipped"), *args))(
+      _sequence_mean(x, mask) if of_sequence else x,
+      _sequence_mean(old, mask) if of_sequence else old,
+      target,
+      mask,
+    )
     weights = jnp.sin(jnp.arange(1.0, x.size + 1)).reshape(x.shape)
 
     def total(x, old, target):
@@ -125,11 +141,33 @@ class LossesTest(chex.TestCase):
     np.testing.assert_array_equal(gradients[1:3], np.zeros((2, *mask.shape)))
     np.testing.assert_array_equal(gradients[3], np.where(mask, 0.5, 0))
 
-  @parameterized.named_parameters(*LOSSES)
+  # The weight of CISPO depends on the ratio and is stopped: no derivative of its value.
+  @parameterized.named_parameters(case for case in LOSSES if case[0] != "cispo_policy")
   def test_gradients_are_numerically_right(self, loss):
     *arrays, mask = _batch(seed=3)
     fn = lambda x: loss(x, *arrays[1:], mask).sum()  # noqa: E731
     chex.assert_numerical_grads(fn, (arrays[0],), order=1, atol=2e-2, rtol=2e-2)
+
+  def test_cispo_has_gradient_beyond_its_bound(self):
+    old_log_probs, advantages = jnp.zeros(3), jnp.array([1.0, -1.0, 1.0])
+    log_probs = jnp.log(jnp.array([8.0, 1e30, 0.5]))
+    loss = lambda x: POLICY_LOSSES["cispo"](  # noqa: E731
+      x, old_log_probs, advantages, jnp.ones(3, bool)
+    ).sum()
+    np.testing.assert_allclose(jax.grad(loss)(log_probs), [-1.5, 1.5, -0.5], rtol=1e-6)
+
+  def test_gspo_spreads_one_gradient_over_the_sequence(self):
+    mask = jnp.array([[True, True, False], [True, True, True]])
+    log_probs = jnp.log(jnp.array([[1.2, 1.2 * 0.9**2, 5.0], [2.0, 2.0, 2.0]]))  # ratios: 1.08, 2
+    advantages = jnp.ones((2, 3))
+
+    def loss(x):
+      per_token = POLICY_LOSSES["gspo"](x, jnp.zeros((2, 3)), advantages, mask)
+      return ops.sequence_mean_token_mean(per_token, mask)[0], per_token
+
+    gradient, per_token = jax.grad(loss, has_aux=True)(log_probs)
+    np.testing.assert_allclose(per_token, [[-1.08, -1.08, 0], [-1.3] * 3], rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[-0.54, -0.54, 0], [0] * 3], rtol=1e-6)
 
   def test_a_clipped_token_has_no_gradient_however_large_its_ratio(self):
     log_probs = jnp.array([200.0, -200.0])
@@ -169,6 +207,32 @@ class LossesTest(chex.TestCase):
       loss(x, old, target[:1], mask)
     with self.assertRaises(AssertionError):
       loss(x, old, target, mask[:1])
+
+
+class DPOLossTest(chex.TestCase):
+  @chex.all_variants
+  def test_golden(self):
+    """Margins 0 and log(3) / 2 at beta 2: -log sigmoid is log(2) and log(4 / 3)."""
+    log_probs = jnp.array([[-3.0, -4.0], [-5.0, -4.0], [-2.0, -4.0], [-4.0, -4.0 + jnp.log(3) / 2]])
+    loss = lambda *args: ops.dpo_loss(*args, beta=2.0)  # noqa: E731
+    np.testing.assert_allclose(
+      self.variant(loss)(*log_probs), jnp.log(jnp.array([2, 4 / 3])), rtol=1e-6
+    )
+    gradients = self.variant(jax.grad(lambda *args: loss(*args).sum(), argnums=(0, 1, 2, 3)))(
+      *log_probs
+    )
+    np.testing.assert_allclose(gradients[0], [-1.0, -0.5], rtol=1e-6)
+    np.testing.assert_allclose(gradients[1], [1.0, 0.5], rtol=1e-6)
+    np.testing.assert_array_equal(gradients[2:], np.zeros((2, 2)))
+
+  def test_a_pair_far_on_the_wrong_side_stays_finite(self):
+    zero = jnp.zeros(())
+    value, gradient = jax.value_and_grad(ops.dpo_loss)(zero - 1e4, zero, zero, zero, beta=1.0)
+    np.testing.assert_allclose([value, gradient], [1e4, -1.0])
+
+  def test_shapes_that_would_broadcast_are_refused(self):
+    with self.assertRaises(AssertionError):
+      ops.dpo_loss(jnp.zeros(2), jnp.zeros(2), jnp.zeros(2), jnp.zeros(1), beta=1.0)
 
 
 class AggregationTest(chex.TestCase):

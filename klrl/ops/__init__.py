@@ -31,10 +31,13 @@ from klrl.ops.log_probs import (
 from klrl.ops.log_probs import token_log_probs_from_hidden as token_log_probs_from_hidden
 from klrl.ops.log_probs import vocab_log_probs as vocab_log_probs
 from klrl.ops.losses import AGGREGATIONS as AGGREGATIONS
+from klrl.ops.losses import cispo_loss as cispo_loss
 from klrl.ops.losses import clip_fraction as clip_fraction
 from klrl.ops.losses import clipped_policy_loss as clipped_policy_loss
 from klrl.ops.losses import clipped_value_loss as clipped_value_loss
 from klrl.ops.losses import constant as constant
+from klrl.ops.losses import dpo_loss as dpo_loss
+from klrl.ops.losses import gspo_loss as gspo_loss
 from klrl.ops.losses import kl_penalised_policy_loss as kl_penalised_policy_loss
 from klrl.ops.losses import reinforce_loss as reinforce_loss
 from klrl.ops.losses import sequence_mean_token_mean as sequence_mean_token_mean

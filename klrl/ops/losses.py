@@ -1,9 +1,9 @@
 """Losses per token, and the named ways to aggregate them.
 
-A loss is `[..., T]`, to be minimised, zero in the padding. Gradient flows through `log_probs` or
-`values` (and `kl`, where it is an argument) only; everything else is stopped. Bounds on
-ratio = exp(log_probs - old_log_probs) are put on its logarithm, so that a ratio beyond float32 that
-the clip ignores has gradient 0 and not NaN.
+A loss is `[..., T]`, to be minimised, zero in the padding; `dpo_loss`, of whole completions, is
+`[...]`. Gradient flows through `log_probs` or `values` (and `kl`, where it is an argument) only;
+everything else is stopped. Bounds on ratio = exp(log_probs - old_log_probs) are put on its
+logarithm, so that a ratio beyond float32 that the clip ignores has gradient 0 and not NaN.
 
 An aggregation takes the loss and the mask and returns (sum, count), which add up over
 micro-batches and devices; `divide(sum, count)` is the loss. A row without a real token is not a
@@ -14,7 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from klrl.ops.masking import masked_mean, masked_sum_count, zero_padding
+from klrl.ops.masking import at_least_float32, masked_mean, masked_sum_count, zero_padding
 
 
 def clipped_policy_loss(
@@ -51,6 +51,63 @@ def clipped_policy_loss(
     jnp.clip(log_ratio, lower, jnp.log(dual_clip)),
   )
   return -jnp.exp(log_ratio) * advantages
+
+
+def gspo_loss(
+  log_probs: jax.Array,
+  old_log_probs: jax.Array,
+  advantages: jax.Array,
+  mask: jax.Array,
+  *,
+  clip_eps_low,
+  clip_eps_high,
+) -> jax.Array:
+  """Returns [..., T] `clipped_policy_loss` with the ratio of the sequence, the same at each token.
+
+  That ratio is the geometric mean of the tokens' ratios. With one advantage per sequence, summed
+  over a sequence and divided by its length it is the published loss. Chujie Zheng et al., "Group
+  Sequence Policy Optimization", 2025, eqs. 5 and 7.
+
+  Args:
+    log_probs: as in `clipped_policy_loss`, and so are the arguments that follow.
+    old_log_probs: [..., T].
+    advantages: [..., T].
+    mask: [..., T] bool.
+    clip_eps_low: scalar.
+    clip_eps_high: scalar.
+  """
+  log_ratio, _ = _stopped_inputs(log_probs, old_log_probs, advantages, mask)
+  mean = jnp.broadcast_to(masked_mean(log_ratio, mask, axis=-1)[..., None], log_ratio.shape)
+  zeros = jnp.zeros_like(mean)
+  return clipped_policy_loss(
+    mean, zeros, advantages, mask, clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high
+  )
+
+
+def cispo_loss(
+  log_probs: jax.Array,
+  old_log_probs: jax.Array,
+  advantages: jax.Array,
+  mask: jax.Array,
+  *,
+  max_ratio,
+) -> jax.Array:
+  """Returns [..., T] `-min(ratio, max_ratio) * A * log_probs`, whose ratio carries no gradient.
+
+  So a token beyond the bound keeps a gradient, of bounded weight, where `clipped_policy_loss` has
+  none. MiniMax, "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention", 2025,
+  eqs. 4 and 5, without a lower bound, as trained there.
+
+  Args:
+    log_probs: [..., T] of the current policy; carries gradient.
+    old_log_probs: [..., T] of the policy that sampled.
+    advantages: [..., T].
+    mask: [..., T] bool.
+    max_ratio: positive scalar, may be traced.
+  """
+  log_ratio, advantages = _stopped_inputs(log_probs, old_log_probs, advantages, mask)
+  weights = jnp.exp(jnp.minimum(log_ratio, jnp.log(max_ratio)))
+  return reinforce_loss(log_probs, weights * advantages, mask)
 
 
 def clip_fraction(
@@ -106,6 +163,36 @@ def reinforce_loss(log_probs: jax.Array, advantages: jax.Array, mask: jax.Array)
   """
   chex.assert_equal_shape([log_probs, advantages])
   return -zero_padding(log_probs, mask) * jax.lax.stop_gradient(zero_padding(advantages, mask))
+
+
+def dpo_loss(
+  chosen_log_probs: jax.Array,
+  rejected_log_probs: jax.Array,
+  ref_chosen_log_probs: jax.Array,
+  ref_rejected_log_probs: jax.Array,
+  *,
+  beta,
+) -> jax.Array:
+  """Returns [...] `-log sigmoid(beta * (log_ratio of the chosen - log_ratio of the rejected))`.
+
+  One number per pair of completions; the log-probs are those of whole completions. On pairs that
+  the reference drew, with labels of the Bradley-Terry model, it is least at the policy of most
+  `E[score] - beta * KL(pi || ref)`. Rafael Rafailov et al., "Direct Preference Optimization: Your
+  Language Model is Secretly a Reward Model", 2023, eq. 7.
+
+  Args:
+    chosen_log_probs: [...] of the current policy; carries gradient.
+    rejected_log_probs: [...] of the current policy; carries gradient.
+    ref_chosen_log_probs: [...] of the reference.
+    ref_rejected_log_probs: [...] of the reference.
+    beta: scalar, may be traced; score per nat.
+  """
+  log_probs = (chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs)
+  chex.assert_equal_shape(log_probs)
+  chex.assert_type(log_probs, float)
+  chosen, rejected, ref_chosen, ref_rejected = map(at_least_float32, log_probs)
+  margin = (chosen - rejected) - jax.lax.stop_gradient(ref_chosen - ref_rejected)
+  return -jax.nn.log_sigmoid(beta * margin)
 
 
 def value_loss(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
