@@ -3,10 +3,10 @@
     python -m experiments.estimators
     python -m experiments.estimators --policy=DIR --reference=DIR
 
-The tables of John Schulman's "Approximating KL Divergence" (2020) and their counterexample, once by
-sums that are exact and once by a million samples; k1 with a control variate; and the policies of
-the embedded task, all through the functions that training calls. About 15 s on 2 cores, and two
-minutes more where the embedded PPO run has not been made before.
+The tables of John Schulman's "Approximating KL Divergence" (2020) and a case in which k3 is far
+worse, each by sums that are exact and by a million samples; k1 with a control variate; and the
+policies of the embedded task, all through the functions that training calls. About 30 s on 2 cores,
+and two minutes more where the embedded PPO run has not been made before.
 
 A case is a distribution pi with a reference: `Points` with the probability, log pi and log ref of
 every outcome. The sum over them is an expectation under pi, whether they are the outcomes of a
