@@ -200,9 +200,8 @@ def run_ppo(config: Config, root: str, name: str, changes: dict) -> dict:
     "name": name,
     "changes": changes,
     "curves": {key: [line[key] for line in lines] for key in keys},
-    **{
-      f"{key}_{end}": summary[f"{key}_{end}"] for key in names for end in ("after", "after_stderr")
-    },
+    **{f"{key}_after": summary[f"{key}_after"] for key in names},
+    **{f"{key}_stderr": summary[f"{key}_after_stderr"] for key in names[:3]},
   }
 
 

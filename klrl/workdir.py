@@ -11,6 +11,7 @@ import pathlib
 
 from klrl.errors import UserError
 
+_SETTINGS = ("config.json", "flags.txt")
 # Fields that change no figure of a run: the same folder serves any value of them.
 NOT_PART_OF_THE_RESULT = ("workdir", "save_every", "keep", "profile", "tensorboard")
 
@@ -34,7 +35,8 @@ def find_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path
   """
   directory = pathlib.Path(config.workdir or f"{root}/{experiment}-{config_hash(config)}")
   theirs = _read_config(directory / "config.json")
-  if theirs and (directory / "metrics.jsonl").exists():
+  # A folder that holds settings alone is of a command that failed before it began.
+  if theirs and any(path.name not in _SETTINGS for path in directory.iterdir()):
     ours = {"experiment": experiment, **_result_fields(config)}
     differing = [
       f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"

@@ -26,7 +26,7 @@ def open_workdir(experiment, config, *, root="runs"):
 
 
 def begin(directory):
-  (directory / "metrics.jsonl").write_text("{}")
+  (directory / "anything.json").write_text("{}")
 
 
 def test_default_folder_is_named_by_the_configuration(tmp_path):
