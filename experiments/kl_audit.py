@@ -103,7 +103,7 @@ def make_audit(config: Config) -> dict[str, Any]:
   for row, figures in zip(rows, found, strict=True):
     groups[row.group].append(row.about | figures)
   for figures in groups["penalties"]:
-    figures["claims"] = _claims(figures)
+    figures["claims"] = claims_beside(figures)
   for figures in groups["refreshed"]:
     claimed = objective.audit(_penalty(figures), kl_refresh="minibatch").off_policy_gradient
     figures["claims"] = [_claim("gradient off-policy", claimed, figures["off_policy"]["gradient"])]
@@ -185,7 +185,7 @@ def _claim(what: str, claimed, found) -> dict[str, Any]:
   return {"what": what, "claimed": claimed, "found": found, "agrees": bool(claimed == found)}
 
 
-def _claims(figures: dict) -> list[dict[str, Any]]:
+def claims_beside(figures: dict) -> list[dict[str, Any]]:
   """Returns what `objective.audit` says of a penalty, each beside what was found."""
   claim = objective.audit(_penalty(figures))
   on, off = figures["on_policy"], figures["off_policy"]
@@ -222,7 +222,7 @@ def _undefined() -> dict[str, Any]:
     try:
       objective.audit(penalty)
     except UserError as error:
-      messages[str(penalty)] = str(error).split(". There are: ")[0] + "."
+      messages[str(penalty)] = str(error).split(". ")[0] + "."
   by_reason = {message.split(": ", 1)[1]: message for message in messages.values()}
   return {
     "cells": len(penalties),

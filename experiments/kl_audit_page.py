@@ -126,21 +126,27 @@ def _behaviour(behaviour) -> list[Html]:
 
 
 def _table(caption: str, columns: list[Column], rows) -> Html:
-  head = element("tr", *(element("th", a, element("span", b)) for a, b, _ in columns))
+  small = {"style": "display: block; margin: 0"}
+  head = [
+    element("th", a, element("span", b or "\N{NO-BREAK SPACE}", **small), style=_style(b))
+    for a, b, _ in columns
+  ]
   body = [
     element(
       "tr", *(element("td", x, style=_style(x)) for _, _, cell in columns for x in [cell(row)])
     )
     for row in rows
   ]
-  table = element("table", element("caption", caption), head, *body, style="font-size: .88rem")
-  return element("div", table, class_="wide")
+  head = element("tr", *head)
+  table = element("table", element("caption", caption), head, *body, style="font-size: .86rem")
+  return element("div", table, class_="wide", style="margin-top: 1.5rem")
 
 
 def _style(cell: str) -> str:
   text = cell.strip("\N{MINUS SIGN}")
   is_number = not isinstance(cell, Html) and (text[:1].isdigit() or text == ABSENT)
-  return f"white-space: nowrap; text-align: {'right' if is_number else 'left'}"
+  side = "right" if is_number else "left"
+  return f"white-space: nowrap; padding-right: 1rem; text-align: {side}"
 
 
 def _agreement(row) -> Html | str:
@@ -159,7 +165,7 @@ def _gradient(regime: str) -> Column:
     found, unclamped = row[regime]["gradient"], row[regime]["gradient_unclamped"]
     return _typeset(unclamped) + ("" if found == unclamped else ", until the clamp bites")
 
-  return ("gradient of", "in expectation", cell)
+  return ("gradient of", "", cell)
 
 
 def _figures_columns(regime: str) -> list[Column]:
@@ -167,12 +173,16 @@ def _figures_columns(regime: str) -> list[Column]:
     _gradient(regime),
     ("error", "whole", lambda row: percent(row[regime]["error_sequence"])),
     ("error", "token", lambda row: percent(row[regime]["error_token"])),
-    ("cosine", "whole", lambda row: digits(row[regime]["cosine_sequence"])),
-    ("cosine", "token", lambda row: digits(row[regime]["cosine_token"])),
+    ("cosine", "whole", lambda row: _cosine(row[regime]["cosine_sequence"])),
+    ("cosine", "token", lambda row: _cosine(row[regime]["cosine_token"])),
     ("variance", "trace", lambda row: digits(row[regime]["trace_covariance"])),
-    ("bias of the value", "nats", lambda row: _small(row[regime]["value_bias"])),
-    ("", "of the KL", lambda row: percent(row[regime]["value_bias_relative"])),
+    ("value bias", "nats", lambda row: _small(row[regime]["value_bias"])),
+    ("value bias", "of the KL", lambda row: percent(row[regime]["value_bias_relative"])),
   ]
+
+
+def _cosine(x: float | None) -> str:
+  return ABSENT if x is None else f"{x:.3f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _small(x: float) -> str:
@@ -184,12 +194,12 @@ END: list[Column] = [
   ("KL(π‖ref)", "nats", lambda row: digits(row["end"]["kl"])),
   ("score \N{MINUS SIGN} β KL", "", lambda row: digits(row["end"]["objective"])),
   ("from π*", "total variation", lambda row: _small(row["end"]["distance_to_optimum"])),
-  ("last half moved", "total variation", lambda row: _small(row["end"]["moved"])),
-  ("one-token task: leads to", "", lambda row: _typeset(row["end_at_horizon_1"]["leads_to"])),
+  ("moved since half-way", "total variation", lambda row: _small(row["end"]["moved"])),
+  ("leads to", "with one token", lambda row: _typeset(row["end_at_horizon_1"]["leads_to"])),
 ]
 PENALTY: Column = ("penalty", "", lambda row: _code(row["name"]))
 SETTING: Column = ("setting", "", lambda row: element("span", row["setting"]))
-AUDIT: Column = ("objective.audit", "", _agreement)
+AUDIT: Column = ("audit", "claims", _agreement)
 
 
 def _tables(rows, name: Column, *more: Column) -> list[Html]:
@@ -208,7 +218,8 @@ def _own(audit: Audit) -> list[Html]:
       "p",
       "Errors are those of the expected gradient, as a fraction of the true one, on the fixed "
       "tree: “whole” against KL(π‖ref) of whole completions, “token” against the token KL, for "
-      "which the prefixes count as given. A gradient is named, and a 0 is 0, on all trees.",
+      "which the prefixes count as given. A gradient has a name where it has it on all trees. "
+      "Claims are those of objective.audit: gradient and value in both cases, verdict, end.",
     ),
   ]
   for placement in objective.PLACEMENTS[:-1]:
@@ -295,7 +306,7 @@ def _how(audit: Audit) -> str:
     "penalised_advantages), with no clip, no baseline and gamma = gae_lambda = 1. Ascent follows "
     "the exact gradient of the expected score less β times the penalty's expected gradient, from "
     f"the reference, in {constants['steps_of_ascent']} natural-gradient steps. A penalty that is "
-    "no divergence can have several resting points, and which one is reached depends on the path. The "
-    "variance is the trace of the covariance of one completion's gradient. All figures, with "
+    "no divergence can have several resting points, and which one is reached depends on the path. "
+    "The variance is the trace of the covariance of one completion's gradient. All figures, with "
     "their units: audit.json beside this page."
   )

@@ -100,7 +100,7 @@ def token_ratio(terms):
 
 def score_ratio(terms):
   """1, with the gradient of log pi."""
-  return jnp.exp(terms.log_probs - jax.lax.stop_gradient(terms.log_probs))
+  return jnp.exp(_difference(terms.log_probs, jax.lax.stop_gradient(terms.log_probs), terms))
 
 
 def mean_ratio(terms):
