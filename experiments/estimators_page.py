@@ -7,13 +7,12 @@ is typically off by the whole KL.
 import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from klrl.page import Html, digits, element, page
+from klrl.page import Html, digits, element, figure, note, page, paragraph, table
 from klrl.plots import INK, SERIES, bare, picture
 
 ESTIMATORS = ("k1", "k2", "k3")  # those of one token
 NAMES = (*ESTIMATORS, "exact")
-# One style and one place in the page's legend for each of the colours in SERIES.
-STYLES, PLACES = ("-", "--", "-", "-"), ("first", "second", "third", "fourth")
+STYLES = "-", "--", "-", "-"  # one for each of the colours in SERIES
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 
 CASE_COLUMNS = ("case", "estimator", "bias", "sampled", "deviation", "sampled")
@@ -73,12 +72,12 @@ def report(results: dict) -> str:
     "Estimators of the KL",
     element("h1", "How well do samples tell KL(\u03c0 \u2016 ref)?"),
     element("p", verdict(policies), class_="verdict"),
-    _note(
+    note(
       "\u03c0 is the policy that draws, ref the reference, u = ref/\u03c0. \u201cTo within\u201d "
       "is one standard deviation; for the mean of N samples it is \u221aN times smaller."
     ),
     element("h2", "What one sample is worth"),
-    _text(
+    paragraph(
       "A token is drawn from \u03c0, and both models say how likely it was. k1 is the difference "
       "of the log-probabilities: its mean is the KL, but single values have either sign and mostly "
       "cancel. k2, half its square, is never negative, and its mean is the KL only while the two "
@@ -91,7 +90,7 @@ def report(results: dict) -> str:
       ESTIMATORS, lambda figure: _draw_estimators(figure, results["curves"]),
     ),
     element("h2", "The embedded task\u2019s policies"),
-    _text(
+    paragraph(
       "Models on the straight line through the parameters of the SFT policy (step 0, the "
       "reference) and the PPO policy (step 1), and beyond. For each, "
       f"{policies[0]['num_completions']:,} completions of held-out problems, estimates summed over "
@@ -103,24 +102,24 @@ def report(results: dict) -> str:
       "near the reference",
       NAMES, lambda figure: _draw_policies(figure, policies),
     ),
-    _table(POLICY_COLUMNS, [policy_row(policy) for policy in policies]),
-    _note(
+    table(POLICY_COLUMNS, [policy_row(policy) for policy in policies]),
+    note(
       "KL in nats per sequence, then standard deviations and biases over the KL; \u00b1 is one "
       "standard error. The KL is the mean of the exact one, which has no bias. "
       f"k3\u2019s deviation rests on rare completions, up to {largest:.0%} of its variance on a "
       "single one: read it as a size, not as a figure."
     ),
     element("h2", "Schulman\u2019s two tables, and three more cases"),
-    _text(
+    paragraph(
       "Bias and standard deviation of one sample over the KL, by quadrature or by summing over "
       f"all outcomes; beside each, over {results['num_samples']:,} samples. max(k1, 0), a clamp "
       "found in RLHF code, is too high on average, and the more so the closer the two are."
     ),
-    _table(CASE_COLUMNS, [row for case in cases for row in case_rows(case)]),
-    _note("; ".join(f"{x['title']}: {x['name']}, KL {digits(x['true'])}" for x in cases)),
+    table(CASE_COLUMNS, [row for case in cases for row in case_rows(case)]),
+    note("; ".join(f"{x['title']}: {x['name']}, KL {digits(x['true'])}" for x in cases)),
     element("h2", "Where k3 is far worse than k1"), *_heavy(heavy, cases[-1]["true"]),
     element("h2", "The best mixture of k1 and k3"),
-    _text(
+    paragraph(
       "k1 + c (u \u2212 1) has the right mean for every c, because u \u2212 1 has mean zero: "
       "c\u00a0=\u00a00 is k1, c\u00a0=\u00a01 is k3. No c serves all: the best is near 1 where "
       "the two are close, and near 0 where the tail is heavy. Dots mark the best."
@@ -144,12 +143,12 @@ def _heavy(heavy: dict, true: float) -> list[Html]:
   ]  # fmt: skip
   rarest, share = heavy["probs"][-1], rows[-1][-1]
   return [
-    _text(
+    paragraph(
       f"The last outcome comes up once in {1 / rarest:,.0f} draws and holds {share} of k3\u2019s "
       f"mean. A batch of 1,000 misses it {(1 - rarest) ** 1000:.0%} of the time: k3 is then far "
       "too low, with a small spread that gives no warning. k1 hardly notices."
     ),
-    _table(("\u03c0", "ref", *ESTIMATORS, "share of k3"), rows),
+    table(("\u03c0", "ref", *ESTIMATORS, "share of k3"), rows),
     _figure(
       "Mean over the first N samples", "nats, against N. Dotted: the KL",
       ESTIMATORS, lambda figure: _draw_running(figure, heavy["running_means"], true),
@@ -173,44 +172,15 @@ def _alarms(truncated: dict, small: dict) -> Html:
       "klrl does.",
     ),
   )  # fmt: skip
-  return _table(("What is seen", "true KL or k3", "found", "Cause and cure"), rows, class_="")
-
-
-def _text(text: str) -> Html:
-  return element("p", text)
-
-
-def _note(text: str) -> Html:
-  return element("p", text, class_="note")
+  return table(("What is seen", "true KL or k3", "found", "Cause and cure"), rows, class_="")
 
 
 def _scientific(x: float) -> str:
   return f"{x:.2e}".replace("-", "\N{MINUS SIGN}")
 
 
-def _table(columns, rows, *, class_: str = "figures") -> Html:
-  head = element("tr", *(element("th", text, scope="col") for text in columns))
-  body = [
-    element(
-      "tr",
-      element("th", row[0], scope="row", style="overflow-wrap: normal"),
-      *(element("td", x, style="overflow-wrap: normal") for x in row[1:]),
-    )
-    for row in rows
-  ]
-  table = element("table", element("thead", head), element("tbody", *body), class_=class_)
-  return element("div", table, class_="wide")
-
-
 def _figure(title: str, unit: str, names, draw) -> Html:
-  legend = [
-    element("span", element("i", class_=place), name)
-    for place, name in zip(PLACES, names, strict=False)
-  ]
-  about = element("b", title), " ", element("span", unit)
-  caption = element("figcaption", *about, element("div", *legend, class_="legend"))
-  svg = Html(picture(draw, width=4.6, height=2.6))
-  return element("figure", caption, svg, style="max-width: 38rem; margin: 1.25rem 0")
+  return figure(title, unit, picture(draw, width=4.6, height=2.6), names)
 
 
 def _axes(figure, *, x_ticks=None, y_ticks=None):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from klrl.page import Html, element, figure, note, page, table
+from klrl.page import Html, element, figure, note, page, paragraph, table
 from klrl.plots import INK, SERIES, bare, picture
 
 NAMES = {"kl_old_new": "KL(old\u2016new)", "kl_new_old": "KL(new\u2016old)"}
@@ -39,7 +39,7 @@ def report(results: dict) -> str:
       class_="verdict",
     ),
     element("h2", "Which moves each direction permits"),
-    _text(
+    paragraph(
       "A policy may move within a KL of its old self. KL(new\u2016old) charges for giving mass to "
       "what was rare; KL(old\u2016new) charges for taking mass from what was common. Neither is "
       "blind: both charge for every move, one of them by a bounded amount. At a radius of "
@@ -60,7 +60,7 @@ def report(results: dict) -> str:
       ),
     ),
     element("h2", "How large one can be when the other is known"),
-    _text(
+    paragraph(
       "With p_min the least old probability and \u03b4 = KL(old\u2016new), KL(new\u2016old) is "
       "at most \u03b4 / p_min. That is true, and exponentially loose for sequences; "
       "\u03ba(1 / p_min) \u03b4 is sharp, with \u03ba(t) about ln t \u2212 1. At the right end "
@@ -75,7 +75,7 @@ def report(results: dict) -> str:
       ("KL(new\u2016old)", "\u03ba(1 / p_min) \u03b4", "ln(1 + \u03b4 / p_min)", "\u03b4 / p_min"),
     ),
     element("h2", "For small moves they are one"),
-    _text(
+    paragraph(
       "Both equal half the Fisher form to second order; they differ in the third, by a sixth of "
       "the third central moment of the move. A trust region with small steps need not choose."
     ),
@@ -85,7 +85,7 @@ def report(results: dict) -> str:
       NAMES.values(),
     ),
     element("h2", "PPO with each anchor"),
-    _text(
+    paragraph(
       "The embedded task: one SFT policy, one reward model, the same seed. Global is "
       f"\u03b2 = {beta:g} times the KL to the reference in the reward; local is a penalty on the "
       "KL to the policy that sampled, in place of the clip."
@@ -98,7 +98,7 @@ def report(results: dict) -> str:
     ),
     _anchors(results["anchors"]),
     element("h2", "KL in the reward, or as a loss of its own"),
-    _text(
+    paragraph(
       "Here nothing else holds the policy, and a rollout serves for several passes. In the "
       "reward, the KL is measured once, at the policy that sampled: for the rest of the iteration "
       "it pays for distance from the old policy, and the leash is gone. Measured anew in every "
@@ -108,10 +108,6 @@ def report(results: dict) -> str:
     table(COLUMNS, [(run["name"], *final_figures(run, beta)) for run in results["epochs"]]),
     _epochs(results["epochs"], beta),
   )  # fmt: skip
-
-
-def _text(text: str) -> Html:
-  return element("p", text)
 
 
 def _grid(*figures: Html) -> Html:

@@ -43,6 +43,7 @@ thead th { color: var(--quiet); font-size: .85rem; }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr));
   gap: 1.75rem 2rem; margin-top: 1.25rem; }
 figure { margin: 0; min-width: 0; }
+main > figure { max-width: 38rem; margin: 1.25rem 0; }
 figcaption { font-size: .9rem; line-height: 1.35; overflow-wrap: anywhere; }
 figcaption b { font-weight: 600; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; min-height: 1.25rem; color: var(--quiet);
@@ -132,6 +133,11 @@ def duration(seconds: float) -> str:
   if hours:
     return f"{hours} h {minutes} min"
   return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def paragraph(text: str) -> Html:
+  """Returns a paragraph."""
+  return element("p", text)
 
 
 def note(text: str) -> Html:
