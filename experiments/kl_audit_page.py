@@ -198,7 +198,8 @@ END: list[Column] = [
   ("leads to", "with one token", lambda row: _typeset(row["end_at_horizon_1"]["leads_to"])),
 ]
 PENALTY: Column = ("penalty", "", lambda row: _code(row["name"]))
-SETTING: Column = ("setting", "", lambda row: element("span", row["setting"]))
+_WRAPPED = "display: inline-block; width: 17rem; white-space: normal"
+SETTING: Column = ("setting", "", lambda row: element("span", row["setting"], style=_WRAPPED))
 AUDIT: Column = ("audit", "claims", _agreement)
 
 
@@ -233,7 +234,8 @@ def _variants(audit: Audit) -> list[Html]:
   undefined = audit["undefined"]
   _, *figures = _figures_columns("off_policy")
   spread = ("error", "whole, all trees", _spread)
-  columns = [_gradient("off_policy"), figures[0], spread, figures[-2], figures[-1]]
+  columns = [figures[0], spread, figures[-2], figures[-1]]
+  fresh = [PENALTY, _gradient("off_policy"), *columns, AUDIT]
   cap = ("--prefix_cap", "", lambda row: digits(row["prefix_cap"]))
   return [
     element("h2", "What has no row"),
@@ -249,9 +251,12 @@ def _variants(audit: Audit) -> list[Html]:
       "With --kl_refresh=minibatch the reward has the KL of the present policy instead of that of "
       "the policy that drew the samples.",
     ),
-    _table("Samples of an older policy.", [PENALTY, *columns, AUDIT], audit["refreshed"]),
+    _table("Samples of an older policy.", fresh, audit["refreshed"]),
     element("h2", "A cap on the prefix weight"),
-    element("p", "--prefix_cap bounds the weight of a prefix; where it bites it biases both."),
+    element(
+      "p",
+      "--prefix_cap bounds the weight of a prefix; where it bites it biases gradient and value.",
+    ),
     _table("Samples of an older policy.", [PENALTY, cap, *columns], audit["capped"]),
   ]
 

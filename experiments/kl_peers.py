@@ -113,6 +113,16 @@ def weighted(weight, kl):
   return lambda terms: weight(terms) * kl(terms)
 
 
+def weighted_inside_clamp(weight):
+  """`clamped_k3` times a weight that carries no gradient either where the clamp bites."""
+
+  def f(terms):
+    kl, w = clamped_k3(terms), weight(terms)
+    return jnp.where(kl < 10.0, w, jax.lax.stop_gradient(w)) * kl
+
+  return f
+
+
 def loss(kl, terms):
   """A term of the loss, summed over tokens."""
   return kl(terms), kl(terms)
@@ -188,7 +198,7 @@ _OPENRLHF_1309 = (
 )
 _NEMO = (
   "7ea279a, v0.7.0+, August 2026",
-  "nemo_rl/algorithms/utils.py calculate_kl, loss_functions.py",
+  "nemo_rl/algorithms/utils.py calculate_kl; loss_functions.py, PRs #2506 and #2958",
 )
 _NEMO_ADVANTAGE = (_NEMO[0], "nemo_rl/algorithms/advantage_estimator.py")
 _TUNIX = ("c7d8950f, August 2026", "tunix/rl/common.py, grpo/grpo_learner.py")
@@ -247,7 +257,7 @@ PEERS = (
     "GRPO, reference_policy_kl_type=k3",
     DEFAULT,
     *_NEMO,
-    weighted(score_ratio, clamped_k3),
+    weighted_inside_clamp(score_ratio),
     loss,
   ),
   Peer(
@@ -255,7 +265,7 @@ PEERS = (
     "GRPO, k3, use_on_policy_kl_approximation",
     OPTION,
     *_NEMO,
-    weighted(token_ratio, clamped_k3),
+    weighted_inside_clamp(token_ratio),
     loss,
   ),
   Peer(

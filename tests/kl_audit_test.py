@@ -119,6 +119,26 @@ def test_af06_errors_and_variances_on_an_older_policys_samples(facts, audit, row
   assert mean_ratio["off_policy"]["error_sequence"] == pytest.approx(0.563, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+  ("name", "own"),
+  [
+    (IN_ADVANCE + "kl", "reward/k1/none/sequence"),
+    (IN_ADVANCE + "low_var_kl", "reward/k3/none/sequence"),
+    ("OpenRLHF kl.estimator=k1 in the reward", "reward/k1/none/sequence"),
+    ("NeMo-RL Reinforce++, use_kl_in_reward, k3", "reward/k3/none/token"),
+    ("TRL GRPO, use_bias_correction_kl=True", "loss/k3/token/token"),
+    ("NeMo-RL GRPO, k3, use_on_policy_kl_approximation", "loss/k3/token/token"),
+    (VERL + "low_var_kl", "loss/k3/none/token"),
+    ("AlpacaFarm exact KL in the reward", "reward/exact/none/sequence"),
+  ],
+)
+def test_a_formula_that_is_a_penalty_of_klrl_has_its_figures(rows, name, own):
+  for regime in ("on_policy", "off_policy"):
+    for figure in ("error_sequence", "error_token", "trace_covariance", "value_bias"):
+      expected = pytest.approx(rows[own][regime][figure], abs=1e-12)
+      assert rows[name][regime][figure] == expected, (regime, figure)
+
+
 def test_af08_k1_averaged_per_sequence_only_lengthens(facts, rows):
   assert rows[TUNIX + "kl"]["on_policy"]["gradient"] == kl_figures.LENGTH
   tree, policies, _ = kl_figures.tree_a()
@@ -229,6 +249,9 @@ def test_a_clamped_k3_has_no_gradient_far_from_the_reference():
   value, gradient = _value_and_gradient(_peer(name).surrogate, far)
   assert value == 20.0
   np.testing.assert_array_equal(gradient, 0.0)
+  for nemo in ("GRPO, reference_policy_kl_type=k3", "GRPO, k3, use_on_policy_kl_approximation"):
+    _, gradient = _value_and_gradient(_peer(f"NeMo-RL {nemo}").surrogate, far)
+    np.testing.assert_array_equal(gradient, 0.0)
   # With the gradient of k2, the clamp is on the value alone.
   value, gradient = _value_and_gradient(_peer(VERL + "k3+").surrogate, far)
   np.testing.assert_allclose(value, 20.0, rtol=1e-5)
