@@ -332,6 +332,21 @@ def test_fixed_points():
   assert -3 * 61 < log_probs[2].min() < -60
 
 
+def test_the_plain_gradient_of_k3_in_the_reward_runs_into_a_vertex_and_the_natural_one_does_not():
+  bandit, ref = oracle.make_tree(4, 1), np.log([[0.4, 0.3, 0.2, 0.1]])
+  surrogate = objective.surrogate(KLPenalty("reward", "k3"))
+  plain, natural = (
+    jax.jit(
+      lambda ref, natural=natural: oracle.fixed_point(
+        bandit, surrogate, ref, np.arange(4.0), beta=1.0, natural=natural
+      )
+    )(ref)
+    for natural in (False, True)
+  )
+  np.testing.assert_allclose(softmax(plain), [[0, 0, 0, 1]], atol=1e-9)
+  np.testing.assert_allclose(softmax(natural), [[0, 0, 0.307069, 0.692931]], atol=1e-6)
+
+
 def test_a_real_decoder_says_the_same_of_prefixes_as_of_completions():
   sizes = {"width": 16, "mlp_dim": 32, "head_dim": 8, "num_heads": 2, "num_kv_heads": 2}
   policy = policy_model(DecoderConfig(vocab_size=4, num_layers=1, max_len=16, **sizes))
