@@ -1,4 +1,4 @@
-"""Figures that other people's tests and papers assert, and closed forms, reproduced.
+"""Figures that other people's tests and papers assert, reproduced.
 
 The figures live beside the checkout and name their repository, path and commit; each test's
 docstring names the source in short. Cases that no function of `klrl.ops` computes (DPO, sampling,
@@ -34,7 +34,6 @@ class PublishedCase(parameterized.TestCase):
     self.enter_context(jax.enable_x64(True))
     cases = json.loads((FACTS / "published_cases.json").read_text())["cases"]
     self.cases = {case["id"]: case for case in cases}
-    self.facts = json.loads((FACTS / "kl_facts.json").read_text())
 
   def case(self, name):
     """Returns the inputs, the expected figures and the tolerance of a published case."""
@@ -110,15 +109,6 @@ class AdvantagesTest(PublishedCase):
     )
     np.testing.assert_allclose(advantages, expected["pg_advantage"], **tolerance)
     np.testing.assert_allclose(returns - values, expected["errors"], **tolerance)
-
-  def test_vtrace_targets(self):
-    """Espeholt et al., "IMPALA", 2018, eq. 1, worked out on three steps."""
-    rewards, values = _array([0, 0, 1]), _array([0.5, 0.6, 0.8])
-    for name, ratio in (("on", [1, 1, 1]), ("off", [2, 0.5, 0.8])):
-      _, targets = ops.vtrace(
-        jnp.log(_array(ratio)), jnp.zeros(3), rewards, values, jnp.ones(3, bool), gamma=1.0
-      )
-      np.testing.assert_allclose(targets, self.facts["S5"]["expected"][name], rtol=1e-9)
 
   @parameterized.parameters(
     ("tunix.rloo_advantages", ops.leave_one_out),
@@ -212,44 +202,6 @@ class KLTest(PublishedCase):
         spread = np.sqrt(weights @ (values - mean) ** 2) / figures["true_kl"]
         np.testing.assert_allclose(mean, figures[name]["mean"], **tolerance)
         np.testing.assert_allclose(spread, figures[name]["std_over_true"], **tolerance)
-
-  @parameterized.parameters(
-    ("AF03", [0.7, 0.2, 0.1], [0.3, 0.3, 0.4]),
-    ("S3", [0.9, 0.0999, 0.0001], [0.5, 0.3, 0.2]),
-  )
-  def test_moments_between_categoricals(self, name, pi, ref):
-    """Schulman's estimators summed over three tokens; S3 has a heavy tail."""
-    expected = self.facts[name]["expected"]
-    pi, ref = _array(pi), _array(ref)
-    for key, estimator in ops.KL_ESTIMATORS.items():
-      values = estimator(jnp.log(pi), jnp.log(ref))
-      mean = (pi * values).sum()
-      spread = jnp.sqrt((pi * (values - mean) ** 2).sum())
-      if name == "AF03":
-        np.testing.assert_allclose([mean, spread], expected[key], rtol=1e-6)
-      else:
-        np.testing.assert_allclose(spread, expected[key], rtol=1e-4)
-
-  @parameterized.product(name=["k1", "k2", "k3"], placement=["loss", "reward"])
-  def test_expected_gradients(self, name, placement):
-    """The gradient identities between (.4, .3, .2, .1) and its reverse, by enumeration."""
-    pi = _array([0.4, 0.3, 0.2, 0.1])
-
-    def total(logits):
-      log_probs = jax.nn.log_softmax(logits)
-      terms = ops.KL_ESTIMATORS[name](log_probs, jnp.log(pi[::-1]))
-      if placement == "loss":
-        return (pi * terms).sum()
-      return (jnp.exp(log_probs) * jax.lax.stop_gradient(terms)).sum()
-
-    gradient = jax.grad(total)(jnp.log(pi))
-    expected = self.facts["AF04"]["expected"][f"{name}_{placement}"]
-    np.testing.assert_allclose(gradient, expected, atol=1e-6)
-
-  def test_k3_in_float32(self):
-    """k3 at log-ratio 1e-4 in float32: positive and within one percent, as only expm1 gives."""
-    value = ops.k3(jnp.float32(1e-4), jnp.float32(0.0))
-    np.testing.assert_allclose(value, self.facts["S1"]["expected"]["true"], rtol=0.01)
 
 
 class LossesTest(PublishedCase):
@@ -352,19 +304,6 @@ class ControllersTest(PublishedCase):
       horizon=inputs["horizon"],
     )
     np.testing.assert_allclose(betas, expected, **tolerance)
-
-  def test_rules_worked_out_by_hand(self):
-    """Schulman et al., PPO, 2017; Ziegler et al., 2019; tatsu-lab/alpaca_farm's K = 0.1."""
-    expected = self.facts["AF21"]["expected"]
-    ziegler = {"target_kl": 6.0, "num_samples": 512, "horizon": 1e4}
-    alpaca = {"target_kl": 6.0, "num_samples": 1, "horizon": 10}
-    for rule, beta, measured_kls, coefficients, betas in (
-      (ops.doubling, 0.2, [0.005, 0.0066, 0.00667, 0.015, 0.0151], {"target_kl": 0.01}, "ppo"),
-      (ops.proportional, 0.15, [12, 6.3, 0], ziegler, "ziegler"),
-      (ops.proportional, 0.2, [9], alpaca, "alpaca"),
-    ):
-      once = [self._betas(rule, beta, [kl], **coefficients)[0] for kl in measured_kls]
-      np.testing.assert_allclose(once, np.atleast_1d(expected[betas]), rtol=1e-12)
 
   def test_cosine_schedule(self):
     """stanford-cs336/assignment1-basics, test_optimizer.py, after its warm-up."""
