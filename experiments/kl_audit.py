@@ -235,9 +235,9 @@ def show(audit: dict[str, Any]) -> None:
   """Prints the table and what follows from it."""
   for title, group in (("klrl", "penalties"), ("other frameworks: formulas, not run", "peers")):
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("penalty", overflow="fold")
+    table.add_column("penalty", overflow="fold", min_width=29)
     table.add_column("verdict")
-    for column in ("own samples", "token", "older policy's", "token"):
+    for column in ("own", "token", "older", "token"):
       table.add_column(column, justify="right")
     if group == "penalties":
       table.add_column("audit")
@@ -254,8 +254,8 @@ def show(audit: dict[str, Any]) -> None:
     progress.console.print()
   progress.console.print(
     "Error of the expected gradient against that of KL(pi||ref) of whole completions, and of the "
-    "token KL. Claims of the audit that differ from what was found: "
-    f"{audit['num_differing']} of {audit['num_claims']}.",
+    "token KL: on the policy's own samples, and on an older one's. Claims of the audit that "
+    f"differ from what was found: {audit['num_differing']} of {audit['num_claims']}.",
     soft_wrap=True,
   )
 

@@ -198,7 +198,7 @@ END: list[Column] = [
   ("leads to", "with one token", lambda row: _typeset(row["end_at_horizon_1"]["leads_to"])),
 ]
 PENALTY: Column = ("penalty", "", lambda row: _code(row["name"]))
-_WRAPPED = "display: inline-block; width: 17rem; white-space: normal"
+_WRAPPED = "display: inline-block; vertical-align: top; width: 17rem; white-space: normal"
 SETTING: Column = ("setting", "", lambda row: element("span", row["setting"], style=_WRAPPED))
 AUDIT: Column = ("audit", "claims", _agreement)
 
@@ -225,7 +225,9 @@ def _own(audit: Audit) -> list[Html]:
   ]
   for placement in objective.PLACEMENTS[:-1]:
     rows = [row for row in audit["penalties"] if row["placement"] == placement]
-    title = {"reward": "In the reward", "loss": "As a loss"}.get(placement, "Both")
+    title = {"reward": "In the reward", "loss": "As a loss"}.get(
+      placement, "As a loss and in the reward"
+    )
     sections += [element("h3", title), *_tables(rows, PENALTY, AUDIT)]
   return sections
 
@@ -273,8 +275,8 @@ def _peers(audit: Audit) -> list[Html]:
     element(
       "p",
       "Formulas as published at the version named, written down here and not run there; only the "
-      "KL term differs between rows. A row says what the KL term does if its coefficient is not "
-      "0. “Until the clamp bites”: on trees where no token's log-ratio is beyond "
+      "KL term differs between rows. “Default if on”: the project leaves the KL out by default. "
+      "“Until the clamp bites”: on trees where no token's log-ratio is beyond "
       f"{digits(audit['constants']['clamps_idle_below'])}; further out the clamped term has no "
       "gradient.",
     ),

@@ -20,7 +20,7 @@ from klrl import ops
 from klrl.objective import KLPenalty, TokenTerms, penalised_advantages
 
 DEFAULT = "default"
-IF_ON = "default once the KL is on"
+IF_ON = "default if on"  # what is used once the KL, left out by default, is switched on
 WAS = "default before"
 OPTION = "option"
 UNUSED = "commented out"
