@@ -269,6 +269,15 @@ def test_nothing_in_the_padding_and_no_length_of_it_reaches_a_penalty(penalty):
       assert not np.any(np.where(other.mask, 0.0, x))
 
 
+@pytest.mark.parametrize("penalty", [x for x in objective.DEFINED if x.in_reward], ids=str)
+def test_what_is_taken_off_the_reward_carries_no_gradient(penalty):
+  terms = some_terms(0.0)
+  gradients = jax.grad(lambda *x: objective.reward_kl(penalty, *x).sum(), argnums=(0, 1, 2))(
+    terms.log_probs, terms.ref_log_probs, terms.exact_kl
+  )
+  np.testing.assert_array_equal(gradients, np.zeros((3, *MASK.shape)))
+
+
 @pytest.mark.xfail(strict=True, reason="prefix_cap_effect does not mask where the cap bites")
 def test_the_cap_bites_at_no_padding():
   penalty = KLPenalty("loss", "exact", "prefix", "sequence")
