@@ -325,8 +325,8 @@ def fixed_points(
 
   is the natural gradient of a table: rare prefixes and tokens learn as fast as common ones (Sham
   Kakade, "A Natural Policy Gradient", 2001). The plain one lacks the denominator; give it ten times
-  the steps. They may end apart where the expected gradient does not vanish as a token dies out: with
-  k3 in the reward the plain one runs on into a vertex, the natural one may stop at a mixture.
+  the steps. They may end apart where the expected gradient does not vanish as a token dies out:
+  with k3 in the reward the plain one runs on into a vertex, the natural one may stop at a mixture.
 
   A step moves no logit by more than 1, and none falls further than `max_gap` below its row's best.
   All surrogates step at once, as one batch: the tree is compiled once, and the loop is short

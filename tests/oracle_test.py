@@ -180,6 +180,16 @@ def test_the_token_kl_and_the_future_make_the_gradient_of_the_sequence_kl():
   np.testing.assert_allclose(token + rest, sequence_gradient(), atol=1e-15)
 
 
+def test_the_token_target_at_the_old_policys_prefixes():
+  @jax.jit
+  def found(pi):
+    loss = objective.surrogate(KLPenalty("loss", "exact", credit="token"))
+    target = jax.grad(lambda x: oracle.token_kl(TREE, x, REF, prefix_logits=OLD))(pi)
+    return oracle.expected_gradient(TREE, loss, pi, REF, old_logits=OLD), target
+
+  np.testing.assert_allclose(*found(THETA), atol=1e-15)
+
+
 def test_the_frontier_of_a_bandit_and_its_slope():
   bandit, ref = oracle.make_tree(4, 1), np.log([[0.4, 0.3, 0.2, 0.1]])
   scores, kls = oracle.frontier(bandit, ref, np.arange(4.0), [4.0, 1.0, 0.25, 1.001, 0.999])
@@ -226,28 +236,33 @@ def test_expected_gradients_and_covariances_of_tree_a(table, old):
   np.testing.assert_allclose(covariances, expected[:, 1], atol=1e-5)
 
 
-def test_frequencies_and_the_old_policys_prefixes():
-  surrogate = objective.surrogate(KLPenalty("loss", "exact", credit="token"))
+def careless(terms):
+  """Returns a surrogate that reads the padding and writes into it."""
+  return terms.log_probs.sum(axis=-1, keepdims=True) * (2.0 + terms.exact_kl)
 
+
+@pytest.mark.parametrize("surrogate", [careless, whole("k3", "ratio")])
+def test_moments_are_those_of_one_completion_at_a_time(surrogate):
   @jax.jit
-  def gradients(pi, old):
-    probs = jnp.exp(oracle.log_probs(TREE, old))
-    each = jax.vmap(
-      lambda probs: oracle.expected_gradient(TREE, surrogate, pi, REF, old_logits=old, probs=probs)
-    )(jnp.eye(15))
-    mean = (probs[:, None, None] * each).sum(axis=0)
-    target = jax.grad(lambda x: oracle.token_kl(TREE, x, REF, prefix_logits=old))(pi)
-    return (
-      (mean, oracle.expected_gradient(TREE, surrogate, pi, REF, old_logits=old), target),
-      (
-        (probs * (each**2).sum(axis=(1, 2))).sum() - (mean**2).sum(),
-        oracle.gradient_covariance(TREE, surrogate, pi, REF, old_logits=old),
-      ),
-    )
+  def ways(pi, old):
+    def gradient(probs):
+      return oracle.expected_gradient(TREE, surrogate, pi, REF, old_logits=old, probs=probs)
 
-  for ways in gradients(THETA, OLD):
-    for way in ways[1:]:
-      np.testing.assert_allclose(way, ways[0], atol=1e-15)
+    probs = jnp.exp(oracle.log_probs(TREE, old))
+    each = jax.vmap(gradient)(jnp.eye(15))
+    mean = (probs[:, None, None] * each).sum(axis=0)
+    covariance = (probs * (each**2).sum(axis=(1, 2))).sum() - (mean**2).sum()
+    moments = oracle.gradient_moments(TREE, [surrogate], pi, REF, old_logits=old)
+    return (mean, gradient(None), moments[0][0]), (covariance, moments[1][0])
+
+  for same in ways(THETA, OLD):
+    for way in same[1:]:
+      np.testing.assert_allclose(way, same[0], atol=1e-14)
+
+
+def test_what_is_written_into_the_padding_is_not_summed():
+  value = oracle.expected_value(TREE, lambda terms: jnp.ones_like(terms.log_probs), THETA, REF)
+  np.testing.assert_allclose(value, 1.8095143378672651, rtol=1e-12)  # the expected length
 
 
 def test_expected_values():
@@ -270,13 +285,21 @@ def test_expected_values():
   np.testing.assert_allclose(found, list(choices.values()), atol=6e-5)
 
 
-def test_only_the_current_policy_gets_gradient():
-  def total(*logits):
-    return sum(x.sum() for x in oracle.terms(TREE, *logits) if x.dtype != bool)
+def test_terms_tell_the_policies_apart_and_only_the_current_one_gets_gradient():
+  @jax.jit
+  def found(*logits):
+    def totals(*logits):
+      return [x.sum() for x in oracle.terms(TREE, *logits) if x.dtype != bool]
 
-  on_pi, on_old, on_ref = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(THETA, OLD, REF)
-  assert np.abs(on_pi).max() > 0.1
-  np.testing.assert_array_equal([on_old, on_ref], np.zeros((2, 7, 3)))
+    return oracle.terms(TREE, *logits), jax.jacobian(totals, argnums=(0, 1, 2))(*logits)
+
+  drawn, gradients = found(THETA, OLD, REF)
+  of_old, _ = found(OLD, OLD, REF)
+  np.testing.assert_allclose(drawn.old_log_probs, of_old.log_probs, rtol=1e-12)
+  np.testing.assert_allclose(drawn.old_exact_kl, of_old.exact_kl, rtol=1e-12)
+  reached = np.array([[np.abs(x).max() > 0.01 for x in by_policy] for by_policy in gradients])
+  # In the order of TokenTerms: log_probs, old, ref, exact_kl, old.
+  np.testing.assert_array_equal(reached, np.array([[1, 0, 0, 1, 0], [0] * 5, [0] * 5]).T > 0)
 
 
 def test_what_is_excluded_weighs_nothing_and_sends_no_nan():
