@@ -27,7 +27,7 @@ from rich.table import Table
 from experiments import reward_model, shared_flags
 from experiments.kl_flags import KLConfig
 from experiments.shared_flags import setting
-from klrl import parallel, progress, rlhf
+from klrl import inputs, parallel, progress, rlhf
 from klrl.errors import UserError
 from klrl.report import write_report
 from klrl.summary import read_summary
@@ -143,9 +143,9 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   else:
     # What can be wrong is looked at before the stages take their time.
     parallel.check_batch_size(parallel.make_mesh(config.mesh), config.batch_size)
-    rlhf.check_inputs(config)
-    models = rlhf.load_models(config, **model_directories(config))
-    task = rlhf.load_task(config, models)
+    inputs.check_inputs(config)
+    models = inputs.load_models(config, **model_directories(config))
+    task = inputs.load_task(config, models)
     create_workdir(workdir, "ppo", config)
     progress.console.print(
       f"PPO: {len(task.training.tokens)} prompts, {len(task.held_out.tokens)} held out; "
