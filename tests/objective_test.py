@@ -278,6 +278,17 @@ def test_what_is_taken_off_the_reward_carries_no_gradient(penalty):
   np.testing.assert_array_equal(gradients, np.zeros((3, *MASK.shape)))
 
 
+def test_what_the_cap_takes_away_is_measured_and_carries_no_gradient():
+  penalty, terms = KLPenalty("loss", "k3", "prefix", "sequence"), some_terms(0.0)
+
+  def lost(log_probs):
+    changed = terms._replace(log_probs=log_probs)
+    return objective.prefix_cap_effect(penalty, changed, prefix_cap=1.5)[1].sum()
+
+  value, gradient = jax.value_and_grad(lost)(terms.log_probs)
+  assert value > 0.1 and not np.any(gradient)
+
+
 @pytest.mark.xfail(strict=True, reason="prefix_cap_effect does not mask where the cap bites")
 def test_the_cap_bites_at_no_padding():
   penalty = KLPenalty("loss", "exact", "prefix", "sequence")
