@@ -62,7 +62,7 @@ def optimal_under(divergence: str, ref_probs, scores, *, beta) -> tuple[jax.Arra
       pi = ref * f'^-1((score - multiplier) / beta),   with the multiplier that makes it sum to 1
 
   by bisection, exact to rounding. Chaoqi Wang et al., "Beyond Reverse KL: Generalizing Direct
-  Preference Optimization with Diverse Divergence Constraints", 2023, section 4.
+  Preference Optimization with Diverse Divergence Constraints", 2023.
 
   Args:
     divergence: a name in DIVERGENCES.
