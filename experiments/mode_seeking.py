@@ -6,7 +6,7 @@ SFT minimises KL(p || pi), p the data; RL with reward log p and an entropy bonus
 KL(pi || p). First for a Gaussian that has to imitate a mixture of two, by quadrature; then for the
 real decoder on a language that knows two words, `emit` and `time`, by sums over every completion.
 One decoder reads what it has written; the other is shown the same letters whatever it wrote, so
-that it knows the position alone. About a minute on 2 cores.
+that it knows the position alone. Under a minute on 2 cores.
 
 Every objective is exact: nothing is sampled. RL maximises E[log p] - beta * KL(pi || ref) and
 starts at its reference, which is the SFT policy or, for `uniform`, a fresh decoder. Over uniform,

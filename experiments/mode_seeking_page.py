@@ -69,8 +69,8 @@ def _mode_seeking(results):
     f"over uniform; at \u03b2 = 0.25 over the SFT policy \u201cemit\u201d takes "
     f"{_share(cold['words'][0])} instead of {_share(results['data']['words'][0])}. Even a single "
     "Gaussian need not pick: to equal modes the reverse KL has a third, shallow minimum that "
-    f"covers, {_normal(middle)} at {middle['kl']:.3f} nats, and where the modes overlap it has only"
-    f" that kind, {_normal(overlapping)}."
+    f"covers, {_normal(middle)} at {middle['kl']:.3f} nats, and where the modes overlap it covers "
+    f"from either side, {_normal(overlapping)}."
   )
 
 
@@ -79,10 +79,10 @@ def _tilted(results):
   got = ", ".join(f"{_share(fit['words'][0])} at \u03b2 = {fit['beta']:g}" for fit in fits)
   want = ", ".join(_share(fit["optimum"]["words"][0]) for fit in fits)
   return (
-    "It is KL(\u03c0 \u2016 p*) with p* = ref \u00b7 exp(r / \u03b2) / Z. From the SFT policy, "
-    "which is the data already, with the same reward log p, it goes past the data: "
-    f"\u201cemit\u201d gets {got}; p* has {want}. Only a uniform reference with \u03b2 = 1 makes "
-    "p* the data."
+    "RL minimises KL(\u03c0 \u2016 p*) with p* = ref \u00b7 exp(r / \u03b2) / Z. From the SFT "
+    "policy, which is the data already, with the same reward log p, it goes past the data: "
+    f"\u201cemit\u201d gets {got}; p* has {want}. Over uniform it is \u03b2 = 1 alone that "
+    "makes p* the data."
   )
 
 
@@ -326,7 +326,9 @@ def _tables(results: dict) -> list[Html]:
       ("reverse_saddle", "reverse, where two basins meet"),
     ):
       if point := results["gaussian"][name]["points"].get(fit):
-        figures = (f"{point[key]:.4f}".replace("-", "\N{MINUS SIGN}") for key in ("mean", "sigma"))
+        figures = (
+          f"{round(point[key], 4) + 0.0:.4f}".replace("-", "\u2212") for key in ("mean", "sigma")
+        )
         rows.append([label, words, point["kind"], *figures, f"{point['kl']:.4f}"])
   head = ("Data", "Direction", "Kind", "Mean", "\u03c3", "KL, nats")
   return [
