@@ -6,7 +6,7 @@ Three exact studies of one choice among few: which moves KL(new||old) and KL(old
 large the first can be when the second is known, and that to second order they are one. Then PPO on
 the embedded task with a KL to the reference (global), a KL to the policy that sampled (local, in
 either direction), both, and none; and KL in the reward against KL as a loss of its own, when a
-rollout is used for 1, 4 and 16 passes. About ten minutes on 2 CPU cores, stages included.
+rollout is used for 1, 4 and 16 passes. About six minutes on 2 CPU cores, stages included.
 
 Sources: John Schulman et al., "Proximal Policy Optimization Algorithms", 2017, eq. 8, for the local
 penalty; Long Ouyang et al. (InstructGPT), 2022, eq. 2, for the global one; Igal Sason and Sergio
@@ -224,7 +224,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
         **run_ppo(
           config,
           runs,
-          f"{name}, {epochs} epochs",
+          f"{name}, {epochs} passes" if int(epochs) > 1 else f"{name}, 1 pass",
           {**changes, "num_epochs": int(epochs), "trust_region": "none"},
         ),
       }

@@ -94,7 +94,8 @@ def report(results: dict) -> str:
     note(
       "On held-out problems after training. Score: the reward model\u2019s, which is trained on; "
       "gold: share that an exact verifier accepts, which is not. KL in nats per sequence, entropy "
-      "in nats per token. One seed."
+      "in nats per token. One seed, and few iterations: where the runs end says how fast each "
+      "moved as much as where it is bound for."
     ),
     _anchors(results["anchors"]),
     element("h2", "KL in the reward, or as a loss of its own"),
@@ -118,6 +119,7 @@ def _axes(f, **scales):
   axes = f.add_axes((0.11, 0.11, 0.87, 0.86))
   axes.set(**scales)
   bare(axes)
+  axes.minorticks_off()
   return axes
 
 
@@ -183,7 +185,6 @@ def _epochs(runs: list[dict], beta: float) -> Html:
       values = [figure_of(run) for run in runs if run["penalty"] == penalty]
       axes.plot(epochs, values, style, color=colour, marker="o", markersize=4, linewidth=1.3)
     axes.set_xticks(epochs, [str(x) for x in epochs])
-    axes.minorticks_off()
 
   panels = (
     ("KL(\u03c0\u2016ref) reached", "nats per sequence", lambda run: run["kl_ref_exact_after"]),

@@ -6,11 +6,20 @@ import json
 import pytest
 from absl import flags
 
-from experiments import ppo, reward_model, sft, shared_flags
+from experiments import (
+  estimators,
+  kl_audit,
+  kl_directions,
+  mode_seeking,
+  ppo,
+  reward_model,
+  sft,
+  shared_flags,
+)
 from klrl.errors import UserError
 from klrl.workdir import config_hash, create_workdir, find_workdir
 
-EXPERIMENTS = (sft, reward_model, ppo)
+EXPERIMENTS = (sft, reward_model, ppo, kl_audit, mode_seeking, kl_directions, estimators)
 
 
 def config_of_command_line(config_class, *arguments):
