@@ -209,7 +209,7 @@ class LossesTest(chex.TestCase):
       loss(x, old, target, mask[:1])
 
 
-class DPOLossTest(chex.TestCase):
+class PreferenceLossTest(chex.TestCase):
   @chex.all_variants
   def test_golden(self):
     """Margins 0 and log(3) / 2 at beta 2: -log sigmoid is log(2) and log(4 / 3)."""
@@ -225,14 +225,30 @@ class DPOLossTest(chex.TestCase):
     np.testing.assert_allclose(gradients[1], [1.0, 0.5], rtol=1e-6)
     np.testing.assert_array_equal(gradients[2:], np.zeros((2, 2)))
 
+  @chex.all_variants
+  def test_ipo_golden(self):
+    """Margins 0, 1 / 4 and 1 at beta 2, which wants 1 / 4: squares 1 / 16, 0 and 9 / 16."""
+    log_probs = jnp.array(
+      [[-3.0, -2.0, -1.0], [-5.0, -4.0, -2.0], [-2.0, 0.0, 0.0], [-4.0, -1.75, 0.0]]
+    )
+    loss = lambda *args: ops.ipo_loss(*args, beta=2.0)  # noqa: E731
+    np.testing.assert_allclose(self.variant(loss)(*log_probs), [1 / 16, 0, 9 / 16], rtol=1e-6)
+    gradients = self.variant(jax.grad(lambda *args: loss(*args).sum(), argnums=(0, 1, 2, 3)))(
+      *log_probs
+    )
+    np.testing.assert_allclose(gradients[0], [-0.5, 0, 1.5], rtol=1e-6)
+    np.testing.assert_allclose(gradients[1], [0.5, 0, -1.5], rtol=1e-6)
+    np.testing.assert_array_equal(gradients[2:], np.zeros((2, 3)))
+
   def test_a_pair_far_on_the_wrong_side_stays_finite(self):
     zero = jnp.zeros(())
     value, gradient = jax.value_and_grad(ops.dpo_loss)(zero - 1e4, zero, zero, zero, beta=1.0)
     np.testing.assert_allclose([value, gradient], [1e4, -1.0])
 
-  def test_shapes_that_would_broadcast_are_refused(self):
+  @parameterized.parameters(ops.dpo_loss, ops.ipo_loss)
+  def test_shapes_that_would_broadcast_are_refused(self, loss):
     with self.assertRaises(AssertionError):
-      ops.dpo_loss(jnp.zeros(2), jnp.zeros(2), jnp.zeros(2), jnp.zeros(1), beta=1.0)
+      loss(jnp.zeros(2), jnp.zeros(2), jnp.zeros(2), jnp.zeros(1), beta=1.0)
 
 
 class AggregationTest(chex.TestCase):

@@ -1,9 +1,9 @@
 """Losses per token, and the named ways to aggregate them.
 
-A loss is `[..., T]`, to be minimised, zero in the padding; `dpo_loss`, of whole completions, is
-`[...]`. Gradient flows through `log_probs` or `values` (and `kl`, where it is an argument) only;
-everything else is stopped. Bounds on ratio = exp(log_probs - old_log_probs) are put on its
-logarithm, so that a ratio beyond float32 that the clip ignores has gradient 0 and not NaN.
+A loss is `[..., T]`, to be minimised, zero in the padding; `dpo_loss` and `ipo_loss`, of whole
+completions, are `[...]`. Gradient flows through `log_probs` or `values` (and `kl`, where it is an
+argument) only; everything else is stopped. Bounds on ratio = exp(log_probs - old_log_probs) are put
+on its logarithm, so that a ratio beyond float32 that the clip ignores has gradient 0 and not NaN.
 
 An aggregation takes the loss and the mask and returns (sum, count), which add up over
 micro-batches and devices; `divide(sum, count)` is the loss. A row without a real token is not a
@@ -187,12 +187,48 @@ def dpo_loss(
     ref_rejected_log_probs: [...] of the reference.
     beta: scalar, may be traced; score per nat.
   """
-  log_probs = (chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs)
+  margin = _margin(
+    chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
+  )
+  return -jax.nn.log_sigmoid(beta * margin)
+
+
+def ipo_loss(
+  chosen_log_probs: jax.Array,
+  rejected_log_probs: jax.Array,
+  ref_chosen_log_probs: jax.Array,
+  ref_rejected_log_probs: jax.Array,
+  *,
+  beta,
+) -> jax.Array:
+  """Returns [...] `(log_ratio of the chosen - log_ratio of the rejected - 1 / (2 * beta))**2`.
+
+  On pairs that the reference drew it is least at `ref * exp(p / beta) / Z`, where p is the chance
+  of a completion to win against one that the reference draws. So labels without any doubt do not
+  push it to infinity, as they do `dpo_loss`, and labels of the Bradley-Terry model do not lead it
+  to the policy that they lead `dpo_loss` to. Mohammad Gheshlaghi Azar et al., "A General
+  Theoretical Paradigm to Understand Learning from Human Preferences", 2023, eq. 17, whose tau is
+  `beta` here.
+
+  Args:
+    chosen_log_probs: as in `dpo_loss`, and so are the arguments that follow.
+    rejected_log_probs: [...].
+    ref_chosen_log_probs: [...].
+    ref_rejected_log_probs: [...].
+    beta: positive scalar, may be traced; win rate per nat.
+  """
+  margin = _margin(
+    chosen_log_probs, rejected_log_probs, ref_chosen_log_probs, ref_rejected_log_probs
+  )
+  return (margin - 1 / (2 * beta)) ** 2
+
+
+def _margin(*log_probs):
+  """Returns [...] how much the policy prefers the chosen more than the reference does, in nats."""
   chex.assert_equal_shape(log_probs)
   chex.assert_type(log_probs, float)
   chosen, rejected, ref_chosen, ref_rejected = map(at_least_float32, log_probs)
-  margin = (chosen - rejected) - jax.lax.stop_gradient(ref_chosen - ref_rejected)
-  return -jax.nn.log_sigmoid(beta * margin)
+  return (chosen - rejected) - jax.lax.stop_gradient(ref_chosen - ref_rejected)
 
 
 def value_loss(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
