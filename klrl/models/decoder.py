@@ -6,7 +6,8 @@ functions, which is all that the rest of the library sees.
 Shapes: B rows, S tokens, C cache slots, D width, V vocabulary, N query heads, K key/value heads,
 H head width, L layers. Masks are bool, True for real tokens, and may have holes anywhere: positions
 count real tokens only, and no real position attends to padding, so padding changes no real output.
-Outputs at padding are finite and mean nothing.
+Outputs at padding are finite and mean nothing. Where `segment_ids` are given, a row holds several
+texts: tokens attend within their own segment and positions count from its start.
 
 Layers are stacked on a leading axis. The full forward scans over them (with remat if asked). The
 one-token step is unrolled over a tuple of layers (`unstack`), with one cache entry per layer, so
@@ -73,7 +74,7 @@ class Policy:
 
   config: DecoderConfig
   init: Callable[[Array], Params]
-  hidden: Callable[[Params, Array, Array], Array]
+  hidden: Callable[..., Array]
   unembedding: Callable[[Params], Array]
   prefill: Callable[[Params, Array, Array, int], tuple[Array, Cache]]
   unstack: Callable[[Params], Params]
@@ -97,8 +98,8 @@ def policy_model(config: DecoderConfig) -> Policy:
   Params are `{"decoder": {...}}`, and `"unembedding" [D, V]` beside it where it is not tied.
 
   * `init(key) -> params`.
-  * `hidden(params, tokens [B, S] int32, mask [B, S]) -> [B, S, D]`, the final-normed hidden state
-    in `config.dtype`.
+  * `hidden(params, tokens [B, S] int32, mask [B, S], segment_ids=None) -> [B, S, D]`, the
+    final-normed hidden state in `config.dtype`; `segment_ids` [B, S] int32 name each token's text.
   * `unembedding(params) -> [D, V]` in `config.dtype`; logits are `hidden @ unembedding`.
   * `prefill(params, tokens [B, P], mask [B, P], cache_len) -> (hidden [B, D] of the last real
     token, cache)`; the prompt fills slots 0 to P-1.
@@ -120,8 +121,8 @@ def policy_model(config: DecoderConfig) -> Policy:
       params["unembedding"] = _INIT(unembedding_key, shape, jnp.dtype(config.param_dtype))
     return params
 
-  def hidden(params, tokens, mask):
-    return decoder.hidden(params["decoder"], tokens, mask)
+  def hidden(params, tokens, mask, segment_ids=None):
+    return decoder.hidden(params["decoder"], tokens, mask, segment_ids)
 
   def unembedding(params):
     if config.tie_embeddings:
@@ -308,12 +309,15 @@ def _decoder(config):
     params["layers"] = jax.vmap(init_block)(jax.random.split(layers_key, config.num_layers))
     return params
 
-  def forward(params, tokens, mask, keep):
+  def forward(params, tokens, mask, keep, segment_ids=None):
     """Returns the final hidden states and `keep(keys_values)` stacked over layers."""
     ends, layers = split(params)
-    rotation = _rotation(jnp.cumsum(mask, axis=1) - 1, config)
     causal = jnp.tri(tokens.shape[1], dtype=bool)
     attended = causal[None, None] & mask[:, None, None]
+    if segment_ids is not None:
+      attended &= segment_ids[:, None, :, None] == segment_ids[:, None, None]
+    # A token's position is the number of tokens before it that it sees.
+    rotation = _rotation(attended.sum(axis=-1)[:, 0] - 1, config)
 
     def step(x, layer):
       x, keys_values = nnx.merge(block_graph, layer)(x, rotation, attended)
@@ -324,8 +328,8 @@ def _decoder(config):
     x, kept = jax.lax.scan(step, ends.embed(tokens), layers)
     return ends.final_norm(x), kept
 
-  def hidden(params, tokens, mask):
-    return forward(params, tokens, mask, lambda keys_values: None)[0]
+  def hidden(params, tokens, mask, segment_ids=None):
+    return forward(params, tokens, mask, lambda keys_values: None, segment_ids)[0]
 
   def prefill(params, tokens, mask, cache_len):
     x, (keys, values) = forward(params, tokens, mask, lambda keys_values: keys_values)
