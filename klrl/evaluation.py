@@ -55,8 +55,9 @@ def figures(
 ) -> dict[str, float | None]:
   """Returns the figures of an evaluation: means over rows, with standard errors for scores and KLs.
 
-  `prompt_ids [B]` says which rows share a prompt: completions of one prompt are not independent, so
-  a standard error is that of a mean over prompts.
+  `scores` and `gold` are [B], or None where nothing gives them. `prompt_ids [B]` says which rows
+  share a prompt: completions of one prompt are not independent, so a standard error is that of a
+  mean over prompts.
 
   KLs are KL(pi || pi_ref), nats per sequence, with `_per_token` beside each; `nll` is the mean
   negative log-likelihood under the reference, nats per token; `distinct_2` is the share of
@@ -65,10 +66,8 @@ def figures(
   mask = np.asarray(evaluation.rollout.completion_mask)
   num_tokens = max(1, int(mask.sum()))
   found = {
-    **_mean_and_stderr("score", np.asarray(scores), prompt_ids),
-    **(
-      _mean_and_stderr("gold", np.asarray(gold), prompt_ids) if gold is not None else {"gold": None}
-    ),
+    **_mean_and_stderr("score", scores, prompt_ids),
+    **_mean_and_stderr("gold", gold, prompt_ids),
     "entropy": _sums(evaluation.entropy, mask).sum() / num_tokens,
     "length": mask.sum(axis=1).mean(),
     "finished_fraction": np.asarray(evaluation.rollout.finished).mean(),
@@ -155,7 +154,7 @@ def samples(
         "tokens": pieces,
         "kl_ref": kl,
         "log_prob": np.asarray(evaluation.log_probs[i])[mask].tolist(),
-        "score": float(scores[i]),
+        "score": None if scores is None else float(scores[i]),
         "gold": None if gold is None else float(gold[i]),
       }
     )
@@ -180,8 +179,11 @@ def _sums(per_token, mask) -> np.ndarray:
   return np.where(mask, np.asarray(per_token), 0.0).sum(axis=1)
 
 
-def _mean_and_stderr(name: str, x: np.ndarray, prompt_ids: np.ndarray) -> dict:
+def _mean_and_stderr(name: str, x, prompt_ids: np.ndarray) -> dict:
   """Returns the mean over rows, and its standard error with prompts as the independent units."""
+  if x is None:
+    return {name: None}
+  x = np.asarray(x)
   sums, counts = (np.bincount(prompt_ids, weights=w) for w in (x, np.ones_like(x)))
   mean, num_prompts = x.mean(), np.count_nonzero(counts)
   if num_prompts < 2:
