@@ -2,10 +2,14 @@
 
     python -m experiments.sft
     python -m experiments.sft --policy=DIR --data=FILE.jsonl
+    python -m experiments.sft --policy=DIR --data=FILE.txt --packing
 
 Without flags it trains a small decoder from scratch on embedded arithmetic demonstrations, half of
-which are wrong. With `--data` it trains on lines of `{"prompt": ..., "completion": ...}`. The loss
-counts the completion's tokens only. The model is left in WORKDIR/model.
+which are wrong; their distribution is known, so the summary has the forward KL itself. With
+`--data` it trains on lines of `{"prompt": ..., "completion": ...}`, or on plain text: documents
+separated by `<|endoftext|>` or, where there is none, by blank lines, and cut where they are longer
+than the context. `--packing` puts several examples into a row, where one each would be mostly
+padding, and changes no gradient. The model is left in WORKDIR/model.
 """
 
 import dataclasses
@@ -19,6 +23,7 @@ from klrl import ops, parallel, progress
 from klrl.errors import UserError
 from klrl.models import (
   DecoderConfig,
+  Policy,
   check_tokenizer,
   load_policy,
   load_tokenizer,
@@ -27,7 +32,7 @@ from klrl.models import (
 )
 from klrl.summary import read_summary
 from klrl.supervised import train
-from klrl.tasks import arithmetic, data
+from klrl.tasks import arithmetic, data, demonstrations, packing
 from klrl.workdir import create_workdir, find_workdir
 
 
@@ -39,7 +44,19 @@ class Config(shared_flags.RunConfig):
   learning_rate: float = setting(4e-3, "peak learning rate of Adam", minimum=0.0)
   max_grad_norm: float = setting(1.0, "largest global gradient norm", minimum=0.0)
   policy: str = setting("", "model directory to start from; default: a fresh small decoder")
-  data: str = setting("", "JSON lines with prompt and completion; default: embedded arithmetic")
+  data: str = setting(
+    "", "JSON lines with prompt and completion, or plain text (.txt); default: embedded arithmetic"
+  )
+  loss_on: str = setting(
+    "completion", "which tokens the loss counts", choices=("completion", "all")
+  )
+  packing: bool = setting(False, "several examples in a row; --batch_size counts rows")
+  max_len: int = setting(
+    0,
+    "longest example in tokens: longer ones are left out, text is cut (0: the model's context, and "
+    "a longer example is an error)",
+    minimum=0,
+  )
   num_demonstrations: int = setting(
     50_000, "embedded demonstrations", minimum=1, read_when=("data", ("",))
   )
@@ -53,11 +70,23 @@ class Config(shared_flags.RunConfig):
   width: int = setting(64, "width of a fresh decoder", minimum=8, read_when=("policy", ("",)))
   num_layers: int = setting(2, "layers of a fresh decoder", minimum=1, read_when=("policy", ("",)))
 
+  def __post_init__(self):
+    super().__post_init__()
+    if bool(self.policy) != bool(self.data):
+      raise UserError("--policy and --data go together: a model of yours needs data of yours.")
+    if self.is_text and self.loss_on == "all":
+      raise UserError(
+        f"--loss_on is set, but plain text has no prompts ({self.data}): every token counts."
+      )
+
+  @property
+  def is_text(self) -> bool:
+    """Whether the data are plain text."""
+    return self.data.removesuffix(".gz").endswith(".txt")
+
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is not run again."""
-  if bool(config.policy) != bool(config.data):
-    raise UserError("--policy and --data go together: a model of yours needs data of yours.")
   workdir = find_workdir("sft", config, root=root)
   if read_summary(workdir):
     progress.console.print(f"SFT: finished before, in {workdir}", soft_wrap=True)
@@ -65,24 +94,28 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   mesh = parallel.make_mesh(config.mesh)
   parallel.check_batch_size(mesh, config.batch_size)
   model_config, params, tokenizer = _model(config)
-  training, held_out = _examples(config, tokenizer, model_config.max_len)
+  policy = policy_model(model_config)
+  training, held_out, more = _examples(config, policy, tokenizer)
   create_workdir(workdir, "sft", config)
 
   summary = train(
     config,
     workdir,
-    make_cross_entropy_fn(policy_model(model_config)),
+    make_cross_entropy_fn(policy),
     params,
     training,
     held_out,
     save=lambda directory, params: save_policy(directory, model_config, params, tokenizer),
     summary={"held_out_cross_entropy": "loss/cross_entropy"},
+    more=more,
     title="SFT",
     keys=(("loss/cross_entropy", "cross-entropy"), ("gradient/norm", "gradient")),
   )
+  kl = summary.get("held_out_forward_kl")
   progress.console.print(
     f"SFT: held-out cross-entropy {summary['held_out_cross_entropy']:.4f} nats per token, "
-    f"model in {workdir}/model",
+    + (f"KL(data || pi) {kl:.4f}, " if kl is not None else "")
+    + f"model in {workdir}/model",
     soft_wrap=True,
   )
   return workdir
@@ -91,12 +124,14 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
 def make_cross_entropy_fn(policy):
   """Returns loss(params, batch) -> (loss, metrics): mean -log pi over completion tokens, in nats.
 
+  A token weighs the same whichever row it is in, so packing changes nothing.
+
   Its minimum over policies is at pi = data, where it is the entropy of the data: minimising it
   minimises KL(data || pi).
   """
 
   def loss_fn(params, batch: data.Examples):
-    hidden = policy.hidden(params, batch.tokens, batch.mask)[:, :-1]
+    hidden = policy.hidden(params, batch.tokens, batch.mask, batch.segment_ids)[:, :-1]
     log_probs = ops.token_log_probs_from_hidden(
       hidden, policy.unembedding(params), batch.tokens[:, 1:]
     )
@@ -131,19 +166,45 @@ def _model(config: Config):
   return model_config, params, tokenizer
 
 
-def _examples(config: Config, tokenizer, max_len: int) -> tuple[data.Examples, data.Examples]:
-  """Returns training and held-out examples; a twentieth is held out, at most 512 and at least 1."""
-  if config.data:
-    texts = [
-      (record["prompt"], record["completion"])
-      for record in data.read_records(config.data, ("prompt", "completion"))
-    ]
+def _examples(config: Config, policy: Policy, tokenizer):
+  """Returns training and held-out rows, and what gives the figures that only they allow."""
+  max_len = data.row_len(config.max_len, policy.config.max_len)
+  if config.is_text:
+    texts = [("", document) for document in data.read_documents(config.data)]
+  elif config.data:
+    records = data.read_records(config.data, ("prompt", "completion"))
+    texts = [(record["prompt"], record["completion"]) for record in records]
   else:
     texts = arithmetic.demonstrations(
       config.init_seed, config.num_demonstrations, quality=config.demonstration_quality
     )
-  examples = data.encode_examples(texts, tokenizer, max_len=max_len)
-  return data.split_held_out(examples, config.data_seed)
+  whole = config.loss_on == "all"  # Then all of a text is the completion of nothing.
+  encoded = data.encode_texts([("", p + c) if whole else (p, c) for p, c in texts], tokenizer)
+  if not config.is_text and config.max_len:
+    kept = data.fitting_rows(encoded, max_len=max_len)
+    progress.console.print(f"SFT: {len(kept)} of {len(encoded)} examples are short enough")
+    texts, encoded = ([column[i] for i in kept] for column in (texts, encoded))
+  elif not config.is_text:
+    data.check_lengths(encoded, max_len)
+
+  parts = data.split_rows(len(encoded), config.data_seed)
+  arrays = []
+  for rows in parts:
+    part = [encoded[i] for i in rows]
+    part = data.windows(part, max_len) if config.is_text else part
+    if config.packing:
+      arrays.append(packing.pack(part, tokenizer.pad_id, row_len=max_len))
+    else:
+      arrays.append(data.examples_of(part, tokenizer.pad_id))
+  if config.data:
+    return *arrays, lambda params: {}
+  return *arrays, demonstrations.make_forward_kl_fn(
+    policy,
+    tokenizer,
+    [texts[i][0] for i in parts[1]],
+    quality=config.demonstration_quality,
+    with_prompt=whole,
+  )
 
 
 if __name__ == "__main__":

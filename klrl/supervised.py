@@ -1,11 +1,13 @@
 """Minimising a loss over examples: the step, and a whole run around it.
 
-A loss is a function (params, batch) -> (loss, metrics as (sum, count) pairs). A batch is some rows
-of a named tuple of arrays, so that the same code serves any kind of example.
+A loss is a function (params, batch, **coefficients) -> (loss, metrics as (sum, count) pairs). A
+batch is some rows of a named tuple of arrays, so that the same code serves any kind of example; the
+coefficients are traced scalars that a run holds in its state.
 """
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,9 +32,12 @@ class SupervisedState(NamedTuple):
   learning_rate: jax.Array
   max_grad_norm: jax.Array
   iteration: jax.Array  # int32
+  coefficients: dict[str, jax.Array]  # of the loss
 
 
-def init_supervised_state(params, config) -> SupervisedState:
+def init_supervised_state(
+  params, config, coefficients: Mapping[str, float] = MappingProxyType({})
+) -> SupervisedState:
   """Returns the state before the first step; reads `learning_rate` and `max_grad_norm`."""
   return SupervisedState(
     params,
@@ -40,6 +45,7 @@ def init_supervised_state(params, config) -> SupervisedState:
     jnp.float32(config.learning_rate),
     jnp.float32(config.max_grad_norm),
     jnp.int32(0),
+    {name: jnp.float32(value) for name, value in coefficients.items()},
   )
 
 
@@ -53,7 +59,9 @@ def make_supervised_step(loss_fn, *, num_iterations: int):
   schedule = optax.cosine_decay_schedule(1.0, num_iterations, alpha=_FINAL_LEARNING_RATE)
 
   def step(state: SupervisedState, batch):
-    (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+      state.params, batch, **state.coefficients
+    )
     params, opt_state, norm = apply_gradients(
       state.params,
       state.opt_state,
@@ -79,6 +87,8 @@ def train(
   summary: Mapping[str, str],
   title: str,
   keys: Sequence[tuple[str, str]],
+  coefficients: Mapping[str, float] = MappingProxyType({}),
+  more: Callable[[Any], dict[str, Any]] = lambda params: {},
 ) -> dict[str, Any]:
   """Trains from the newest checkpoint on, writes all files of a run and returns the summary.
 
@@ -93,9 +103,11 @@ def train(
     summary: {name in the summary: metric of `loss_fn`}, as measured on `held_out` at the end.
     title: what is shown while it runs.
     keys: (metric, label) of the figures shown.
+    coefficients: of the loss, by name.
+    more: params -> further figures for the summary, called once with the trained ones.
   """
   mesh = parallel.make_mesh(config.mesh)
-  state = init_supervised_state(copy(params), config)
+  state = init_supervised_state(copy(params), config, coefficients)
   shardings = parallel.state_shardings(mesh, state)
   state = jax.device_put(state, shardings)
   train_step = jax.jit(
@@ -113,11 +125,24 @@ def train(
   state = progress.watch(
     iterations, state, title=title, start=start, total=config.num_iterations, keys=keys
   )
-  evaluate = jax.jit(lambda params, batch: loss_fn(params, batch)[1])
-  pairs = evaluate(state.params, jax.device_put(held_out, parallel.replicated(mesh)))
+  pairs = held_out_metrics(loss_fn, state, held_out, mesh, batch_size=config.batch_size)
   figures = {name: float(divide(*pairs[metric])) for name, metric in summary.items()}
+  figures |= more(state.params)
   save(workdir / "model", jax.device_get(state.params))
   # The summary marks the run as finished, so the model comes before it.
   content = write_summary(workdir, figures)
   write_report(workdir)
   return content
+
+
+def held_out_metrics(loss_fn, state: SupervisedState, held_out, mesh, *, batch_size: int) -> dict:
+  """Returns the (sum, count) pairs of `loss_fn` over all of `held_out`, some rows at a time."""
+  metrics = jax.jit(lambda params, batch: loss_fn(params, batch, **state.coefficients)[1])
+  parts = [
+    metrics(
+      state.params,
+      jax.device_put(data.take(held_out, slice(i, i + batch_size)), parallel.replicated(mesh)),
+    )
+    for i in range(0, len(held_out[0]), batch_size)
+  ]
+  return jax.tree.map(lambda *x: sum(x), *parts)

@@ -114,7 +114,7 @@ def test_a_real_tokenizer_is_split_where_the_completion_begins(
 ):
   texts = [(prompt, completion), ("a longer prompt than the others", " and a longer completion")]
   examples = data.encode_examples(texts, stories, max_len=64)
-  row, mask, completion_mask = (array[0] for array in examples)
+  row, mask, completion_mask = (array[0] for array in examples[:3])
   whole = stories.tokenizer.encode(prompt + completion).ids
   assert row[mask].tolist() == [*whole, stories.eos_id]
   ids = row[completion_mask].tolist()
@@ -168,7 +168,7 @@ def test_order_is_a_function_of_seed_and_iteration():
 
 def numbered(num_rows):
   numbers = np.arange(num_rows)
-  return data.Examples(numbers, 10 * numbers, 100 * numbers)
+  return data.Examples(numbers, 10 * numbers, 100 * numbers, numbers)
 
 
 @pytest.mark.parametrize(

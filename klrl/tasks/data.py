@@ -1,11 +1,15 @@
-"""JSON lines in, padded token arrays out.
+"""JSON lines and plain text in, padded token arrays out.
 
 Prompts are left-padded (a completion starts right after them); examples, which hold a prompt and
-its completion, are right-padded. Every example ends with the tokenizer's end-of-sequence token.
+its completion, are right-padded. Every text ends with the tokenizer's end-of-sequence token. A file
+whose name ends in .gz is decompressed.
 """
 
+import gzip
 import json
 import pathlib
+import re
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,11 +29,28 @@ class Prompts(NamedTuple):
 
 
 class Examples(NamedTuple):
-  """Whole texts to train on."""
+  """Whole texts to train on; a row holds one, or several where they are packed."""
 
   tokens: np.ndarray  # [N, S] int32, right-padded
   mask: np.ndarray  # [N, S] bool, real tokens
   completion_mask: np.ndarray  # [N, S] bool, tokens of the completion with its end-of-sequence
+  segment_ids: np.ndarray  # [N, S] int32, which text of the row a token is of, from 1; 0 at padding
+
+
+class Encoded(NamedTuple):
+  """One text as tokens."""
+
+  tokens: list[int]
+  num_prompt_tokens: int  # the first ones; the others are the completion with its end-of-sequence
+
+
+class Pair(NamedTuple):
+  """Two completions of a prompt, and by how much the first is better."""
+
+  prompt: str
+  chosen: str
+  rejected: str
+  margin: float = 1.0
 
 
 def read_records(path: str | pathlib.Path, required: Sequence[str]) -> list[dict[str, Any]]:
@@ -40,24 +61,98 @@ def read_records(path: str | pathlib.Path, required: Sequence[str]) -> list[dict
       is in the message).
   """
   path = pathlib.Path(path)
-  if not path.is_file():
-    raise UserError(f"There is no file {path}; expected JSON lines with {', '.join(required)}.")
+  what = f"JSON lines with {', '.join(required)}"
   records = []
-  with path.open("rb") as file:
-    for number, line in enumerate(file, start=1):
-      if not line.strip():
-        continue
-      try:
-        record = json.loads(line)
-      except ValueError as error:  # JSON or UTF-8
-        raise UserError(f"{path} line {number} is not JSON: {error}.") from error
-      for column in required:
-        if not isinstance(record, dict) or not isinstance(record.get(column), str):
-          raise UserError(f"{path} line {number} has no text column {column!r}.")
-      records.append(record)
+  for number, line in enumerate(_read(path, what).split(b"\n"), start=1):
+    if not line.strip():
+      continue
+    try:
+      record = json.loads(line)
+    except ValueError as error:  # JSON or UTF-8
+      raise UserError(f"{path} line {number} is not JSON: {error}.") from error
+    for column in required:
+      if not isinstance(record, dict) or not isinstance(record.get(column), str):
+        raise UserError(f"{path} line {number} has no text column {column!r}.")
+    records.append(record)
   if not records:
-    raise UserError(f"{path} is empty; expected JSON lines with {', '.join(required)}.")
+    raise UserError(f"{path} is empty; expected {what}.")
   return records
+
+
+# What opens the assistant's turns in HH-RLHF (Y. Bai et al., "Training a Helpful and Harmless
+# Assistant with RLHF", 2022).
+_ASSISTANT = "\n\nAssistant:"
+
+
+def read_pairs(path: str | pathlib.Path) -> list[Pair]:
+  """Returns the preferences of a JSON-lines file, without those of two equal completions.
+
+  A line holds `{"prompt", "chosen", "rejected"}`, or whole dialogues `{"chosen", "rejected"}` as in
+  HH-RLHF: the prompt is then what both share, up to the last "\\n\\nAssistant:" in it. A number
+  `margin` is kept; it must be on every line or on none.
+
+  Raises:
+    UserError: as `read_records`; a line without a prompt whose dialogues share none; a margin that
+      is no finite number, or is missing; no pair with two different completions.
+  """
+  records = read_records(path, ("chosen", "rejected"))
+  pairs = []
+  for number, record in enumerate(records, start=1):
+    where = f"{path}, pair {number}"
+    margin = record.get("margin", 1.0)
+    if ("margin" in record) != ("margin" in records[0]):
+      raise UserError(f"{where}: give every line a margin, or none.")
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not np.isfinite(margin):
+      raise UserError(f"{where}: the margin {margin!r} is no finite number.")
+    prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
+    if chosen == rejected:
+      continue
+    if "prompt" not in record:
+      differ = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+      shared = chosen[: next(differ, min(len(chosen), len(rejected)))]
+      length = shared.rfind(_ASSISTANT) + len(_ASSISTANT)
+      if length < len(_ASSISTANT):
+        raise UserError(
+          f"{where} has no prompt, and what its dialogues share holds no {_ASSISTANT!r}. "
+          'Write {"prompt": ..., "chosen": ..., "rejected": ...}.'
+        )
+      prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
+    if not isinstance(prompt, str):
+      raise UserError(f"{where}: the prompt is no text.")
+    pairs.append(Pair(prompt, chosen, rejected, float(margin)))
+  if not pairs:
+    raise UserError(f"{path} holds no pair with two different completions.")
+  return pairs
+
+
+def read_documents(path: str | pathlib.Path) -> list[str]:
+  """Returns the documents of a plain text file, without the blank space around them.
+
+  They are separated by `<|endoftext|>` where the file has it, by blank lines otherwise.
+
+  Raises:
+    UserError: no such file, nothing in it, or not UTF-8.
+  """
+  path = pathlib.Path(path)
+  try:
+    text = _read(path, "plain text").decode()
+  except UnicodeDecodeError as error:
+    raise UserError(f"{path} is not UTF-8: {error}.") from error
+  separator = re.escape("<|endoftext|>") if "<|endoftext|>" in text else r"\n\s*\n"
+  documents = [document.strip() for document in re.split(separator, text)]
+  documents = [document for document in documents if document]
+  if not documents:
+    raise UserError(f"{path} is empty; expected plain text.")
+  return documents
+
+
+def _read(path: pathlib.Path, what: str) -> bytes:
+  if not path.is_file():
+    raise UserError(f"There is no file {path}; expected {what}.")
+  try:
+    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+  except (OSError, EOFError, zlib.error) as error:
+    raise UserError(f"{path} cannot be read: {error}.") from error
 
 
 def encode_prompts(
@@ -82,34 +177,99 @@ def encode_prompts(
   return Prompts(tokens, mask, records)
 
 
-def encode_examples(
-  texts: Sequence[tuple[str, str]], tokenizer: TokenizerInfo, *, max_len: int
-) -> Examples:
-  """Returns right-padded (prompt, completion) texts, each closed with end-of-sequence.
+def encode_texts(texts: Sequence[tuple[str, str]], tokenizer: TokenizerInfo) -> list[Encoded]:
+  """Returns (prompt, completion) texts as tokens, each closed with end-of-sequence.
 
   The text is encoded as a whole and split by character offsets, so that a completion has the same
   tokens as when the model writes it.
 
   Raises:
-    UserError: an example is longer than `max_len` tokens, or the tokenizer has no EOS.
+    UserError: the tokenizer has no EOS.
   """
   if tokenizer.eos_id is None:
     raise UserError("The tokenizer names no EOS token; completions could not be closed.")
-  rows, num_prompt_tokens = [], []
   encodings = tokenizer.tokenizer.encode_batch(
     [prompt + completion for prompt, completion in texts]
   )
-  for number, ((prompt, _), encoding) in enumerate(zip(texts, encodings, strict=True), start=1):
-    row = [*encoding.ids, tokenizer.eos_id]
-    if len(row) > max_len:
+  return [
+    Encoded(
+      [*encoding.ids, tokenizer.eos_id], sum(end <= len(prompt) for _, end in encoding.offsets)
+    )
+    for (prompt, _), encoding in zip(texts, encodings, strict=True)
+  ]
+
+
+def row_len(max_len: int, context: int) -> int:
+  """Returns how long texts may be, in tokens: `max_len`, or the model's context where it is 0.
+
+  Raises:
+    UserError: `max_len` is more than the context holds, or 1, of which nothing is predicted.
+  """
+  if max_len == 1 or max_len > context:
+    raise UserError(
+      f"--max_len={max_len}: give 2 to {context} tokens, which the model's context holds, or 0."
+    )
+  return max_len or context
+
+
+def fitting_rows(*columns: Sequence[Encoded], max_len: int) -> list[int]:
+  """Returns the rows of which every column's text has at most `max_len` tokens.
+
+  Raises:
+    UserError: there is none.
+  """
+  rows = [
+    i
+    for i, row in enumerate(zip(*columns, strict=True))
+    if all(len(text.tokens) <= max_len for text in row)
+  ]
+  if not rows:
+    raise UserError(f"--max_len={max_len}: every example is longer. Raise it.")
+  return rows
+
+
+def check_lengths(texts: Sequence[Encoded], max_len: int) -> None:
+  """Raises UserError where a text has more than `max_len` tokens; it is numbered."""
+  for number, text in enumerate(texts, start=1):
+    if len(text.tokens) > max_len:
       raise UserError(
-        f"Example {number} has {len(row)} tokens, the model's context holds {max_len}. Shorten it."
+        f"Example {number} has {len(text.tokens)} tokens, the model's context holds {max_len}. "
+        "Shorten it."
       )
-    rows.append(row)
-    num_prompt_tokens.append(sum(end <= len(prompt) for _, end in encoding.offsets))
-  tokens, mask = pad(rows, tokenizer.pad_id, left=False)
-  position = np.arange(tokens.shape[1])
-  return Examples(tokens, mask, mask & (position >= np.array(num_prompt_tokens)[:, None]))
+
+
+def windows(texts: Sequence[Encoded], max_len: int) -> list[Encoded]:
+  """Returns the texts, those of more than `max_len` tokens cut into pieces of at most as many.
+
+  A piece begins with the last token of the one before, so every token but a text's first is
+  predicted exactly once. For texts without a prompt.
+  """
+  pieces = []
+  for text in texts:
+    for start in range(0, max(1, len(text.tokens) - 1), max_len - 1):
+      pieces.append(Encoded(text.tokens[start : start + max_len], 0))
+  return pieces
+
+
+def examples_of(texts: Sequence[Encoded], pad_id: int) -> Examples:
+  """Returns one right-padded row per text."""
+  tokens, mask = pad([text.tokens for text in texts], pad_id, left=False)
+  num_prompt_tokens = np.array([text.num_prompt_tokens for text in texts])
+  in_completion = np.arange(tokens.shape[1]) >= num_prompt_tokens[:, None]
+  return Examples(tokens, mask, mask & in_completion, mask.astype(np.int32))
+
+
+def encode_examples(
+  texts: Sequence[tuple[str, str]], tokenizer: TokenizerInfo, *, max_len: int
+) -> Examples:
+  """Returns right-padded (prompt, completion) texts, each closed with end-of-sequence.
+
+  Raises:
+    UserError: an example is longer than `max_len` tokens, or the tokenizer has no EOS.
+  """
+  encoded = encode_texts(texts, tokenizer)
+  check_lengths(encoded, max_len)
+  return examples_of(encoded, tokenizer.pad_id)
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool):
@@ -129,18 +289,22 @@ def take(arrays: NamedTuple, rows: np.ndarray):
   return type(arrays)(*(array[rows] for array in arrays))
 
 
-def split_held_out(arrays: NamedTuple, seed: int, *, share: float = 0.05, at_most: int = 512):
-  """Returns (training, held out) parts of a named tuple of arrays; each has at least one row.
+def split_rows(num_rows: int, seed: int, *, share: float = 0.05, at_most: int = 512):
+  """Returns which rows to train on and which to hold out, at least one each, as arrays of integers.
 
   Raises:
     UserError: there are fewer than two rows.
   """
-  num_rows = len(arrays[0])
   if num_rows < 2:
     raise UserError("The data has a single row; one to train on and one to hold out are needed.")
   num_held_out = min(at_most, max(1, int(share * num_rows)))
   order = np.random.default_rng((seed, 3)).permutation(num_rows)
-  return take(arrays, order[num_held_out:]), take(arrays, order[:num_held_out])
+  return order[num_held_out:], order[:num_held_out]
+
+
+def split_held_out(arrays: NamedTuple, seed: int):
+  """Returns (training, held out) parts of a named tuple of arrays, as `split_rows` says."""
+  return tuple(take(arrays, rows) for rows in split_rows(len(arrays[0]), seed))
 
 
 def batch_rows(seed: int, iteration: int, batch_size: int, num_rows: int) -> np.ndarray:
