@@ -1,0 +1,226 @@
+"""DPO and IPO: KL-regularised RL in closed form, from pairs of completions and without a rollout.
+
+    python -m experiments.dpo
+    python -m experiments.dpo --loss=ipo --beta=0.1
+    python -m experiments.dpo --policy=DIR --data=FILE.jsonl
+
+    h = log pi(y|x) - log pi_ref(y|x), of whole completions y
+    DPO = -log sigmoid(beta * (h(chosen) - h(rejected)))
+    IPO = (h(chosen) - h(rejected) - 1 / (2 * beta))**2
+
+(Rafailov et al., "Direct Preference Optimization", 2023, eq. 7; Azar et al., "A General Theoretical
+Paradigm to Understand Learning from Human Preferences", 2023, eq. 17.) The reference is the policy
+as it starts; it is frozen, so that its log-probs are computed once, before training.
+
+Without flags it starts from the embedded SFT model and learns from pairs which that model drew
+itself, labelled by the embedded reward model: the chosen one is drawn with the Bradley-Terry
+probability sigmoid(score - other score). That is the population for which the optimum of DPO is
+pi* = pi_ref exp(score / beta) / Z, which is also what PPO with this beta against this reward model
+looks for. (The embedded preferences, right answers against slips, come from no policy.) IPO is led
+to a policy of its own by such labels, see `ops.ipo_loss`. With `--data` it reads lines of
+`{"prompt": ..., "chosen": ..., "rejected": ...}`. About a minute on 2 cores, after the stages.
+
+Departures from the paper: Adam with a cosine schedule in place of RMSprop with a warm-up.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import rl, shared_flags
+from experiments.dpo_pairs import (
+  Pairs,
+  Start,
+  completion_log_probs,
+  embedded_start,
+  own_start,
+)
+from experiments.shared_flags import setting
+from klrl import evaluation, ops, parallel, progress, rlhf
+from klrl.errors import UserError
+from klrl.models import Policy, save_policy
+from klrl.summary import read_summary
+from klrl.supervised import train
+from klrl.workdir import create_workdir, find_workdir
+
+LOSSES = {"dpo": ops.dpo_loss, "ipo": ops.ipo_loss}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(shared_flags.RunConfig):
+  """Settings of DPO and IPO."""
+
+  num_iterations: int = setting(600, "iterations", minimum=1)
+  batch_size: int = setting(128, "pairs per iteration", minimum=1)
+  learning_rate: float = setting(5e-4, "peak learning rate of Adam", minimum=0.0)
+  max_grad_norm: float = setting(1.0, "largest global gradient norm", minimum=0.0)
+  loss: str = setting("dpo", "what is minimised", choices=tuple(LOSSES))
+  beta: float = setting(
+    0.5, "of KL(pi || pi_ref), reward per nat of sequence KL; IPO: win rate per nat", minimum=1e-6
+  )
+  label_smoothing: float = setting(
+    0.0, "share of labels taken to be swapped (conservative DPO)", minimum=0.0, maximum=0.5
+  )
+  policy: str = setting("", "model directory to start from; default: the embedded SFT stage")
+  data: str = setting("", "JSON lines with prompt, chosen, rejected; default: drawn pairs")
+  num_pairs: int = setting(
+    30_000, "pairs drawn from the policy", minimum=2, read_when=("data", ("",))
+  )
+  max_completion_len: int = setting(
+    0, "most tokens of a drawn completion; 0: 4 for embedded arithmetic, else 64", minimum=0
+  )
+  num_eval_rows: int = setting(512, "held-out completions before and after", minimum=2)
+  num_samples: int = setting(8, "completions shown in the report", minimum=0)
+  sft_iterations: int = setting(
+    700, "iterations of the embedded SFT stage", minimum=1, read_when=("policy", ("",))
+  )
+  reward_model_iterations: int = setting(
+    1000, "iterations of the embedded reward model stage", minimum=1, read_when=("policy", ("",))
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if bool(self.policy) != bool(self.data):
+      raise UserError("--policy and --data go together: a model of yours needs pairs of yours.")
+
+
+def main(config: Config, *, root: str = "runs") -> pathlib.Path:
+  """Runs the experiment and returns its folder; a finished one is not run again."""
+  workdir = find_workdir("dpo", config, root=root)
+  summary = read_summary(workdir)
+  if summary:
+    progress.console.print(f"{config.loss.upper()}: finished before, in {workdir}", soft_wrap=True)
+  else:
+    parallel.check_batch_size(parallel.make_mesh(config.mesh), config.batch_size)
+    start = (own_start if config.data else embedded_start)(config)
+    create_workdir(workdir, "dpo", config)
+    summary = run(config, workdir, start)
+  rl.show_summary(summary, config.loss.upper())
+  progress.console.print(
+    f"Agrees with {summary['held_out_accuracy']:.1%} of held-out labels, implicit reward margin "
+    f"{summary['held_out_margin']:.3f}",
+    soft_wrap=True,
+  )
+  progress.console.print(f"Report: {workdir}/report.html", soft_wrap=True)
+  return workdir
+
+
+def run(config: Config, workdir: pathlib.Path, start: Start) -> dict:
+  """Trains, judges before and after, writes all files of a run and returns the summary."""
+  judge = make_judge_fn(config, start)
+  before, samples = judge(start.params, "before")
+
+  def after(params):
+    figures, more = judge(params, "after")
+    lines = "".join(json.dumps(record) + "\n" for record in samples + more)
+    (workdir / "samples.jsonl").write_text(lines, encoding="utf-8")
+    found = {name: x for name, x in figures.items() if name.startswith("kl_ref")}
+    for when, each in (("before", before), ("after", figures)):
+      for name, x in each.items():
+        stem, stderr, _ = name.partition("_stderr")
+        found[f"{stem}_{when}{stderr}"] = x
+    return found
+
+  return train(
+    config,
+    workdir,
+    make_preference_fn(start.policy, config.loss),
+    start.params,
+    start.training,
+    start.held_out,
+    save=lambda directory, params: save_policy(
+      directory, start.policy.config, params, start.tokenizer
+    ),
+    summary={
+      "held_out_loss": f"loss/{config.loss}",
+      "held_out_accuracy": "preference/accuracy",
+      "held_out_margin": "preference/margin",
+    },
+    coefficients={name: getattr(config, name) for name in ("beta", "label_smoothing")},
+    more=after,
+    title=config.loss.upper(),
+    keys=(
+      (f"loss/{config.loss}", "loss"),
+      ("preference/accuracy", "accuracy"),
+      ("preference/margin", "margin"),
+    ),
+  )
+
+
+def make_preference_fn(policy: Policy, loss: str):
+  """Returns loss(params, pairs, *, beta, label_smoothing) -> (loss, metrics), the mean over pairs.
+
+  `loss` is a name in LOSSES. A share `label_smoothing` of the labels is taken to be swapped, and
+  the loss is its mean over both. Eric Mitchell, "A note on DPO with noisy preferences and its
+  relationship to IPO", 2023. Both scalars may be traced.
+  """
+
+  def loss_fn(params, pairs: Pairs, *, beta, label_smoothing):
+    log_probs = completion_log_probs(
+      policy, params, pairs.tokens, pairs.mask, pairs.completion_mask
+    )
+    (chosen, rejected), (ref_chosen, ref_rejected) = log_probs.T, pairs.ref_log_probs.T
+    as_labelled = LOSSES[loss](chosen, rejected, ref_chosen, ref_rejected, beta=beta)
+    swapped = LOSSES[loss](rejected, chosen, ref_rejected, ref_chosen, beta=beta)
+    losses = (1 - label_smoothing) * as_labelled + label_smoothing * swapped
+    margin = (chosen - rejected) - (ref_chosen - ref_rejected)
+    means = {
+      f"loss/{loss}": losses,
+      "preference/accuracy": (margin > 0).astype(losses.dtype),
+      "preference/margin": beta * margin,  # of the implicit reward beta * log(pi / pi_ref)
+      "preference/chosen_log_prob": chosen,
+      "preference/rejected_log_prob": rejected,
+    }
+    count = jnp.asarray(len(losses), losses.dtype)
+    return losses.sum() / count, {name: (x.sum(), count) for name, x in means.items()}
+
+  return loss_fn
+
+
+def make_judge_fn(config: Config, start: Start) -> Callable:
+  """Returns judge(params, when) -> (figures, samples) on held-out prompts, each time the same."""
+  model, prompts = start.policy, start.prompts
+  rows = np.arange(config.num_eval_rows) % len(prompts.tokens)
+  mesh = parallel.make_mesh(config.mesh)
+  shardings = parallel.state_shardings(mesh, start.params)
+  reference = jax.device_put(start.params, shardings)
+  evaluate = jax.jit(evaluation.make_evaluate_fn(model, model, start.sample))
+  gold_fn = rlhf.make_gold_fn(prompts, start.tokenizer)
+
+  def judge(params, when: str):
+    evaluated = evaluate(
+      jax.device_put(params, shardings),
+      reference,
+      *jax.device_put((prompts.tokens[rows], prompts.mask[rows]), parallel.replicated(mesh)),
+      jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1),
+      temperature=1.0,
+    )
+    if when == "before":
+      evaluation.step_zero_checks(evaluated, starts_as_reference=True, dtype=model.config.dtype)
+    texts = evaluation.texts_of(evaluated, start.tokenizer)
+    scores = start.score and np.asarray(start.score(rollout=evaluated.rollout))
+    gold = gold_fn and np.asarray(gold_fn(evaluated.rollout, rows))
+    return (
+      evaluation.figures(evaluated, scores, gold, texts, rows),
+      evaluation.samples(
+        when,
+        evaluated,
+        scores,
+        gold,
+        texts,
+        [prompts.records[row]["prompt"] for row in rows],
+        start.tokenizer,
+        config.num_samples,
+      ),
+    )
+
+  return judge
+
+
+if __name__ == "__main__":
+  shared_flags.run(main, Config)
