@@ -5,11 +5,12 @@
 
     loss = -log sigmoid(score(chosen) - score(rejected))
 
-(Stiennon et al., "Learning to summarize from human feedback", 2020, section 3.4.) The score is read
-at the last token. Without flags it starts from the embedded SFT model (running that stage first, if
-need be) and learns from embedded preferences with one label in twenty swapped. With `--data` it
-reads lines of `{"prompt": ..., "chosen": ..., "rejected": ...}`. The model is left in
-WORKDIR/model.
+(Stiennon et al., "Learning to summarize from human feedback", 2020, section 3.4), with a margin,
+label smoothing and centring where asked for, see `preference_loss`. The score is read at the last
+token. Without flags it starts from the embedded SFT model (running that stage first, if need be)
+and learns from embedded preferences with one label in twenty swapped. With `--data` it reads lines
+of `{"prompt": ..., "chosen": ..., "rejected": ...}`, or of whole dialogues as in HH-RLHF. The model
+is left in WORKDIR/model.
 """
 
 import dataclasses
@@ -47,7 +48,22 @@ class Config(shared_flags.RunConfig):
   learning_rate: float = setting(1e-3, "peak learning rate of Adam", minimum=0.0)
   max_grad_norm: float = setting(1.0, "largest global gradient norm", minimum=0.0)
   policy: str = setting("", "model directory to start from; default: the embedded SFT stage")
-  data: str = setting("", "JSON lines with prompt, chosen, rejected; default: embedded arithmetic")
+  margin: float = setting(
+    0.0, "by how much chosen should win, times the column margin where there is one", minimum=0.0
+  )
+  label_smoothing: float = setting(
+    0.0, "share of labels taken to be swapped", minimum=0.0, maximum=0.5
+  )
+  centring_coef: float = setting(0.0, "weight of (chosen + rejected)^2", minimum=0.0)
+  data: str = setting(
+    "", "JSON lines with prompt, chosen, rejected, or of HH-RLHF; default: embedded arithmetic"
+  )
+  max_len: int = setting(
+    0,
+    "longest text in tokens, pairs with a longer one are left out (0: the model's context, and a "
+    "longer text is an error)",
+    minimum=0,
+  )
   num_preferences: int = setting(60_000, "embedded pairs", minimum=2, read_when=("data", ("",)))
   label_noise: float = setting(
     0.05,
@@ -62,12 +78,13 @@ class Config(shared_flags.RunConfig):
 
 
 class Pairs(NamedTuple):
-  """Chosen and rejected texts; [N, S] each."""
+  """Chosen and rejected texts, [N, S] each, and the margins that the data give, [N]."""
 
   chosen: np.ndarray
   chosen_mask: np.ndarray
   rejected: np.ndarray
   rejected_mask: np.ndarray
+  margins: np.ndarray
 
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
@@ -87,20 +104,44 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   training, held_out = _pairs(config, tokenizer, model_config.max_len)
   create_workdir(workdir, "reward_model", config)
 
+  reward_model = scalar_model(model_config)
+  score = jax.jit(reward_model.scores)
+
+  def calibration(params):
+    parts = [
+      data.take(held_out, slice(i, i + config.batch_size))
+      for i in range(0, len(held_out.chosen), config.batch_size)
+    ]
+    differences = [
+      score(params, part.chosen, part.chosen_mask)
+      - score(params, part.rejected, part.rejected_mask)
+      for part in parts
+    ]
+    return {"held_out_calibration_error": calibration_error(np.concatenate(differences))}
+
   summary = train(
     config,
     workdir,
-    make_bradley_terry_fn(scalar_model(model_config)),
+    make_preference_fn(reward_model),
     scalar_params_from(policy_params),
     training,
     held_out,
     save=lambda directory, params: save_scalar(directory, model_config, params, tokenizer),
-    summary={"held_out_accuracy": "loss/accuracy", "held_out_loss": "loss/bradley_terry"},
+    summary={
+      "held_out_accuracy": "loss/accuracy",
+      "held_out_loss": "loss/bradley_terry",
+      "held_out_mean_score": "loss/mean_score",
+    },
+    coefficients={
+      name: getattr(config, name) for name in ("margin", "label_smoothing", "centring_coef")
+    },
+    more=calibration,
     title="Reward model",
     keys=(("loss/bradley_terry", "loss"), ("loss/accuracy", "accuracy")),
   )
   progress.console.print(
-    f"Reward model: agrees with {summary['held_out_accuracy']:.1%} of held-out labels, "
+    f"Reward model: agrees with {summary['held_out_accuracy']:.1%} of held-out labels "
+    f"(calibration error {summary['held_out_calibration_error']:.1%}), "
     f"model in {workdir}/model",
     soft_wrap=True,
   )
@@ -118,10 +159,40 @@ def run_sft_stage(config: Config) -> pathlib.Path:
   return sft.main(stage, root="runs/stages")
 
 
-def make_bradley_terry_fn(reward_model):
-  """Returns loss(params, pairs) -> (loss, metrics): mean -log sigmoid(chosen - rejected), nats."""
+def preference_loss(chosen, rejected, margins, *, margin, label_smoothing, centring_coef):
+  """Returns [N], the loss of each pair, nats; gradient flows to the scores.
 
-  def loss_fn(params, batch: Pairs):
+      -(1 - label_smoothing) * log sigmoid(chosen - rejected - margin * margins)
+          - label_smoothing  * log sigmoid(rejected - chosen - margin * margins)
+          + centring_coef    * (chosen + rejected)^2
+
+  Args:
+    chosen: [N] scores.
+    rejected: [N] scores.
+    margins: [N], by how much each is better, in the unit of the data.
+    margin: scalar, may be traced; what one unit of `margins` is in scores. H. Touvron et al.,
+      "Llama 2" (2023), equation 2.
+    label_smoothing: probability that a label is swapped, the margin with it; the loss is its
+      expectation. E. Mitchell, "A note on DPO with noisy preferences" (2023), there for DPO.
+    centring_coef: of the pull towards scores whose mean is zero, which preferences leave open.
+      J. Eisenstein et al., "Helping or Herding?" (2023).
+  """
+  difference, least = chosen - rejected, margin * margins
+  return (
+    -(1 - label_smoothing) * jax.nn.log_sigmoid(difference - least)
+    - label_smoothing * jax.nn.log_sigmoid(-difference - least)
+    + centring_coef * (chosen + rejected) ** 2
+  )
+
+
+def make_preference_fn(reward_model):
+  """Returns loss(params, pairs, **coefficients of `preference_loss`) -> (its mean, metrics).
+
+  The metric `loss/bradley_terry` is without margin, smoothing and centring, whatever they are, so
+  that runs can be compared by it.
+  """
+
+  def loss_fn(params, batch: Pairs, **coefficients):
     # One forward pass over both halves; widths are equal by construction.
     scores = reward_model.scores(
       params,
@@ -130,33 +201,65 @@ def make_bradley_terry_fn(reward_model):
     )
     chosen, rejected = jnp.split(scores, 2)
     count = jnp.float32(chosen.shape[0])
-    total = -jax.nn.log_sigmoid(chosen - rejected).sum()
+    total = preference_loss(chosen, rejected, batch.margins, **coefficients).sum()
     return total / count, {
-      "loss/bradley_terry": (total, count),
+      "loss/total": (total, count),
+      "loss/bradley_terry": (-jax.nn.log_sigmoid(chosen - rejected).sum(), count),
       "loss/accuracy": ((chosen > rejected).sum().astype(jnp.float32), count),
+      "loss/mean_score": ((chosen + rejected).sum() / 2, count),
     }
 
   return loss_fn
 
 
-def _pairs(config: Config, tokenizer, max_len: int) -> tuple[Pairs, Pairs]:
+def calibration_error(differences: np.ndarray, *, num_bins: int = 10) -> float:
+  """Returns the expected calibration error of sigmoid(chosen - rejected), from 0 to 1.
+
+      sum over bins of (pairs in it / pairs) * |share that is right - mean confidence|
+
+  The model prefers the higher score with a confidence from 1/2 to 1, in `num_bins` equal bins; it
+  is right where that is the chosen one. A tie is right by half. C. Guo et al., "On Calibration of
+  Modern Neural Networks" (2017), equation 3. With few pairs per bin noise alone makes it positive.
+
+  Args:
+    differences: [N] chosen - rejected.
+    num_bins: number of bins.
+  """
+  differences = np.asarray(differences, np.float64)
+  confidences = 1 / (1 + np.exp(-np.abs(differences)))
+  gaps = (np.sign(differences) + 1) / 2 - confidences
+  bins = np.minimum((2 * confidences - 1) * num_bins, num_bins - 1).astype(int)
+  return float(np.abs(np.bincount(bins, gaps)).sum() / len(gaps))
+
+
+def _pairs(config: Config, tokenizer, context: int) -> tuple[Pairs, Pairs]:
+  max_len = data.row_len(config.max_len, context)
   if config.data:
-    triples = [
-      (record["prompt"], record["chosen"], record["rejected"])
-      for record in data.read_records(config.data, ("prompt", "chosen", "rejected"))
-    ]
+    pairs = data.read_pairs(config.data)
   else:
-    triples = arithmetic.preferences(
-      config.init_seed, config.num_preferences, label_noise=config.label_noise
-    )
-  texts = [(prompt, chosen) for prompt, chosen, _ in triples]
-  texts += [(prompt, rejected) for prompt, _, rejected in triples]
-  examples = data.encode_examples(texts, tokenizer, max_len=max_len)
-  half = len(triples)
-  pairs = Pairs(
-    examples.tokens[:half], examples.mask[:half], examples.tokens[half:], examples.mask[half:]
+    pairs = [
+      data.Pair(*texts)
+      for texts in arithmetic.preferences(
+        config.init_seed, config.num_preferences, label_noise=config.label_noise
+      )
+    ]
+  chosen = data.encode_texts([(pair.prompt, pair.chosen) for pair in pairs], tokenizer)
+  rejected = data.encode_texts([(pair.prompt, pair.rejected) for pair in pairs], tokenizer)
+  if config.max_len:
+    kept = data.fitting_rows(chosen, rejected, max_len=max_len)
+    progress.console.print(f"Reward model: {len(kept)} of {len(pairs)} pairs are short enough")
+    pairs, chosen, rejected = ([column[i] for i in kept] for column in (pairs, chosen, rejected))
+  else:
+    data.check_lengths(chosen, max_len)
+    data.check_lengths(rejected, max_len)
+  both = data.examples_of([*chosen, *rejected], tokenizer.pad_id)
+  (chosen_tokens, rejected_tokens), (chosen_mask, rejected_mask) = (
+    np.split(array, 2) for array in (both.tokens, both.mask)
   )
-  return data.split_held_out(pairs, config.data_seed)
+  margins = np.array([pair.margin for pair in pairs], np.float32)
+  return data.split_held_out(
+    Pairs(chosen_tokens, chosen_mask, rejected_tokens, rejected_mask, margins), config.data_seed
+  )
 
 
 if __name__ == "__main__":
