@@ -1,0 +1,343 @@
+"""Best-of-n as a policy: draw n completions, keep the one that the reward model scores highest.
+
+    python -m experiments.best_of_n
+    python -m experiments.best_of_n --compare=RUN_DIR,RUN_DIR
+    python -m experiments.best_of_n --policy=DIR --prompts=FILE.jsonl --reward=FILE.py:FUNCTION
+
+No training: a policy is drawn from N times at each held-out prompt, and that one pool tells what
+best-of-n scores for every n below N, without bias, by its order statistics. The KL to the policy
+drawn from is at most log n - (n - 1) / n nats (Beirami et al., "Theoretical guarantees on the
+best-of-n alignment policy", 2024); completions that come up again and again make it smaller. So
+best-of-n lies on the axes of the score-versus-KL frontier of RL (Gao, Schulman and Hilton, "Scaling
+Laws for Reward Model Overoptimization", 2022), and `--compare` puts finished runs on them.
+
+On a few problems of the embedded task all completions are enumerated: score, gold score and KL of
+best-of-n are then exact, and so is the best score that any policy has at that KL. Without flags it
+uses the embedded SFT policy and reward model. About a minute on 2 cores, after the stages.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from experiments import rl, shared_flags
+from experiments.best_of_n_page import COLUMNS, report, row_cells, verdict
+from experiments.dpo_pairs import in_chunks
+from experiments.shared_flags import setting
+from klrl import bandits, completions, inputs, ops, oracle, progress, rlhf
+from klrl.errors import UserError
+from klrl.sampling import make_sample_fn
+from klrl.summary import read_summary
+from klrl.tasks import arithmetic, data, rewards
+from klrl.workdir import create_workdir, find_workdir, write_text
+
+NUM_PROBLEMS = 4  # whose completions are enumerated
+MAX_ENUMERATED = 100_000  # completions of one problem
+# Of the exact frontier, which starts at the policy drawn from.
+BETAS = np.array([np.inf, *np.geomspace(16.0, 0.02, 60)])
+_CHUNK = 2048  # completions drawn or scored at once
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(shared_flags.LabConfig):
+  """Settings of best-of-n."""
+
+  n: str = setting("1,2,4,8,16,32,64", "draws of which the best is kept, below the pool's size")
+  completions_per_prompt: int = setting(256, "size of the pool of each prompt", minimum=2)
+  num_prompts: int = setting(250, "held-out prompts, at most", minimum=2)
+  compare: str = setting("", "folders of finished runs to show beside it, with commas between")
+  policy: str = setting("", "model directory to draw from; default: the embedded SFT stage")
+  reward_model: str = setting("", "model directory that scores; default: the embedded stage")
+  prompts: str = setting("", "JSON lines with a column prompt; default: embedded arithmetic")
+  reward: str = setting("", "FILE.py:FUNCTION that scores, f(prompts, completions, **columns)")
+  max_completion_len: int = setting(
+    0, "most tokens of a completion; 0: 4 for embedded arithmetic, else 64", minimum=0
+  )
+  temperature: float = setting(1.0, "of sampling", minimum=1e-3)
+  init_seed: int = setting(0, "seed of the stages before", minimum=0)
+  sft_iterations: int = setting(
+    700, "iterations of the embedded SFT stage", minimum=1, read_when=("policy", ("",))
+  )
+  reward_model_iterations: int = setting(
+    1000, "iterations of the embedded reward model stage", minimum=1, read_when=("policy", ("",))
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not all(part.isdigit() and int(part) for part in self.n.split(",")):
+      raise UserError(f"--n={self.n}: give positive integers, as in 1,4,16.")
+    if max(self.sizes) >= self.completions_per_prompt:
+      raise UserError(
+        f"--n={self.n} needs a pool of more than {max(self.sizes)} completions; raise "
+        f"--completions_per_prompt={self.completions_per_prompt}."
+      )
+    self.rl_config()
+
+  @property
+  def sizes(self) -> list[int]:
+    """The values of n, each once, in order."""
+    return sorted({int(part) for part in self.n.split(",")})
+
+  def rl_config(self) -> rl.RLConfig:
+    """Returns the settings of models and prompts, checked as those of an RL run are."""
+    names = {field.name for field in dataclasses.fields(rl.RLConfig)} - {"workdir"}
+    shared = [field.name for field in dataclasses.fields(self) if field.name in names]
+    return rl.RLConfig(**{name: getattr(self, name) for name in shared})
+
+
+def main(config: Config, *, root: str = "runs") -> pathlib.Path:
+  """Runs the experiment and returns its folder; a finished one is shown, not run again."""
+  workdir = find_workdir("best_of_n", config, root=root)
+  path = workdir / "best_of_n.json"
+  if path.exists():
+    progress.console.print(f"Best of n: finished before, in {workdir}", soft_wrap=True)
+    results = json.loads(path.read_text(encoding="utf-8"))
+  else:
+    compared = [run_figures(directory) for directory in filter(None, config.compare.split(","))]
+    settings = config.rl_config()
+    inputs.check_inputs(settings)
+    models = inputs.load_models(settings, **rl.model_directories(settings))
+    task = inputs.load_task(settings, models)
+    prompts = first_prompts(task.held_out, config.num_prompts)
+    create_workdir(workdir, "best_of_n", config)
+    scores, gold = draw_pool(config, models, task, prompts)
+    results = {
+      "num_prompts": len(scores),
+      "completions_per_prompt": config.completions_per_prompt,
+      "rows": [best_of_pool(scores, gold, n) for n in config.sizes],
+      "compared": compared,
+      "bandit": bandit_figures(config.sizes),
+      "exact": None,
+    }
+    if enumerable(models, task):
+      results["exact"] = exact_figures(config, models, prompts, task.max_completion_len)
+    write_text(path, json.dumps(results, indent=2) + "\n")
+  write_text(workdir / "report.html", report(results))
+  table = Table(title=f"Best of n on {results['num_prompts']} prompts", title_justify="left")
+  for column in COLUMNS:
+    table.add_column(column, justify="right")
+  for row in results["rows"]:
+    table.add_row(*row_cells(row))
+  progress.console.print(table)
+  progress.console.print(verdict(results), soft_wrap=True)
+  progress.console.print(f"Report: {workdir}/report.html", soft_wrap=True)
+  return workdir
+
+
+def run_figures(directory: str) -> dict:
+  """Returns the final figures of a finished run: score, gold, exact KL, with standard errors."""
+  summary = read_summary(pathlib.Path(directory)) or {}
+  if any(summary.get(name) is None for name in ("score_after", "kl_ref_exact")):
+    raise UserError(
+      f"--compare={directory} is no finished run with a score and an exact KL in summary.json."
+    )
+  return {
+    "name": pathlib.Path(directory).name,
+    "score_before": summary["score_before"],
+    "kl": summary["kl_ref_exact"],
+    "kl_stderr": summary["kl_ref_exact_stderr"],
+    **{name: summary.get(f"{name}_after") for name in ("score", "gold")},
+    **{f"{name}_stderr": summary.get(f"{name}_after_stderr") for name in ("score", "gold")},
+  }
+
+
+def first_prompts(prompts: data.Prompts, num: int) -> data.Prompts:
+  """Returns at most `num` of the prompts."""
+  return data.Prompts(*(x if x is None else x[:num] for x in prompts))
+
+
+def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts: data.Prompts):
+  """Returns scores and gold scores [P, N] of N completions of each prompt; gold may be None."""
+  sample = jax.jit(
+    make_sample_fn(
+      models.policy,
+      max_completion_len=task.max_completion_len,
+      eos_id=models.tokenizer.eos_id,
+      pad_id=models.tokenizer.pad_id,
+    )
+  )
+  score = models.reward_model and jax.jit(rlhf.make_reward_model_score_fn(models.reward_model))
+  gold = rlhf.make_gold_fn(prompts, models.tokenizer)
+  num_prompts, size = len(prompts.tokens), config.completions_per_prompt
+  key = jax.random.key(config.seed)
+
+  def chunk(rows):
+    of = rows // size
+    rollout = sample(
+      models.policy_params,
+      prompts.tokens[of],
+      prompts.mask[of],
+      jax.random.fold_in(key, rows[0]),
+      temperature=config.temperature,
+    )
+    if task.reward_fn is None:
+      scores = score({"reward_model": models.reward_params}, rollout, None)
+    else:
+      texts = data.completion_texts(models.tokenizer, jax.device_get(rollout))
+      scores = rewards.scores(task.reward_fn, [prompts.records[i] for i in of], texts)
+    return completions.completion_tokens(rollout), scores, gold and gold(rollout, of)
+
+  tokens, scores, gold_scores = in_chunks(chunk, num_prompts * size, _CHUNK)
+  if task.reward_fn is None:
+    # The same completion at another place of a batch may differ by rounding, and would not tie.
+    rows = np.concatenate([np.arange(len(tokens))[:, None] // size, tokens], axis=1)
+    _, first, which = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    scores = scores[first][which.reshape(-1)]
+  return tuple(None if x is None else x.reshape(num_prompts, size) for x in (scores, gold_scores))
+
+
+def pool_weights(scores: np.ndarray, n: int) -> np.ndarray:
+  """Returns [..., N], the chance of each of N draws to be the best of n drawn among them.
+
+  Without replacement, so that a mean with these weights is an unbiased estimate of what the best of
+  n fresh draws has. Draws of equal score share their chance.
+
+  Args:
+    scores: [..., N].
+    n: at most N.
+  """
+  below, upto = _ranks(scores)
+  chance = _chance_below(scores.shape[-1], n)
+  return (chance[upto] - chance[below]) / (upto - below)
+
+
+def win_rate(scores: np.ndarray, n: int) -> np.ndarray:
+  """Returns [...], the chance of the best of n to beat one more draw, ties counted half; unbiased.
+
+  It is n / (n + 1) without ties. `scores` are [..., N] with N above n.
+  """
+  below, upto = _ranks(scores)
+  chance = _chance_below(scores.shape[-1] - 1, n)
+  return 1 - ((chance[below] + chance[upto - 1]) / 2).mean(axis=-1)
+
+
+def _ranks(scores):
+  """Returns how many scores are below each, and how many are not above; [..., N] each."""
+  scores = np.asarray(scores)
+  below = (scores[..., None, :] < scores[..., None]).sum(axis=-1)
+  upto = (scores[..., None, :] <= scores[..., None]).sum(axis=-1)
+  return below, upto
+
+
+def _chance_below(size: int, n: int) -> np.ndarray:
+  """Returns [size + 1], the chance that n among `size` are all among the k lowest."""
+  return np.array([math.comb(k, n) / math.comb(size, n) for k in range(size + 1)])
+
+
+def best_of_pool(scores: np.ndarray, gold: np.ndarray | None, n: int) -> dict:
+  """Returns the figures of best-of-n, means over prompts, from pools [P, N] of scores.
+
+  `kl` is that of best-of-n to a draw from the pool, which approaches that to the policy as N grows.
+  """
+  weights = pool_weights(scores, n)
+  with jax.enable_x64(True):
+    uniform = jnp.full(scores.shape[1], 1 / scores.shape[1], jnp.float64)
+    kls = jax.lax.map(
+      lambda x: ops.exact_kl(jnp.log(bandits.best_of_n(uniform, x, float(n))), jnp.log(uniform)),
+      jnp.asarray(scores, jnp.float64),
+    )
+  per_prompt = {
+    "score": (weights * scores).sum(axis=1),
+    "gold": None if gold is None else (weights * gold).sum(axis=1),
+    "win_rate": win_rate(scores, n),
+    "kl": np.asarray(kls),
+  }
+  found = {"n": n, "kl_bound": float(bandits.best_of_n_kl_bound(float(n)))}
+  for name, x in per_prompt.items():
+    found[name] = None if x is None else float(x.mean())
+    found[f"{name}_stderr"] = None if x is None else float(x.std(ddof=1) / np.sqrt(len(x)))
+  return found
+
+
+def bandit_figures(sizes: list[int]) -> list[dict]:
+  """Returns exact figures for four choices of probability 0.4 to 0.1 and score 0 to 3.
+
+  `best_score` is the most that any policy of the same KL has.
+  """
+  with jax.enable_x64(True):
+    ref, scores = jnp.array([0.4, 0.3, 0.2, 0.1]), jnp.arange(4.0)
+    rows = []
+    for n in sizes:
+      probs = bandits.best_of_n(ref, scores, float(n))
+      kl = ops.exact_kl(jnp.log(probs), jnp.log(ref))
+      best = bandits.optimal_within(ref, scores, max_kl=kl)[0] if n > 1 else ref
+      rows.append(
+        {
+          "n": n,
+          "probs": probs.tolist(),
+          "kl": float(kl),
+          "kl_bound": float(bandits.best_of_n_kl_bound(float(n))),
+          "score": float(probs @ scores),
+          "best_score": float(best @ scores),
+        }
+      )
+  return rows
+
+
+def enumerable(models: inputs.Models, task: inputs.Task) -> bool:
+  """Returns whether there are few enough completions, and a reward model and answers for all."""
+  few = models.policy.config.vocab_size**task.max_completion_len <= MAX_ENUMERATED
+  return few and models.reward_model is not None and task.held_out.answers is not None
+
+
+def exact_figures(config: Config, models: inputs.Models, prompts: data.Prompts, horizon: int):
+  """Returns score, gold score and KL of best-of-n and of the frontier, exact, means over problems.
+
+  The frontier has the most score for its KL: `ref * exp(score / beta) / Z` at each of `BETAS`.
+  """
+  tree = oracle.make_tree(models.policy.config.vocab_size, horizon, eos_id=models.tokenizer.eos_id)
+  logits_fn = jax.jit(lambda x: oracle.decoder_logits(models.policy, models.policy_params, tree, x))
+  score = jax.jit(models.reward_model.scores)
+  gold_fn = jax.jit(arithmetic.accuracy, static_argnames="pad_id")
+  pad_id = models.tokenizer.pad_id
+  found = []
+  for i in range(min(NUM_PROBLEMS, len(prompts.tokens))):
+    prompt = prompts.tokens[i][prompts.mask[i]]
+    log_probs = oracle.log_probs(tree, logits_fn(prompt) / config.temperature)
+    before = np.tile(prompt, (len(tree.tokens), 1))
+    tokens = np.concatenate([before, np.where(tree.mask, tree.tokens, pad_id)], axis=1)
+    mask = np.concatenate([np.ones(before.shape, bool), tree.mask], axis=1)
+    scores = in_chunks(
+      lambda rows, tokens=tokens, mask=mask: score(models.reward_params, tokens[rows], mask[rows]),
+      len(tokens),
+      _CHUNK,
+    )
+    answers = np.broadcast_to(prompts.answers[i], tree.tokens.shape)
+    gold = gold_fn(tree.tokens, tree.mask, answers, pad_id=pad_id)
+    with jax.enable_x64(True):
+      exact = (jnp.asarray(np.asarray(x), float) for x in (log_probs, scores, gold))
+      found.append(_exact_lines(*exact, config.sizes))
+  means = jax.tree.map(lambda *x: np.mean(x, axis=0).tolist(), *found)
+  bounds = [float(bandits.best_of_n_kl_bound(float(n))) for n in config.sizes]
+  return {
+    "num_problems": len(found),
+    "num_completions": len(tree.tokens),
+    "sizes": config.sizes,
+    "kl_bounds": bounds,
+    **means,
+  }
+
+
+def _exact_lines(log_probs, scores, gold, sizes: list[int]) -> dict:
+  ref = jax.nn.log_softmax(log_probs)
+
+  def figures(probs):
+    return {"score": probs @ scores, "gold": probs @ gold, "kl": ops.exact_kl(jnp.log(probs), ref)}
+
+  best_of = jax.lax.map(
+    lambda n: figures(bandits.best_of_n(jnp.exp(ref), scores, n)), jnp.array(sizes, float)
+  )
+  frontier = jax.lax.map(
+    lambda beta: figures(jax.nn.softmax(ref + scores / beta)), jnp.asarray(BETAS)
+  )
+  return jax.tree.map(np.asarray, {"best_of_n": best_of, "frontier": frontier})
+
+
+if __name__ == "__main__":
+  shared_flags.run(main, Config)
