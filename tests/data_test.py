@@ -1,5 +1,7 @@
 """Tests of reading, encoding, padding, splitting and ordering data."""
 
+import gzip
+import json
 import pathlib
 
 import numpy as np
@@ -9,7 +11,7 @@ import tokenizers
 from klrl.errors import UserError
 from klrl.models import load_tokenizer
 from klrl.sampling import Rollout
-from klrl.tasks import arithmetic, data
+from klrl.tasks import arithmetic, data, packing
 
 STORIES = pathlib.Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 TOKENIZER = arithmetic.make_tokenizer()
@@ -190,3 +192,113 @@ def test_held_out_rows_depend_on_the_seed_and_need_two_rows():
   assert set(parts[0]) != set(parts[2])
   with pytest.raises(UserError, match="single row"):
     data.split_held_out(numbered(1), 0)
+
+
+def dialogue(*turns):
+  return "".join(f"\n\n{'Human' if i % 2 == 0 else 'Assistant'}: {t}" for i, t in enumerate(turns))
+
+
+def pairs_in(tmp_path, *records):
+  return data.read_pairs(write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, records))))
+
+
+def test_pairs_of_dialogues_share_their_prompt(tmp_path):
+  start = "Hi", "Hello.", "Why?"
+  pairs = pairs_in(
+    tmp_path,
+    {"chosen": dialogue(*start, "It is so."), "rejected": dialogue(*start, "It was so.")},
+    # What both begin with is theirs; only turns before are the prompt.
+    {"chosen": dialogue("Hi", "Yes", "A", "B"), "rejected": dialogue("Hi", "Yesterday")},
+    {"prompt": "p", "chosen": "c", "rejected": "r"},
+    {"prompt": "p", "chosen": "same", "rejected": "same"},
+  )
+  human = "\n\nHuman: Hi\n\nAssistant:"
+  assert pairs == [
+    data.Pair(human + " Hello.\n\nHuman: Why?\n\nAssistant:", " It is so.", " It was so."),
+    data.Pair(human, " Yes\n\nHuman: A\n\nAssistant: B", " Yesterday"),
+    data.Pair("p", "c", "r"),
+  ]
+  assert pairs[0].margin == 1.0
+
+
+def test_pairs_may_have_margins(tmp_path):
+  line = {"prompt": "p", "chosen": "c", "rejected": "r"}
+  pairs = pairs_in(tmp_path, {**line, "margin": 3}, {**line, "margin": 0.5})
+  assert [pair.margin for pair in pairs] == [3.0, 0.5]
+
+
+@pytest.mark.parametrize(
+  ("records", "message"),
+  [
+    ([{"chosen": "a b", "rejected": "a c"}], "pair 1 has no prompt, and what its dialogues share"),
+    ([{"prompt": 3, "chosen": "a", "rejected": "b"}], "pair 1: the prompt is no text"),
+    ([{"prompt": "p", "chosen": "a", "rejected": "a"}], "no pair with two different completions"),
+    ([{"prompt": "p", "chosen": "a"}], "line 1 has no text column 'rejected'"),
+    (
+      [{"chosen": "a", "rejected": "b", "prompt": "", "margin": x} for x in (1, "2")],
+      "pair 2: the margin '2' is no finite number",
+    ),
+    (
+      [
+        {"chosen": "a", "rejected": "b", "prompt": ""},
+        {"chosen": "a", "rejected": "b", "prompt": "", "margin": 1},
+      ],
+      "pair 2: give every line a margin, or none",
+    ),
+  ],
+)
+def test_pairs_that_cannot_be_used_are_named(tmp_path, records, message):
+  with pytest.raises(UserError, match=message):
+    pairs_in(tmp_path, *records)
+
+
+def test_a_compressed_file_reads_as_the_file(tmp_path):
+  line = b'{"prompt": "p"}'
+  # Two members, as `cat a.gz b.gz` makes them.
+  path = write(tmp_path / "a.jsonl.gz", gzip.compress(line + b"\n") + gzip.compress(line))
+  assert data.read_records(path, ("prompt",)) == [{"prompt": "p"}] * 2
+
+
+@pytest.mark.parametrize(
+  ("text", "documents"),
+  [
+    ("one\n\ntwo\nlines\r\n\r\n \n three ", ["one", "two\nlines", "three"]),
+    ("one\n\nstill<|endoftext|>\ntwo<|endoftext|>", ["one\n\nstill", "two"]),
+    ("alone", ["alone"]),
+  ],
+)
+def test_documents_are_separated_as_the_file_does(tmp_path, text, documents):
+  assert data.read_documents(write(tmp_path / "a.txt", text)) == documents
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6, 7, 8, 11])
+def test_windows_predict_every_token_once(length):
+  tokens = list(range(length))
+  pieces = data.windows([data.Encoded(tokens, 1)], 4)
+  predicted = [token for piece in pieces for token in piece.tokens[1:]]
+  assert predicted == tokens[1:]
+  assert all(1 <= len(piece.tokens) <= 4 for piece in pieces)
+
+
+def test_packing_keeps_every_text_whole_and_wastes_little():
+  rng = np.random.default_rng(0)
+  texts = [
+    data.Encoded(rng.integers(1, 100, n).tolist(), int(rng.integers(0, n)))
+    for n in rng.integers(1, 21, 200)
+  ]
+  packed = packing.pack(texts, 0, row_len=20)
+  found = []
+  for tokens, mask, completion_mask, segment_ids in zip(*packed, strict=True):
+    np.testing.assert_array_equal(mask, segment_ids > 0)
+    assert not np.any(mask[1:] & ~mask[:-1])  # Padding is at the end.
+    for segment in range(1, segment_ids.max() + 1):
+      where = segment_ids == segment
+      found.append((tokens[where].tolist(), completion_mask[where].tolist()))
+  expected = [
+    (text.tokens, [i >= max(1, text.num_prompt_tokens) for i in range(len(text.tokens))])
+    for text in texts
+  ]
+  assert sorted(found) == sorted(expected)
+  assert packed.mask.mean() > 0.9
+  with pytest.raises(ValueError, match="A text has 21 tokens, a row 20"):
+    packing.pack([data.Encoded([1] * 21, 0)], 0, row_len=20)
