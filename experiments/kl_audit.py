@@ -25,7 +25,7 @@ from rich.table import Table
 from experiments import kl_audit_page, kl_figures, shared_flags
 from experiments.kl_peers import PEERS
 from experiments.shared_flags import setting
-from klrl import metrics, objective, progress
+from klrl import kl_terms, metrics, objective, progress
 from klrl.errors import UserError
 from klrl.objective import KLPenalty
 from klrl.summary import read_summary, write_summary
@@ -142,8 +142,8 @@ def _penalty_row(group, penalty: KLPenalty, *, trained=False, **options) -> Row:
     **options,
     "verdict": objective.audit(penalty).verdict,
   }
-  surrogate = objective.surrogate(penalty, **options)
-  return Row(group, about, surrogate, objective.estimate(penalty, **options), trained)
+  surrogate = kl_terms.surrogate(penalty, **options)
+  return Row(group, about, surrogate, kl_terms.estimate(penalty, **options), trained)
 
 
 def _penalties() -> list[Row]:

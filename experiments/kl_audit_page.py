@@ -309,7 +309,7 @@ def _how(audit: Audit) -> str:
     f"KL(π‖old) = {digits(tree['kl_pi_old'])}. {constants['trees'] - 1} more trees have random "
     f"policies (seed {audit['config']['seed']}). A gradient has a name where it equals that one to "
     f"{constants['exact_below']:.0e} of the true gradient's norm on every tree. What is "
-    "differentiated is what training differentiates (objective.kl_loss, reward_kl, "
+    "differentiated is what training differentiates (kl_terms.kl_loss, reward_kl, "
     "penalised_advantages), with no clip, no baseline and gamma = gae_lambda = 1. Ascent follows "
     "the exact gradient of the expected score less β times the penalty's expected gradient, from "
     f"the reference, in {constants['steps_of_ascent']} natural-gradient steps. A penalty that is "

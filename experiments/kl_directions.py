@@ -6,7 +6,7 @@ Three exact studies of one choice among few: which moves KL(new||old) and KL(old
 large the first can be when the second is known, and that to second order they are one. Then PPO on
 the embedded task with a KL to the reference (global), a KL to the policy that sampled (local, in
 either direction), both, and none; and KL in the reward against KL as a loss of its own, when a
-rollout is used for 1, 4 and 16 passes. About six minutes on 2 CPU cores, stages included.
+rollout is used for 1, 4 and 16 passes. About eight minutes on 2 CPU cores, stages included.
 
 Sources: John Schulman et al., "Proximal Policy Optimization Algorithms", 2017, eq. 8, for the local
 penalty; Long Ouyang et al. (InstructGPT), 2022, eq. 2, for the global one; Igal Sason and Sergio
@@ -27,6 +27,7 @@ from experiments import ppo, shared_flags
 from experiments.kl_directions_page import final_figures, report
 from experiments.shared_flags import setting
 from klrl import ops, progress
+from klrl.errors import UserError
 from klrl.metrics import read_lines
 from klrl.summary import read_summary
 from klrl.workdir import create_workdir, find_workdir, write_text
@@ -64,7 +65,7 @@ class Config(shared_flags.LabConfig):
   def __post_init__(self):
     super().__post_init__()
     if not all(part.isdigit() and int(part) for part in self.epochs.split(",")):
-      raise shared_flags.UserError(f"--epochs={self.epochs}: give positive integers, as in 1,4,16.")
+      raise UserError(f"--epochs={self.epochs}: give positive integers, as in 1,4,16.")
 
 
 def kl(probs, other_probs) -> jax.Array:

@@ -1,6 +1,6 @@
 """Figures of KL penalties by enumeration: expected gradient, variance, value, end of an ascent.
 
-A penalty comes as two functions of `objective.TokenTerms`: its surrogate loss, whose gradient
+A penalty comes as two functions of `kl_terms.TokenTerms`: its surrogate loss, whose gradient
 training descends, and its estimate of the KL. R penalties, C policies on one tree, N completions, S
 prefixes, V tokens; float64 throughout. Gradients are with respect to the logits of every prefix.
 """
@@ -79,6 +79,7 @@ def gradients_by_name(tree: oracle.Tree, policies: Policies) -> dict[str, np.nda
       FORWARD: jax.grad(lambda x: oracle.sequence_kl(tree, ref, x))(x),
       LENGTH: jax.grad(lambda x: oracle.expected_score(tree, x, inverse_lengths))(x),
     }
+    to_old = jax.grad(lambda x: oracle.token_kl(tree, x, old, prefix_logits=old))(x)
     sequence, token, forward = (
       by_name[name] for name in (objective.SEQUENCE, objective.TOKEN, objective.TOKEN_FORWARD)
     )
@@ -86,6 +87,7 @@ def gradients_by_name(tree: oracle.Tree, policies: Policies) -> dict[str, np.nda
       objective.FUTURE: sequence - token,
       objective.SEQUENCE_LESS_FORWARD: sequence - forward,
       objective.TOKEN_LESS_FORWARD: token - forward,
+      objective.STALE_TOKEN: by_name[objective.TOKEN_AT_OLD] - to_old,
     }
 
   with jax.enable_x64(True):

@@ -1,6 +1,7 @@
 """The KL penalty's settings: the same flags, with the same names, on every RL experiment."""
 
 import dataclasses
+from typing import ClassVar
 
 from experiments.shared_flags import RunConfig, setting
 from klrl import objective, ops
@@ -14,6 +15,10 @@ PENALISED = ("reward", "loss", "both")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KLConfig(RunConfig):
   """The fields of `objective.KLPenalty`, beta, the rule that moves it, and what a loss is over."""
+
+  # What only several steps on one rollout have a use for.
+  prefix_cap: ClassVar[float] = float("inf")
+  kl_refresh: ClassVar[str] = "iteration"
 
   beta: float = setting(
     0.5,
@@ -39,18 +44,6 @@ class KLConfig(RunConfig):
     "whether a token answers for the KL of later ones",
     choices=objective.CREDITS,
     read_when=("kl_placement", PENALISED),
-  )
-  prefix_cap: float = setting(
-    float("inf"),
-    "largest weight of a prefix; below inf the KL's gradient is biased",
-    minimum=1.0,
-    read_when=("kl_correction", ("prefix",)),
-  )
-  kl_refresh: str = setting(
-    "iteration",
-    "when the KL in the reward is computed anew",
-    choices=objective.REFRESHES,
-    read_when=("kl_placement", ("reward", "both")),
   )
   allow_biased_kl: bool = setting(
     False, "run a penalty that is refused, with a warning", read_when=("kl_placement", PENALISED)

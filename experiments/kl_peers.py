@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from klrl import ops
-from klrl.objective import KLPenalty, TokenTerms, penalised_advantages
+from klrl.kl_terms import TokenTerms, penalised_advantages
+from klrl.objective import KLPenalty
 
 DEFAULT = "default"
 IF_ON = "default if on"  # what is used once the KL, left out by default, is switched on

@@ -9,6 +9,7 @@ A field of an experiment's `Config` is declared once, with its default, help and
 """
 
 import dataclasses
+import os
 import sys
 from typing import Any
 
@@ -151,8 +152,9 @@ def run(main, config_class) -> None:
       console.print(_escape(str(stop)), soft_wrap=True)
       sys.exit(130)
     except KeyboardInterrupt:  # Outside the loop, or a second Ctrl-C inside it.
-      console.print("Interrupted. The same command goes on from the last checkpoint.")
-      sys.exit(130)
+      console.print("Interrupted. The same command goes on from what was saved.")
+      sys.stdout.flush()
+      os._exit(130)  # An orderly exit crashes where XLA is compiling.
 
   app.run(call)
 

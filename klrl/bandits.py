@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from klrl import ops
-from klrl.objective import TokenTerms
+from klrl.kl_terms import TokenTerms
 
 
 class Divergence(NamedTuple):

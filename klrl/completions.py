@@ -57,9 +57,9 @@ def log_probs(policy, params, rollout: Rollout, *, temperature) -> jax.Array:
 def exact_kl(policy, params, reference, reference_params, rollout: Rollout, *, temperature):
   """Returns KL(pi || pi_ref) of the next-token distribution at each completion position.
 
-  [B, T], nats per token, summed over the whole vocabulary. Its masked sum over t is an unbiased,
-  lower-variance estimate of the sequence KL when `rollout` was drawn from pi (Amini, Vieira and
-  Cotterell, "Better Estimation of the KL Divergence Between Language Models", 2025).
+  [B, T], nats per token, summed over the whole vocabulary. Its masked sum over t is an unbiased
+  estimate of the sequence KL when `rollout` was drawn from pi (Amini, Vieira and Cotterell, "Better
+  Estimation of the KL Divergence Between Language Models", 2025).
   """
   return ops.exact_kl_from_hidden(
     completion_hidden(policy, params, rollout),

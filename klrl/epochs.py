@@ -1,8 +1,9 @@
 """The inner epochs: several passes of Adam over one rollout, in shuffled minibatches.
 
 The loss of a minibatch is the policy's, with the KL penalty's loss term where it has one, plus the
-value's, minus an entropy bonus. All of them are (sum, count) pairs over the same tokens or
-sequences, so one divisor serves policy loss and KL, and beta keeps its unit.
+value's, minus an entropy bonus, plus the cross-entropy on pretraining texts. The first ones are
+(sum, count) pairs over the same tokens or sequences, so one divisor serves policy loss and KL, and
+beta keeps its unit.
 """
 
 from typing import NamedTuple
@@ -10,9 +11,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from klrl import completions, measures, objective, ops
+from klrl import completions, kl_terms, measures, objective, ops
 from klrl.optimizer import apply_gradients
 from klrl.sampling import Rollout
+
+
+class Texts(NamedTuple):
+  """Texts to keep likely, right-padded."""
+
+  tokens: jax.Array  # [B, S] int32
+  mask: jax.Array  # [B, S] bool
 
 
 class Batch(NamedTuple):
@@ -25,6 +33,7 @@ class Batch(NamedTuple):
   old_values: jax.Array  # [B, T]
   ref_log_probs: jax.Array  # [B, T]; zeros where the objective has no KL
   ref_hidden: jax.Array | None  # [B, T, D_ref], where the exact KL is made anew
+  pretraining: Texts | None = None
 
 
 class Context(NamedTuple):
@@ -36,6 +45,10 @@ class Context(NamedTuple):
   advantage_mean: jax.Array  # what the advantages were whitened by; 0 and 1 where they were not
   advantage_std: jax.Array
   ref_unembedding: jax.Array | None
+
+
+# How far the policy may get from the one that sampled; the last is held by nothing.
+TRUST_REGIONS = ("clip", "sequence_clip", "truncated", "kl_old_new", "kl_new_old", "none")
 
 
 def needs_exact_kl(config, penalty: objective.KLPenalty) -> bool:
@@ -51,7 +64,7 @@ def make_loss_fn(config, max_completion_len: int, policy, value_model):
     config: frozen; read are the KL penalty's fields, trust_region and loss_aggregation.
     max_completion_len: the constant of the aggregation `constant`.
     policy: a `models.Policy`.
-    value_model: a `models.ScalarModel`.
+    value_model: a `models.ScalarModel`, or None.
   """
   penalty = objective.penalty_of(config)
   aggregate = ops.AGGREGATIONS[config.loss_aggregation]
@@ -61,7 +74,7 @@ def make_loss_fn(config, max_completion_len: int, policy, value_model):
 
   def loss_fn(params, batch: Batch, context: Context):
     rollout, hypers = batch.rollout, context.hypers
-    mask, num_tokens = rollout.completion_mask, batch.rollout.completion_mask.sum() * 1.0
+    mask, num_tokens = rollout.completion_mask, rollout.completion_mask.sum() * 1.0
     hidden = completions.completion_hidden(policy, params["policy"], rollout)
     unembedding = policy.unembedding(params["policy"])
     log_probs, entropy = ops.token_log_probs_and_entropy_from_hidden(
@@ -81,45 +94,33 @@ def make_loss_fn(config, max_completion_len: int, policy, value_model):
         context.ref_unembedding,
         temperature=hypers.temperature,
       )
-    terms = objective.TokenTerms(
+    terms = kl_terms.TokenTerms(
       log_probs, rollout.old_log_probs, batch.ref_log_probs, mask, exact_kl
     )
     if penalty.in_reward and config.kl_refresh == "minibatch":
       batch = _refreshed(penalty, batch, context, terms)
-    values = completions.values(value_model, params["value"], rollout)
     policy_loss, metrics = _policy_loss(config, log_probs, batch, context)
-    metrics |= {
-      "policy/loss": mean(policy_loss, mask),
-      "policy/entropy": mean(entropy, mask),
-      "value/loss": mean(
-        ops.clipped_value_loss(
-          values,
-          batch.old_values,
-          batch.returns,
-          mask,
-          value_clip_eps=hypers.value_clip_eps,
-        ),
-        mask,
-      ),
-    }
-    loss = (
-      ops.divide(*metrics["policy/loss"])
-      + hypers.vf_coef * ops.divide(*metrics["value/loss"])
-      - hypers.entropy_coef * ops.divide(*metrics["policy/entropy"])
-    )
+    metrics["policy/loss"] = mean(policy_loss, mask)
+    loss = ops.divide(*metrics["policy/loss"])
+    loss -= hypers.entropy_coef * ops.divide(*mean(entropy, mask))
+    metrics["policy/entropy"] = (jnp.where(mask, entropy, 0.0).sum(), num_tokens)
+    if value_model is not None:
+      per_token, value_metrics = _value_loss(value_model, params["value"], batch, hypers)
+      metrics |= value_metrics | {"value/loss": mean(per_token, mask)}
+      loss += hypers.vf_coef * ops.divide(*metrics["value/loss"])
+    if batch.pretraining is not None:
+      metrics["policy/pretraining_loss"] = _cross_entropy(policy, params["policy"], batch)
+      loss += hypers.ptx_coef * ops.divide(*metrics["policy/pretraining_loss"])
     if penalty.in_loss:
-      kl_loss = objective.kl_loss(penalty, terms, prefix_cap=hypers.prefix_cap)
+      kl_loss = kl_terms.kl_loss(penalty, terms, prefix_cap=hypers.prefix_cap)
       metrics["policy/kl_loss"] = mean(kl_loss, mask)
       # Whitening divides the reward, so it divides what the reward is weighed against.
       beta = context.beta / context.advantage_std
       loss += beta * ops.divide(*metrics["policy/kl_loss"])
       if penalty.correction == "prefix":
-        bites, lost = objective.prefix_cap_effect(penalty, terms, prefix_cap=hypers.prefix_cap)
+        bites, lost = kl_terms.prefix_cap_effect(penalty, terms, prefix_cap=hypers.prefix_cap)
         metrics["kl/prefix_cap_fraction"] = (bites.sum(), num_tokens)
         metrics["kl/prefix_cap_lost"] = measures.per_sequence(lost, mask)
-    metrics["policy/entropy"] = (jnp.where(mask, entropy, 0.0).sum(), num_tokens)
-    value_clipped = mask & (jnp.abs(values - batch.old_values) > hypers.value_clip_eps)
-    metrics["value/clip_fraction"] = (value_clipped.sum(), num_tokens)
     for name, estimator in (("k1", ops.k1), ("k3", ops.k3)):
       metrics[f"kl/sampler_{name}"] = measures.per_sequence(
         estimator(rollout.sampler_log_probs, log_probs), mask
@@ -130,11 +131,11 @@ def make_loss_fn(config, max_completion_len: int, policy, value_model):
   return loss_fn
 
 
-def _refreshed(penalty, batch: Batch, context: Context, terms: objective.TokenTerms) -> Batch:
+def _refreshed(penalty, batch: Batch, context: Context, terms: kl_terms.TokenTerms) -> Batch:
   """Returns the batch with advantages and returns under the current policy's KL."""
   hypers = context.hypers
-  kl = objective.reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl)
-  advantages, returns = objective.penalised_advantages(
+  kl = kl_terms.reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl)
+  advantages, returns = kl_terms.penalised_advantages(
     penalty,
     batch.scores,
     kl,
@@ -150,25 +151,44 @@ def _refreshed(penalty, batch: Batch, context: Context, terms: objective.TokenTe
 
 def _policy_loss(config, log_probs, batch: Batch, context: Context):
   """Returns ([B, T] loss of the trust region that the config names, its metrics)."""
-  old_log_probs, mask = batch.rollout.old_log_probs, batch.rollout.completion_mask
+  hypers, mask = context.hypers, batch.rollout.completion_mask
+  arguments = log_probs, batch.rollout.old_log_probs, batch.advantages, mask
+  eps = {"clip_eps_low": hypers.clip_eps_low, "clip_eps_high": hypers.clip_eps_high}
   if config.trust_region == "clip":
-    eps = {name: getattr(context.hypers, name) for name in ("clip_eps_low", "clip_eps_high")}
-    arguments = log_probs, old_log_probs, batch.advantages, mask
     clipped = ops.clip_fraction(*arguments, **eps)
     metrics = {"policy/clip_fraction": (clipped.sum(), mask.sum() * 1.0)}
-    return ops.clipped_policy_loss(*arguments, **eps), metrics
+    return ops.clipped_policy_loss(*arguments, **eps, dual_clip=hypers.dual_clip), metrics
+  if config.trust_region == "sequence_clip":
+    return ops.gspo_loss(*arguments, **eps), {}
+  if config.trust_region == "truncated":
+    return ops.cispo_loss(*arguments, max_ratio=1 + hypers.clip_eps_high), {}
   penalty = {"kl_old_new": ops.kl_old_new, "kl_new_old": ops.kl_new_old}.get(
     config.trust_region, lambda log_probs, old_log_probs: jnp.zeros_like(log_probs)
   )
   loss = ops.kl_penalised_policy_loss(
-    log_probs,
-    old_log_probs,
-    batch.advantages,
-    penalty(log_probs, old_log_probs),
+    *arguments[:3],
+    penalty(log_probs, batch.rollout.old_log_probs),
     mask,
     trust_region_beta=context.trust_region_beta,
   )
   return loss, {}
+
+
+def _value_loss(value_model, params, batch: Batch, hypers):
+  """Returns ([B, T] clipped value loss, its metrics)."""
+  mask, eps = batch.rollout.completion_mask, hypers.value_clip_eps
+  values = completions.values(value_model, params, batch.rollout)
+  loss = ops.clipped_value_loss(values, batch.old_values, batch.returns, mask, value_clip_eps=eps)
+  clipped = mask & (jnp.abs(values - batch.old_values) > eps)
+  return loss, {"value/clip_fraction": (clipped.sum(), mask.sum() * 1.0)}
+
+
+def _cross_entropy(policy, params, batch: Batch):
+  """Returns (sum, count) of -log pi over the pretraining texts' tokens after the first, nats."""
+  tokens, mask = batch.pretraining
+  hidden = policy.hidden(params, tokens, mask)[:, :-1]
+  log_probs = ops.token_log_probs_from_hidden(hidden, policy.unembedding(params), tokens[:, 1:])
+  return ops.token_mean(-log_probs, mask[:, 1:])
 
 
 def inner_epochs(config, loss_fn, params, opt_state, batch: Batch, context: Context, key):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from klrl.epochs import Texts
 from klrl.errors import UserError
 from klrl.models import (
   Policy,
@@ -26,15 +27,15 @@ _HELD_OUT_SHARE = 0.1
 
 
 class Models(NamedTuple):
-  """The four models of PPO, pure functions and parameters; absent ones are None."""
+  """The models of a run, pure functions and parameters; absent ones are None."""
 
   tokenizer: TokenizerInfo
   policy: Policy
   policy_params: dict
   reference: Policy | None
   reference_params: dict | None
-  value_model: ScalarModel
-  value_params: dict
+  value_model: ScalarModel | None
+  value_params: dict | None
   reward_model: ScalarModel | None
   reward_params: dict | None
 
@@ -46,6 +47,7 @@ class Task(NamedTuple):
   held_out: data.Prompts
   max_completion_len: int
   reward_fn: rewards.RewardFn | None  # None: the reward model scores on the device
+  pretraining: Texts | None  # mixed into the loss
 
 
 def check_inputs(config) -> None:
@@ -63,8 +65,9 @@ def load_models(config, *, policy: str, reward_model: str) -> Models:
   """Returns the models in the directories `policy` and `reward_model` ("" for none).
 
   The reference is `config.reference`, else the policy as it starts; it is left out when nothing
-  measures or penalises a KL to it. The value model is `config.value_model`, else it starts as a
-  copy of the reward model, else of the policy's trunk with a zero head.
+  measures or penalises a KL to it. The value model, where the advantage has a use for one, is
+  `config.value_model`, else it starts as a copy of the reward model, else of the policy's trunk
+  with a zero head.
 
   Raises:
     UserError: a directory that does not hold what it should, or tokenizers that differ.
@@ -79,21 +82,27 @@ def load_models(config, *, policy: str, reward_model: str) -> Models:
       reference_config, reference_params = load_policy(config.reference)
       _check_fits(tokenizer, policy_config, config.reference, reference_config, "--reference")
     reference = policy_model(reference_config)
-  value_config, value_params = policy_config, scalar_params_from(policy_params)
   if reward_model:
-    value_config, reward_params = load_scalar(reward_model)
-    _check_fits(tokenizer, policy_config, reward_model, value_config, "--reward_model")
-    scorer, value_params = scalar_model(value_config), reward_params
-  if config.value_model:
-    value_config, value_params = load_scalar(config.value_model)
-    _check_fits(tokenizer, policy_config, config.value_model, value_config, "--value_model")
+    reward_config, reward_params = load_scalar(reward_model)
+    _check_fits(tokenizer, policy_config, reward_model, reward_config, "--reward_model")
+    scorer = scalar_model(reward_config)
+  value_model = value_params = None
+  if config.advantage == "gae":
+    if config.value_model:
+      value_config, value_params = load_scalar(config.value_model)
+      _check_fits(tokenizer, policy_config, config.value_model, value_config, "--value_model")
+    elif reward_model:
+      value_config, value_params = reward_config, reward_params
+    else:
+      value_config, value_params = policy_config, scalar_params_from(policy_params)
+    value_model = scalar_model(value_config)
   return Models(
     tokenizer,
     policy_model(policy_config),
     policy_params,
     reference,
     reference_params,
-    scalar_model(value_config),
+    value_model,
     value_params,
     scorer,
     reward_params,
@@ -150,4 +159,12 @@ def load_task(config, models: Models) -> Task:
       )
       for part in (training, held_out)
     )
-  return Task(training, held_out, max_completion_len, reward_fn)
+  pretraining = None
+  if config.pretrain_data:
+    examples = data.encode_examples(
+      [("", record["text"]) for record in data.read_records(config.pretrain_data, ("text",))],
+      models.tokenizer,
+      max_len=models.policy.config.max_len,
+    )
+    pretraining = Texts(examples.tokens, examples.mask)
+  return Task(training, held_out, max_completion_len, reward_fn, pretraining)

@@ -3,7 +3,7 @@
 A `Tree` lists all completions up to a horizon. A policy is `logits [S, V]`, one row per prefix, as
 free as a policy can be; `decoder_logits` gives those of a real decoder. Nothing is sampled: a value
 or gradient here is what an estimate of training has to have in expectation. The estimates come in
-as functions of `objective.TokenTerms`, the same ones that training calls, and are never copied.
+as functions of `kl_terms.TokenTerms`, the same ones that training calls, and are never copied.
 
 N completions, S prefixes, T horizon, V vocabulary. Nats; sums over a completion unless a name says
 otherwise. The functions are pure, keep float64, and close over the tree, which is static numpy.
@@ -24,7 +24,7 @@ import numpy as np
 
 from klrl import ops
 from klrl.errors import UserError
-from klrl.objective import TokenTerms
+from klrl.kl_terms import TokenTerms
 from klrl.ops.log_probs import matmul
 
 
@@ -259,7 +259,7 @@ def expected_gradient(
 
   Args:
     tree: the completions.
-    surrogate: a loss of TokenTerms, [N, T] -> [N, T], such as `objective.surrogate(penalty)`.
+    surrogate: a loss of TokenTerms, [N, T] -> [N, T], such as `kl_terms.surrogate(penalty)`.
     logits: [S, V] of pi, which the gradient is of.
     ref_logits: [S, V]; must allow whatever pi allows.
     old_logits: [S, V] of the policy that draws; None is pi itself. Pi must allow what it draws.

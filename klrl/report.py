@@ -361,7 +361,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
 
   warnings = summary.pop("warnings", None) or []
   warnings = warnings if isinstance(warnings, list) else [warnings]
-  versions = summary.pop("versions", None)
+  versions, penalty = summary.pop("versions", None), summary.pop("kl_penalty", "")
   figures = _flat(summary)
   facts = [text(x) for name, text in FACTS if (x := number(figures.get(name))) and math.isfinite(x)]
   facts += [str(figures["device"])] if "device" in figures else []
@@ -370,7 +370,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
 
   body = [
     element("h1", title), element("p", _verdict(figures, series), class_="verdict"),
-    note(" \u00b7 ".join(facts)),
+    note(" \u00b7 ".join(facts)), *([note(str(penalty))] if penalty else []),
     *_notices("Warnings", warnings, "warnings"), *_notices("Not complete", gaps, "missing"),
     element("h2", "Before and after"), _table(figures),
     element("h2", "Curves"), *_curves(series),

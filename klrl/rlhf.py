@@ -31,7 +31,10 @@ _SLOW_REWARD_SHARE = 0.5
 
 def init_state(config, models: Models) -> learner.TrainState:
   """Returns the state before the first iteration; its buffers are its own."""
-  params = copy({"policy": models.policy_params, "value": models.value_params})
+  params = {"policy": models.policy_params}
+  if models.value_model is not None:
+    params["value"] = models.value_params
+  params = copy(params)
   return learner.TrainState(
     params=params,
     opt_state=init_optimizer(params),
@@ -45,7 +48,17 @@ def init_state(config, models: Models) -> learner.TrainState:
   )
 
 
-def run(config, workdir: pathlib.Path, models: Models, task: Task, *, keys) -> dict[str, Any]:
+# Figures shown while a run goes on: metric, label.
+_SHOWN = (
+  ("score/mean", "score"),
+  ("gold/mean", "gold"),
+  ("kl/ref_k1", "KL to reference, nats/sequence"),
+  ("controller/beta", "beta"),
+  ("rollout/length", "length"),
+)
+
+
+def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str) -> dict[str, Any]:
   """Trains, evaluates before and after, writes all files of a run and returns the summary.
 
   Args:
@@ -53,9 +66,11 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, keys) -> d
     workdir: the run's folder.
     models: what `inputs.load_models` returned.
     task: what `inputs.load_task` returned.
-    keys: (metric, label) of the figures shown while it runs.
+    title: what the progress display calls the run.
   """
   warnings = objective.warnings_of(config)
+  description = objective.description(objective.penalty_of(config), kl_refresh=config.kl_refresh)
+  progress.console.print(description, markup=False, soft_wrap=True)
   for warning in warnings:
     progress.console.print(f"[bold yellow]Warning:[/] {warning}", soft_wrap=True)
   mesh = parallel.make_mesh(config.mesh)
@@ -82,12 +97,14 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, keys) -> d
   step = _make_step(config, mesh, models, task, sample, frozen, shardings)
   iterations = loop.run(step, state, start=start, workdir=workdir, **config.loop_settings())
   state = progress.watch(
-    iterations, state, title="PPO", start=start, total=config.num_iterations, keys=keys
+    iterations, state, title=title, start=start, total=config.num_iterations, keys=_SHOWN
   )
   after = judge(state.params["policy"], when="after")
   params = jax.device_get(state.params)
   save_policy(workdir / "model", models.policy.config, params["policy"], models.tokenizer)
-  save_scalar(workdir / "value_model", models.value_model.config, params["value"], models.tokenizer)
+  if models.value_model is not None:
+    value_config = models.value_model.config
+    save_scalar(workdir / "value_model", value_config, params["value"], models.tokenizer)
   (workdir / "samples.jsonl").write_text(
     "".join(json.dumps(record) + "\n" for record in before.samples + after.samples)
   )
@@ -96,6 +113,7 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, keys) -> d
     for name, x in judgement.figures.items():
       stem, stderr, _ = name.partition("_stderr")
       figures[f"{stem}_{when}{stderr}"] = x
+  figures["kl_penalty"] = description
   if warnings:
     figures["warnings"] = warnings
   # The KLs that a run is known by are those of the trained policy.
@@ -116,9 +134,16 @@ def _make_step(config, mesh, models: Models, task: Task, sample, frozen, shardin
   jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
 
   def rows_of(iteration):
-    return data.batch_rows(
-      config.data_seed, iteration, config.batch_size, len(task.training.tokens)
-    )
+    num_prompts = config.oversampling * config.batch_size // config.group_size
+    rows = data.batch_rows(config.data_seed, iteration, num_prompts, len(task.training.tokens))
+    return np.repeat(rows, config.group_size)
+
+  def pretraining_of(iteration):
+    if task.pretraining is None:
+      return None
+    num_texts = len(task.pretraining.tokens)
+    rows = data.batch_rows(config.data_seed + 1, iteration, config.batch_size, num_texts)
+    return jax.device_put(data.take(task.pretraining, rows), rows_sharding)
 
   if task.reward_fn is None:
     score = make_reward_model_score_fn(models.reward_model)
@@ -127,7 +152,7 @@ def _make_step(config, mesh, models: Models, task: Task, sample, frozen, shardin
 
     def step(state, iteration):
       rows = jax.device_put(rows_of(iteration), rows_sharding)
-      return iterate(state, frozen, prompts, prompt_mask, rows)
+      return iterate(state, frozen, prompts, prompt_mask, rows, pretraining_of(iteration))
 
     return step
 
@@ -144,9 +169,8 @@ def _make_step(config, mesh, models: Models, task: Task, sample, frozen, shardin
     sampled = time.monotonic()
     scores = rewards.scores(task.reward_fn, [task.training.records[row] for row in rows], texts)
     scored = time.monotonic()
-    state, pairs = update(
-      state, frozen["reference"], rollout, jax.device_put(scores, rows_sharding)
-    )
+    scores = jax.device_put(scores, rows_sharding)
+    state, pairs = update(state, frozen["reference"], rollout, scores, pretraining_of(iteration))
     jax.block_until_ready(pairs)
     if gold is not None:
       pairs["gold/mean"] = (gold(rollout, rows).sum(), len(rows))

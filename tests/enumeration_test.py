@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from experiments import ppo
-from klrl import completions, learner, objective, ops, oracle
+from klrl import completions, kl_terms, learner, ops, oracle
 from klrl.models import DecoderConfig, Policy, ScalarModel, policy_model, scalar_model
 from klrl.objective import KLPenalty
 from klrl.optimizer import init_optimizer
@@ -180,7 +180,7 @@ def assert_gradients_are_expected(config, surrogate, *, rtol=1e-6):
 def test_the_learner_descends_score_and_penalty_on_and_off_policy(penalty, refresh):
   prefix_cap = 1.0 if penalty.correction == "prefix" else np.inf
   settings = {"prefix_cap": prefix_cap} if penalty.correction == "prefix" else {}
-  of_penalty = objective.surrogate(penalty, kl_refresh=refresh, prefix_cap=prefix_cap)
+  of_penalty = kl_terms.surrogate(penalty, kl_refresh=refresh, prefix_cap=prefix_cap)
 
   def surrogate(terms):
     scores = jnp.tile(SCORES[:, None], TREE.horizon)
@@ -195,9 +195,9 @@ def whitened(penalty, refresh):
   """Returns the surrogate of score and penalty, both divided by the advantages' deviation."""
 
   def advantages(terms):
-    kl = objective.reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl)
+    kl = kl_terms.reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl)
     values = jnp.zeros_like(terms.log_probs)
-    return objective.penalised_advantages(
+    return kl_terms.penalised_advantages(
       penalty, SCORES, kl, values, terms.mask, beta=BETA, gamma=1.0, gae_lambda=1.0
     )[0]
 
@@ -209,7 +209,7 @@ def whitened(penalty, refresh):
       jnp.exp(terms.log_probs - terms.old_log_probs), (credited - mean) / std, terms.mask
     )
     if penalty.in_loss:
-      loss += BETA / std * objective.kl_loss(penalty, terms)
+      loss += BETA / std * kl_terms.kl_loss(penalty, terms)
     return loss
 
   return f

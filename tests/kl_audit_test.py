@@ -11,7 +11,8 @@ import pytest
 
 from experiments import kl_audit, kl_audit_page, kl_figures, kl_peers
 from klrl import objective, oracle
-from klrl.objective import KLPenalty, TokenTerms
+from klrl.kl_terms import TokenTerms
+from klrl.objective import KLPenalty
 
 FACTS = pathlib.Path(__file__).parents[2] / "shared" / "facts" / "kl_facts.json"
 TUNIX = "Tunix GRPO, kl_loss_mode="

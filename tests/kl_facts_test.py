@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from experiments import estimators, kl_directions, kl_peers, mode_seeking, mode_seeking_gaussian
-from klrl import bandits, objective, ops, optimizer, oracle
+from klrl import bandits, kl_terms, objective, ops, optimizer, oracle
 from klrl.objective import KLPenalty
 
 PATH = pathlib.Path(__file__).parents[2] / "shared" / "facts" / "kl_facts.json"
@@ -47,7 +47,7 @@ def close(name, actual, figures, tolerance=None):
 
 
 def surrogate(*penalty):
-  return objective.surrogate(KLPenalty(*penalty))
+  return kl_terms.surrogate(KLPenalty(*penalty))
 
 
 def peer(project, setting):

@@ -15,6 +15,7 @@ LEVELS = {
   "models": 1,
   "parallel": 1,
   "objective": 1,
+  "kl_terms": 1,
   "oracle": 1,
   "bandits": 1,
   "loop": 3,

@@ -81,7 +81,8 @@ def compiled_update(config):
 def update(config, rollout=None, *, state=None, scores=None):
   rollout = make_rollout() if rollout is None else rollout
   # Traced coefficients do not need a program of their own.
-  traced = {name: getattr(make_config(), name) for name in learner.Hypers._fields}
+  fields = {field.name for field in dataclasses.fields(config)} & {*learner.Hypers._fields}
+  traced = {name: getattr(make_config(), name) for name in fields}
   fn = compiled_update(
     dataclasses.replace(config, **traced, trust_region_beta=make_config().trust_region_beta)
   )
@@ -201,6 +202,9 @@ def test_coefficients_are_traced_and_structure_is_static():
     {"trust_region": "kl_old_new"},
     {"trust_region": "kl_new_old"},
     {"trust_region": "kl_new_old", "trust_region_beta": 7.0},
+    {"trust_region": "sequence_clip"},
+    {"trust_region": "truncated"},
+    {"missing_eos_penalty": 1.0},
   ],
 )
 def test_every_setting_changes_the_update(change):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl import UserError, bandits, completions, objective, ops, oracle
+from klrl import UserError, bandits, completions, kl_terms, ops, oracle
 from klrl.models import DecoderConfig, policy_model
 from klrl.objective import KLPenalty
 from klrl.sampling import Rollout
@@ -178,7 +178,7 @@ def test_the_token_kl_and_the_future_make_the_gradient_of_the_sequence_kl():
 
 
 def test_the_token_target_at_the_old_policys_prefixes():
-  loss = objective.surrogate(KLPenalty("loss", "exact", credit="token"))
+  loss = kl_terms.surrogate(KLPenalty("loss", "exact", credit="token"))
   found = jax.jit(lambda x: oracle.expected_gradient(TREE, loss, x, REF, old_logits=OLD))(THETA)
   target = jax.jit(jax.grad(lambda x: oracle.token_kl(TREE, x, REF, prefix_logits=OLD)))(THETA)
   np.testing.assert_allclose(found, target, atol=1e-15)
@@ -214,7 +214,7 @@ OFF_POLICY = {
 
 @pytest.mark.parametrize(("table", "old"), [(ON_POLICY, None), (OFF_POLICY, OLD)])
 def test_expected_gradients_and_covariances_of_tree_a(table, old):
-  surrogates = [objective.surrogate(x) if isinstance(x, KLPenalty) else x for x in table]
+  surrogates = [kl_terms.surrogate(x) if isinstance(x, KLPenalty) else x for x in table]
 
   @jax.jit
   def found(pi):
@@ -266,7 +266,7 @@ def test_expected_values():
   @jax.jit
   def values(pi):
     return [
-      oracle.expected_value(TREE, objective.estimate(x), pi, REF, old_logits=old and OLD)
+      oracle.expected_value(TREE, kl_terms.estimate(x), pi, REF, old_logits=old and OLD)
       for x, old in choices
     ]
 
@@ -295,7 +295,7 @@ def test_what_is_excluded_weighs_nothing_and_sends_no_nan():
   pi, ref = THETA.copy(), REF.copy()
   pi[0, 1] = ref[2, 0] = -np.inf  # state 2 is the prefix '1', which pi never reaches
   ref[1, 2] = pi[1, 2] = -np.inf  # both exclude it
-  surrogates = [*map(objective.surrogate, [KLPenalty(), KLPenalty("both", "exact")]), whole("k2")]
+  surrogates = [*map(kl_terms.surrogate, [KLPenalty(), KLPenalty("both", "exact")]), whole("k2")]
 
   @jax.jit
   def everything(pi, ref):
@@ -326,7 +326,7 @@ def test_fixed_points():
 
   @jax.jit
   def ascent(ref):
-    surrogates = [objective.surrogate(penalty) for penalty in penalties]
+    surrogates = [kl_terms.surrogate(penalty) for penalty in penalties]
     logits = oracle.fixed_points(TREE, surrogates, ref, SCORES, beta=0.5)
 
     def j(x):
@@ -346,7 +346,7 @@ def test_fixed_points():
 
 def test_plain_and_natural_ascent_of_k3_in_the_reward_end_apart():
   bandit, ref = oracle.make_tree(4, 1), np.log([[0.4, 0.3, 0.2, 0.1]])
-  surrogate = objective.surrogate(KLPenalty("reward", "k3"))
+  surrogate = kl_terms.surrogate(KLPenalty("reward", "k3"))
 
   def ascent(beta=1.0, **options):
     fn = lambda ref: oracle.fixed_point(  # noqa: E731

@@ -87,9 +87,10 @@ def exact_kl(logits: jax.Array, ref_logits: jax.Array, *, temperature=1.0) -> ja
 
   Nats per token. Not negative up to rounding; inf where ref excludes (logit -inf) a token that pi
   does not; a token that pi excludes adds nothing. Summed over the prefixes of a completion from pi
-  it estimates the sequence KL, unbiased and with no more variance than k1 (Afra Amini, Tim Vieira
-  and Ryan Cotterell, "Better Estimation of the KL Divergence Between Language Models", 2025);
-  differentiated, it gives the gradient at those prefixes only.
+  it estimates the sequence KL, unbiased (Afra Amini, Tim Vieira and Ryan Cotterell, "Better
+  Estimation of the KL Divergence Between Language Models", 2025): at a given prefix with no
+  variance, and over completions usually, not always, with less than k1. Differentiated, it gives
+  the gradient at those prefixes only.
 
   Args:
     logits: [..., T, V] of pi; carries gradient.

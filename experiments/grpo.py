@@ -1,0 +1,86 @@
+"""GRPO and its relatives: the completions of a prompt are each other's baseline, and no critic.
+
+    python -m experiments.grpo
+    python -m experiments.grpo --flagfile=experiments/presets/rloo.flags
+
+By default GRPO (Zhihong Shao et al., "DeepSeekMath", 2024, eq. 3) with the KL as a corrected loss
+term; the paper's own, uncorrected k3 is a preset, as are Dr. GRPO, DAPO, GSPO, CISPO, RLOO and
+REINFORCE++. Each preset in experiments/presets lists what differs from the defaults.
+
+Departures from the paper:
+1. The KL term is loss/k3/token/token, whose gradient is that of the token KL(pi || pi_ref).
+2. Losses are divided by the number of tokens in the batch, not by each completion's length.
+"""
+
+import dataclasses
+import pathlib
+
+from experiments import rl, shared_flags
+from experiments.shared_flags import setting
+from klrl import advantages, objective
+from klrl.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(rl.SurrogateConfig):
+  """Settings of GRPO and its relatives."""
+
+  num_epochs: int = setting(1, "passes over a rollout", minimum=1)
+  num_minibatches: int = setting(2, "gradient steps per pass", minimum=1)
+  group_size: int = setting(8, "completions of each prompt", minimum=2)
+  advantage: str = setting(
+    "group_relative", "the advantage of a completion", choices=advantages.RULES[1:]
+  )
+  whiten_advantages: bool = setting(
+    False,
+    "subtract the batch's mean and divide by its deviation",
+    read_when=("advantage", ("returns",)),
+  )
+  oversampling: int = setting(
+    1, "groups sampled for each that is trained on; those of equal scores are dropped", minimum=1
+  )
+  overlong_buffer: int = setting(
+    0, "tokens before the limit over which a penalty rises to 1; 0: none", minimum=0
+  )
+  beta: float = setting(
+    0.1,
+    "KL coefficient, reward per nat of sequence KL(pi || pi_ref)",
+    minimum=0.0,
+    read_when=("kl_placement", ("reward", "loss", "both")),
+  )
+  kl_placement: str = setting("loss", "where the KL goes", choices=objective.PLACEMENTS)
+  kl_estimator: str = setting(
+    "k3",
+    "how the KL is estimated",
+    choices=objective.ESTIMATORS,
+    read_when=("kl_placement", ("reward", "loss", "both")),
+  )
+  kl_correction: str = setting(
+    "token",
+    "importance weight of a loss term, for tokens of an older policy",
+    choices=objective.CORRECTIONS,
+    read_when=("kl_placement", ("reward", "loss", "both")),
+  )
+  kl_credit: str = setting(
+    "token",
+    "whether a token answers for the KL of later ones",
+    choices=objective.CREDITS,
+    read_when=("kl_placement", ("reward", "loss", "both")),
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.advantage == "group_relative" and self.group_size < 3:
+      raise UserError(
+        f"--group_size={self.group_size}: a standard deviation of two scores is their distance, "
+        "and every advantage is plus or minus one. Use at least 3, or another --advantage."
+      )
+
+
+def main(config: Config, *, root: str = "runs") -> pathlib.Path:
+  """Runs the experiment and returns its folder; a finished one is shown, not run again."""
+  return rl.run(config, "grpo", "GRPO", root=root)
+
+
+if __name__ == "__main__":
+  shared_flags.run(main, Config)
