@@ -8,7 +8,7 @@ from klrl.plots import INK, SERIES, bare, picture
 COLUMNS = ("n", "KL at most", "KL of the pool", "score", "gold", "wins")
 BANDIT_COLUMNS = ("n", "probabilities", "KL", "KL at most", "score", "best score at this KL")
 EXACT_COLUMNS = ("n", "KL", "KL at most", "score", "best score at this KL", "gold")
-RUN_COLUMNS = ("", "run", "KL", "score", "gold", "score before")
+RUN_COLUMNS = ("", "run", "KL", "score", "best of n", "gold", "best of n", "score before")
 
 
 def row_cells(row: dict) -> list[str]:
@@ -46,6 +46,12 @@ def best_score_at(exact: dict, kl: float) -> float:
   return float(np.interp(kl, exact["frontier"]["kl"], exact["frontier"]["score"]))
 
 
+def best_of_n_at(rows: list[dict], kl: float, name: str) -> float | None:
+  """Returns a figure of best-of-n at a KL, by interpolation; None beyond the largest n."""
+  kls, values = ([row[key] for row in rows] for key in ("kl", name))
+  return float(np.interp(kl, kls, values)) if None not in values and kl <= kls[-1] else None
+
+
 def report(results: dict) -> str:
   """Returns the page."""
   rows, compared = results["rows"], results["compared"]
@@ -79,7 +85,7 @@ def report(results: dict) -> str:
       "\u201cWins\u201d: the chance that its score beats one more draw\u2019s, ties counted half; "
       "n/(n + 1) without ties."
     ),
-    *_runs(compared),
+    *_runs(rows, compared),
     *_exact(results["exact"]),
     element("h2", "Four choices"),
     paragraph(
@@ -90,13 +96,14 @@ def report(results: dict) -> str:
   )  # fmt: skip
 
 
-def _runs(compared: list[dict]) -> list[Html]:
+def _runs(rows: list[dict], compared: list[dict]) -> list[Html]:
   if not compared:
     return []
   cells = [
     (
-      str(i), run["name"],
-      *(digits(run[name], run[f"{name}_stderr"]) for name in ("kl", "score", "gold")),
+      str(i), run["name"], digits(run["kl"], run["kl_stderr"]),
+      digits(run["score"], run["score_stderr"]), digits(best_of_n_at(rows, run["kl"], "score")),
+      digits(run["gold"], run["gold_stderr"]), digits(best_of_n_at(rows, run["kl"], "gold")),
       digits(run["score_before"]),
     )
     for i, run in enumerate(compared, start=1)
@@ -107,7 +114,8 @@ def _runs(compared: list[dict]) -> list[Html]:
     note(
       "From the runs\u2019 own evaluations, KL exact. They belong on these axes if they started "
       "from the same policy, were scored by the same function and were judged on the same "
-      "prompts: their score before training is then that of n = 1, up to its error."
+      "prompts: their score before training is then that of n = 1, up to its error. \u201cBest of n\u201d is what that has at the run\u2019s "
+      "KL, between the points of the pool."
     ),
   ]
 

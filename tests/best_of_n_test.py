@@ -200,6 +200,8 @@ def test_the_page_says_where_the_gold_score_turns():
   assert "best at n = 2 with 0.8" in best_of_n_page.verdict(turning)
   assert "best at" not in best_of_n_page.verdict(rising)
   assert best_of_n_page.report(turning).count("<svg") == 2
+  assert best_of_n_page.best_of_n_at(turning["rows"], 0.3, "gold") == pytest.approx(0.7)
+  assert best_of_n_page.best_of_n_at(turning["rows"], 0.5, "gold") is None
 
 
 @pytest.mark.parametrize(

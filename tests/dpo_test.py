@@ -10,11 +10,18 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import dpo, dpo_pairs, sft
+from experiments import dpo, dpo_pairs, rl, sft
 from experiments.dpo_pairs import Pairs
 from klrl import oracle
 from klrl.errors import UserError
-from klrl.models import DecoderConfig, load_policy, policy_model, save_policy
+from klrl.models import (
+  DecoderConfig,
+  load_policy,
+  policy_model,
+  save_policy,
+  save_scalar,
+  scalar_params_from,
+)
 from klrl.tasks import arithmetic, data
 
 CONFIG = DecoderConfig(
@@ -279,16 +286,12 @@ def own(tmp_path_factory):
   }
 
 
-@pytest.mark.parametrize("loss", dpo.LOSSES)
-def test_a_run_on_own_pairs_starts_at_the_reference_and_is_not_made_twice(
-  own, loss, tmp_path, capsys
-):
-  config = dpo.Config(**own, loss=loss, learning_rate=1e-2, workdir=str(tmp_path / "run"))
+def test_a_run_on_own_pairs_starts_at_the_reference_and_is_not_made_twice(own, tmp_path, capsys):
+  config = dpo.Config(**own, loss="ipo", learning_rate=1e-2, workdir=str(tmp_path / "run"))
   workdir = dpo.main(config)
   summary = json.loads((workdir / "summary.json").read_text())
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  start = np.log(2) if loss == "dpo" else 1 / (2 * config.beta) ** 2
-  assert lines[0][f"loss/{loss}"] == pytest.approx(start, rel=1e-5)
+  assert lines[0]["loss/ipo"] == pytest.approx(1 / (2 * config.beta) ** 2, rel=1e-5)
   assert lines[0]["preference/margin"] == 0 != lines[1]["preference/margin"]
   assert summary["score_after"] is None and summary["gold_after"] is None
   assert abs(summary["kl_ref_exact_before"]) < 1e-5 < summary["kl_ref_exact"]
@@ -302,19 +305,19 @@ def test_a_run_on_own_pairs_starts_at_the_reference_and_is_not_made_twice(
   assert (workdir / "timing.jsonl").read_bytes() == before
 
 
-def test_embedded_run_is_judged_by_score_and_gold(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  for name in ("demonstrations", "preferences"):  # fewer of them
-    real = getattr(arithmetic, name)
-    monkeypatch.setattr(
-      arithmetic, name, lambda seed, num, *, real=real, **noise: real(seed, 600, **noise)
-    )
-  stages = {"sft_iterations": 2, "reward_model_iterations": 2}
-  workdir = dpo.main(dpo.Config(**TINY, **stages, num_pairs=100))
+def test_embedded_run_is_judged_by_score_and_gold(own, tmp_path, monkeypatch):
+  reward_model = str(tmp_path / "reward")
+  config, params = load_policy(own["policy"])
+  scalar = scalar_params_from(params)
+  save_scalar(tmp_path / "reward", config, scalar, arithmetic.make_tokenizer())
+  directories = {"policy": own["policy"], "reward_model": reward_model}
+  monkeypatch.setattr(rl, "model_directories", lambda config: directories)
+  workdir = dpo.main(dpo.Config(**TINY, num_pairs=100, workdir=str(tmp_path / "run")))
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert lines[0]["loss/dpo"] == pytest.approx(np.log(2), rel=1e-5)
   summary = json.loads((workdir / "summary.json").read_text())
   for name in ("score", "gold", "kl_ref_exact"):
     assert summary[f"{name}_after"] is not None and summary[f"{name}_before"] is not None
-  assert len(list((tmp_path / "runs/stages").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
