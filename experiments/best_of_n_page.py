@@ -114,8 +114,8 @@ def _runs(rows: list[dict], compared: list[dict]) -> list[Html]:
     note(
       "From the runs\u2019 own evaluations, KL exact. They belong on these axes if they started "
       "from the same policy, were scored by the same function and were judged on the same "
-      "prompts: their score before training is then that of n = 1, up to its error. \u201cBest of n\u201d is what that has at the run\u2019s "
-      "KL, between the points of the pool."
+      "prompts: their score before training is then that of n = 1, up to its error. \u201cBest of "
+      "n\u201d is what that has at the run\u2019s KL, between the points of the pool."
     ),
   ]
 

@@ -123,6 +123,9 @@ def test_a_pool_agrees_with_all_completions_of_its_problems(models):
   assert best_of_n.enumerable(models, task)
   scores, gold = best_of_n.draw_pool(config, models, task, prompts)
   assert scores.shape == gold.shape == (4, 600)
+  # What is drawn for a prompt, and its score, do not depend on what other prompts there are.
+  alone, _ = best_of_n.draw_pool(config, models, task, best_of_n.first_prompts(prompts, 1))
+  np.testing.assert_allclose(alone[0], scores[0], rtol=1e-4, atol=1e-5)
   exact = best_of_n.exact_figures(config, models, prompts, task.max_completion_len)
   assert exact["num_completions"] == 14 * (14 * 15 + 1) + 1 and exact["num_problems"] == 4
   for i, n in enumerate(config.sizes):
