@@ -18,7 +18,6 @@ of the reference (step 0) and of the trained policy (step 1): KLs of every size 
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from experiments import ppo, shared_flags
+from experiments import laboratory, ppo, rl, shared_flags
 from experiments.estimators_page import (
   CASE_COLUMNS,
   POLICY_COLUMNS,
@@ -43,7 +42,6 @@ from klrl.errors import UserError
 from klrl.models import check_tokenizer, load_policy, load_tokenizer, policy_model
 from klrl.sampling import make_sample_fn, top_k_logits
 from klrl.tasks import arithmetic, data
-from klrl.workdir import create_workdir, find_workdir, write_text
 
 NUM_NODES = 100  # of Gauss-Hermite quadrature: exact for the cases here to 13 digits
 NUM_SAMPLES = 1_000_000
@@ -85,21 +83,15 @@ class Case(NamedTuple):
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is shown, not run again."""
-  workdir = find_workdir("estimators", config, root=root)
-  path = workdir / "estimators.json"
-  if path.exists():
-    progress.console.print(f"Estimators: finished before, in {workdir}", soft_wrap=True)
-    results = json.loads(path.read_text(encoding="utf-8"))
-  else:
+
+  def compute(_):
     directories = model_directories(config, root=root)
-    results = laboratory(config.seed, num_samples=NUM_SAMPLES)
-    results["policies"] = measure_policies(config, *directories)
-    create_workdir(workdir, "estimators", config)
-    write_text(path, json.dumps(results, indent=2) + "\n")
-  write_text(workdir / "report.html", report(results))
-  show(results)
-  progress.console.print(f"Report: {workdir}/report.html", soft_wrap=True)
-  return workdir
+    return {
+      **laboratory_figures(config.seed, num_samples=NUM_SAMPLES),
+      "policies": measure_policies(config, *directories),
+    }
+
+  return laboratory.run(config, "estimators", "estimators.json", compute, report, show, root=root)
 
 
 def gaussian(mu: float) -> Case:
@@ -238,7 +230,7 @@ def small_k3(log_ratio: float) -> dict:
   }
 
 
-def laboratory(seed: int, *, num_samples: int) -> dict:
+def laboratory_figures(seed: int, *, num_samples: int) -> dict:
   """Returns the figures of all that needs no model."""
   all_cases = cases()
   samples = [
@@ -271,7 +263,7 @@ def model_directories(config: Config, *, root: str) -> tuple[str, str]:
     return config.policy, config.reference
   embedded = ppo.Config()
   policy = ppo.main(embedded, root=root)
-  return str(policy), ppo.model_directories(embedded)["policy"]
+  return str(policy), rl.model_directories(embedded)["policy"]
 
 
 def measure_policies(config: Config, policy_dir: str, reference_dir: str) -> list[dict]:

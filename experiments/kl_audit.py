@@ -14,22 +14,18 @@ About 30 s on 2 cores.
 
 import dataclasses
 import itertools
-import json
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from experiments import kl_audit_page, kl_figures, shared_flags
+from experiments import kl_audit_page, kl_figures, laboratory, shared_flags
 from experiments.kl_peers import PEERS
 from experiments.shared_flags import setting
-from klrl import kl_terms, metrics, objective, progress
+from klrl import kl_terms, objective, progress
 from klrl.errors import UserError
 from klrl.objective import KLPenalty
-from klrl.summary import read_summary, write_summary
-from klrl.workdir import create_workdir, find_workdir, write_text
 
 PREFIX_CAPS = (1.2, 2.0)
 UNITS = {
@@ -66,22 +62,15 @@ class Row(NamedTuple):
 
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
-  """Runs the audit and returns its folder; a finished one is shown again."""
-  workdir = find_workdir("kl_audit", config, root=root)
-  if not read_summary(workdir):
-    began = time.monotonic()
+  """Runs the audit and returns its folder; a finished one is shown, not computed again."""
+
+  def compute(_):
     progress.console.print("KL audit: enumerating ...")
-    audit = make_audit(config)
-    create_workdir(workdir, "kl_audit", config)
-    write_text(workdir / "audit.json", json.dumps(audit, indent=1) + "\n")
-    write_text(workdir / "report.html", kl_audit_page.audit_page(audit))
-    seconds = round(time.monotonic() - began, 3)
-    timing = {"iteration": 0, "tokens_per_second": None, "elapsed_seconds": seconds}
-    metrics.append_line(workdir / "timing.jsonl", timing)
-    write_summary(workdir, {name: audit[name] for name in ("num_claims", "num_differing")})
-  show(json.loads((workdir / "audit.json").read_text()))
-  progress.console.print(f"Figures and report in {workdir}", soft_wrap=True)
-  return workdir
+    return make_audit(config)
+
+  return laboratory.run(
+    config, "kl_audit", "audit.json", compute, kl_audit_page.audit_page, show, root=root
+  )
 
 
 def make_audit(config: Config) -> dict[str, Any]:

@@ -14,7 +14,6 @@ Verdu, "f-Divergence Inequalities", 2016, for the method of the bound.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import NamedTuple
 
@@ -23,14 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from experiments import ppo, shared_flags
+from experiments import laboratory, ppo, shared_flags
 from experiments.kl_directions_page import final_figures, report
 from experiments.shared_flags import setting
 from klrl import ops, progress
 from klrl.errors import UserError
 from klrl.metrics import read_lines
 from klrl.summary import read_summary
-from klrl.workdir import create_workdir, find_workdir, write_text
+from klrl.workdir import create_workdir
 
 DIRECTIONS = ("kl_old_new", "kl_new_old")
 # Changes to PPO's defaults.
@@ -208,35 +207,31 @@ def run_ppo(config: Config, root: str, name: str, changes: dict) -> dict:
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is shown, not run again."""
-  workdir = find_workdir("kl_directions", config, root=root)
-  path = workdir / "kl_directions.json"
-  if path.exists():
-    progress.console.print(f"KL directions: finished before, in {workdir}", soft_wrap=True)
-    results = json.loads(path.read_text(encoding="utf-8"))
-  else:
+
+  def compute(workdir):
     create_workdir(workdir, "kl_directions", config)
-    results = {"beta": config.beta, **exact_studies()}
-    runs = str(workdir / "runs")
-    results["anchors"] = [run_ppo(config, runs, *item) for item in ANCHORS.items()]
-    results["epochs"] = [
-      {
-        "num_epochs": int(epochs),
-        "penalty": name,
-        **run_ppo(
-          config,
-          runs,
-          f"{name}, {epochs} passes" if int(epochs) > 1 else f"{name}, 1 pass",
-          {**changes, "num_epochs": int(epochs), "trust_region": "none"},
-        ),
-      }
-      for epochs in config.epochs.split(",")
-      for name, changes in PENALTIES.items()
-    ]
-    write_text(path, json.dumps(results, indent=2) + "\n")
-  write_text(workdir / "report.html", report(results))
-  show(results)
-  progress.console.print(f"Report: {workdir}/report.html", soft_wrap=True)
-  return workdir
+    return {
+      "beta": config.beta,
+      **exact_studies(),
+      "anchors": [run_ppo(config, str(workdir / "runs"), *item) for item in ANCHORS.items()],
+      "epochs": compare_epochs(config, str(workdir / "runs")),
+    }
+
+  return laboratory.run(
+    config, "kl_directions", "kl_directions.json", compute, report, show, root=root
+  )
+
+
+def compare_epochs(config: Config, root: str) -> list[dict]:
+  """Returns a PPO run for each number of passes over a rollout and each of PENALTIES."""
+  runs = []
+  for epochs in config.epochs.split(","):
+    for penalty, changes in PENALTIES.items():
+      name = f"{penalty}, {epochs} {'pass' if epochs == '1' else 'passes'}"
+      settings = {**changes, "num_epochs": int(epochs), "trust_region": "none"}
+      run = run_ppo(config, root, name, settings)
+      runs.append({"num_epochs": int(epochs), "penalty": penalty, **run})
+  return runs
 
 
 def show(results: dict) -> None:

@@ -19,9 +19,7 @@ Tomasz Korbak et al., "RL with KL penalties is better viewed as Bayesian inferen
 """
 
 import dataclasses
-import json
 import pathlib
-import time
 from typing import NamedTuple
 
 import jax
@@ -29,13 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from experiments import shared_flags
+from experiments import laboratory, shared_flags
 from experiments.mode_seeking_gaussian import gaussian_results, make_descent
 from experiments.mode_seeking_page import CLAIMS, FIT_COLUMNS, fit_cells, report, verdict
 from experiments.shared_flags import setting
 from klrl import oracle, progress
 from klrl.models import DecoderConfig, policy_model
-from klrl.workdir import create_workdir, find_workdir, write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,22 +46,17 @@ class Config(shared_flags.LabConfig):
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is shown, not run again."""
-  workdir = find_workdir("mode_seeking", config, root=root)
-  path = workdir / "mode_seeking.json"
-  if path.exists():
-    progress.console.print(f"Mode seeking: finished before, in {workdir}", soft_wrap=True)
-    results = json.loads(path.read_text(encoding="utf-8"))
-  else:
-    create_workdir(workdir, "mode_seeking", config)
-    began = time.monotonic()
-    results = {"gaussian": gaussian_results(), "three_tokens": three_tokens()}
-    results |= language_results(config)
-    results["seconds"] = time.monotonic() - began
-    write_text(path, json.dumps(results, indent=2) + "\n")
-  write_text(workdir / "report.html", report(results))
-  show(results)
-  progress.console.print(f"Report: {workdir}/report.html", soft_wrap=True)
-  return workdir
+
+  def compute(_):
+    return {
+      "gaussian": gaussian_results(),
+      "three_tokens": three_tokens(),
+      **language_results(config),
+    }
+
+  return laboratory.run(
+    config, "mode_seeking", "mode_seeking.json", compute, report, show, root=root
+  )
 
 
 def show(results: dict) -> None:

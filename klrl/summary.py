@@ -25,6 +25,17 @@ _ALWAYS = (
 )
 
 
+def environment() -> dict:
+  """Returns the versions and the device that figures were made with."""
+  return {
+    "versions": {
+      "python": platform.python_version(),
+      **{package: importlib.metadata.version(package) for package in _PACKAGES},
+    },
+    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+  }
+
+
 def write_summary(workdir: pathlib.Path, figures: dict) -> dict:
   """Writes `summary.json`, which marks the run as finished, and returns its content."""
   timing = metrics.read_lines(workdir / "timing.jsonl")
@@ -36,11 +47,7 @@ def write_summary(workdir: pathlib.Path, figures: dict) -> dict:
     "wall_seconds": timing[-1]["elapsed_seconds"] if timing else 0.0,
     "tokens_per_second": (rates[len(rates) // 2] or None) if rates else None,
     "num_iterations": len(timing),
-    "versions": {
-      "python": platform.python_version(),
-      **{package: importlib.metadata.version(package) for package in _PACKAGES},
-    },
-    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    **environment(),
   }
   write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
   return summary

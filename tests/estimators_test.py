@@ -17,7 +17,7 @@ NUM_SAMPLES = 100_000
 @pytest.fixture(scope="module")
 def laboratory():
   """The figures that need no model, by title."""
-  return estimators.laboratory(0, num_samples=NUM_SAMPLES)
+  return estimators.laboratory_figures(0, num_samples=NUM_SAMPLES)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_leaves_figures_and_a_page(workdir, policies):
 
 def test_a_finished_run_is_shown_and_not_run_again(workdir, settings, monkeypatch, capsys):
   before = [(workdir / name).read_bytes() for name in ("estimators.json", "report.html")]
-  monkeypatch.setattr(estimators, "laboratory", None)
+  monkeypatch.setattr(estimators, "laboratory_figures", None)
   capsys.readouterr()
   estimators.main(estimators.Config(**settings), root=str(workdir.parent))
   output = capsys.readouterr().out
@@ -268,7 +268,7 @@ def test_models_of_different_shape_are_refused(models, settings, tmp_path):
 def test_without_models_the_embedded_run_is_used(monkeypatch):
   monkeypatch.setattr(estimators.ppo, "main", lambda config, root: f"{root}/ppo")
   monkeypatch.setattr(
-    estimators.ppo, "model_directories", lambda config: {"policy": "sft", "reward_model": "r"}
+    estimators.rl, "model_directories", lambda config: {"policy": "sft", "reward_model": "r"}
   )
   assert estimators.model_directories(estimators.Config(), root="r") == ("r/ppo", "sft")
 

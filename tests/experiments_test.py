@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from experiments import ppo, reward_model, sft
+from experiments import ppo, reward_model, rl, sft
 from klrl import loop
 from klrl.errors import UserError
 from klrl.models import load_policy, load_scalar
@@ -100,7 +100,7 @@ def test_a_finished_run_is_shown_and_not_run_again(runs, capsys):
 def test_stages_are_found_again_by_another_run(runs):
   stages = sorted(path.name for path in (runs / "runs/stages").iterdir())
   config = ppo.Config(**TINY, **STAGES)
-  ppo.model_directories(config)
+  rl.model_directories(config)
   assert sorted(path.name for path in (runs / "runs/stages").iterdir()) == stages
   assert len(stages) == 2
 

@@ -1,0 +1,52 @@
+"""The way of an experiment that measures and trains no model of its own: figures once, then a page.
+
+WORKDIR gets a JSON file of all figures, and `report.html`, which is made from them anew each time.
+"""
+
+import json
+import pathlib
+import time
+from collections.abc import Callable
+
+from klrl import progress
+from klrl.summary import environment
+from klrl.workdir import create_workdir, find_workdir, write_text
+
+
+def run(
+  config,
+  name: str,
+  file: str,
+  compute: Callable[[pathlib.Path], dict],
+  report: Callable[[dict], str],
+  show: Callable[[dict], None],
+  *,
+  root: str,
+) -> pathlib.Path:
+  """Runs an experiment and returns its folder; a finished one is shown, not computed again.
+
+  Args:
+    config: its settings.
+    name: of the experiment.
+    file: of its figures.
+    compute: from the folder to figures that JSON holds; it makes the folder if it keeps runs there.
+    report: from figures to a page.
+    show: prints figures.
+    root: where folders with default names are.
+  """
+  workdir = find_workdir(name, config, root=root)
+  path = workdir / file
+  if path.exists():
+    progress.console.print(f"{name}: finished before, in {workdir}", soft_wrap=True)
+  else:
+    began = time.monotonic()
+    results = compute(workdir)
+    create_workdir(workdir, name, config)  # Now, so that what cannot work leaves nothing behind.
+    results = results | {"seconds": round(time.monotonic() - began, 3), **environment()}
+    write_text(path, json.dumps(results, indent=1) + "\n")
+  # Read again, so that a page never shows what the file does not hold.
+  results = json.loads(path.read_text(encoding="utf-8"))
+  write_text(workdir / "report.html", report(results))
+  show(results)
+  progress.console.print(f"Report: {workdir}/report.html", soft_wrap=True)
+  return workdir
