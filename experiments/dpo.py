@@ -18,7 +18,8 @@ probability sigmoid(score - other score). That is the population for which the o
 pi* = pi_ref exp(score / beta) / Z, which is also what PPO with this beta against this reward model
 looks for. (The embedded preferences, right answers against slips, come from no policy.) IPO is led
 to a policy of its own by such labels, see `ops.ipo_loss`. With `--data` it reads lines of
-`{"prompt": ..., "chosen": ..., "rejected": ...}`. About a minute on 2 cores, after the stages.
+`{"prompt": ..., "chosen": ..., "rejected": ...}`, or dialogues in the format of HH-RLHF. About a
+minute on 2 cores, after the stages.
 
 Departures from the paper: Adam with a cosine schedule in place of RMSprop with a warm-up.
 """
@@ -68,6 +69,11 @@ class Config(shared_flags.RunConfig):
   )
   policy: str = setting("", "model directory to start from; default: the embedded SFT stage")
   data: str = setting("", "JSON lines with prompt, chosen, rejected; default: drawn pairs")
+  max_len: int = setting(
+    0,
+    "most tokens of a text, longer pairs are left out; 0: the context, beyond it an error",
+    minimum=0,
+  )
   num_pairs: int = setting(
     30_000, "pairs drawn from the policy", minimum=2, read_when=("data", ("",))
   )
@@ -87,6 +93,8 @@ class Config(shared_flags.RunConfig):
     super().__post_init__()
     if bool(self.policy) != bool(self.data):
       raise UserError("--policy and --data go together: a model of yours needs pairs of yours.")
+    if self.max_len and not self.data:
+      raise UserError("--max_len is set, but nothing reads it: drawn pairs all fit.")
 
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from experiments import rl
-from klrl import inputs, ops, parallel, rlhf
+from klrl import inputs, ops, parallel, progress, rlhf
 from klrl.models import (
   Policy,
   TokenizerInfo,
@@ -34,14 +34,6 @@ class Pairs(NamedTuple):
   mask: np.ndarray  # [N, 2, S] bool, real tokens
   completion_mask: np.ndarray  # [N, 2, S] bool, tokens of the completion
   ref_log_probs: np.ndarray  # [N, 2], of whole completions under the reference, nats
-
-
-class Texts(NamedTuple):
-  """The columns of a file of pairs, [N] str."""
-
-  prompt: np.ndarray
-  chosen: np.ndarray
-  rejected: np.ndarray
 
 
 class Start(NamedTuple):
@@ -109,29 +101,37 @@ def own_start(config) -> Start:
   tokenizer = load_tokenizer(config.policy)
   check_tokenizer(tokenizer, model_config)
   policy = policy_model(model_config)
-  records = data.read_records(config.data, Texts._fields)
-  texts = Texts(*(np.array([record[name] for record in records], object) for name in Texts._fields))
-  parts = data.split_held_out(texts, config.data_seed)
-  training, held_out = (
-    make_pairs(config, policy, params, encode_pairs(part, tokenizer, max_len=model_config.max_len))
-    for part in parts
-  )
+  pairs, arrays = encode_pairs(config, tokenizer, context=model_config.max_len)
+  both = make_pairs(config, policy, params, arrays)
+  rows, held_out_rows = data.split_rows(len(pairs), config.data_seed)
   max_completion_len = config.max_completion_len or 64
   prompts = data.encode_prompts(
-    [{"prompt": prompt} for prompt in dict.fromkeys(parts[1].prompt)],
+    [{"prompt": prompt} for prompt in dict.fromkeys(pairs[row].prompt for row in held_out_rows)],
     tokenizer,
     max_prompt_len=model_config.max_len - max_completion_len,
   )
   sample = _sampler(policy, tokenizer, max_completion_len)
+  training, held_out = (data.take(both, part) for part in (rows, held_out_rows))
   return Start(policy, params, tokenizer, training, held_out, prompts, sample, None)
 
 
-def encode_pairs(texts: Texts, tokenizer: TokenizerInfo, *, max_len: int) -> list[np.ndarray]:
-  """Returns tokens, mask and completion mask of the texts, [N, 2, S] each."""
-  both = [(prompt, completion) for prompt, *pair in zip(*texts, strict=True) for completion in pair]
-  examples = data.encode_examples(both, tokenizer, max_len=max_len)
+def encode_pairs(config, tokenizer: TokenizerInfo, *, context: int):
+  """Returns the pairs of the file, and their tokens, mask and completion mask, [N, 2, S] each."""
+  pairs = data.read_pairs(config.data)
+  chosen, rejected = (
+    data.encode_texts([(pair.prompt, getattr(pair, name)) for pair in pairs], tokenizer)
+    for name in ("chosen", "rejected")
+  )
+  max_len = data.row_len(config.max_len, context)
+  if config.max_len:
+    kept = data.fitting_rows(chosen, rejected, max_len=max_len)
+    progress.console.print(f"{len(kept)} of {len(pairs)} pairs are short enough")
+    pairs, chosen, rejected = ([column[i] for i in kept] for column in (pairs, chosen, rejected))
+  for texts in (chosen, rejected):
+    data.check_lengths(texts, max_len)
+  examples = data.examples_of([*chosen, *rejected], tokenizer.pad_id)
   arrays = examples.tokens, examples.mask, examples.completion_mask
-  return [x.reshape(-1, 2, x.shape[-1]) for x in arrays]
+  return pairs, [np.stack(np.split(x, 2), axis=1) for x in arrays]
 
 
 def embedded_start(config) -> Start:

@@ -326,6 +326,7 @@ def test_embedded_run_is_judged_by_score_and_gold(own, tmp_path, monkeypatch):
     ({"policy": "somewhere"}, "--policy and --data go together"),
     ({"data": "pairs.jsonl"}, "--policy and --data go together"),
     ({"policy": "p", "data": "d", "num_pairs": 7}, "--num_pairs is set, but nothing reads it"),
+    ({"max_len": 9}, "--max_len is set, but nothing reads it"),
     ({"loss": "hope"}, "must be one of dpo, ipo"),
     ({"beta": 0.0}, "--beta=0.0"),
     ({"label_smoothing": 0.6}, "--label_smoothing=0.6"),
@@ -341,7 +342,7 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
   [
     ('{"prompt": "01+02=", "chosen": "03"}\n', "no text column 'rejected'"),
     ('{"prompt": "1", "chosen": "3", "rejected": "4"}\n', "a single row"),
-    ('{"prompt": "1", "chosen": "%s", "rejected": "4"}\n' % ("1" * 60) * 3, "has 6. tokens"),
+    ('{"prompt": "1", "chosen": "%s", "rejected": "4"}\n' % ("1" * 60) * 3, "6. tokens"),
   ],
 )
 def test_files_that_cannot_be_used_are_refused(own, text, message, tmp_path):
@@ -350,6 +351,28 @@ def test_files_that_cannot_be_used_are_refused(own, text, message, tmp_path):
   with pytest.raises(UserError, match=message):
     dpo.main(dpo.Config(**config))
   assert not (tmp_path / "run").exists()
+
+
+def test_pairs_that_are_too_long_are_left_out_where_that_is_asked_for(own, tmp_path):
+  path = tmp_path / "pairs.jsonl"
+  path.write_text(
+    '{"prompt": "1+", "chosen": "3", "rejected": "456"}\n'
+    '{"prompt": "1+", "chosen": "111111", "rejected": "4"}\n'
+    '{"prompt": "1+", "chosen": "789", "rejected": "5"}\n'
+  )
+  config = dpo.Config(**{**own, "data": str(path)}, max_len=7)
+  start = dpo_pairs.own_start(config)
+  both = np.concatenate([start.training.tokens, start.held_out.tokens])
+  mask = np.concatenate([start.training.completion_mask, start.held_out.completion_mask])
+  assert both.shape == (2, 2, 7)
+  lengths = mask.sum(axis=-1).tolist()  # with the end-of-sequence, chosen first
+  assert sorted(lengths) == [[2, 4], [4, 2]]
+  assert start.prompts.records == [{"prompt": "1+"}]
+  np.testing.assert_allclose(
+    start.training.ref_log_probs,
+    dpo_pairs.completion_log_probs(start.policy, start.params, *start.training[:3]),
+    rtol=1e-5,
+  )
 
 
 def test_a_batch_that_the_devices_cannot_split_is_refused(own, tmp_path):
