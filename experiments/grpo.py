@@ -27,7 +27,7 @@ class Config(rl.SurrogateConfig):
 
   num_epochs: int = setting(1, "passes over a rollout", minimum=1)
   num_minibatches: int = setting(2, "gradient steps per pass", minimum=1)
-  group_size: int = setting(8, "completions of each prompt", minimum=2)
+  group_size: int = setting(8, "completions of each prompt", minimum=1)
   advantage: str = setting(
     "group_relative", "the advantage of a completion", choices=advantages.RULES[1:]
   )
@@ -70,10 +70,14 @@ class Config(rl.SurrogateConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.advantage == "group_relative" and self.group_size < 3:
+    if self.advantage.startswith(("group", "leave")) and self.group_size < 2:
       raise UserError(
-        f"--group_size={self.group_size}: a standard deviation of two scores is their distance, "
-        "and every advantage is plus or minus one. Use at least 3, or another --advantage."
+        f"--group_size={self.group_size}: --advantage={self.advantage} compares the completions of "
+        "a prompt; it takes two or more."
+      )
+    if self.oversampling > 1 and self.group_size < 2:
+      raise UserError(
+        "--oversampling drops groups of equal scores; a --group_size of 1 has no other."
       )
 
 

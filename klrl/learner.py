@@ -209,7 +209,7 @@ def informative_groups(rollout: Rollout, scores, config):
   groups = scores.reshape(-1, config.group_size)
   uniform = groups.max(axis=-1) == groups.min(axis=-1)
   kept = jnp.argsort(uniform, stable=True)[: config.batch_size // config.group_size]
-  rows = (kept[:, None] * config.group_size + jnp.arange(config.group_size)).reshape(-1)
+  rows = (kept[:, None] * config.group_size + jnp.arange(config.group_size)[None]).reshape(-1)
   rollout = jax.tree.map(lambda x: x[rows], rollout)
   return rollout, scores[rows], 1.0 - uniform.mean()
 

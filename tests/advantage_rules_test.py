@@ -1,0 +1,180 @@
+"""Tests of the advantage rules, of what shapes scores and picks groups, and of GRPO's presets."""
+
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+
+from experiments import grpo, ppo, reinforce, shared_flags
+from klrl import advantages, learner, objective, ops
+from klrl.errors import UserError
+from klrl.models import DecoderConfig, policy_model
+from klrl.objective import KLPenalty
+from klrl.optimizer import init_optimizer
+from klrl.sampling import Rollout
+
+SCORES = jnp.array([1.0, 0.0, 0.0, 1.0])
+KL = jnp.array([[0.1, 0.2], [0.3, 0.0], [0.0, 0.4], [0.2, 0.2]])
+MASK = jnp.array([[True, True], [True, False], [True, True], [True, True]])
+K1, NONE = KLPenalty("reward", "k1", "none", "sequence"), KLPenalty("none")
+PRESETS = sorted(pathlib.Path(grpo.__file__).parent.glob("presets/*.flags"))
+
+
+def rule(name, penalty=NONE, *, group_size=2, whiten=False, beta=0.5):
+  config = types.SimpleNamespace(advantage=name, group_size=group_size, whiten_advantages=whiten)
+  hypers = types.SimpleNamespace(gamma=1.0, gae_lambda=1.0)
+  kl = KL if penalty.in_reward else jnp.zeros_like(KL)
+  found = advantages.advantages_of(
+    config, penalty, SCORES, kl, jnp.zeros_like(KL), MASK, hypers=hypers, beta=beta
+  )
+  return np.where(MASK, found.advantages, 0.0)
+
+
+@pytest.mark.parametrize(
+  ("name", "firsts"),
+  [
+    ("returns", [1.0, 0.0, 0.0, 1.0]),
+    ("batch_mean", [2 / 3, -2 / 3, -2 / 3, 2 / 3]),
+    ("leave_one_out", [1.0, -1.0, -1.0, 1.0]),
+    ("group_centred", [0.5, -0.5, -0.5, 0.5]),
+    ("group_relative", np.array([1.0, -1.0, -1.0, 1.0]) * 0.5 / (np.sqrt(0.5) + 1e-4)),
+  ],
+)
+def test_every_rule_gives_one_number_to_all_tokens_of_a_completion(name, firsts):
+  expected = np.where(MASK, np.array(firsts)[:, None], 0.0)
+  np.testing.assert_allclose(rule(name), expected, rtol=1e-6)
+
+
+def test_the_kl_in_the_reward_is_part_of_the_total_before_the_baseline():
+  totals = np.array([1 - 0.15, -0.15, -0.2, 1 - 0.2])
+  expected = totals - totals[[1, 0, 3, 2]]
+  np.testing.assert_allclose(rule("leave_one_out", K1)[:, 0], expected, rtol=1e-6)
+
+
+def test_later_kl_is_charged_to_the_token_before_it_and_credit_token_to_its_own():
+  later = rule("group_centred", KLPenalty("both", "exact", "none", "sequence"))
+  np.testing.assert_allclose(later[0], [0.5 - 0.5 * 0.2, 0.5], rtol=1e-6)
+  own = rule("group_centred", KLPenalty("reward", "k1", "none", "token"))
+  np.testing.assert_allclose(own[0], [0.5 - 0.5 * 0.1, 0.5 - 0.5 * 0.2], rtol=1e-6)
+
+
+def test_effective_beta_is_beta_times_the_deviation_that_divides_the_score():
+  config = types.SimpleNamespace(group_size=2)
+  found = advantages.effective_beta(config, SCORES, 0.5)
+  np.testing.assert_allclose(found, 0.5 * np.sqrt(0.5), rtol=1e-6)
+
+
+def rollout_of(lengths, finished, max_len=4):
+  mask = jnp.arange(max_len)[None] < jnp.array(lengths)[:, None]
+  prompts = jnp.ones((len(lengths), 1), jnp.int32)
+  zeros = jnp.zeros(mask.shape)
+  tokens = jnp.concatenate([prompts, jnp.arange(mask.size).reshape(mask.shape)], axis=1)
+  return Rollout(tokens, prompts > 0, mask, jnp.array(finished), zeros, zeros)
+
+
+def test_scores_pay_for_length_and_for_a_missing_end():
+  rollout = rollout_of([1, 3, 4, 4], [True, True, True, False])
+
+  def shaped(**settings):
+    hypers = types.SimpleNamespace(overlong_buffer=0.0, missing_eos_penalty=0.0)
+    vars(hypers).update(settings)
+    return learner.shaped_scores(SCORES, rollout, 4, hypers)
+
+  np.testing.assert_array_equal(shaped(), SCORES)
+  np.testing.assert_allclose(shaped(overlong_buffer=2.0), SCORES - np.array([0, 0.5, 1, 1]))
+  np.testing.assert_allclose(shaped(missing_eos_penalty=0.3), SCORES - np.array([0, 0, 0, 0.3]))
+
+
+def test_groups_of_equal_scores_give_way_to_others():
+  config = types.SimpleNamespace(group_size=2, batch_size=4)
+  scores = jnp.array([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 2.0, 1.0])
+  rollout = rollout_of([4] * 8, [True] * 8)
+  kept, kept_scores, share = learner.informative_groups(rollout, scores, config)
+  np.testing.assert_array_equal(kept_scores, [0.0, 1.0, 2.0, 1.0])
+  np.testing.assert_array_equal(kept.tokens, rollout.tokens[jnp.array([2, 3, 6, 7])])
+  assert share == 0.5
+
+
+def config_of_preset(path):
+  before = set(flags.FLAGS)
+  shared_flags.define_flags(grpo.Config)
+  try:
+    flags.FLAGS(["program", f"--flagfile={path}"])
+    return shared_flags.config_from_flags(grpo.Config)
+  finally:
+    for name in set(flags.FLAGS) - before:
+      delattr(flags.FLAGS, name)
+    flags.FLAGS.unparse_flags()
+
+
+DECODER = DecoderConfig(
+  vocab_size=7, width=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8, max_len=8
+)
+
+
+def traced_update(config):
+  """Returns the shapes of the metrics of one update, which is traced and not run."""
+  policy = policy_model(DECODER)
+  params = {"policy": policy.init(jax.random.key(0))}
+  state = learner.TrainState(
+    params,
+    init_optimizer(params),
+    ops.ControllerState(jnp.float32(config.beta), jnp.int32(0)),
+    ops.ControllerState(jnp.float32(config.trust_region_beta), jnp.int32(0)),
+    learner.hypers_from_config(config),
+    jax.random.key(1),
+    jnp.int32(0),
+  )
+  num_rows = config.batch_size * config.oversampling
+  update = learner.make_update_fn(config, 4, policy, None, policy)
+  rollout = rollout_of([4] * num_rows, [True] * num_rows)
+  _, metrics = jax.eval_shape(update, state, params["policy"], rollout, jnp.zeros(num_rows))
+  return metrics
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_is_a_configuration_that_the_learner_takes(path):
+  config = config_of_preset(path)
+  assert config != grpo.Config()
+  metrics = traced_update(config)
+  assert ("rollout/informative_groups" in metrics) == (config.oversampling > 1)
+  assert ("controller/effective_beta" in metrics) == (path.stem == "deepseekmath")
+
+
+def test_presets_have_the_penalties_of_their_papers():
+  penalties = {path.stem: objective.penalty_of(config_of_preset(path)) for path in PRESETS}
+  assert str(penalties["deepseekmath"]) == "loss/k3/none/token"
+  assert penalties["rloo"] == penalties["reinforce_plus_plus"] == K1
+  assert {str(penalties[name]) for name in ("dr_grpo", "dapo", "gspo", "cispo")} == {"none"}
+
+
+def test_critic_free_experiments_have_no_value_model_and_ppo_has_one():
+  assert "value/loss" not in traced_update(reinforce.Config(batch_size=4))
+  assert ppo.Config.advantage == "gae"
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"group_size": 1}, "takes two or more"),
+    ({"batch_size": 12}, "not a multiple of --group_size=8"),
+    ({"advantage": "returns", "group_size": 1, "oversampling": 2}, "--oversampling"),
+    ({"whiten_advantages": True}, "nothing reads it with --advantage=group_relative"),
+    (
+      {
+        "kl_placement": "reward",
+        "kl_estimator": "k1",
+        "kl_correction": "none",
+        "kl_refresh": "minibatch",
+      },
+      "needs an advantage per token",
+    ),
+  ],
+)
+def test_settings_without_a_meaning_are_refused(settings, message):
+  with pytest.raises(UserError, match=message):
+    grpo.Config(**settings)
