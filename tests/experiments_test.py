@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from experiments import ppo, reward_model, rl, sft
+from experiments import grpo, ppo, reinforce, reward_model, rl, sft
 from klrl import loop
 from klrl.errors import UserError
 from klrl.models import load_policy, load_scalar
@@ -211,6 +211,47 @@ def test_wrong_use_is_one_clear_message(runs, own, changes, message):
 def test_models_with_different_tokenizers_are_refused(runs, own):
   with pytest.raises(UserError, match="another vocabulary than the policy"):
     ppo.main(ppo.Config(**own, reference=str(STORIES), workdir="wrong"))
+
+
+CRITIC_FREE = {
+  name: value for name, value in TINY.items() if name not in ("num_epochs", "num_minibatches")
+}
+
+
+def test_reinforce_and_grpo_train_no_value_model(runs, own):
+  runs_of = {
+    "reinforce": (reinforce, {**CRITIC_FREE, **STAGES}),
+    "dapo": (
+      grpo,
+      {
+        **own,
+        "num_epochs": 2,
+        "group_size": 4,
+        "oversampling": 2,
+        "overlong_buffer": 2,
+        "kl_placement": "none",
+      },
+    ),
+  }
+  for name, (experiment, settings) in runs_of.items():
+    workdir = experiment.main(experiment.Config(**settings, workdir=name))
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["num_iterations"] == TINY["num_iterations"]
+    assert not (workdir / "value_model").exists()
+    assert "kl_penalty" in summary
+    load_policy(workdir)
+  lines = read_lines(runs / "dapo/metrics.jsonl")
+  assert all(0 <= line["rollout/informative_groups"] <= 1 for line in lines)
+
+
+def test_pretraining_texts_are_mixed_into_the_loss(runs, own):
+  (runs / "texts.jsonl").write_text('{"text": "12+34=46"}\n{"text": "1"}\n' * 8)
+  settings = {**own, "num_iterations": 2, "pretrain_data": "texts.jsonl"}
+  losses = []
+  for ptx_coef in (0.1, 50.0):
+    workdir = ppo.main(ppo.Config(**settings, ptx_coef=ptx_coef, workdir=f"ptx-{ptx_coef}"))
+    losses.append(read_lines(workdir / "metrics.jsonl")[-1]["policy/pretraining_loss"])
+  assert losses[1] < losses[0]
 
 
 @pytest.mark.parametrize(
