@@ -78,6 +78,7 @@ pre, code { font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, mono
 summary { cursor: pointer; color: var(--quiet); margin: 1.25rem 0 .25rem; }
 @media (max-width: 40rem) { body { padding: 1.5rem 1rem 3rem; } .verdict { font-size: 1.2rem; }
   .pair { grid-template-columns: 1fr; } .figures th, .figures td { padding-right: .75rem; }
+  .figures th[scope=row] { overflow-wrap: normal; }
   .figures { font-size: .92rem; } th span { display: block; margin: 0; line-height: 1.2; } }
 @media print { body { max-width: none; padding: 0; } figure, .pair { break-inside: avoid; } }
 """

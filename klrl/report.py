@@ -56,12 +56,18 @@ PANELS = (
     ("kl/old_k1", "k1", *FIRST), ("kl/old_k3", "k3", *SECOND),
   )),
   ("Cross-entropy", "nats per token", (
-    ("loss/cross_entropy", "training", *FIRST), ("eval/cross_entropy", "held out", *SECOND),
+    ("loss/cross_entropy", "", *FIRST), ("policy/pretraining_loss", "pretraining", *SECOND),
   )),
-  ("Bradley-Terry loss", "nats per pair", (
-    ("loss/bradley_terry", "training", *FIRST), ("eval/bradley_terry", "held out", *SECOND),
+  ("Bradley-Terry loss", "nats per pair", (("loss/bradley_terry", "", *FIRST),)),
+  ("Preference loss", "per pair", (("loss/dpo", "DPO", *FIRST), ("loss/ipo", "IPO", *SECOND))),
+  ("Agreement with labels", "fraction of pairs", (
+    ("loss/accuracy", "", *FIRST), ("preference/accuracy", "", *FIRST),
   )),
-  ("Held-out accuracy", "fraction", (("eval/accuracy", "", *FIRST),)),
+  ("Implicit reward margin", "reward", (("preference/margin", "", *FIRST),)),
+  ("Log-probability of the pair", "nats per completion", (
+    ("preference/chosen_log_prob", "chosen", *FIRST),
+    ("preference/rejected_log_prob", "rejected", *SECOND),
+  )),
   ("Entropy", "nats per token", (("policy/entropy", "", *FIRST),)),
   ("Clip fraction", "fraction of tokens", (
     ("policy/clip_fraction", "policy", *FIRST), ("value/clip_fraction", "value", *SECOND),
@@ -148,8 +154,6 @@ FACTS = (
 CHANGES = (
   ("the score", "score", "score/mean"),
   ("the gold score", "gold", "gold/mean"),
-  ("the held-out cross-entropy", "cross_entropy", "eval/cross_entropy"),
-  ("the held-out accuracy", "accuracy", "eval/accuracy"),
   ("the cross-entropy", "loss_cross_entropy", "loss/cross_entropy"),
   ("the Bradley-Terry loss", "loss_bradley_terry", "loss/bradley_terry"),
 )

@@ -267,7 +267,7 @@ def test_null_and_not_finite_are_told_apart(tmp_path):
 
 def test_unknown_metrics_are_drawn_under_a_fold(tmp_path):
   record = {"iteration": 0, "mine/own": 1.0, "mine/own_stderr": 0.5, "mine/word": "text"}
-  record |= {"mine/flag": True, "eval/accuracy": 0.5}
+  record |= {"mine/flag": True, "loss/accuracy": 0.5}
   shown = Page(write_report(write_run(tmp_path, metrics__jsonl=json.dumps(record))))
   assert "All metrics that are not above mine/own 1" in shown.text
   assert "mine/own_stderr" not in shown.text
