@@ -42,12 +42,6 @@ class Config(rl.SurrogateConfig):
   overlong_buffer: int = setting(
     0, "tokens before the limit over which a penalty rises to 1; 0: none", minimum=0
   )
-  beta: float = setting(
-    0.1,
-    "KL coefficient, reward per nat of sequence KL(pi || pi_ref)",
-    minimum=0.0,
-    read_when=("kl_placement", ("reward", "loss", "both")),
-  )
   kl_placement: str = setting("loss", "where the KL goes", choices=objective.PLACEMENTS)
   kl_estimator: str = setting(
     "k3",
