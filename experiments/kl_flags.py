@@ -19,6 +19,7 @@ class KLConfig(RunConfig):
   # What only several steps on one rollout have a use for.
   prefix_cap: ClassVar[float] = float("inf")
   kl_refresh: ClassVar[str] = "iteration"
+  divergence: ClassVar[str] = "reverse"  # KL(pi || pi_ref); "forward" exchanges the two
 
   beta: float = setting(
     0.5,

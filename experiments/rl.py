@@ -29,6 +29,7 @@ _CLIPPED = ("clip", "sequence_clip")
 class RLConfig(KLConfig):
   """Models, prompts, scores, optimizer, evaluation; the algorithm is in the class variables."""
 
+  scored: ClassVar[bool] = True  # by a reward model or a function; else every score is 0
   advantage: ClassVar[str] = "batch_mean"
   group_size: ClassVar[int] = 1
   oversampling: ClassVar[int] = 1
@@ -80,7 +81,7 @@ class RLConfig(KLConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.policy and not (self.reward or self.reward_model):
+    if self.scored and self.policy and not (self.reward or self.reward_model):
       raise UserError(
         "--policy needs something to score with: --reward=FILE.py:FUNCTION or --reward_model=DIR."
       )
@@ -197,7 +198,7 @@ def model_directories(config: RLConfig) -> dict[str, str]:
     mesh=config.mesh,
   )
   sft_dir = reward_model.run_sft_stage(stages)
-  if config.reward:
+  if config.reward or not config.scored:
     return {"policy": str(sft_dir), "reward_model": ""}
   reward_dir = config.reward_model or reward_model.main(stages, root="runs/stages")
   return {"policy": str(sft_dir), "reward_model": str(reward_dir)}

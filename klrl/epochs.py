@@ -61,7 +61,7 @@ def make_loss_fn(config, max_completion_len: int, policy, value_model):
   """Returns loss(params, batch, context) -> (loss, (metrics, KL(old || pi))).
 
   Args:
-    config: frozen; read are the KL penalty's fields, trust_region and loss_aggregation.
+    config: frozen; read are the KL penalty's fields, divergence, trust_region, loss_aggregation.
     max_completion_len: the constant of the aggregation `constant`.
     policy: a `models.Policy`.
     value_model: a `models.ScalarModel`, or None.
@@ -87,13 +87,10 @@ def make_loss_fn(config, max_completion_len: int, policy, value_model):
     log_probs = jnp.where(mask, log_probs, rollout.old_log_probs)
     exact_kl = None
     if needs_exact_kl(config, penalty):
-      exact_kl = ops.exact_kl_from_hidden(
-        hidden,
-        unembedding,
-        batch.ref_hidden,
-        context.ref_unembedding,
-        temperature=hypers.temperature,
-      )
+      models = (hidden, unembedding), (batch.ref_hidden, context.ref_unembedding)
+      if config.divergence == "forward":
+        models = models[::-1]
+      exact_kl = ops.exact_kl_from_hidden(*models[0], *models[1], temperature=hypers.temperature)
     terms = kl_terms.TokenTerms(
       log_probs, rollout.old_log_probs, batch.ref_log_probs, mask, exact_kl
     )

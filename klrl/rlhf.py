@@ -70,6 +70,8 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str
   """
   warnings = objective.warnings_of(config)
   description = objective.description(objective.penalty_of(config), kl_refresh=config.kl_refresh)
+  if config.divergence == "forward":
+    description = "KL penalty: token KL(ref||pi), exact, at the prefixes that the policy writes."
   progress.console.print(description, markup=False, soft_wrap=True)
   for warning in warnings:
     progress.console.print(f"[bold yellow]Warning:[/] {warning}", soft_wrap=True)
@@ -146,7 +148,7 @@ def _make_step(config, mesh, models: Models, task: Task, sample, frozen, shardin
     return jax.device_put(data.take(task.pretraining, rows), rows_sharding)
 
   if task.reward_fn is None:
-    score = make_reward_model_score_fn(models.reward_model)
+    score = make_score_fn(models.reward_model)
     gold = make_gold_fn(task.training, models.tokenizer)
     iterate = jit(learner.make_iteration_fn(*parts, sample, score, gold))
 
@@ -180,8 +182,10 @@ def _make_step(config, mesh, models: Models, task: Task, sample, frozen, shardin
   return step_with_host_reward
 
 
-def make_reward_model_score_fn(reward_model: ScalarModel) -> Callable:
-  """Returns score(frozen, rollout, rows) -> [B], the reward model's score on the device."""
+def make_score_fn(reward_model: ScalarModel | None) -> Callable:
+  """Returns score(frozen, rollout, rows) -> [B], the reward model's score; 0 without one."""
+  if reward_model is None:
+    return lambda frozen, rollout, rows: jnp.zeros(rollout.finished.shape)
   return lambda frozen, rollout, rows: completions.reward_model_scores(
     reward_model, frozen["reward_model"], rollout
   )
@@ -235,7 +239,7 @@ class _Judge:
     self._evaluate = jax.jit(evaluation.make_evaluate_fn(models.policy, models.reference, sample))
     self._gold = make_gold_fn(task.held_out, models.tokenizer)
     if task.reward_fn is None:
-      self._score = jax.jit(make_reward_model_score_fn(models.reward_model))
+      self._score = jax.jit(make_score_fn(models.reward_model))
 
   def __call__(self, params, *, when: str) -> _Judgement:
     task, tokenizer = self._task, self._models.tokenizer

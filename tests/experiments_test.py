@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from experiments import grpo, ppo, reinforce, reward_model, rl, sft
+from experiments import distill, grpo, ppo, reinforce, reward_model, rl, sft
 from klrl import loop
 from klrl.errors import UserError
 from klrl.models import load_policy, load_scalar
@@ -242,6 +242,32 @@ def test_reinforce_and_grpo_train_no_value_model(runs, own):
     load_policy(workdir)
   lines = read_lines(runs / "dapo/metrics.jsonl")
   assert all(0 <= line["rollout/informative_groups"] <= 1 for line in lines)
+
+
+@pytest.mark.parametrize("divergence", ["reverse", "forward"])
+def test_a_student_comes_closer_to_its_teacher(runs, own, divergence):
+  names = ("policy", "prompts", "max_completion_len", "num_eval_rows", "mesh", "batch_size")
+  settings = {name: own[name] for name in names}
+  workdir = distill.main(
+    distill.Config(
+      **settings,
+      teacher="embedded",
+      divergence=divergence,
+      num_iterations=20,
+      learning_rate=1e-3,
+      workdir=f"distilled-{divergence}",
+    )
+  )
+  summary = json.loads((workdir / "summary.json").read_text())
+  assert summary["kl_ref_exact_after"] < 0.5 * summary["kl_ref_exact_before"]
+  assert ("KL(ref||pi)" in summary["kl_penalty"]) == (divergence == "forward")
+
+
+def test_distillation_wants_a_teacher_and_one_divergence(own):
+  with pytest.raises(UserError, match="needs --teacher"):
+    distill.Config(policy=own["policy"], prompts=own["prompts"])
+  with pytest.raises(UserError, match="--divergence=forward"):
+    distill.Config(divergence="forward", kl_credit="sequence", kl_correction="prefix")
 
 
 def test_pretraining_texts_are_mixed_into_the_loss(runs, own):
