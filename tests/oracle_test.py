@@ -397,3 +397,28 @@ def test_a_real_decoder_says_the_same_of_prefixes_as_of_completions():
   other = dataclasses.replace(policy, config=dataclasses.replace(policy.config, vocab_size=5))
   with pytest.raises(UserError, match="5 tokens and the tree 4"):
     oracle.decoder_logits(other, params, tree, prompt)
+
+
+def test_the_exact_kl_of_prefixes_may_vary_more_than_k1_over_completions():
+  tree = oracle.make_tree(2, 2)
+  with jax.enable_x64(True):
+    # '' is certain of nothing; after 0 pi is certain, which the reference finds 1/e likely.
+    logits = jnp.log(jnp.array([[0.5, 0.5], [1.0, 0.0], [0.5, 0.5]]))
+    likely = jnp.exp(-1.0)
+    ref_logits = jnp.log(jnp.array([[0.8, 0.2], [likely, 1 - likely], [0.5, 0.5]]))
+    found = oracle.terms(tree, logits, logits, ref_logits)
+    probs = np.exp(oracle.log_probs(tree, logits))
+    drawn = probs > 0  # what pi excludes has no k1
+
+  def moments(per_token):
+    sums = np.where(tree.mask, per_token, 0.0).sum(axis=1)[drawn]
+    mean = probs[drawn] @ sums
+    return mean, probs[drawn] @ (sums - mean) ** 2
+
+  means, variances = zip(
+    moments(np.asarray(found.exact_kl)),
+    moments(np.asarray(found.log_probs) - np.asarray(found.ref_log_probs)),
+    strict=True,
+  )
+  np.testing.assert_allclose(means, 0.7231, atol=1e-4)
+  np.testing.assert_allclose(variances, [0.25, 0.0373], atol=1e-4)
