@@ -162,7 +162,7 @@ def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts:
       pad_id=models.tokenizer.pad_id,
     )
   )
-  score = models.reward_model and jax.jit(rlhf.make_reward_model_score_fn(models.reward_model))
+  score = models.reward_model and jax.jit(rlhf.make_score_fn(models.reward_model))
   gold = rlhf.make_gold_fn(prompts, models.tokenizer)
   num_prompts, size = len(prompts.tokens), config.completions_per_prompt
   key = jax.random.key(config.seed)

@@ -146,7 +146,7 @@ def embedded_start(config) -> Start:
   models = inputs.load_models(embedded, **rl.model_directories(embedded))
   task = inputs.load_task(embedded, models)
   score = functools.partial(
-    jax.jit(rlhf.make_reward_model_score_fn(models.reward_model)),
+    jax.jit(rlhf.make_score_fn(models.reward_model)),
     {"reward_model": models.reward_params},
     rows=None,
   )
