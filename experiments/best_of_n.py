@@ -17,7 +17,6 @@ uses the embedded SFT policy and reward model. About a minute on 2 cores, after 
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from experiments import rl, shared_flags
+from experiments import laboratory, rl, shared_flags
 from experiments.best_of_n_page import COLUMNS, report, row_cells, verdict
 from experiments.dpo_pairs import in_chunks
 from experiments.shared_flags import setting
@@ -35,7 +34,6 @@ from klrl.errors import UserError
 from klrl.sampling import make_sample_fn
 from klrl.summary import read_summary
 from klrl.tasks import arithmetic, data, rewards
-from klrl.workdir import create_workdir, find_workdir, write_text
 
 NUM_PROBLEMS = 4  # whose completions are enumerated
 MAX_ENUMERATED = 100_000  # completions of one problem
@@ -93,32 +91,32 @@ class Config(shared_flags.LabConfig):
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is shown, not run again."""
-  workdir = find_workdir("best_of_n", config, root=root)
-  path = workdir / "best_of_n.json"
-  if path.exists():
-    progress.console.print(f"Best of n: finished before, in {workdir}", soft_wrap=True)
-    results = json.loads(path.read_text(encoding="utf-8"))
-  else:
+
+  def compute(_):
     compared = [run_figures(directory) for directory in filter(None, config.compare.split(","))]
     settings = config.rl_config()
     inputs.check_inputs(settings)
     models = inputs.load_models(settings, **rl.model_directories(settings))
     task = inputs.load_task(settings, models)
     prompts = first_prompts(task.held_out, config.num_prompts)
-    create_workdir(workdir, "best_of_n", config)
     scores, gold = draw_pool(config, models, task, prompts)
-    results = {
+    exact = None
+    if enumerable(models, task):
+      exact = exact_figures(config, models, prompts, task.max_completion_len)
+    return {
       "num_prompts": len(scores),
       "completions_per_prompt": config.completions_per_prompt,
       "rows": [best_of_pool(scores, gold, n) for n in config.sizes],
       "compared": compared,
       "bandit": bandit_figures(config.sizes),
-      "exact": None,
+      "exact": exact,
     }
-    if enumerable(models, task):
-      results["exact"] = exact_figures(config, models, prompts, task.max_completion_len)
-    write_text(path, json.dumps(results, indent=2) + "\n")
-  write_text(workdir / "report.html", report(results))
+
+  return laboratory.run(config, "best_of_n", "best_of_n.json", compute, report, show, root=root)
+
+
+def show(results: dict) -> None:
+  """Prints the table and the verdict."""
   table = Table(title=f"Best of n on {results['num_prompts']} prompts", title_justify="left")
   for column in COLUMNS:
     table.add_column(column, justify="right")
@@ -126,8 +124,6 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
     table.add_row(*row_cells(row))
   progress.console.print(table)
   progress.console.print(verdict(results), soft_wrap=True)
-  progress.console.print(f"Report: {workdir}/report.html", soft_wrap=True)
-  return workdir
 
 
 def run_figures(directory: str) -> dict:

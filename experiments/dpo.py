@@ -127,12 +127,7 @@ def run(config: Config, workdir: pathlib.Path, start: Start) -> dict:
     figures, more = judge(params, "after")
     lines = "".join(json.dumps(record) + "\n" for record in samples + more)
     (workdir / "samples.jsonl").write_text(lines, encoding="utf-8")
-    found = {name: x for name, x in figures.items() if name.startswith("kl_ref")}
-    for when, each in (("before", before), ("after", figures)):
-      for name, x in each.items():
-        stem, stderr, _ = name.partition("_stderr")
-        found[f"{stem}_{when}{stderr}"] = x
-    return found
+    return evaluation.before_and_after(before, figures)
 
   return train(
     config,

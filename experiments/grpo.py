@@ -16,6 +16,7 @@ import dataclasses
 import pathlib
 
 from experiments import rl, shared_flags
+from experiments.kl_flags import PENALISED
 from experiments.shared_flags import setting
 from klrl import advantages, objective
 from klrl.errors import UserError
@@ -47,24 +48,25 @@ class Config(rl.SurrogateConfig):
     "k3",
     "how the KL is estimated",
     choices=objective.ESTIMATORS,
-    read_when=("kl_placement", ("reward", "loss", "both")),
+    read_when=("kl_placement", PENALISED),
   )
   kl_correction: str = setting(
     "token",
     "importance weight of a loss term, for tokens of an older policy",
     choices=objective.CORRECTIONS,
-    read_when=("kl_placement", ("reward", "loss", "both")),
+    read_when=("kl_placement", PENALISED),
   )
   kl_credit: str = setting(
     "token",
     "whether a token answers for the KL of later ones",
     choices=objective.CREDITS,
-    read_when=("kl_placement", ("reward", "loss", "both")),
+    read_when=("kl_placement", PENALISED),
   )
 
   def __post_init__(self):
     super().__post_init__()
-    if self.advantage.startswith(("group", "leave")) and self.group_size < 2:
+    within_prompt = self.advantage in advantages.GROUP_RULES and self.advantage != "batch_mean"
+    if within_prompt and self.group_size < 2:
       raise UserError(
         f"--group_size={self.group_size}: --advantage={self.advantage} compares the completions of "
         "a prompt; it takes two or more."

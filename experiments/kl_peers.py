@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from klrl import ops
-from klrl.kl_terms import TokenTerms, penalised_advantages
+from klrl.kl_terms import TokenTerms, estimate, penalised_advantages, unclipped_policy_loss
 from klrl.objective import KLPenalty
 
 DEFAULT = "default"
@@ -51,16 +51,9 @@ def _difference(left, right, terms):
   return ops.zero_padding(left - right, terms.mask)
 
 
-def k1(terms):
-  return _difference(terms.log_probs, terms.ref_log_probs, terms)
-
-
-def k2(terms):
-  return 0.5 * k1(terms) ** 2
-
-
-def k3(terms):
-  return jnp.expm1(-k1(terms)) + k1(terms)
+k1, k2, k3, exact = (
+  estimate(KLPenalty("loss", name, "none", "token")) for name in ("k1", "k2", "k3", "exact")
+)
 
 
 def absolute(terms):
@@ -69,10 +62,6 @@ def absolute(terms):
 
 def positive_part(terms):
   return jnp.maximum(k1(terms), 0.0)
-
-
-def exact(terms):
-  return ops.zero_padding(terms.exact_kl, terms.mask)
 
 
 def clamped_k3(terms):
@@ -147,27 +136,16 @@ def _advantages(kl, terms, credit):
   return penalised_advantages(penalty, scores, kl, values, terms.mask, **coefficients)[0]
 
 
-def _policy_loss(terms, advantages):
-  return ops.clipped_policy_loss(
-    terms.log_probs,
-    terms.old_log_probs,
-    advantages,
-    terms.mask,
-    clip_eps_low=1.0,
-    clip_eps_high=jnp.inf,
-  )
-
-
 def reward(kl, terms):
   """Taken off each token's reward when the completion was drawn; what follows counts too."""
   value = kl(_stale(terms))
-  return value, _policy_loss(terms, _advantages(value, terms, "sequence"))
+  return value, unclipped_policy_loss(terms, _advantages(value, terms, "sequence"))
 
 
 def reward_of_the_token(kl, terms):
   """As `reward`, but a token answers for its own KL only."""
   value = kl(_stale(terms))
-  return value, _policy_loss(terms, _advantages(value, terms, "token"))
+  return value, unclipped_policy_loss(terms, _advantages(value, terms, "token"))
 
 
 def reward_of_the_sequence(kl, terms):
@@ -185,7 +163,7 @@ def reward_of_the_sequence_with_truncated_weight(kl, terms):
   on_policy = terms._replace(old_log_probs=jax.lax.stop_gradient(terms.log_probs))
   value = weight * kl(terms)
   whole = jax.lax.stop_gradient(value.sum(-1, keepdims=True))
-  return value, _policy_loss(on_policy, jnp.where(terms.mask, -whole, 0.0))
+  return value, unclipped_policy_loss(on_policy, jnp.where(terms.mask, -whole, 0.0))
 
 
 _TRL = ("f2cd577, v1.9.0+, July 2026", "trl/trainer/grpo_trainer.py")

@@ -33,7 +33,7 @@ class Advantages(NamedTuple):
   advantages: jax.Array  # [B, T]; anything in the padding
   returns: jax.Array  # [B, T], targets of the value model; zeros where there is none
   mean: jax.Array  # what whitening took off
-  std: jax.Array  # what the score was divided by, on average: beta in the loss is divided by it
+  std: jax.Array  # what whitening divided by: beta in the loss is divided by it; else 1
 
 
 def advantages_of(
@@ -71,19 +71,19 @@ def advantages_of(
 
 
 def _grouped(config, penalty, scores, kl, mask, *, beta):
-  later = kl_terms.credits_later_kl(penalty)
   kl = ops.zero_padding(kl, mask)
-  totals = scores if later or penalty.credit == "token" else scores - beta * kl.sum(axis=-1)
+  # A KL that is charged token by token has no part in the total that completions are compared by.
+  per_token = penalty.credit == "token" or kl_terms.credits_later_kl(penalty)
+  totals = scores if per_token else scores - beta * kl.sum(axis=-1)
   group_size = len(scores) if config.advantage == "batch_mean" else config.group_size
   relative = GROUP_RULES[config.advantage](totals.reshape(-1, group_size)).reshape(-1, 1)
-  if later:
-    zeros = jnp.zeros_like(kl)
-    penalties, _ = kl_terms.penalised_advantages(
-      penalty, zeros[..., 0], kl, zeros, mask, beta=beta, gamma=1.0, gae_lambda=1.0
-    )
-  else:
-    penalties = -beta * kl if penalty.credit == "token" else 0.0
-  return relative + penalties + jnp.zeros_like(kl)
+  zeros = jnp.zeros_like(kl)
+  if not per_token:
+    return relative + zeros
+  charges, _ = kl_terms.penalised_advantages(
+    penalty, zeros[..., 0], kl, zeros, mask, beta=beta, gamma=1.0, gae_lambda=1.0
+  )
+  return relative + charges
 
 
 def effective_beta(config, scores, beta) -> jax.Array:

@@ -88,6 +88,19 @@ def figures(
   return {name: None if x is None else float(x) for name, x in found.items()}
 
 
+def before_and_after(before: dict, after: dict) -> dict[str, float | None]:
+  """Returns the figures of two evaluations as `NAME_before`, `NAME_after`, `NAME_before_stderr`.
+
+  The KLs that a run is known by are those of the trained policy: as `kl_ref_*` they are in it too.
+  """
+  found = {name: x for name, x in after.items() if name.startswith("kl_ref")}
+  for when, figures in (("before", before), ("after", after)):
+    for name, x in figures.items():
+      stem, stderr, _ = name.partition("_stderr")
+      found[f"{stem}_{when}{stderr}"] = x
+  return found
+
+
 def step_zero_checks(evaluation: Evaluation, *, starts_as_reference: bool, dtype: str) -> None:
   """Stops a run whose sampler, scorer and reference disagree before the first update.
 

@@ -141,6 +141,18 @@ def penalised_advantages(
   return advantages, returns
 
 
+def unclipped_policy_loss(terms: TokenTerms, advantages) -> jax.Array:
+  """Returns [..., T] `ops.clipped_policy_loss` with bounds that no ratio reaches."""
+  return ops.clipped_policy_loss(
+    terms.log_probs,
+    terms.old_log_probs,
+    advantages,
+    terms.mask,
+    clip_eps_low=1.0,
+    clip_eps_high=jnp.inf,
+  )
+
+
 def surrogate(
   penalty: KLPenalty, *, kl_refresh: str = "iteration", prefix_cap=jnp.inf
 ) -> Callable[[TokenTerms], jax.Array]:
@@ -165,14 +177,7 @@ def surrogate(
         gamma=1.0,
         gae_lambda=1.0,
       )
-      total = total + ops.clipped_policy_loss(
-        terms.log_probs,
-        terms.old_log_probs,
-        advantages,
-        terms.mask,
-        clip_eps_low=1.0,
-        clip_eps_high=jnp.inf,
-      )
+      total = total + unclipped_policy_loss(terms, advantages)
     return total
 
   return f

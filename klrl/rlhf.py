@@ -110,16 +110,10 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str
   (workdir / "samples.jsonl").write_text(
     "".join(json.dumps(record) + "\n" for record in before.samples + after.samples)
   )
-  figures = {}
-  for when, judgement in (("before", before), ("after", after)):
-    for name, x in judgement.figures.items():
-      stem, stderr, _ = name.partition("_stderr")
-      figures[f"{stem}_{when}{stderr}"] = x
+  figures = evaluation.before_and_after(before.figures, after.figures)
   figures["kl_penalty"] = description
   if warnings:
     figures["warnings"] = warnings
-  # The KLs that a run is known by are those of the trained policy.
-  figures |= {name: x for name, x in after.figures.items() if name.startswith("kl_ref")}
   summary = write_summary(workdir, figures)
   write_report(workdir)
   return summary
@@ -147,9 +141,9 @@ def _make_step(config, mesh, models: Models, task: Task, sample, frozen, shardin
     rows = data.batch_rows(config.data_seed + 1, iteration, config.batch_size, num_texts)
     return jax.device_put(data.take(task.pretraining, rows), rows_sharding)
 
+  gold = make_gold_fn(task.training, models.tokenizer)
   if task.reward_fn is None:
     score = make_score_fn(models.reward_model)
-    gold = make_gold_fn(task.training, models.tokenizer)
     iterate = jit(learner.make_iteration_fn(*parts, sample, score, gold))
 
     def step(state, iteration):
@@ -160,7 +154,6 @@ def _make_step(config, mesh, models: Models, task: Task, sample, frozen, shardin
 
   rollout_fn = jit(functools.partial(learner.sample_rollout, sample))
   update = jit(learner.make_update_fn(*parts))
-  gold = make_gold_fn(task.training, models.tokenizer)
   notice_slow = _SlowRewardNotice()
 
   def step_with_host_reward(state, iteration):
