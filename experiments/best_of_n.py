@@ -29,11 +29,11 @@ from experiments import laboratory, rl, shared_flags
 from experiments.best_of_n_page import COLUMNS, report, row_cells, verdict
 from experiments.dpo_pairs import in_chunks
 from experiments.shared_flags import setting
-from klrl import bandits, completions, inputs, ops, oracle, progress, rlhf
+from klrl import bandits, completions, inputs, judging, ops, oracle, progress, rlhf
 from klrl.errors import UserError
 from klrl.sampling import make_sample_fn
 from klrl.summary import read_summary
-from klrl.tasks import arithmetic, data, rewards
+from klrl.tasks import arithmetic, data
 
 NUM_PROBLEMS = 4  # whose completions are enumerated
 MAX_ENUMERATED = 100_000  # completions of one problem
@@ -43,7 +43,7 @@ _CHUNK = 2048  # completions drawn or scored at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(shared_flags.LabConfig):
+class Config(shared_flags.LabConfig, shared_flags.TaskFields, shared_flags.StageFields):
   """Settings of best-of-n."""
 
   n: str = setting("1,2,4,8,16,32,64", "draws of which the best is kept, below the pool's size")
@@ -51,20 +51,8 @@ class Config(shared_flags.LabConfig):
   num_prompts: int = setting(250, "held-out prompts, at most", minimum=2)
   compare: str = setting("", "folders of finished runs to show beside it, with commas between")
   policy: str = setting("", "model directory to draw from; default: the embedded SFT stage")
-  reward_model: str = setting("", "model directory that scores; default: the embedded stage")
-  prompts: str = setting("", "JSON lines with a column prompt; default: embedded arithmetic")
-  reward: str = setting("", "FILE.py:FUNCTION that scores, f(prompts, completions, **columns)")
-  max_completion_len: int = setting(
-    0, "most tokens of a completion; 0: 4 for embedded arithmetic, else 64", minimum=0
-  )
   temperature: float = setting(1.0, "of sampling", minimum=1e-3)
   init_seed: int = setting(0, "seed of the stages before", minimum=0)
-  sft_iterations: int = setting(
-    700, "iterations of the embedded SFT stage", minimum=1, read_when=("policy", ("",))
-  )
-  reward_model_iterations: int = setting(
-    1000, "iterations of the embedded reward model stage", minimum=1, read_when=("policy", ("",))
-  )
 
   def __post_init__(self):
     super().__post_init__()
@@ -158,7 +146,7 @@ def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts:
       pad_id=models.tokenizer.pad_id,
     )
   )
-  score = models.reward_model and jax.jit(rlhf.make_score_fn(models.reward_model))
+  score = judging.make_completion_score_fn(task.rewards, models.reward_model, models.reward_params)
   gold = rlhf.make_gold_fn(prompts, models.tokenizer)
   num_prompts, size = len(prompts.tokens), config.completions_per_prompt
   key = jax.random.key(config.seed)
@@ -172,15 +160,12 @@ def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts:
       jax.random.fold_in(key, rows[0]),
       temperature=config.temperature,
     )
-    if task.reward_fn is None:
-      scores = score({"reward_model": models.reward_params}, rollout, None)
-    else:
-      texts = data.completion_texts(models.tokenizer, jax.device_get(rollout))
-      scores = rewards.scores(task.reward_fn, [prompts.records[i] for i in of], texts)
+    texts = task.rewards and data.completion_texts(models.tokenizer, jax.device_get(rollout))
+    scores = score(rollout, texts, [prompts.records[i] for i in of])
     return completions.completion_tokens(rollout), scores, gold and gold(rollout, of)
 
   tokens, scores, gold_scores = in_chunks(chunk, num_prompts * size, _CHUNK)
-  if task.reward_fn is None:
+  if not task.rewards:
     # The same completion at another place of a batch may differ by rounding, and would not tie.
     rows = np.concatenate([np.arange(len(tokens))[:, None] // size, tokens], axis=1)
     _, first, which = np.unique(rows, axis=0, return_index=True, return_inverse=True)

@@ -8,7 +8,8 @@
 Rishabh Agarwal et al., "On-Policy Distillation of Language Models", 2024. It is KL-regularised RL
 with no reward and the teacher as the reference: `--kl_correction=prefix --kl_credit=sequence` makes
 a token answer for the KL that follows it too. `--divergence=forward` is KL(teacher || student) at
-the student's prefixes, which covers what the teacher may say. Without flags the student is the
+the student's prefixes, which covers what the teacher may say; `jensen_shannon` is between the two
+(eq. 1 there). Without flags the student is the
 embedded SFT policy and the teacher the policy of the default PPO run.
 
 Departure: the loss is the KL summed over the vocabulary at the student's own prefixes alone; no
@@ -16,13 +17,15 @@ completions of the teacher or of data are mixed in.
 """
 
 import dataclasses
+import functools
 import pathlib
+from collections.abc import Callable
 from typing import ClassVar
 
 from experiments import ppo, rl, shared_flags
 from experiments.kl_flags import PENALISED
 from experiments.shared_flags import setting
-from klrl import objective
+from klrl import inputs, objective
 from klrl.errors import UserError
 
 
@@ -35,9 +38,25 @@ class Config(rl.SurrogateConfig):
   reward_model: ClassVar[str] = ""
   reward_model_iterations: ClassVar[int] = 1000
   reference: ClassVar[property] = property(lambda config: config.teacher)
+  reference_update: ClassVar[str] = "frozen"
+  reference_decay: ClassVar[float] = 0.0
+  reference_every: ClassVar[int] = 1
+  normalise_scores: ClassVar[bool] = False
+  kl_refresh: ClassVar[str] = "iteration"  # its advantage is of whole completions
 
   teacher: str = setting("", "model directory to learn from; default: the default PPO run")
-  divergence: str = setting("reverse", "which KL to the teacher", choices=("reverse", "forward"))
+  divergence: str = setting(
+    "reverse",
+    "KL(student || teacher), KL(teacher || student), or the Jensen-Shannon divergence",
+    choices=("reverse", "forward", "jensen_shannon"),
+  )
+  jsd_weight: float = setting(
+    0.5,
+    "weight of the teacher in the Jensen-Shannon mixture; near 0 it is forward, near 1 reverse",
+    minimum=1e-3,
+    maximum=1 - 1e-3,
+    read_when=("divergence", ("jensen_shannon",)),
+  )
   beta: float = setting(
     1.0, "what the KL is multiplied by", minimum=0.0, read_when=("kl_placement", PENALISED)
   )
@@ -52,20 +71,33 @@ class Config(rl.SurrogateConfig):
     if self.policy and not self.teacher:
       raise UserError("--policy, a student of yours, needs --teacher=DIR, whom to learn from.")
     penalty = objective.penalty_of(self)
-    if self.divergence == "forward" and str(penalty) != "loss/exact/none/token":
+    if self.divergence != "reverse" and str(penalty) != "loss/exact/none/token":
       raise UserError(
-        f"--divergence=forward is a loss at given prefixes; with {penalty} its gradient would be "
-        "no divergence's. Leave the --kl_ flags out."
+        f"--divergence={self.divergence} is a loss at given prefixes; with {penalty} its gradient "
+        "would be no divergence's. Leave the --kl_ flags out."
       )
+
+
+def with_teacher(config: Config, train: Callable[[ppo.Config], pathlib.Path]) -> Config:
+  """Returns `config` with a teacher: where it names none, what `train` makes of PPO's defaults."""
+  if config.teacher:
+    return config
+  teacher = ppo.Config(
+    init_seed=config.init_seed, sft_iterations=config.sft_iterations, mesh=config.mesh
+  )
+  return dataclasses.replace(config, teacher=str(train(teacher)))
+
+
+def make_train_fn(config, root: str) -> Callable[[ppo.Config], pathlib.Path | str]:
+  """Returns what makes a teacher; for a dry run, what stands for one."""
+  if config.dry_run:
+    return lambda teacher: inputs.EMBEDDED
+  return functools.cache(functools.partial(ppo.main, root=root))
 
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is shown, not run again."""
-  if not config.teacher:
-    teacher = ppo.Config(
-      init_seed=config.init_seed, sft_iterations=config.sft_iterations, mesh=config.mesh
-    )
-    config = dataclasses.replace(config, teacher=str(ppo.main(teacher, root=root)))
+  config = with_teacher(config, make_train_fn(config, root))
   return rl.run(config, "distill", "Distillation", root=root)
 
 

@@ -27,11 +27,9 @@ Departures from the paper: Adam with a cosine schedule in place of RMSprop with 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments import rl, shared_flags
 from experiments.dpo_pairs import (
@@ -42,9 +40,9 @@ from experiments.dpo_pairs import (
   own_start,
 )
 from experiments.shared_flags import setting
-from klrl import evaluation, ops, parallel, progress, rlhf
+from klrl import evaluation, judging, ops, parallel, progress
 from klrl.errors import UserError
-from klrl.models import Policy, save_policy
+from klrl.models import Policy, add_lora, join, merge_lora, policy_model, save_policy
 from klrl.summary import read_summary
 from klrl.supervised import train
 from klrl.workdir import create_workdir, find_workdir
@@ -53,13 +51,12 @@ LOSSES = {"dpo": ops.dpo_loss, "ipo": ops.ipo_loss}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(shared_flags.RunConfig):
+class Config(shared_flags.RunConfig, shared_flags.EvaluationFields, shared_flags.StageFields):
   """Settings of DPO and IPO."""
 
   num_iterations: int = setting(600, "iterations", minimum=1)
   batch_size: int = setting(128, "pairs per iteration", minimum=1)
   learning_rate: float = setting(5e-4, "peak learning rate of Adam", minimum=0.0)
-  max_grad_norm: float = setting(1.0, "largest global gradient norm", minimum=0.0)
   loss: str = setting("dpo", "what is minimised", choices=tuple(LOSSES))
   beta: float = setting(
     0.5, "of KL(pi || pi_ref), reward per nat of sequence KL; IPO: win rate per nat", minimum=1e-6
@@ -79,14 +76,6 @@ class Config(shared_flags.RunConfig):
   )
   max_completion_len: int = setting(
     0, "most tokens of a drawn completion; 0: 4 for embedded arithmetic, else 64", minimum=0
-  )
-  num_eval_rows: int = setting(512, "held-out completions before and after", minimum=2)
-  num_samples: int = setting(8, "completions shown in the report", minimum=0)
-  sft_iterations: int = setting(
-    700, "iterations of the embedded SFT stage", minimum=1, read_when=("policy", ("",))
-  )
-  reward_model_iterations: int = setting(
-    1000, "iterations of the embedded reward model stage", minimum=1, read_when=("policy", ("",))
   )
 
   def __post_init__(self):
@@ -120,24 +109,44 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
 
 def run(config: Config, workdir: pathlib.Path, start: Start) -> dict:
   """Trains, judges before and after, writes all files of a run and returns the summary."""
-  judge = make_judge_fn(config, start)
-  before, samples = judge(start.params, "before")
+  mesh = parallel.make_mesh(config.mesh)
+  reference = parallel.put_once(mesh, start.params)
+  model_config, params, frozen = add_lora(
+    start.policy.config, reference, jax.random.key(config.init_seed), rank=config.lora_rank
+  )
+  policy = policy_model(model_config)
+  judge = judging.make_judge_fn(
+    config,
+    mesh,
+    policy,
+    start.policy,
+    reference,
+    start.tokenizer,
+    start.prompts,
+    max_completion_len=start.max_completion_len,
+    temperature=1.0,
+    score=start.score,
+    verifier=start.verifier,
+  )
+  before = judge(join(frozen, params), when="before")
+  evaluation.step_zero_checks(before.evaluation, starts_as_reference=True, dtype=config.dtype)
 
-  def after(params):
-    figures, more = judge(params, "after")
-    lines = "".join(json.dumps(record) + "\n" for record in samples + more)
+  def figures(params):
+    after = judge(params, when="after")
+    lines = "".join(json.dumps(record) + "\n" for record in before.samples + after.samples)
     (workdir / "samples.jsonl").write_text(lines, encoding="utf-8")
-    return evaluation.before_and_after(before, figures)
+    return evaluation.before_and_after(before.figures, after.figures)
 
   return train(
     config,
     workdir,
-    make_preference_fn(start.policy, config.loss),
-    start.params,
+    make_preference_fn(policy, config.loss),
+    params,
     start.training,
     start.held_out,
+    frozen=frozen,
     save=lambda directory, params: save_policy(
-      directory, start.policy.config, params, start.tokenizer
+      directory, *merge_lora(model_config, params), start.tokenizer
     ),
     summary={
       "held_out_loss": f"loss/{config.loss}",
@@ -145,7 +154,7 @@ def run(config: Config, workdir: pathlib.Path, start: Start) -> dict:
       "held_out_margin": "preference/margin",
     },
     coefficients={name: getattr(config, name) for name in ("beta", "label_smoothing")},
-    more=after,
+    more=figures,
     title=config.loss.upper(),
     keys=(
       (f"loss/{config.loss}", "loss"),
@@ -156,7 +165,7 @@ def run(config: Config, workdir: pathlib.Path, start: Start) -> dict:
 
 
 def make_preference_fn(policy: Policy, loss: str):
-  """Returns loss(params, pairs, *, beta, label_smoothing) -> (loss, metrics), the mean over pairs.
+  """Returns loss(params, pairs, *, beta, label_smoothing) -> (weights, metrics), means over pairs.
 
   `loss` is a name in LOSSES. A share `label_smoothing` of the labels is taken to be swapped, and
   the loss is its mean over both. Eric Mitchell, "A note on DPO with noisy preferences and its
@@ -180,49 +189,9 @@ def make_preference_fn(policy: Policy, loss: str):
       "preference/rejected_log_prob": rejected,
     }
     count = jnp.asarray(len(losses), losses.dtype)
-    return losses.sum() / count, {name: (x.sum(), count) for name, x in means.items()}
+    return {f"loss/{loss}": 1.0}, {name: (x.sum(), count) for name, x in means.items()}
 
   return loss_fn
-
-
-def make_judge_fn(config: Config, start: Start) -> Callable:
-  """Returns judge(params, when) -> (figures, samples) on held-out prompts, each time the same."""
-  model, prompts = start.policy, start.prompts
-  rows = np.arange(config.num_eval_rows) % len(prompts.tokens)
-  mesh = parallel.make_mesh(config.mesh)
-  shardings = parallel.state_shardings(mesh, start.params)
-  reference = jax.device_put(start.params, shardings)
-  evaluate = jax.jit(evaluation.make_evaluate_fn(model, model, start.sample))
-  gold_fn = rlhf.make_gold_fn(prompts, start.tokenizer)
-
-  def judge(params, when: str):
-    evaluated = evaluate(
-      jax.device_put(params, shardings),
-      reference,
-      *jax.device_put((prompts.tokens[rows], prompts.mask[rows]), parallel.replicated(mesh)),
-      jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1),
-      temperature=1.0,
-    )
-    if when == "before":
-      evaluation.step_zero_checks(evaluated, starts_as_reference=True, dtype=model.config.dtype)
-    texts = evaluation.texts_of(evaluated, start.tokenizer)
-    scores = start.score and np.asarray(start.score(rollout=evaluated.rollout))
-    gold = gold_fn and np.asarray(gold_fn(evaluated.rollout, rows))
-    return (
-      evaluation.figures(evaluated, scores, gold, texts, rows),
-      evaluation.samples(
-        when,
-        evaluated,
-        scores,
-        gold,
-        texts,
-        [prompts.records[row]["prompt"] for row in rows],
-        start.tokenizer,
-        config.num_samples,
-      ),
-    )
-
-  return judge
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from experiments import rl
-from klrl import inputs, ops, parallel, progress, rlhf
+from klrl import inputs, judging, ops, parallel, progress
 from klrl.models import (
   Policy,
   TokenizerInfo,
@@ -22,7 +22,8 @@ from klrl.models import (
   policy_model,
 )
 from klrl.sampling import make_sample_fn
-from klrl.tasks import data
+from klrl.tasks import arithmetic, data
+from klrl.tasks.verifier import Verifier
 
 _CHUNK = 1024  # pairs drawn at once
 
@@ -45,8 +46,9 @@ class Start(NamedTuple):
   training: Pairs
   held_out: Pairs
   prompts: data.Prompts  # to judge by
-  sample: Callable  # of `make_sample_fn`
-  score: Callable | None  # score(rollout=...) -> [B], where there is a reward model
+  max_completion_len: int
+  score: Callable | None  # score(rollout, texts, records) -> [B], where there is a reward model
+  verifier: Verifier | None
 
 
 def completion_log_probs(policy: Policy, params, tokens, mask, completion_mask) -> jax.Array:
@@ -97,7 +99,7 @@ def in_chunks(f, num_rows: int, size: int):
 
 def own_start(config) -> Start:
   """Returns the model and the pairs that the config names; judged by prompts of held-out pairs."""
-  model_config, params = load_policy(config.policy)
+  model_config, params = inputs.computing(config, load_policy(config.policy))
   tokenizer = load_tokenizer(config.policy)
   check_tokenizer(tokenizer, model_config)
   policy = policy_model(model_config)
@@ -110,9 +112,10 @@ def own_start(config) -> Start:
     tokenizer,
     max_prompt_len=model_config.max_len - max_completion_len,
   )
-  sample = _sampler(policy, tokenizer, max_completion_len)
   training, held_out = (data.take(both, part) for part in (rows, held_out_rows))
-  return Start(policy, params, tokenizer, training, held_out, prompts, sample, None)
+  return Start(
+    policy, params, tokenizer, training, held_out, prompts, max_completion_len, None, None
+  )
 
 
 def encode_pairs(config, tokenizer: TokenizerInfo, *, context: int):
@@ -142,15 +145,18 @@ def embedded_start(config) -> Start:
     reward_model_iterations=config.reward_model_iterations,
     init_seed=config.init_seed,
     mesh=config.mesh,
+    dtype=config.dtype,
+    remat=config.remat,
   )
   models = inputs.load_models(embedded, **rl.model_directories(embedded))
   task = inputs.load_task(embedded, models)
-  score = functools.partial(
-    jax.jit(rlhf.make_score_fn(models.reward_model)),
-    {"reward_model": models.reward_params},
-    rows=None,
+  score = judging.make_completion_score_fn(None, models.reward_model, models.reward_params)
+  sample = make_sample_fn(
+    models.policy,
+    max_completion_len=task.max_completion_len,
+    eos_id=models.tokenizer.eos_id,
+    pad_id=models.tokenizer.pad_id,
   )
-  sample = _sampler(models.policy, models.tokenizer, task.max_completion_len)
   draw = functools.partial(jax.jit(sample), models.policy_params, temperature=1.0)
   arrays = draw_pairs(task.training, draw, score, num_pairs=config.num_pairs, seed=config.seed)
   pairs = make_pairs(config, models.policy, models.policy_params, arrays)
@@ -160,8 +166,9 @@ def embedded_start(config) -> Start:
     models.tokenizer,
     *data.split_held_out(pairs, config.data_seed),
     task.held_out,
-    sample,
+    task.max_completion_len,
     score,
+    arithmetic.VERIFIER,
   )
 
 
@@ -174,7 +181,7 @@ def draw_pairs(prompts: data.Prompts, draw, score, *, num_pairs: int, seed: int)
   Args:
     prompts: to draw from.
     draw: draw(prompts, prompt_mask, key) -> rollout.
-    score: score(rollout=...) -> [B].
+    score: score(rollout, texts, records) -> [B]; it gets no texts.
     num_pairs: drawn, equal ones included.
     seed: of all draws.
   """
@@ -190,7 +197,7 @@ def draw_pairs(prompts: data.Prompts, draw, score, *, num_pairs: int, seed: int)
       rollout.tokens,
       np.concatenate(masks, axis=1),
       np.concatenate([np.zeros_like(masks[0]), masks[1]], axis=1),
-      score(rollout=rollout),
+      score(rollout, None, None),
     )
     return [np.asarray(x).reshape(-1, 2, *x.shape[1:]) for x in arrays]
 
@@ -199,9 +206,3 @@ def draw_pairs(prompts: data.Prompts, draw, score, *, num_pairs: int, seed: int)
   order = np.where(first_wins[:, None], [0, 1], [1, 0])
   kept = np.flatnonzero((arrays[0][:, 0] != arrays[0][:, 1]).any(axis=-1))
   return [x[kept[:, None], order[kept]] for x in arrays]
-
-
-def _sampler(policy: Policy, tokenizer: TokenizerInfo, max_completion_len: int) -> Callable:
-  return make_sample_fn(
-    policy, max_completion_len=max_completion_len, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
-  )

@@ -311,17 +311,12 @@ def measure_line(model, params, reference_params, sample, tokens, mask, *, key) 
   summed over a completion. The truth is the mean of the exact next-token KL, which is unbiased and
   whose own error is given; biases are of paired differences to it.
   """
-  evaluate = jax.jit(evaluation.make_evaluate_fn(model, model, sample))
+  sample, evaluate = jax.jit(sample), jax.jit(evaluation.make_evaluate_fn(model, model))
   policies = []
   for i, step in enumerate(STEPS):
-    evaluated = evaluate(
-      on_line(reference_params, params, step),
-      reference_params,
-      tokens,
-      mask,
-      jax.random.fold_in(key, i),
-      temperature=1.0,
-    )
+    moved = on_line(reference_params, params, step)
+    rollout = sample(moved, tokens, mask, jax.random.fold_in(key, i), temperature=1.0)
+    evaluated = evaluate(moved, reference_params, rollout, temperature=1.0)
     policies.append({"step": step, **sequence_figures(evaluated)})
   return policies
 

@@ -33,8 +33,21 @@ class Config(rl.SurrogateConfig):
 
   advantage: ClassVar[str] = "gae"
 
+  value_trunk: str = setting(
+    "separate",
+    "whether the value model is one of its own or a head on the policy",
+    choices=("separate", "shared"),
+  )
   value_model: str = setting(
-    "", "model directory to start the value model from; default: the reward model, else the policy"
+    "",
+    "model directory to start the value model from; default: --value_init",
+    read_when=("value_trunk", ("separate",)),
+  )
+  value_init: str = setting(
+    "reward_model",
+    "what the value model starts as; without a reward model the policy with a head of zeros",
+    choices=("reward_model", "policy"),
+    read_when=("value_model", ("",)),
   )
   gamma: float = setting(1.0, "discount per token", minimum=0.0, maximum=1.0)
   gae_lambda: float = setting(0.95, "lambda of GAE", minimum=0.0, maximum=1.0)
@@ -49,13 +62,17 @@ class Config(rl.SurrogateConfig):
     minimum=1.0,
     read_when=("trust_region", ("clip",)),
   )
-  pretrain_data: str = setting("", "texts whose log-likelihood is mixed in: JSON lines with text")
+  pretrain_data: str = setting(
+    "", "texts whose log-likelihood is mixed in: JSON lines with text, or plain text (.txt)"
+  )
   ptx_coef: float = setting(0.0, "weight of the pretraining log-likelihood", minimum=0.0)
 
   def __post_init__(self):
     super().__post_init__()
     if bool(self.pretrain_data) != bool(self.ptx_coef):
       raise UserError("--pretrain_data and --ptx_coef go together: texts, and what they weigh.")
+    if self.value_trunk == "shared" and self.value_init != "reward_model":
+      raise UserError("--value_init is set, but a --value_trunk=shared starts as the policy.")
 
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:

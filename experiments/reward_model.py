@@ -23,12 +23,14 @@ import numpy as np
 
 from experiments import sft, shared_flags
 from experiments.shared_flags import setting
-from klrl import parallel, progress
+from klrl import inputs, parallel, progress
 from klrl.errors import UserError
 from klrl.models import (
+  add_lora,
   check_tokenizer,
   load_policy,
   load_tokenizer,
+  merge_lora,
   save_scalar,
   scalar_model,
   scalar_params_from,
@@ -46,7 +48,6 @@ class Config(shared_flags.RunConfig):
   num_iterations: int = setting(1000, "iterations", minimum=1)
   batch_size: int = setting(128, "pairs per iteration", minimum=1)
   learning_rate: float = setting(1e-3, "peak learning rate of Adam", minimum=0.0)
-  max_grad_norm: float = setting(1.0, "largest global gradient norm", minimum=0.0)
   policy: str = setting("", "model directory to start from; default: the embedded SFT stage")
   margin: float = setting(
     0.0, "by how much chosen should win, times the column margin where there is one", minimum=0.0
@@ -104,6 +105,11 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   training, held_out = _pairs(config, tokenizer, model_config.max_len)
   create_workdir(workdir, "reward_model", config)
 
+  model_config, params, frozen = add_lora(
+    *inputs.computing(config, (model_config, scalar_params_from(policy_params))),
+    jax.random.key(config.init_seed),
+    rank=config.lora_rank,
+  )
   reward_model = scalar_model(model_config)
   score = jax.jit(reward_model.scores)
 
@@ -123,10 +129,13 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
     config,
     workdir,
     make_preference_fn(reward_model),
-    scalar_params_from(policy_params),
+    params,
     training,
     held_out,
-    save=lambda directory, params: save_scalar(directory, model_config, params, tokenizer),
+    frozen=frozen,
+    save=lambda directory, params: save_scalar(
+      directory, *merge_lora(model_config, params), tokenizer
+    ),
     summary={
       "held_out_accuracy": "loss/accuracy",
       "held_out_loss": "loss/bradley_terry",
@@ -186,7 +195,7 @@ def preference_loss(chosen, rejected, margins, *, margin, label_smoothing, centr
 
 
 def make_preference_fn(reward_model):
-  """Returns loss(params, pairs, **coefficients of `preference_loss`) -> (its mean, metrics).
+  """Returns loss(params, pairs, **coefficients of `preference_loss`) -> (weights, metrics).
 
   The metric `loss/bradley_terry` is without margin, smoothing and centring, whatever they are, so
   that runs can be compared by it.
@@ -202,7 +211,7 @@ def make_preference_fn(reward_model):
     chosen, rejected = jnp.split(scores, 2)
     count = jnp.float32(chosen.shape[0])
     total = preference_loss(chosen, rejected, batch.margins, **coefficients).sum()
-    return total / count, {
+    return {"loss/total": 1.0}, {
       "loss/total": (total, count),
       "loss/bradley_terry": (-jax.nn.log_sigmoid(chosen - rejected).sum(), count),
       "loss/accuracy": ((chosen > rejected).sum().astype(jnp.float32), count),

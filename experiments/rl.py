@@ -11,22 +11,35 @@ from typing import ClassVar
 
 from rich.table import Table
 
-from experiments import reward_model
+from experiments import reward_model, sft
 from experiments.kl_flags import KLConfig
-from experiments.shared_flags import setting
-from klrl import epochs, inputs, objective, parallel, progress, rlhf
+from experiments.shared_flags import (
+  DryRunFields,
+  EvaluationFields,
+  StageFields,
+  TaskFields,
+  setting,
+)
+from klrl import dry_run, epochs, history, inputs, objective, ops, parallel, progress, rlhf
 from klrl.advantages import GROUP_RULES
 from klrl.errors import UserError
+from klrl.figures_table import repeated_rows
+from klrl.models import scalar_params_from
+from klrl.optimizer import SCHEDULES
 from klrl.report import write_report
 from klrl.summary import read_summary
+from klrl.tasks import arithmetic, tree
+from klrl.tasks.rewards import reads_model
 from klrl.workdir import create_workdir, find_workdir
 
 _KL_TRUST_REGIONS = ("kl_old_new", "kl_new_old")
 _CLIPPED = ("clip", "sequence_clip")
+_OTHER_TASKS = ("reward", "reward_model", "max_completion_len", "sft_iterations")
+_OTHER_TASKS += ("reward_model_iterations",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RLConfig(KLConfig):
+class RLConfig(KLConfig, TaskFields, EvaluationFields, StageFields, DryRunFields):
   """Models, prompts, scores, optimizer, evaluation; the algorithm is in the class variables."""
 
   scored: ClassVar[bool] = True  # by a reward model or a function; else every score is 0
@@ -35,6 +48,8 @@ class RLConfig(KLConfig):
   oversampling: ClassVar[int] = 1
   whiten_advantages: ClassVar[bool] = False
   value_model: ClassVar[str] = ""
+  value_init: ClassVar[str] = "reward_model"
+  value_trunk: ClassVar[str] = "separate"
   gamma: ClassVar[float] = 1.0
   gae_lambda: ClassVar[float] = 1.0
   vf_coef: ClassVar[float] = 0.0
@@ -52,55 +67,103 @@ class RLConfig(KLConfig):
   pretrain_data: ClassVar[str] = ""
   ptx_coef: ClassVar[float] = 0.0
   overlong_buffer: ClassVar[int] = 0
+  staleness: ClassVar[int] = 0
+  jsd_weight: ClassVar[float] = 0.5
 
   num_iterations: int = setting(80, "iterations", minimum=1)
   batch_size: int = setting(128, "completions per iteration", minimum=1)
   policy: str = setting("", "model directory to train; default: the embedded SFT stage")
-  reference: str = setting("", "model directory of pi_ref; default: the policy at the start")
-  reward_model: str = setting("", "model directory that scores; default: the embedded stage")
-  prompts: str = setting("", "JSON lines with a column prompt; default: embedded arithmetic")
-  reward: str = setting("", "FILE.py:FUNCTION that scores, f(prompts, completions, **columns)")
-  max_completion_len: int = setting(
-    0, "most tokens of a completion; 0: 4 for embedded arithmetic, else 64", minimum=0
+  reference: str = setting(
+    "",
+    "model directory of pi_ref, or `uniform`, the KL to which is minus the entropy up to a "
+    "constant; default: the policy at the start",
+  )
+  reference_update: str = setting(
+    "frozen",
+    "how pi_ref follows the policy; held-out figures are against the first one",
+    choices=history.REFERENCE_UPDATES,
+  )
+  reference_decay: float = setting(
+    0.99,
+    "share of itself that pi_ref keeps each iteration",
+    minimum=0.0,
+    maximum=1.0,
+    read_when=("reference_update", ("ema",)),
+  )
+  reference_every: int = setting(
+    20, "iterations between resets of pi_ref", minimum=1, read_when=("reference_update", ("reset",))
   )
   temperature: float = setting(1.0, "of sampling, and of every log-prob", minimum=1e-3)
   missing_eos_penalty: float = setting(
     0.0, "taken off the score of a completion that was cut off at the limit", minimum=0.0
   )
-  learning_rate: float = setting(5e-4, "learning rate of Adam", minimum=0.0)
-  max_grad_norm: float = setting(1.0, "largest global gradient norm", minimum=0.0)
+  length_penalty: float = setting(0.0, "taken off the score for each token", minimum=0.0)
+  normalise_scores: bool = setting(
+    False, "take off the mean of all scores so far and divide by their deviation"
+  )
+  sampler_dtype: str = setting(
+    "trainer", "what the sampler computes in", choices=("trainer", "float32", "bfloat16")
+  )
+  sampler_correction: str = setting(
+    "none",
+    "weights for a sampler that differs from the trainer: per token, or per completion",
+    choices=ops.SAMPLER_CORRECTIONS,
+  )
+  sampler_cap: float = setting(
+    2.0, "largest such weight", minimum=1.0, read_when=("sampler_correction", ("token", "sequence"))
+  )
+  learning_rate: float = setting(5e-4, "peak learning rate of Adam", minimum=0.0)
+  learning_rate_schedule: str = setting(
+    "constant", "how the learning rate falls, to a tenth of its peak", choices=SCHEDULES
+  )
   entropy_coef: float = setting(0.0, "weight of the entropy bonus", minimum=0.0)
-  num_eval_rows: int = setting(512, "held-out completions before and after", minimum=2)
-  num_samples: int = setting(8, "completions shown in the report", minimum=0)
-  sft_iterations: int = setting(
-    700, "iterations of the embedded SFT stage", minimum=1, read_when=("policy", ("",))
-  )
-  reward_model_iterations: int = setting(
-    1000, "iterations of the embedded reward model stage", minimum=1, read_when=("policy", ("",))
-  )
 
   def __post_init__(self):
     super().__post_init__()
-    if self.scored and self.policy and not (self.reward or self.reward_model):
+    if self.policy and _reads_reward_model(self) and not self.reward_model:
       raise UserError(
-        "--policy needs something to score with: --reward=FILE.py:FUNCTION or --reward_model=DIR."
+        "--policy needs something to score with: --reward=FILE.py:FUNCTION, or --reward_model=DIR, "
+        "which `model` in --reward stands for."
       )
     if bool(self.policy) != bool(self.prompts):
       raise UserError("--policy and --prompts go together: a model of yours needs your prompts.")
-    if self.reward and self.reward_model:
-      raise UserError("--reward and --reward_model both score; give one of them.")
+    for name, default in (("prompt_template", "{prompt}"), ("max_prompt_len", 0)):
+      if getattr(self, name) != default and not self.prompts:
+        raise UserError(f"--{name} is set, but nothing reads it without --prompts.")
+    if self.task == "tree":
+      self._check_tree()
+    if self.reward and self.reward_model and not reads_model(self.reward):
+      raise UserError(
+        "--reward and --reward_model both score; give one of them, or a sum that names `model`, "
+        f"e.g. --reward=model,{self.reward}."
+      )
     for name in ("num_minibatches", "group_size"):
-      if self.batch_size % getattr(self, name):
-        raise UserError(
-          f"--batch_size={self.batch_size} is not a multiple of --{name}={getattr(self, name)}."
-        )
+      self.check_divides(name, self.batch_size, "--batch_size")
+    rows = self.batch_size // self.num_minibatches
+    self.check_divides("accumulation", rows, "--batch_size / --num_minibatches")
+    if self.scored and self.advantage == "batch_mean" and self.batch_size < 2:
+      raise UserError("--batch_size=1: the baseline is the mean of the rest of the batch.")
     if self.reference and self.kl_placement == "none" and not self.kl_every:
       raise UserError("--reference is set, but nothing reads it: no KL is penalised or measured.")
+    if self.reference_update != "frozen":
+      if self.reference:
+        raise UserError(
+          f"--reference_update={self.reference_update} starts at the policy; leave --reference out."
+        )
+      if self.kl_placement == "none":
+        raise UserError("--reference_update moves a reference that no KL is penalised to.")
     if self.kl_refresh == "minibatch" and self.advantage in GROUP_RULES:
       raise UserError(
         f"--kl_refresh=minibatch needs an advantage per token; {self.advantage} compares whole "
         "completions. Use a KL in the loss, which is fresh in every minibatch."
       )
+
+  def _check_tree(self):
+    if not self.scored:
+      raise UserError("--task=tree is a table of scores, and this experiment reads none.")
+    for field in dataclasses.fields(self):
+      if field.name in _OTHER_TASKS and getattr(self, field.name) != field.default:
+        raise UserError(f"--{field.name} is set, but nothing reads it with --task=tree.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +172,7 @@ class SurrogateConfig(RLConfig):
 
   num_epochs: int = setting(2, "passes over a rollout", minimum=1)
   num_minibatches: int = setting(4, "gradient steps per pass", minimum=1)
+  staleness: int = setting(0, "iterations that a rollout waits before it is trained on", minimum=0)
   prefix_cap: float = setting(
     float("inf"),
     "largest weight of a prefix; below inf the KL's gradient is biased",
@@ -164,6 +228,11 @@ class SurrogateConfig(RLConfig):
 def run(config: RLConfig, name: str, title: str, *, root: str) -> pathlib.Path:
   """Runs an experiment and returns its folder; a finished one is shown, not run again."""
   workdir = find_workdir(name, config, root=root)
+  if config.dry_run:
+    reports = dry_run.of_run(config, *shapes_of_inputs(config))
+    dry_run.show(reports)
+    dry_run.write(workdir, reports)
+    return workdir
   summary = read_summary(workdir)
   if summary:
     progress.console.print(f"{title}: finished before, in {workdir}", soft_wrap=True)
@@ -186,10 +255,55 @@ def run(config: RLConfig, name: str, title: str, *, root: str) -> pathlib.Path:
   return workdir
 
 
+def shapes_of_inputs(config: RLConfig) -> tuple[inputs.Models, inputs.Task]:
+  """Returns what a run starts from, of models their shapes alone.
+
+  No weights are read and no stage is trained: models of directories are as their config.json has
+  them, those of the embedded stages as these make them.
+  """
+  if config.task == "tree":
+    raise UserError("--dry_run has nothing to say of --task=tree, which fits anywhere.")
+  inputs.check_inputs(config)
+  tokenizer = arithmetic.make_tokenizer()
+  from_configs = dry_run.FROM_CONFIGS
+
+  def policy(path):
+    if path != inputs.EMBEDDED:
+      return from_configs.policy(path)
+    return sft.fresh_decoder(sft.Config(), tokenizer)
+
+  def scalar(path):
+    if path != inputs.EMBEDDED:
+      return from_configs.scalar(path)
+    model_config, params = policy(path)
+    return model_config, scalar_params_from(params)
+
+  def tokenizer_of(path):
+    return tokenizer if path == inputs.EMBEDDED else from_configs.tokenizer(path)
+
+  reward_model = config.reward_model
+  if not config.policy and _reads_reward_model(config):
+    reward_model = reward_model or inputs.EMBEDDED
+  models = dry_run.shapes_of_models(
+    config,
+    inputs.Loaders(policy, scalar, tokenizer_of),
+    policy=config.policy or inputs.EMBEDDED,
+    reward_model=reward_model,
+  )
+  return models, inputs.load_task(config, models)
+
+
+def _reads_reward_model(config: RLConfig) -> bool:
+  return config.scored and (not config.reward or reads_model(config.reward))
+
+
 def model_directories(config: RLConfig) -> dict[str, str]:
   """Returns the directories of policy and reward model, running the embedded stages if need be."""
   if config.policy:
     return {"policy": config.policy, "reward_model": config.reward_model}
+  if config.task == "tree":
+    directory = tree.write_policy(pathlib.Path("runs/stages"), config.init_seed)
+    return {"policy": str(directory), "reward_model": ""}
   stages = reward_model.Config(
     num_iterations=config.reward_model_iterations,
     sft_iterations=config.sft_iterations,
@@ -198,7 +312,7 @@ def model_directories(config: RLConfig) -> dict[str, str]:
     mesh=config.mesh,
   )
   sft_dir = reward_model.run_sft_stage(stages)
-  if config.reward or not config.scored:
+  if not _reads_reward_model(config):
     return {"policy": str(sft_dir), "reward_model": ""}
   reward_dir = config.reward_model or reward_model.main(stages, root="runs/stages")
   return {"policy": str(sft_dir), "reward_model": str(reward_dir)}
@@ -211,10 +325,13 @@ def show_summary(summary: dict, title: str) -> None:
     table.add_column(column, justify=justify)
   rows = (
     ("gold accuracy", "gold", "{:.1%}"),
+    ("gold accuracy, greedy", "gold_greedy", "{:.1%}"),
+    *((label, name, "{:.1%}") for label, name in repeated_rows(summary)),
     ("score", "score", "{:.3f}"),
     ("KL(pi||ref) k1, nats/sequence", "kl_ref_k1", "{:.3f}"),
     ("KL(pi||ref) k3, nats/sequence", "kl_ref_k3", "{:.3f}"),
     ("KL(pi||ref) exact, nats/sequence", "kl_ref_exact", "{:.3f}"),
+    ("KL(ref||pi) exact, nats/sequence", "kl_ref_forward", "{:.3f}"),
     ("KL(pi||ref) k1, nats/token", "kl_ref_k1_per_token", "{:.4f}"),
     ("KL(pi||ref) k3, nats/token", "kl_ref_k3_per_token", "{:.4f}"),
     ("KL(pi||ref) exact, nats/token", "kl_ref_exact_per_token", "{:.4f}"),

@@ -19,14 +19,16 @@ import jax
 
 from experiments import shared_flags
 from experiments.shared_flags import setting
-from klrl import ops, parallel, progress
+from klrl import inputs, ops, parallel, progress
 from klrl.errors import UserError
 from klrl.models import (
   DecoderConfig,
   Policy,
+  add_lora,
   check_tokenizer,
   load_policy,
   load_tokenizer,
+  merge_lora,
   policy_model,
   save_policy,
 )
@@ -42,7 +44,6 @@ class Config(shared_flags.RunConfig):
 
   num_iterations: int = setting(700, "iterations", minimum=1)
   learning_rate: float = setting(4e-3, "peak learning rate of Adam", minimum=0.0)
-  max_grad_norm: float = setting(1.0, "largest global gradient norm", minimum=0.0)
   policy: str = setting("", "model directory to start from; default: a fresh small decoder")
   data: str = setting(
     "", "JSON lines with prompt and completion, or plain text (.txt); default: embedded arithmetic"
@@ -74,6 +75,8 @@ class Config(shared_flags.RunConfig):
     super().__post_init__()
     if bool(self.policy) != bool(self.data):
       raise UserError("--policy and --data go together: a model of yours needs data of yours.")
+    if self.lora_rank and not self.policy:
+      raise UserError("--lora_rank adapts a model that is there already; name it by --policy=DIR.")
     if self.is_text and self.loss_on == "all":
       raise UserError(
         f"--loss_on is set, but plain text has no prompts ({self.data}): every token counts."
@@ -82,7 +85,7 @@ class Config(shared_flags.RunConfig):
   @property
   def is_text(self) -> bool:
     """Whether the data are plain text."""
-    return self.data.removesuffix(".gz").endswith(".txt")
+    return data.is_text(self.data)
 
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
@@ -93,7 +96,10 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
     return workdir
   mesh = parallel.make_mesh(config.mesh)
   parallel.check_batch_size(mesh, config.batch_size)
-  model_config, params, tokenizer = _model(config)
+  *model, tokenizer = _model(config)
+  model_config, params, frozen = add_lora(
+    *inputs.computing(config, model), jax.random.key(config.init_seed), rank=config.lora_rank
+  )
   policy = policy_model(model_config)
   training, held_out, more = _examples(config, policy, tokenizer)
   create_workdir(workdir, "sft", config)
@@ -105,7 +111,10 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
     params,
     training,
     held_out,
-    save=lambda directory, params: save_policy(directory, model_config, params, tokenizer),
+    frozen=frozen,
+    save=lambda directory, params: save_policy(
+      directory, *merge_lora(model_config, params), tokenizer
+    ),
     summary={"held_out_cross_entropy": "loss/cross_entropy"},
     more=more,
     title="SFT",
@@ -122,7 +131,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
 
 
 def make_cross_entropy_fn(policy):
-  """Returns loss(params, batch) -> (loss, metrics): mean -log pi over completion tokens, in nats.
+  """Returns loss(params, batch) -> (weights, metrics): mean -log pi of completion tokens, in nats.
 
   A token weighs the same whichever row it is in, so packing changes nothing.
 
@@ -135,8 +144,8 @@ def make_cross_entropy_fn(policy):
     log_probs = ops.token_log_probs_from_hidden(
       hidden, policy.unembedding(params), batch.tokens[:, 1:]
     )
-    total, count = ops.token_mean(-log_probs, batch.completion_mask[:, 1:])
-    return ops.divide(total, count), {"loss/cross_entropy": (total, count)}
+    cross_entropy = ops.token_mean(-log_probs, batch.completion_mask[:, 1:])
+    return {"loss/cross_entropy": 1.0}, {"loss/cross_entropy": cross_entropy}
 
   return loss_fn
 

@@ -15,8 +15,10 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from klrl import parallel
 from klrl.errors import UserError
 from klrl.loop import Interrupted
+from klrl.optimizer import SCHEDULES
 from klrl.progress import console
 from klrl.workdir import is_read
 
@@ -80,19 +82,123 @@ class RunConfig(LabConfig):
   """The fields of every experiment that trains a model."""
 
   init_seed: int = setting(0, "seed of fresh parameters and of the stages before", minimum=0)
-  data_seed: int = setting(0, "seed of the order of the data", minimum=0)
+  data_seed: int = setting(0, "seed of what is held out, and of the order of prompts", minimum=0)
   num_iterations: int = setting(100, "iterations", minimum=1)
   batch_size: int = setting(256, "rows per iteration", minimum=1)
+  accumulation: int = setting(
+    1, "parts a gradient is computed in, one after the other: less memory, same result", minimum=1
+  )
+  max_grad_norm: float = setting(1.0, "largest global gradient norm", minimum=0.0)
+  learning_rate_schedule: str = setting(
+    "cosine", "how the learning rate falls, to a tenth of its peak", choices=SCHEDULES
+  )
+  warmup_iterations: int = setting(
+    0, "iterations over which the learning rate rises to its peak", minimum=0
+  )
+  dtype: str = setting(
+    "float32",
+    "what activations are computed in; parameters and moments stay float32",
+    choices=("float32", "bfloat16"),
+  )
+  remat: bool = setting(False, "compute activations anew in the backward pass: less memory")
+  lora_rank: int = setting(
+    0, "rank of the adapters that are trained in place of the model; 0: the model", minimum=0
+  )
   mesh: str = setting("", "devices, e.g. data=4,fsdp=2; default: all of them on data")
   save_every: int = setting(50, "iterations between checkpoints", minimum=1)
   keep: int = setting(2, "checkpoints that are kept", minimum=1)
   profile: bool = setting(False, "write a trace of a few iterations to WORKDIR/profile")
   tensorboard: bool = setting(False, "write event files to WORKDIR/tensorboard")
 
+  def __post_init__(self):
+    super().__post_init__()
+    if self.warmup_iterations >= self.num_iterations:
+      raise UserError(
+        f"--warmup_iterations={self.warmup_iterations} leaves nothing of "
+        f"--num_iterations={self.num_iterations}."
+      )
+    self.check_divides("accumulation", self.batch_size, "--batch_size")
+
+  def check_divides(self, name: str, number: int, of: str) -> None:
+    """Raises UserError where the field `name` does not divide `number`, which is called `of`."""
+    if number % getattr(self, name):
+      raise UserError(f"{of} = {number} is not a multiple of --{name}={getattr(self, name)}.")
+
   def loop_settings(self) -> dict[str, Any]:
     """Returns the fields that `loop.run` takes under the same names."""
     names = ("num_iterations", "save_every", "keep", "profile", "tensorboard")
     return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskFields:
+  """Where prompts and scores come from; to be mixed into a config that has `policy`."""
+
+  task: str = setting(
+    "arithmetic",
+    "the embedded task; in `tree` every completion and the best policy are known",
+    choices=("arithmetic", "tree"),
+    read_when=("policy", ("",)),
+  )
+  reward_model: str = setting("", "model directory that scores; default: the embedded stage")
+  prompts: str = setting("", "JSON lines with a column prompt; default: embedded arithmetic")
+  prompt_template: str = setting(
+    "{prompt}", r"a prompt, made of a line's columns, e.g. 'Question: {question}\nAnswer:'"
+  )
+  max_prompt_len: int = setting(
+    0,
+    "most tokens of a prompt, longer ones are left out (0: what the context leaves, and a longer "
+    "one is an error)",
+    minimum=0,
+  )
+  reward: str = setting(
+    "",
+    "what scores: FILE.py:FUNCTION with f(prompts, completions, **columns), or math, or model; "
+    "several with weights as model,0.1*FILE.py:FUNCTION; default: model",
+  )
+  max_completion_len: int = setting(
+    0, "most tokens of a completion; 0: 4 for embedded arithmetic, else 64", minimum=0
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationFields:
+  """How a policy is judged before and after."""
+
+  num_eval_rows: int = setting(512, "held-out completions before and after", minimum=2)
+  eval_completions: int = setting(
+    4,
+    "completions per prompt for pass@k and maj@k, of the first num_eval_rows / k prompts; read by "
+    "tasks whose answers can be checked",
+    minimum=1,
+  )
+  num_samples: int = setting(8, "completions shown in the report", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageFields:
+  """The embedded stages that come before; to be mixed into a config that has `policy`."""
+
+  sft_iterations: int = setting(
+    700, "iterations of the embedded SFT stage", minimum=1, read_when=("policy", ("",))
+  )
+  reward_model_iterations: int = setting(
+    1000, "iterations of the embedded reward model stage", minimum=1, read_when=("policy", ("",))
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DryRunFields:
+  """Whether the run's program is compiled and costed rather than run; see `klrl.dry_run`."""
+
+  dry_run: bool = setting(
+    False, "compile only, and say what memory, work and traffic each device would have"
+  )
+  topology: str = setting(
+    "",
+    "TPU slice to compile for, e.g. v5e:16x16 or v5p:8x8x8; default: the devices that are there",
+    read_when=("dry_run", (True,)),
+  )
 
 
 def check_is_read(config, field: dataclasses.Field) -> None:
@@ -144,7 +250,10 @@ def run(main, config_class) -> None:
     try:
       if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every setting is a --flag=value.")
-      main(config_from_flags(config_class))
+      config = config_from_flags(config_class)
+      parallel.join_processes()
+      console.quiet = not parallel.is_writer()
+      main(config)
     except UserError as error:
       console.print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True)
       sys.exit(1)

@@ -86,10 +86,10 @@ def _grouped(config, penalty, scores, kl, mask, *, beta):
   return relative + charges
 
 
-def effective_beta(config, scores, beta) -> jax.Array:
-  """Returns beta times the standard deviation that `group_relative` divides scores by, on average.
+def group_deviation(config, scores) -> jax.Array:
+  """Returns the standard deviation that `group_relative` divides scores by, on average.
 
-  It is what a KL term in the loss weighs against the score itself, reward per nat.
+  Beta times it is what a KL term in the loss weighs against the score itself, reward per nat.
   """
   groups = scores.reshape(-1, config.group_size)
-  return beta * jnp.std(groups, axis=-1, ddof=1).mean()
+  return jnp.std(groups, axis=-1, ddof=1).mean()

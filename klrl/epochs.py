@@ -1,9 +1,9 @@
 """The inner epochs: several passes of Adam over one rollout, in shuffled minibatches.
 
 The loss of a minibatch is the policy's, with the KL penalty's loss term where it has one, plus the
-value's, minus an entropy bonus, plus the cross-entropy on pretraining texts. The first ones are
-(sum, count) pairs over the same tokens or sequences, so one divisor serves policy loss and KL, and
-beta keeps its unit.
+value's, minus an entropy bonus, plus the cross-entropy on pretraining texts: a loss as in
+`gradients`. The first ones are (sum, count) pairs over the same tokens or sequences, so one divisor
+serves policy loss and KL, and beta keeps its unit.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from klrl import completions, kl_terms, measures, objective, ops
-from klrl.optimizer import apply_gradients
+from klrl.gradients import gradients_of
+from klrl.models import join
+from klrl.optimizer import apply_gradients, make_schedule
 from klrl.sampling import Rollout
 
 
@@ -33,6 +35,7 @@ class Batch(NamedTuple):
   old_values: jax.Array  # [B, T]
   ref_log_probs: jax.Array  # [B, T]; zeros where the objective has no KL
   ref_hidden: jax.Array | None  # [B, T, D_ref], where the exact KL is made anew
+  sampler_weights: jax.Array  # [B, T], of policy loss and KL, for a sampler that is not old
   pretraining: Texts | None = None
 
 
@@ -40,15 +43,24 @@ class Context(NamedTuple):
   """What the inner epochs read and all completions share."""
 
   hypers: NamedTuple  # learner.Hypers
+  frozen: dict  # parameters that are not trained, beside the trained ones
   beta: jax.Array
   trust_region_beta: jax.Array
   advantage_mean: jax.Array  # what the advantages were whitened by; 0 and 1 where they were not
   advantage_std: jax.Array
   ref_unembedding: jax.Array | None
+  iteration: jax.Array
 
 
 # How far the policy may get from the one that sampled; the last is held by nothing.
 TRUST_REGIONS = ("clip", "sequence_clip", "truncated", "kl_old_new", "kl_new_old", "none")
+
+
+def value_params(config, params):
+  """Returns the parameters of the value model: its own, or a head on the policy's trunk."""
+  if config.value_trunk == "shared":
+    return {"decoder": params["policy"]["decoder"], **params["value"]}
+  return params["value"]
 
 
 def needs_exact_kl(config, penalty: objective.KLPenalty) -> bool:
@@ -58,10 +70,11 @@ def needs_exact_kl(config, penalty: objective.KLPenalty) -> bool:
 
 
 def make_loss_fn(config, max_completion_len: int, policy, value_model):
-  """Returns loss(params, batch, context) -> (loss, (metrics, KL(old || pi))).
+  """Returns loss(params, batch, context) -> (weights, metrics) of the trained parameters.
 
   Args:
-    config: frozen; read are the KL penalty's fields, divergence, trust_region, loss_aggregation.
+    config: frozen; read are the KL penalty's fields, divergence, trust_region, loss_aggregation,
+      kl_refresh and value_trunk.
     max_completion_len: the constant of the aggregation `constant`.
     policy: a `models.Policy`.
     value_model: a `models.ScalarModel`, or None.
@@ -73,6 +86,7 @@ def make_loss_fn(config, max_completion_len: int, policy, value_model):
     return aggregate(per_token, mask, constant_length=max_completion_len)
 
   def loss_fn(params, batch: Batch, context: Context):
+    params = join(context.frozen, params)
     rollout, hypers = batch.rollout, context.hypers
     mask, num_tokens = rollout.completion_mask, rollout.completion_mask.sum() * 1.0
     hidden = completions.completion_hidden(policy, params["policy"], rollout)
@@ -87,33 +101,39 @@ def make_loss_fn(config, max_completion_len: int, policy, value_model):
     log_probs = jnp.where(mask, log_probs, rollout.old_log_probs)
     exact_kl = None
     if needs_exact_kl(config, penalty):
-      models = (hidden, unembedding), (batch.ref_hidden, context.ref_unembedding)
-      if config.divergence == "forward":
-        models = models[::-1]
-      exact_kl = ops.exact_kl_from_hidden(*models[0], *models[1], temperature=hypers.temperature)
+      models = hidden, unembedding, batch.ref_hidden, context.ref_unembedding
+      exact_kl = _exact_divergence(config, models, hypers)
     terms = kl_terms.TokenTerms(
       log_probs, rollout.old_log_probs, batch.ref_log_probs, mask, exact_kl
     )
     if penalty.in_reward and config.kl_refresh == "minibatch":
       batch = _refreshed(penalty, batch, context, terms)
     policy_loss, metrics = _policy_loss(config, log_probs, batch, context)
-    metrics["policy/loss"] = mean(policy_loss, mask)
-    loss = ops.divide(*metrics["policy/loss"])
-    loss -= hypers.entropy_coef * ops.divide(*mean(entropy, mask))
+    metrics["policy/loss"] = mean(policy_loss * batch.sampler_weights, mask)
+    weights = {"policy/loss": 1.0}
+    # Means over the old policy's draws: the first is 1 wherever the draws are really its own.
+    ratio = jnp.exp(log_probs - rollout.old_log_probs)
+    metrics["policy/ratio"] = (jnp.where(mask, ratio, 0.0).sum(), num_tokens)
+    metrics["policy/ratio_deviation"] = (jnp.where(mask, abs(ratio - 1), 0.0).sum(), num_tokens)
     metrics["policy/entropy"] = (jnp.where(mask, entropy, 0.0).sum(), num_tokens)
+    metrics["policy/entropy_bonus"] = mean(entropy, mask)
+    weights["policy/entropy_bonus"] = -hypers.entropy_coef
     if value_model is not None:
-      per_token, value_metrics = _value_loss(value_model, params["value"], batch, hypers)
+      if config.value_trunk == "shared":
+        values = value_model.head(params["value"], hidden)
+      else:
+        values = completions.values(value_model, params["value"], rollout)
+      per_token, value_metrics = _value_loss(values, batch, hypers)
       metrics |= value_metrics | {"value/loss": mean(per_token, mask)}
-      loss += hypers.vf_coef * ops.divide(*metrics["value/loss"])
+      weights["value/loss"] = hypers.vf_coef
     if batch.pretraining is not None:
       metrics["policy/pretraining_loss"] = _cross_entropy(policy, params["policy"], batch)
-      loss += hypers.ptx_coef * ops.divide(*metrics["policy/pretraining_loss"])
+      weights["policy/pretraining_loss"] = hypers.ptx_coef
     if penalty.in_loss:
       kl_loss = kl_terms.kl_loss(penalty, terms, prefix_cap=hypers.prefix_cap)
-      metrics["policy/kl_loss"] = mean(kl_loss, mask)
+      metrics["policy/kl_loss"] = mean(kl_loss * batch.sampler_weights, mask)
       # Whitening divides the reward, so it divides what the reward is weighed against.
-      beta = context.beta / context.advantage_std
-      loss += beta * ops.divide(*metrics["policy/kl_loss"])
+      weights["policy/kl_loss"] = context.beta / context.advantage_std
       if penalty.correction == "prefix":
         bites, lost = kl_terms.prefix_cap_effect(penalty, terms, prefix_cap=hypers.prefix_cap)
         metrics["kl/prefix_cap_fraction"] = (bites.sum(), num_tokens)
@@ -122,10 +142,24 @@ def make_loss_fn(config, max_completion_len: int, policy, value_model):
       metrics[f"kl/sampler_{name}"] = measures.per_sequence(
         estimator(rollout.sampler_log_probs, log_probs), mask
       )
-    kl_old = ops.divide(*measures.per_sequence(ops.k3(rollout.old_log_probs, log_probs), mask))
-    return loss, (metrics, kl_old)
+    metrics["kl/old_k3"] = measures.per_sequence(ops.k3(rollout.old_log_probs, log_probs), mask)
+    return weights, metrics
 
   return loss_fn
+
+
+def _exact_divergence(config, models, hypers):
+  """Returns [B, T] nats per token, what `divergence` names, of next-token distributions.
+
+  `models` are hidden states and unembedding of the policy, then of its reference or teacher.
+  """
+  if config.divergence == "jensen_shannon":
+    return ops.exact_jsd_from_hidden(
+      *models, temperature=hypers.temperature, weight=hypers.jsd_weight
+    )
+  if config.divergence == "forward":
+    models = models[2:] + models[:2]
+  return ops.exact_kl_from_hidden(*models, temperature=hypers.temperature)
 
 
 def _refreshed(penalty, batch: Batch, context: Context, terms: kl_terms.TokenTerms) -> Batch:
@@ -171,10 +205,9 @@ def _policy_loss(config, log_probs, batch: Batch, context: Context):
   return loss, {}
 
 
-def _value_loss(value_model, params, batch: Batch, hypers):
+def _value_loss(values, batch: Batch, hypers):
   """Returns ([B, T] clipped value loss, its metrics)."""
   mask, eps = batch.rollout.completion_mask, hypers.value_clip_eps
-  values = completions.values(value_model, params, batch.rollout)
   loss = ops.clipped_value_loss(values, batch.old_values, batch.returns, mask, value_clip_eps=eps)
   clipped = mask & (jnp.abs(values - batch.old_values) > eps)
   return loss, {"value/clip_fraction": (clipped.sum(), mask.sum() * 1.0)}
@@ -193,8 +226,10 @@ def inner_epochs(config, loss_fn, params, opt_state, batch: Batch, context: Cont
 
   A minibatch whose KL(old || pi) exceeds `hypers.max_kl_old` is not stepped on, nor is any after
   it. Metrics are (sum, count) over all minibatches; `kl/sampler_*` over the first one, at which the
-  policy is still the one that sampled.
+  policy is still the one that sampled, unless the rollout is late. `config` is read for num_epochs,
+  num_minibatches, accumulation and the schedule of the learning rate.
   """
+  schedule = make_schedule(config)
   batch_size = batch.scores.shape[0]
   orders = jax.vmap(lambda key: jax.random.permutation(key, batch_size))(
     jax.random.split(key, config.num_epochs)
@@ -204,15 +239,18 @@ def inner_epochs(config, loss_fn, params, opt_state, batch: Batch, context: Cont
   def step(carry, rows):
     params, opt_state = carry
     minibatch = jax.tree.map(lambda x: x[rows], batch)
-    (_, (metrics, kl_old)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-      params, minibatch, context
+    gradients, metrics = gradients_of(
+      lambda params, part: loss_fn(params, part, context),
+      params,
+      minibatch,
+      num_parts=config.accumulation,
     )
-    stop = kl_old > context.hypers.max_kl_old
+    stop = ops.divide(*metrics["kl/old_k3"]) > context.hypers.max_kl_old
     new_params, new_opt_state, norm = apply_gradients(
       params,
       opt_state,
       gradients,
-      learning_rate=context.hypers.learning_rate,
+      learning_rate=context.hypers.learning_rate * schedule(context.iteration),
       max_grad_norm=context.hypers.max_grad_norm,
     )
     params, opt_state = jax.tree.map(

@@ -1,7 +1,6 @@
 """Before and after: a policy on held-out prompts, and the checks that every run makes at step 0."""
 
 import collections
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +9,12 @@ import numpy as np
 from klrl import completions, ops
 from klrl.errors import UserError
 from klrl.sampling import Rollout
-from klrl.tasks.data import completion_texts, decode_continuation
+from klrl.tasks.data import decode_continuation
+from klrl.tasks.verifier import Verifier, majority, pass_at_k, right
 
 
 class Evaluation(NamedTuple):
-  """One sampled completion per row and what the models say of it; [B, T] in nats, or None."""
+  """One completion per row and what the models say of it; [B, T] in nats, or None."""
 
   rollout: Rollout
   log_probs: jax.Array  # rescored by the trainer's forward pass
@@ -23,15 +23,13 @@ class Evaluation(NamedTuple):
   kl_exact: jax.Array | None  # KL(pi || pi_ref) of each next-token distribution
 
 
-def make_evaluate_fn(policy, reference, sample):
-  """Returns evaluate(params, reference_params, prompts, prompt_mask, key, *, temperature).
+def make_evaluate_fn(policy, reference):
+  """Returns evaluate(params, reference_params, rollout, *, temperature) -> Evaluation.
 
-  It samples one completion per prompt and returns an `Evaluation`. Pure; to be compiled by the
-  caller. `reference` may be None: nothing is then compared with it.
+  Pure; to be compiled by the caller. `reference` may be None: nothing is then compared with it.
   """
 
-  def evaluate(params, reference_params, prompts, prompt_mask, key, *, temperature):
-    rollout = sample(params, prompts, prompt_mask, key, temperature=temperature)
+  def evaluate(params, reference_params, rollout, *, temperature):
     log_probs, entropy = completions.log_probs_and_entropy(
       policy, params, rollout, temperature=temperature
     )
@@ -60,18 +58,17 @@ def figures(
   mean over prompts.
 
   KLs are KL(pi || pi_ref), nats per sequence, with `_per_token` beside each; `nll` is the mean
-  negative log-likelihood under the reference, nats per token; `distinct_2` is the share of
-  different ones among all pairs of neighbouring words (Li et al., 2016).
+  negative log-likelihood under the reference, nats per token; `distinct_N` is that of `distinct_n`.
   """
   mask = np.asarray(evaluation.rollout.completion_mask)
   num_tokens = max(1, int(mask.sum()))
   found = {
-    **_mean_and_stderr("score", scores, prompt_ids),
-    **_mean_and_stderr("gold", gold, prompt_ids),
+    **mean_and_stderr("score", scores, prompt_ids),
+    **mean_and_stderr("gold", gold, prompt_ids),
     "entropy": _sums(evaluation.entropy, mask).sum() / num_tokens,
     "length": mask.sum(axis=1).mean(),
     "finished_fraction": np.asarray(evaluation.rollout.finished).mean(),
-    "distinct_2": distinct_2(texts),
+    **{f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)},
   }
   if evaluation.ref_log_probs is not None:
     per_token = {
@@ -80,12 +77,36 @@ def figures(
       "kl_ref_exact": evaluation.kl_exact,
     }
     for name, kl in per_token.items():
-      sums = _sums(kl, mask)
-      found |= _mean_and_stderr(name, sums, prompt_ids) | {
-        f"{name}_per_token": sums.sum() / num_tokens
-      }
+      found |= kl_figures(name, kl, mask, prompt_ids)
     found["nll"] = -_sums(evaluation.ref_log_probs, mask).sum() / num_tokens
   return {name: None if x is None else float(x) for name, x in found.items()}
+
+
+def kl_figures(name: str, per_token, mask, prompt_ids: np.ndarray) -> dict[str, float | None]:
+  """Returns a KL in nats per sequence, its standard error, and the same per token.
+
+  `per_token` and `mask` are [B, T].
+  """
+  mask = np.asarray(mask)
+  sums = _sums(per_token, mask)
+  return mean_and_stderr(name, sums, prompt_ids) | {
+    f"{name}_per_token": float(sums.sum() / max(1, int(mask.sum())))
+  }
+
+
+def repeated_figures(
+  verifier: Verifier, texts: list[str], records: list[dict[str, Any]], k: int
+) -> dict[str, float | None]:
+  """Returns `pass_at_K` and `majority_at_K`, means over prompts, from k completions of each.
+
+  `texts` and `records` hold the k rows of a prompt beside one another.
+  """
+  is_right = right(verifier, texts, records).reshape(-1, k)
+  answers = np.array(list(map(verifier.answer_of, texts)), object).reshape(-1, k)
+  prompt_ids = np.arange(len(is_right))
+  return mean_and_stderr(f"pass_at_{k}", pass_at_k(is_right, k), prompt_ids) | mean_and_stderr(
+    f"majority_at_{k}", np.array(list(map(majority, answers, is_right))), prompt_ids
+  )
 
 
 def before_and_after(before: dict, after: dict) -> dict[str, float | None]:
@@ -114,17 +135,24 @@ def step_zero_checks(evaluation: Evaluation, *, starts_as_reference: bool, dtype
   """
   rollout = evaluation.rollout
   mask = np.asarray(rollout.completion_mask)
-  tolerance = 1e-3 if dtype in ("float32", "float64") else 0.05
+  # One token of many may be far off by rounding in half precision, but not their root mean square.
+  full = dtype in ("float32", "float64")
+  tolerance, which = (1e-3, "largest") if full else (0.05, "root mean square")
+
+  def difference(x, y):
+    x = np.abs(np.asarray(x - y, np.float64)[mask])
+    return x.max() if full else np.sqrt((x**2).mean())
+
   sampled, rescored = np.asarray(rollout.old_log_probs), np.asarray(evaluation.log_probs)
-  gap = np.abs(np.where(mask, sampled - rescored, 0.0)).max()
+  gap = difference(sampled, rescored)
   if not gap <= tolerance:
     raise UserError(
-      f"Step 0: sampler and scorer disagree on a token's log-prob by {gap:.2g} nats (at most "
-      f"{tolerance} expected in {dtype}). Ratios would be wrong from the first update on: check "
-      "the model's positions, its cache and the temperature."
+      f"Step 0: sampler and scorer disagree on tokens' log-probs by {gap:.2g} nats ({which}; at "
+      f"most {tolerance} expected in {dtype}). Ratios would be wrong from the first update on: "
+      "check the model's positions, its cache and the temperature."
     )
   if starts_as_reference and evaluation.ref_log_probs is not None:
-    gap = np.abs(np.where(mask, rescored - np.asarray(evaluation.ref_log_probs), 0.0)).max()
+    gap = difference(rescored, np.asarray(evaluation.ref_log_probs))
     if not gap <= tolerance:
       raise UserError(
         f"Step 0: the policy starts as its reference, yet their log-probs differ by {gap:.2g} "
@@ -174,25 +202,23 @@ def samples(
   return records
 
 
-def distinct_2(texts: list[str]) -> float | None:
-  """Returns the share of different ones among all pairs of neighbouring words, None without any."""
-  pairs: collections.Counter = collections.Counter()
+def distinct_n(texts: list[str], n: int) -> float | None:
+  """Returns the share of different ones among all n neighbouring words, None without any.
+
+  Jiwei Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", 2016.
+  """
+  grams: collections.Counter = collections.Counter()
   for text in texts:
     words = text.split()
-    pairs.update(itertools.pairwise(words))
-  return len(pairs) / pairs.total() if pairs else None
-
-
-def texts_of(evaluation: Evaluation, tokenizer) -> list[str]:
-  """Returns the completions as text."""
-  return completion_texts(tokenizer, jax.device_get(evaluation.rollout))
+    grams.update(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+  return len(grams) / grams.total() if grams else None
 
 
 def _sums(per_token, mask) -> np.ndarray:
   return np.where(mask, np.asarray(per_token), 0.0).sum(axis=1)
 
 
-def _mean_and_stderr(name: str, x, prompt_ids: np.ndarray) -> dict:
+def mean_and_stderr(name: str, x, prompt_ids: np.ndarray) -> dict[str, float | None]:
   """Returns the mean over rows, and its standard error with prompts as the independent units."""
   if x is None:
     return {name: None}
@@ -200,8 +226,8 @@ def _mean_and_stderr(name: str, x, prompt_ids: np.ndarray) -> dict:
   sums, counts = (np.bincount(prompt_ids, weights=w) for w in (x, np.ones_like(x)))
   mean, num_prompts = x.mean(), np.count_nonzero(counts)
   if num_prompts < 2:
-    return {name: mean, f"{name}_stderr": None}
+    return {name: float(mean), f"{name}_stderr": None}
   # The variance of a ratio of sums, for prompts with different numbers of rows.
   residual = sums - mean * counts
   stderr = np.sqrt((residual**2).sum() * num_prompts / (num_prompts - 1)) / counts.sum()
-  return {name: mean, f"{name}_stderr": stderr}
+  return {name: float(mean), f"{name}_stderr": float(stderr)}

@@ -3,16 +3,21 @@
 check_inputs -> load_models -> load_task
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from klrl import progress
 from klrl.epochs import Texts
 from klrl.errors import UserError
 from klrl.models import (
   Policy,
   ScalarModel,
   TokenizerInfo,
+  add_lora,
   check_tokenizer,
   load_policy,
   load_scalar,
@@ -20,18 +25,28 @@ from klrl.models import (
   policy_model,
   scalar_model,
   scalar_params_from,
+  uniform_policy,
 )
-from klrl.tasks import arithmetic, data, rewards
+from klrl.tasks import arithmetic, data, math_answers, rewards, tree
+from klrl.tasks.verifier import Verifier
 
+EMBEDDED = "embedded"  # what stands for a stage's model where no stage is run
+UNIFORM = "uniform"  # a reference that needs no directory
 _HELD_OUT_SHARE = 0.1
 
 
 class Models(NamedTuple):
-  """The models of a run, pure functions and parameters; absent ones are None."""
+  """The models of a run, pure functions and parameters; absent ones are None.
+
+  `policy_params` and `value_params` are what is trained; where that is adapters, `base` has the
+  rest of both, {"policy": ..., "value": ...}, which the reference shares.
+  """
 
   tokenizer: TokenizerInfo
   policy: Policy
   policy_params: dict
+  base: dict
+  sampler: Policy  # the policy in the sampler's arithmetic
   reference: Policy | None
   reference_params: dict | None
   value_model: ScalarModel | None
@@ -46,60 +61,101 @@ class Task(NamedTuple):
   training: data.Prompts
   held_out: data.Prompts
   max_completion_len: int
-  reward_fn: rewards.RewardFn | None  # None: the reward model scores on the device
+  rewards: list[rewards.Reward]  # empty: the reward model scores on the device
+  verifier: Verifier | None
   pretraining: Texts | None  # mixed into the loss
+  exact: tree.Exact | None = None  # where all completions are enumerated
 
 
 def check_inputs(config) -> None:
   """Raises UserError where a directory, file or function that the config names cannot be used."""
   for name in ("policy", "reference", "reward_model", "value_model"):
-    if getattr(config, name):
+    if getattr(config, name) not in ("", UNIFORM, EMBEDDED):
       load_tokenizer(getattr(config, name))
   if config.prompts:
-    data.read_records(config.prompts, ("prompt",))
+    data.read_prompts(config.prompts, config.prompt_template)
   if config.reward:
-    rewards.load_reward_fn(config.reward)
+    rewards.load_rewards(config.reward)
 
 
-def load_models(config, *, policy: str, reward_model: str) -> Models:
+class Loaders(NamedTuple):
+  """How a model directory is read; each takes its path."""
+
+  policy: Callable = load_policy
+  scalar: Callable = load_scalar
+  tokenizer: Callable = load_tokenizer
+
+
+_FROM_DISK = Loaders()
+
+
+def load_models(config, *, policy: str, reward_model: str, loaders: Loaders = _FROM_DISK) -> Models:
   """Returns the models in the directories `policy` and `reward_model` ("" for none).
 
   The reference is `config.reference`, else the policy as it starts; it is left out when nothing
   measures or penalises a KL to it. The value model, where the advantage has a use for one, is
   `config.value_model`, else it starts as a copy of the reward model, else of the policy's trunk
-  with a zero head.
+  with a zero head; with `value_trunk=shared` it is a zero head on the policy. Other `loaders` than
+  those of the disk may give models without files.
 
   Raises:
     UserError: a directory that does not hold what it should, or tokenizers that differ.
   """
-  policy_config, policy_params = load_policy(policy)
-  tokenizer = load_tokenizer(policy)
-  check_tokenizer(tokenizer, policy_config)
-  reference = reference_params = scorer = reward_params = None
+  base_config, base_params = computing(config, loaders.policy(policy))
+  tokenizer = loaders.tokenizer(policy)
+  check_tokenizer(tokenizer, base_config)
+
+  def loaded(load, directory):
+    model_config, params = computing(config, load(directory))
+    theirs = loaders.tokenizer(directory).tokenizer.get_vocab()
+    same_tokens = theirs == tokenizer.tokenizer.get_vocab()
+    if not same_tokens or model_config.vocab_size != base_config.vocab_size:
+      raise UserError(
+        f"The model in {directory} has another vocabulary than the policy; all models of a run "
+        "read the same tokens."
+      )
+    return model_config, params
+
+  policy_key, value_key = jax.random.split(jax.random.key(config.init_seed))
+  policy_config, policy_params, frozen = add_lora(
+    base_config, base_params, policy_key, rank=config.lora_rank
+  )
+  base = {"policy": frozen} if frozen else {}
+  reference = reference_params = scorer = reward_params = value_model = value_params = None
   if config.kl_placement != "none" or config.kl_every:
-    reference_config, reference_params = policy_config, policy_params
-    if config.reference:
-      reference_config, reference_params = load_policy(config.reference)
-      _check_fits(tokenizer, policy_config, config.reference, reference_config, "--reference")
-    reference = policy_model(reference_config)
-  if reward_model:
-    reward_config, reward_params = load_scalar(reward_model)
-    _check_fits(tokenizer, policy_config, reward_model, reward_config, "--reward_model")
-    scorer = scalar_model(reward_config)
-  value_model = value_params = None
-  if config.advantage == "gae":
-    if config.value_model:
-      value_config, value_params = load_scalar(config.value_model)
-      _check_fits(tokenizer, policy_config, config.value_model, value_config, "--value_model")
-    elif reward_model:
-      value_config, value_params = reward_config, reward_params
+    if config.reference == UNIFORM:
+      reference, reference_params = uniform_policy(base_config.vocab_size, base_config.max_len), {}
+    elif config.reference:
+      reference_config, reference_params = loaded(loaders.policy, config.reference)
+      reference = policy_model(reference_config)
     else:
-      value_config, value_params = policy_config, scalar_params_from(policy_params)
+      reference, reference_params = policy_model(base_config), base_params
+  if reward_model:
+    reward_config, reward_params = loaded(loaders.scalar, reward_model)
+    scorer = scalar_model(reward_config)
+  if config.advantage == "gae":
+    if config.value_trunk == "shared":
+      value_config = policy_config
+      value_params = {"head": scalar_params_from(base_params)["head"]}
+    else:
+      if config.value_model:
+        start = loaded(loaders.scalar, config.value_model)
+      elif reward_model and config.value_init == "reward_model":
+        start = reward_config, reward_params
+      else:
+        start = base_config, scalar_params_from(base_params)
+      value_config, value_params, frozen = add_lora(*start, value_key, rank=config.lora_rank)
+      base |= {"value": frozen} if frozen else {}
     value_model = scalar_model(value_config)
+  if config.task == "tree":
+    scorer, reward_params = tree.scorer(policy_config)
+  sampler_dtype = config.dtype if config.sampler_dtype == "trainer" else config.sampler_dtype
   return Models(
     tokenizer,
     policy_model(policy_config),
     policy_params,
+    base,
+    policy_model(dataclasses.replace(policy_config, dtype=sampler_dtype)),
     reference,
     reference_params,
     value_model,
@@ -109,30 +165,33 @@ def load_models(config, *, policy: str, reward_model: str) -> Models:
   )
 
 
-def _check_fits(tokenizer: TokenizerInfo, policy_config, directory, config, flag: str) -> None:
-  same_tokens = load_tokenizer(directory).tokenizer.get_vocab() == tokenizer.tokenizer.get_vocab()
-  if not same_tokens or config.vocab_size != policy_config.vocab_size:
-    raise UserError(
-      f"{flag}={directory} has another vocabulary than the policy; all models of a run read the "
-      "same tokens."
-    )
+def computing(config, model):
+  """Returns (model's config with the `dtype` and `remat` of the run's config, params)."""
+  model_config, params = model
+  return dataclasses.replace(model_config, dtype=config.dtype, remat=config.remat), params
 
 
 def load_task(config, models: Models) -> Task:
-  """Returns the embedded arithmetic task, or the prompts and the reward that the config names.
+  """Returns the embedded task, or the prompts and the reward, that the config names.
 
   Raises:
     UserError: a prompt file or reward function that cannot be used.
   """
-  reward_fn = rewards.load_reward_fn(config.reward) if config.reward else None
   if config.prompts:
     max_completion_len = config.max_completion_len or 64
-    records = data.read_records(config.prompts, ("prompt",))
+    records = data.read_prompts(config.prompts, config.prompt_template)
+    if config.max_prompt_len:
+      kept = data.short_prompts(records, models.tokenizer, max_prompt_len=config.max_prompt_len)
+      progress.console.print(f"{len(kept)} of {len(records)} prompts are short enough")
+      records = kept
     if len(records) < 2:
       raise UserError(f"{config.prompts} has one prompt; at least one more is needed to hold out.")
     order = np.random.default_rng((config.data_seed, 3)).permutation(len(records))
     num_held_out = max(1, int(_HELD_OUT_SHARE * len(records)))
     parts = [records[i] for i in order[num_held_out:]], [records[i] for i in order[:num_held_out]]
+  elif config.task == "tree":
+    max_completion_len = tree.HORIZON
+    parts = tree.prompt_records(), tree.prompt_records()
   else:
     max_completion_len = config.max_completion_len or arithmetic.MAX_COMPLETION_LEN
     parts = tuple(arithmetic.prompt_records(held_out=held_out) for held_out in (False, True))
@@ -150,7 +209,8 @@ def load_task(config, models: Models) -> Task:
     data.encode_prompts(part, models.tokenizer, max_prompt_len=context - max_completion_len)
     for part in parts
   )
-  if not config.prompts:
+  is_arithmetic = not config.prompts and config.task == "arithmetic"
+  if is_arithmetic:
     training, held_out = (
       part._replace(
         answers=arithmetic.answer_tokens(
@@ -159,12 +219,42 @@ def load_task(config, models: Models) -> Task:
       )
       for part in (training, held_out)
     )
-  pretraining = None
-  if config.pretrain_data:
-    examples = data.encode_examples(
-      [("", record["text"]) for record in data.read_records(config.pretrain_data, ("text",))],
-      models.tokenizer,
-      max_len=models.policy.config.max_len,
-    )
-    pretraining = Texts(examples.tokens, examples.mask)
-  return Task(training, held_out, max_completion_len, reward_fn, pretraining)
+  row_len = training.tokens.shape[1] + max_completion_len
+  pretraining = config.pretrain_data and _pretraining(config, models.tokenizer, row_len)
+  weighted = rewards.load_rewards(config.reward) if config.reward else []
+  verifier = arithmetic.VERIFIER if is_arithmetic else None
+  if any(reward.name == rewards.MATH for reward in weighted):
+    verifier = math_answers.VERIFIER
+  return Task(
+    training,
+    held_out,
+    max_completion_len,
+    weighted,
+    verifier,
+    pretraining or None,
+    _exact(config, models),
+  )
+
+
+def _exact(config, models: Models) -> tree.Exact | None:
+  """Returns what enumerates the tree, where the objective that a run ends with is known."""
+  known = (
+    config.kl_placement != "none"
+    and config.controller in ("fixed", "linear", "cosine")
+    and config.reference_update == "frozen"
+    and not config.normalise_scores
+  )
+  if config.task != "tree" or not known:
+    return None
+  return tree.Exact(models.policy, models.reference, models.reference_params)
+
+
+def _pretraining(config, tokenizer: TokenizerInfo, row_len: int) -> Texts:
+  """Returns the texts to keep likely, cut to `row_len` tokens, those of a rollout's rows."""
+  if data.is_text(config.pretrain_data):
+    texts = data.read_documents(config.pretrain_data)
+  else:
+    texts = [record["text"] for record in data.read_records(config.pretrain_data, ("text",))]
+  encoded = data.windows(data.encode_texts([("", text) for text in texts], tokenizer), row_len)
+  examples = data.examples_of(encoded, tokenizer.pad_id)
+  return Texts(examples.tokens, examples.mask)

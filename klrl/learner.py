@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from klrl import completions, kl_terms, measures, objective, ops
-from klrl.advantages import advantages_of, effective_beta
-from klrl.epochs import Batch, Context, inner_epochs, make_loss_fn, needs_exact_kl
+from klrl import completions, history, kl_terms, measures, objective, ops
+from klrl.advantages import advantages_of, group_deviation
+from klrl.epochs import Batch, Context, inner_epochs, make_loss_fn, needs_exact_kl, value_params
+from klrl.models import join
+from klrl.optimizer import init_optimizer
+from klrl.rollouts import informative_groups, rescored, sampler_weights, shaped_scores
 from klrl.sampling import Rollout
 
 
@@ -37,6 +40,10 @@ class Hypers(NamedTuple):
   ptx_coef: jax.Array
   overlong_buffer: jax.Array
   missing_eos_penalty: jax.Array
+  length_penalty: jax.Array
+  sampler_cap: jax.Array
+  reference_decay: jax.Array
+  jsd_weight: jax.Array
   max_kl_old: jax.Array
   prefix_cap: jax.Array
   kl_target: jax.Array
@@ -48,15 +55,19 @@ class Hypers(NamedTuple):
 
 
 class TrainState(NamedTuple):
-  """Everything that a checkpoint holds; the reference and the reward model are frozen elsewhere."""
+  """Everything that a checkpoint holds; what is frozen is elsewhere."""
 
-  params: dict  # {"policy": ..., "value": ...}, the second with a value model only
+  params: dict  # {"policy": ..., "value": ...}, what is trained; the second with a value model only
   opt_state: optax.OptState
   controller: ops.ControllerState  # beta, of KL(pi || pi_ref)
   trust_region: ops.ControllerState  # trust_region_beta, of the KL to the old policy
   hypers: Hypers
   key: jax.Array
   iteration: jax.Array  # int32
+  score_stats: history.ScoreStats
+  reference: dict | None = None  # as params["policy"], where the reference moves
+  replay: history.Replay | None = None  # where rollouts are trained on late
+  fingerprint: jax.Array | None = None  # of what is frozen, so that another one is noticed
 
 
 def hypers_from_config(config) -> Hypers:
@@ -64,19 +75,37 @@ def hypers_from_config(config) -> Hypers:
   return Hypers(*(jnp.float32(getattr(config, name)) for name in Hypers._fields))
 
 
+def init_state(config, params: dict, key) -> TrainState:
+  """Returns the state before the first iteration, with a frozen reference and nothing to replay."""
+  return TrainState(
+    params=params,
+    opt_state=init_optimizer(params),
+    controller=ops.ControllerState(
+      jnp.float32(config.beta if config.kl_placement != "none" else 0.0), jnp.int32(0)
+    ),
+    trust_region=ops.ControllerState(jnp.float32(config.trust_region_beta), jnp.int32(0)),
+    hypers=hypers_from_config(config),
+    key=key,
+    iteration=jnp.int32(0),
+    score_stats=history.no_scores(),
+  )
+
+
 def make_update_fn(config, max_completion_len: int, policy, value_model, reference):
-  """Returns update(state, reference_params, rollout, scores [B], pretraining) -> (state, metrics).
+  """Returns update(state, frozen, rollout, scores [B], pretraining) -> (state, metrics).
 
   One call is one iteration after sampling: reference log-probs and values, advantages with the KL
-  penalty's reward part, then `num_epochs` over `num_minibatches` minibatches. `pretraining` is an
-  `epochs.Texts` of B rows, whose log-likelihood is mixed into the loss, or None. Pure; to be
-  compiled by the caller. Metrics are (sum, count) pairs.
+  penalty's reward part, then `num_epochs` over `num_minibatches` minibatches. `frozen` holds the
+  parameters of the `reference` and, where adapters are trained, those of their `base`.
+  `pretraining` is an `epochs.Texts` of B rows, whose log-likelihood is mixed into the loss, or
+  None. Pure; to be compiled by the caller. Metrics are (sum, count) pairs.
 
   Args:
-    config: frozen; read are the fields of the KL penalty (`objective.penalty_of`), kl_refresh,
-      kl_every, controller, advantage, group_size, whiten_advantages, oversampling, trust_region,
-      trust_region_adaptive, loss_aggregation, num_epochs, num_minibatches, num_iterations,
-      batch_size.
+    config: frozen; read are the fields of the KL penalty (`objective.penalty_of`), divergence,
+      kl_refresh, kl_every, controller, advantage, group_size, whiten_advantages, oversampling,
+      trust_region, trust_region_adaptive, loss_aggregation, num_epochs, num_minibatches,
+      num_iterations, batch_size, accumulation, the schedule of the learning rate, value_trunk,
+      sampler_correction, staleness, normalise_scores, reference_update, reference_every.
     max_completion_len: T, the constant of the aggregation `constant`.
     policy: a `models.Policy`; its old log-probs come from the sampler.
     value_model: a `models.ScalarModel`, or None where `advantage` is not `gae`.
@@ -86,21 +115,34 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
   loss_fn = make_loss_fn(config, max_completion_len, policy, value_model)
   next_controller = _make_controller(config)
 
-  def update(state: TrainState, reference_params, rollout: Rollout, scores, pretraining=None):
-    hypers = state.hypers
+  def update(state: TrainState, frozen, rollout: Rollout, scores, pretraining=None):
+    hypers, base = state.hypers, frozen["base"]
+    models = join(base, state.params)
     metrics = measures.rollout_metrics(rollout, scores)
     scores = shaped_scores(scores, rollout, max_completion_len, hypers)
+    rollout = rescored(config, policy, models["policy"], rollout, hypers)
+    if config.staleness:
+      replay, rollout, scores = history.exchanged(state.replay, rollout, scores, state.iteration)
+      state = state._replace(replay=replay)
+    score_std = jnp.float32(1.0)
+    if config.normalise_scores:
+      score_stats, scores, score_std = history.normalised(state.score_stats, scores)
+      state = state._replace(score_stats=score_stats)
     if config.oversampling > 1:
       rollout, scores, share = informative_groups(rollout, scores, config)
       metrics["rollout/informative_groups"] = (share, 1.0)
     mask = rollout.completion_mask
     key, epochs_key = jax.random.split(state.key)
+    weights, sampler_metrics = sampler_weights(config, rollout, hypers)
+    reference_params = frozen["reference"]
+    if state.reference is not None:
+      reference_params = join(base, {"policy": state.reference})["policy"]
     ref, kl_metrics = _measured_reference(
-      config, policy, reference, state, reference_params, rollout
+      config, policy, reference, state, models["policy"], reference_params, rollout
     )
     old_values = jnp.zeros_like(rollout.old_log_probs)
     if value_model is not None:
-      old_values = completions.values(value_model, state.params["value"], rollout)
+      old_values = completions.values(value_model, value_params(config, models), rollout)
     kl = kl_terms.reward_kl(penalty, rollout.old_log_probs, ref.log_probs, ref.exact_kl)
     beta = state.controller.beta
     advantages, returns, mean, std = advantages_of(
@@ -115,17 +157,21 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
       old_values,
       ref.log_probs,
       ref.hidden if fresh_exact_kl else None,
+      weights,
       pretraining,
     )
     ref_unembedding = reference.unembedding(reference_params) if fresh_exact_kl else None
-    context = Context(hypers, beta, state.trust_region.beta, mean, std, ref_unembedding)
+    context = Context(
+      hypers, base, beta, state.trust_region.beta, mean, std, ref_unembedding, state.iteration
+    )
     params, opt_state, epoch_metrics = inner_epochs(
       config, loss_fn, state.params, state.opt_state, batch, context, epochs_key
     )
     log_probs = completions.log_probs(
-      policy, params["policy"], rollout, temperature=hypers.temperature
+      policy, join(base, params)["policy"], rollout, temperature=hypers.temperature
     )
     metrics |= {
+      **sampler_metrics,
       **kl_metrics,
       **epoch_metrics,
       "controller/beta": (beta, 1.0),
@@ -134,8 +180,11 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
     }
     if value_model is not None:
       metrics["value/explained_variance"] = measures.explained_variance(old_values, returns, mask)
-    if config.advantage == "group_relative" and penalty.in_loss:
-      metrics["controller/effective_beta"] = (effective_beta(config, scores, beta), 1.0)
+    # What a nat of KL costs in the scores' own unit, where something divides the scores alone.
+    if config.advantage == "group_relative" and (penalty.in_loss or penalty.credit == "token"):
+      score_std *= group_deviation(config, scores)
+    if penalty.placement != "none":
+      metrics["controller/effective_beta"] = (beta * score_std, 1.0)
     controller, trust_region = state.controller, state.trust_region
     if penalty.placement != "none":
       kl_sum, num_sequences = metrics["kl/ref_k1"]
@@ -149,6 +198,11 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
         ops.divide(*metrics["kl/old_k3"]),
         target_kl=hypers.trust_region_target,
       )
+    if state.reference is not None:
+      moved = history.moved_reference(
+        config, state.reference, params["policy"], hypers, state.iteration
+      )
+      state = state._replace(reference=moved)
     state = state._replace(
       params=params,
       opt_state=opt_state,
@@ -168,16 +222,15 @@ def make_iteration_fn(
   """Returns iteration(state, frozen, prompts, prompt_mask, rows, pretraining) -> (state, metrics).
 
   The whole iteration as one pure function, for scores that are computed on the device:
-  `score(frozen, rollout, rows) -> [B]`. `frozen["reference"]` holds the reference's parameters,
-  `rows [B]` int32 says which prompts to sample from. `gold(rollout, rows) -> [B]` is measured where
-  it is given, and nothing is trained on it.
+  `score(frozen, rollout, rows) -> [B]`. `rows [B]` int32 says which prompts to sample from.
+  `gold(rollout, rows) -> [B]` is measured where it is given, and nothing is trained on it.
   """
   update = make_update_fn(config, max_completion_len, policy, value_model, reference)
 
   def iteration(state, frozen, prompts, prompt_mask, rows, pretraining=None):
-    state, rollout = sample_rollout(sample, state, prompts, prompt_mask, rows)
+    state, rollout = sample_rollout(sample, state, frozen, prompts, prompt_mask, rows)
     scores = score(frozen, rollout, rows)
-    state, metrics = update(state, frozen["reference"], rollout, scores, pretraining)
+    state, metrics = update(state, frozen, rollout, scores, pretraining)
     if gold is not None:
       metrics["gold/mean"] = (gold(rollout, rows).sum(), jnp.float32(len(rows)))
     return state, metrics
@@ -185,40 +238,11 @@ def make_iteration_fn(
   return iteration
 
 
-def shaped_scores(scores, rollout: Rollout, max_completion_len: int, hypers: Hypers) -> jax.Array:
-  """Returns `scores` [B] less what a completion pays for its length and for having no end.
-
-  `overlong_buffer` is the number of tokens before the limit over which the penalty rises from 0 to
-  1 (Qiying Yu et al., "DAPO", 2025, eq. 13; a completion that does not end pays all of it), 0 is
-  off; `missing_eos_penalty` is subtracted where the completion was cut off at the limit.
-  """
-  lengths = rollout.completion_mask.sum(axis=-1)
-  buffer = jnp.maximum(hypers.overlong_buffer, 1.0)
-  over = jnp.clip((lengths - (max_completion_len - buffer)) / buffer, 0.0, 1.0)
-  over = jnp.where(hypers.overlong_buffer > 0, over, 0.0)
-  return scores - over - jnp.where(rollout.finished, 0.0, hypers.missing_eos_penalty)
-
-
-def informative_groups(rollout: Rollout, scores, config):
-  """Returns (rollout, scores, share): the first `batch_size` rows of groups whose scores differ.
-
-  Where they do not suffice, groups of equal scores fill the batch; their advantages are zero.
-  `share` is the share of groups whose scores differ. Qiying Yu et al., "DAPO", 2025, section 3.2,
-  with a fixed amount of oversampling instead of sampling until the batch is full.
-  """
-  groups = scores.reshape(-1, config.group_size)
-  uniform = groups.max(axis=-1) == groups.min(axis=-1)
-  kept = jnp.argsort(uniform, stable=True)[: config.batch_size // config.group_size]
-  rows = (kept[:, None] * config.group_size + jnp.arange(config.group_size)[None]).reshape(-1)
-  rollout = jax.tree.map(lambda x: x[rows], rollout)
-  return rollout, scores[rows], 1.0 - uniform.mean()
-
-
-def sample_rollout(sample, state: TrainState, prompts, prompt_mask, rows):
+def sample_rollout(sample, state: TrainState, frozen, prompts, prompt_mask, rows):
   """Returns (state with a fresh key, Rollout) of the prompts in `rows [B]`."""
   key, sample_key = jax.random.split(state.key)
   rollout = sample(
-    state.params["policy"],
+    join(frozen["base"], state.params)["policy"],
     prompts[rows],
     prompt_mask[rows],
     sample_key,
@@ -231,14 +255,15 @@ class _Reference(NamedTuple):
   """What the reference says of a rollout; zeros and None where nothing reads it."""
 
   log_probs: jax.Array  # [B, T]
-  exact_kl: jax.Array | None  # [B, T], of the policy that sampled
+  exact_kl: jax.Array | None  # [B, T], of the policy before this iteration's steps
   hidden: jax.Array | None  # [B, T, D_ref]
 
 
-def _measured_reference(config, policy, reference, state, reference_params, rollout):
+def _measured_reference(config, policy, reference, state, params, reference_params, rollout):
   """Returns (what the penalty reads of the reference, the kl/ref_* metrics).
 
-  All estimators are of KL(pi || pi_ref) at the policy that sampled. The exact one, and all of them
+  All estimators are of KL(pi || pi_ref) at the policy that sampled; of a late rollout the exact one
+  is that of the present policy, whose next-token distributions are at hand. It, and all of them
   when the objective has no KL, are measured every `kl_every` iterations only.
   """
   penalty, mask = objective.penalty_of(config), rollout.completion_mask
@@ -258,7 +283,6 @@ def _measured_reference(config, policy, reference, state, reference_params, roll
     }
 
   def exact(hidden):
-    params = state.params["policy"]
     kl = ops.exact_kl_from_hidden(
       completions.completion_hidden(policy, params, rollout),
       policy.unembedding(params),

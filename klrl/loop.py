@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from klrl import metrics
+from klrl import metrics, parallel
 from klrl.checkpoint import Checkpoints
 from klrl.errors import UserError
 
@@ -71,8 +71,10 @@ def run(
     checkpoints = stack.enter_context(
       contextlib.closing(Checkpoints(workdir / "checkpoints", keep=keep))
     )
-    events = tensorboard and stack.enter_context(
-      contextlib.closing(metrics.TensorBoard(workdir / "tensorboard"))
+    events = (
+      tensorboard
+      and parallel.is_writer()
+      and stack.enter_context(contextlib.closing(metrics.TensorBoard(workdir / "tensorboard")))
     )
     asked_to_stop = stack.enter_context(_deferred_signals())
     for iteration in range(start, num_iterations):
@@ -84,7 +86,7 @@ def run(
         state, pairs = step(state, iteration)
       except UserError as error:
         raise UserError(f"Iteration {iteration + 1}: {error}") from error
-      figures = metrics.finalise(jax.device_get(pairs))
+      figures = metrics.finalise(parallel.fetch(pairs))
       seconds = time.monotonic() - began
       elapsed += seconds
       num_tokens = figures.get("rollout/tokens")

@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 
+from klrl import parallel
 from klrl.errors import UserError
 
 
@@ -31,8 +32,9 @@ def first_not_finite(figures: dict[str, float | None]) -> str | None:
 
 def append_line(path: pathlib.Path, record: dict) -> None:
   """Appends one JSON object as a line."""
-  with path.open("a") as file:
-    file.write(json.dumps(record) + "\n")
+  if parallel.is_writer():
+    with path.open("a") as file:
+      file.write(json.dumps(record) + "\n")
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
@@ -44,7 +46,7 @@ def read_lines(path: pathlib.Path) -> list[dict]:
 
 def truncate(path: pathlib.Path, num_iterations: int) -> None:
   """Keeps the records of the first `num_iterations` iterations, as a resumed run needs it."""
-  if path.exists():
+  if path.exists() and parallel.is_writer():
     kept = [
       line
       for line in path.read_text().splitlines(keepends=True)

@@ -3,6 +3,27 @@
 import jax
 import optax
 
+# How the learning rate falls after the warm-up, to this share of its peak at the last iteration.
+_LAST_SHARE = 0.1
+_DECAYS = {
+  "constant": lambda steps: optax.constant_schedule(1.0),
+  "linear": lambda steps: optax.linear_schedule(1.0, _LAST_SHARE, steps),
+  "cosine": lambda steps: optax.cosine_decay_schedule(1.0, steps, alpha=_LAST_SHARE),
+}
+SCHEDULES = tuple(_DECAYS)
+
+
+def make_schedule(config) -> optax.Schedule:
+  """Returns factor(iteration), what the learning rate is multiplied by.
+
+  It rises to 1 over `warmup_iterations`, then falls by `learning_rate_schedule` until
+  `num_iterations`.
+  """
+  warmup = config.warmup_iterations
+  decay = _DECAYS[config.learning_rate_schedule](max(1, config.num_iterations - warmup))
+  rise = optax.linear_schedule(1 / (warmup + 1), 1.0, max(1, warmup))
+  return optax.join_schedules([rise, decay], [warmup]) if warmup else decay
+
 
 def make_optimizer(learning_rate, max_grad_norm) -> optax.GradientTransformation:
   """Returns Adam behind global-norm clipping.

@@ -6,13 +6,24 @@ global arrays whose `NamedSharding` says where they live; that is what `pjit` be
 * `data`: rows of a batch.
 * `fsdp`: rows of a batch, and every parameter's largest divisible axis.
 * `tensor`: heads and hidden units: the output axis of the projections that open a block, the input
-  axis of those that close it, and the vocabulary.
+  axis of those that close it, and the vocabulary. Of an adapter's factors, the one that has it.
 * `sweep`: members of a sweep; nothing in a single run.
+
+A sweep's arrays have a leading member axis. Programs split it over `sweep` by hand, so that no
+collective ever crosses members, and leave the other axes to the compiler (`map_members`).
 """
 
+import functools
+import importlib.util
 import math
+import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from klrl.errors import UserError
@@ -21,19 +32,85 @@ AXES = ("sweep", "data", "fsdp", "tensor")
 
 # Projections whose input axis, not output axis, is split by `tensor`.
 _CLOSING = ("output", "down")
+_MEMBERS = PartitionSpec("sweep")
 
 
-def make_mesh(spec: str) -> Mesh:
+def join_processes() -> None:
+  """Makes this process one of several, where it is; to be called before anything is computed.
+
+  JAX itself finds Slurm, Open MPI, GKE and Cloud TPU. Elsewhere JAX_COORDINATOR_ADDRESS=HOST:PORT,
+  JAX_NUM_PROCESSES and JAX_PROCESS_ID say it.
+  """
+  try:
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+      jax.distributed.initialize(
+        num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
+        process_id=int(os.environ["JAX_PROCESS_ID"]),
+      )
+    else:
+      jax.distributed.initialize()
+  except KeyError as error:
+    raise UserError(f"JAX_COORDINATOR_ADDRESS is set, but not {error}.") from error
+  except ValueError as error:
+    if "coordinator_address" not in str(error):  # There is no cluster.
+      raise
+
+
+def is_writer() -> bool:
+  """Returns whether this process is the one that writes files and prints."""
+  return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+  """Returns when all processes are here; `what` names the place."""
+  multihost_utils.sync_global_devices(what)
+
+
+def fetch(tree):
+  """Returns `tree` on the host, whole, also where other processes hold parts of it.
+
+  All processes must call it at the same place.
+  """
+
+  def whole(leaf):
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+      return jax.device_get(leaf)
+    return multihost_utils.process_allgather(leaf, tiled=True)
+
+  return jax.tree.map(whole, tree)
+
+
+def topology_devices(name: str) -> list:
+  """Returns the devices of a TPU slice, e.g. "v5e:16x16", to compile for without having them.
+
+  Raises:
+    UserError: libtpu, which compiles for TPUs, is not installed, or knows no such slice.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError("--topology needs the compiler for TPUs: pip install 'klrl[tpu]'")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Nobody here could answer it.
+  jax.config.update("jax_platforms", "cpu")  # Whatever is computed is computed here.
+  try:
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+  except Exception as error:  # libtpu raises nothing more specific
+    raise UserError(
+      f"--topology={name} is no TPU slice that libtpu knows; write e.g. v5e:16x16 or v5p:8x8x8. "
+      f"({str(error).splitlines()[0]})"
+    ) from error
+
+
+def make_mesh(spec: str, devices: list | None = None) -> Mesh:
   """Returns the mesh that `spec` asks for, e.g. "data=4,fsdp=2"; "" puts all devices on `data`.
 
-  Axes that are not named have size 1.
+  Axes that are not named have size 1. `devices` are those that JAX sees unless they are given.
 
   Raises:
     UserError: unknown axis, a size that is not a positive integer, or more devices than there are.
   """
+  devices = jax.devices() if devices is None else devices
   sizes: dict[str, int] = {}
   if not spec:
-    sizes["data"] = jax.device_count()
+    sizes["data"] = len(devices)
   for part in filter(None, spec.split(",")):
     axis, _, size = part.partition("=")
     if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
@@ -44,15 +121,58 @@ def make_mesh(spec: str) -> Mesh:
     sizes[axis] = int(size)
   shape = tuple(sizes.get(axis, 1) for axis in AXES)
   needed = math.prod(shape)
-  if needed > jax.device_count():
+  if needed > len(devices):
     raise UserError(
-      f"--mesh={spec} needs {needed} devices, JAX sees {jax.device_count()}. Use a smaller mesh."
+      f"--mesh={spec} needs {needed} devices, JAX sees {len(devices)}. Use a smaller mesh."
     )
   return jax.make_mesh(
     shape,
     AXES,
     axis_types=(AxisType.Auto,) * len(AXES),
-    devices=jax.devices()[:needed],
+    devices=devices[:needed],
+  )
+
+
+def sweep_mesh(spec: str, num_members: int, devices: list | None = None) -> Mesh:
+  """Returns the mesh of `spec`; "" puts members on as many devices as there are members for."""
+  num_devices = jax.device_count() if devices is None else len(devices)
+  return make_mesh(spec or f"sweep={min(num_members, num_devices)}", devices)
+
+
+def without_sweep(spec: str) -> str:
+  """Returns the mesh that each member of a sweep over `spec` has to itself."""
+  return ",".join(part for part in spec.split(",") if not part.startswith("sweep="))
+
+
+def places(mesh: Mesh, num_members: int) -> int:
+  """Returns the smallest multiple of the size of `sweep` that holds `num_members`."""
+  return -(-num_members // mesh.shape["sweep"]) * mesh.shape["sweep"]
+
+
+def map_members(mesh: Mesh, fn: Callable, in_axes: tuple[int | None, ...]) -> Callable:
+  """Returns `fn` for all members: `vmap` with these `in_axes` (0 or None), one after another.
+
+  The members of a device share one compiled body, which is a single run's program. Mapped rather
+  than batched: a batched sampling loop runs until its slowest member ends.
+  """
+
+  @functools.wraps(fn)
+  def local(*arguments):
+    def one(own):
+      own = iter(own)
+      pairs = zip(in_axes, arguments, strict=True)
+      return fn(*(shared if axis is None else next(own) for axis, shared in pairs))
+
+    pairs = zip(in_axes, arguments, strict=True)
+    return jax.lax.map(one, [mine for axis, mine in pairs if axis is not None])
+
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=tuple(PartitionSpec() if axis is None else _MEMBERS for axis in in_axes),
+    out_specs=_MEMBERS,
+    axis_names={"sweep"},
+    check_vma=False,
   )
 
 
@@ -61,9 +181,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def by_rows(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding that splits the first axis over `data` and `fsdp`."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def by_rows(mesh: Mesh, *, members: bool = False) -> NamedSharding:
+  """Returns the sharding that splits the first axis, after that of members, by data and fsdp."""
+  rows = ("data", "fsdp")
+  return NamedSharding(mesh, PartitionSpec("sweep", rows) if members else PartitionSpec(rows))
 
 
 def check_batch_size(mesh: Mesh, batch_size: int) -> None:
@@ -76,31 +197,86 @@ def check_batch_size(mesh: Mesh, batch_size: int) -> None:
     )
 
 
-def state_shardings(mesh: Mesh, state):
+def state_shardings(mesh: Mesh, state, *, members: bool = False):
   """Returns a tree of shardings for parameters, optimizer moments and scalars.
 
-  Moments follow the parameter they belong to, since they have its name and shape.
+  Moments follow the parameter they belong to, since they have its name and shape. With `members`
+  every array has a leading axis of them, split over `sweep`.
   """
 
   def sharding(path, leaf):
     names = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
+    if members:
+      return NamedSharding(
+        mesh, PartitionSpec("sweep", *_partition_spec(mesh, names, leaf.shape[1:]))
+      )
     return NamedSharding(mesh, _partition_spec(mesh, names, leaf.shape))
 
   return jax.tree_util.tree_map_with_path(sharding, state)
 
 
+def put(tree, shardings):
+  """Returns `tree`, which all processes have alike, on the devices of all; as `device_put`."""
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings)
+  if isinstance(shardings, NamedSharding):
+    shardings = jax.tree.map(lambda leaf: shardings, tree)
+
+  def place(leaf, sharding):
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      data = place(jax.random.key_data(leaf), NamedSharding(sharding.mesh, PartitionSpec()))
+      return jax.random.wrap_key_data(data)
+    array = fetch(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+  return jax.tree.map(place, tree, shardings)
+
+
+def put_once(mesh: Mesh, tree):
+  """Returns `tree` on the devices, sharded by `state_shardings`; an array that it holds twice is
+  there once. To be used for what is never donated. Of an array's mere shape its place is noted.
+  """
+  placed = {}
+
+  def put_leaf(leaf, sharding):
+    if id(leaf) not in placed:
+      is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+      placed[id(leaf)] = leaf.update(sharding=sharding) if is_shape else put(leaf, sharding)
+    return placed[id(leaf)]
+
+  return jax.tree.map(put_leaf, tree, state_shardings(mesh, tree))
+
+
+def distinct(tree) -> tuple[list, Callable[[list], Any]]:
+  """Returns (the leaves of `tree`, each object once; whole(leaves) -> `tree` of such leaves).
+
+  A program takes an array that is an argument twice for two arrays.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  once = {id(leaf): leaf for leaf in leaves}
+  places = [list(once).index(id(leaf)) for leaf in leaves]
+  return list(once.values()), lambda once: structure.unflatten(once[i] for i in places)
+
+
 def _partition_spec(mesh: Mesh, names, shape) -> PartitionSpec:
   spec: list = [None] * len(shape)
   # A stacked layer axis is scanned over, never split.
-  axes = range(1 if "layers" in names else 0, len(shape))
+  axes = list(range(1 if "layers" in names else 0, len(shape)))
   if len(axes) >= 2:
     closing = any(name in _CLOSING for name in names)
     tensor_axis = len(shape) - (2 if closing else 1)
     if "embedding" in names:  # [vocabulary, width]
       tensor_axis = len(shape) - 2
-    if mesh.shape["tensor"] > 1 and shape[tensor_axis] % mesh.shape["tensor"] == 0:
+    if "lora" in names:  # [in, rank] and [rank, out]: the rank is too small to split.
+      del axes[0 if "lora_b" in names else 1]
+
+    def divides(name, axis):
+      size = mesh.shape[name]
+      return size > 1 and shape[axis] % size == 0
+
+    if tensor_axis in axes and divides("tensor", tensor_axis):
       spec[tensor_axis] = "tensor"
-    free = [axis for axis in axes if spec[axis] is None and shape[axis] % mesh.shape["fsdp"] == 0]
-    if mesh.shape["fsdp"] > 1 and free:
+    free = [axis for axis in axes if spec[axis] is None and divides("fsdp", axis)]
+    if free:
       spec[max(free, key=lambda axis: shape[axis])] = "fsdp"
   return PartitionSpec(*spec)

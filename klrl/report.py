@@ -17,27 +17,11 @@ import pathlib
 
 import numpy as np
 
-from klrl.page import ABSENT, Html, digits, duration, element, note, number, page
+from klrl.figures_table import figures_table
+from klrl.page import Html, digits, duration, element, note, number, page
 from klrl.plots import INK, MAX_POINTS, SERIES, Line, curves
 
 MAX_SAMPLES = 10
-
-# Figures of summary.json before and after the run: label, unit, name. A figure without `_before`
-# is one of the trained policy.
-ROWS = (
-  ("Gold score", "per completion", "gold"),
-  ("Score", "per completion", "score"),
-  ("KL k1", "nats per sequence", "kl_ref_k1"),
-  ("KL k3", "nats per sequence", "kl_ref_k3"),
-  ("KL exact", "nats per sequence", "kl_ref_exact"),
-  ("KL k1", "nats per token", "kl_ref_k1_per_token"),
-  ("KL k3", "nats per token", "kl_ref_k3_per_token"),
-  ("KL exact", "nats per token", "kl_ref_exact_per_token"),
-  ("Entropy", "nats per token", "entropy"),
-  ("Length", "tokens", "length"),
-  ("NLL under the reference", "nats per token", "nll"),
-  ("Distinct-2", "share of bigrams", "distinct_2"),
-)
 
 # Small multiples: title, unit, and the figures of metrics.jsonl or timing.jsonl that share the axes
 # as (name, label, colour, style).
@@ -189,27 +173,6 @@ def _verdict(figures: dict[str, object], series: dict) -> str:
     sentence = _sentence(last)
     sentence = sentence and f"in training, {sentence}"
   return sentence[:1].upper() + sentence[1:] if sentence else "This run left no figures to judge."
-
-
-def _table(figures: dict[str, object]) -> Html:
-  known = {name for *_, name in ROWS}
-  others = {name.removesuffix("_after") for name in figures if name.endswith("_after")} - known
-  rows = []
-  for label, unit, name in (
-    *ROWS,
-    *((name.replace("_", " "), "", name) for name in sorted(others)),
-  ):
-    keys = f"{name}_before", f"{name}_after" if f"{name}_after" in figures else name
-    cells = [digits(figures.get(key), figures.get(f"{key}_stderr")) for key in keys]
-    if cells != [ABSENT, ABSENT]:
-      heading = element("th", label, element("span", unit), scope="row")
-      rows.append(element("tr", heading, *(element("td", cell) for cell in cells)))
-  if not rows:
-    return note("No figures before and after.")
-  head = element("tr", *(element("th", text, scope="col") for text in ("", "Before", "After")))
-  about = element("caption", "KL is KL(policy \u2016 reference); \u00b1 is one standard error.")
-  table = element("table", about, element("thead", head), element("tbody", *rows), class_="figures")
-  return element("div", table, class_="wide")
 
 
 def _panel(title: str, unit: str, lines: tuple, series: dict) -> Html:
@@ -376,7 +339,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     element("h1", title), element("p", _verdict(figures, series), class_="verdict"),
     note(" \u00b7 ".join(facts)), *([note(str(penalty))] if penalty else []),
     *_notices("Warnings", warnings, "warnings"), *_notices("Not complete", gaps, "missing"),
-    element("h2", "Before and after"), _table(figures),
+    element("h2", "Before and after"), figures_table(figures),
     element("h2", "Curves"), *_curves(series),
     element("h2", "Samples"), *_samples(samples),
     element("h2", "The run"),

@@ -16,36 +16,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klrl import completions, evaluation, learner, loop, objective, parallel, progress
+from klrl import (
+  completions,
+  evaluation,
+  history,
+  judging,
+  learner,
+  loop,
+  objective,
+  parallel,
+  progress,
+)
+from klrl.epochs import value_params
+from klrl.errors import UserError
 from klrl.inputs import Models, Task
-from klrl.models import ScalarModel, TokenizerInfo, save_policy, save_scalar
-from klrl.ops import ControllerState
-from klrl.optimizer import copy, init_optimizer
+from klrl.models import ScalarModel, TokenizerInfo, join, merge_lora, save_policy, save_scalar
+from klrl.optimizer import copy
 from klrl.report import write_report
-from klrl.sampling import make_sample_fn
+from klrl.sampling import Rollout, make_sample_fn
 from klrl.summary import write_summary
 from klrl.tasks import arithmetic, data, rewards
+from klrl.workdir import write_text
 
 _SLOW_REWARD_SHARE = 0.5
-
-
-def init_state(config, models: Models) -> learner.TrainState:
-  """Returns the state before the first iteration; its buffers are its own."""
-  params = {"policy": models.policy_params}
-  if models.value_model is not None:
-    params["value"] = models.value_params
-  params = copy(params)
-  return learner.TrainState(
-    params=params,
-    opt_state=init_optimizer(params),
-    controller=ControllerState(
-      jnp.float32(config.beta if config.kl_placement != "none" else 0.0), jnp.int32(0)
-    ),
-    trust_region=ControllerState(jnp.float32(config.trust_region_beta), jnp.int32(0)),
-    hypers=learner.hypers_from_config(config),
-    key=jax.random.key(config.seed),
-    iteration=jnp.int32(0),
-  )
 
 
 # Figures shown while a run goes on: metric, label.
@@ -58,6 +51,48 @@ _SHOWN = (
 )
 
 
+class Setup(NamedTuple):
+  """What does not change during a run, nor between the members of a sweep."""
+
+  config: Any
+  models: Models
+  task: Task
+  mesh: jax.sharding.Mesh
+  frozen: dict  # parameters on the devices: of the base, the reference, the reward model
+  sample: Callable[..., Rollout]
+
+
+def set_up(config, mesh, models: Models, task: Task) -> Setup:
+  """Returns the setup of a run, its frozen parameters on the devices."""
+  frozen = {
+    "base": models.base,
+    "reference": models.reference_params,
+    "reward_model": models.reward_params,
+  }
+  sample = make_sample_fn(
+    models.sampler,
+    max_completion_len=task.max_completion_len,
+    eos_id=models.tokenizer.eos_id,
+    pad_id=models.tokenizer.pad_id,
+  )
+  return Setup(config, models, task, mesh, parallel.put_once(mesh, frozen), sample)
+
+
+def init_state(setup: Setup) -> learner.TrainState:
+  """Returns the state before the first iteration; its buffers are its own."""
+  config, models = setup.config, setup.models
+  params = {"policy": models.policy_params}
+  if models.value_model is not None:
+    params["value"] = models.value_params
+  state = learner.init_state(config, copy(params), jax.random.key(config.seed))
+  replay = config.staleness and history.empty_replay(_rollout_shapes(setup), config.staleness)
+  return state._replace(
+    reference=None if config.reference_update == "frozen" else copy(state.params["policy"]),
+    replay=replay or None,
+    fingerprint=jnp.asarray(history.fingerprint((models.base, models.reference_params))),
+  )
+
+
 def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str) -> dict[str, Any]:
   """Trains, evaluates before and after, writes all files of a run and returns the summary.
 
@@ -68,66 +103,197 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str
     task: what `inputs.load_task` returned.
     title: what the progress display calls the run.
   """
-  warnings = objective.warnings_of(config)
-  description = objective.description(objective.penalty_of(config), kl_refresh=config.kl_refresh)
-  if config.divergence == "forward":
-    description = "KL penalty: token KL(ref||pi), exact, at the prefixes that the policy writes."
-  progress.console.print(description, markup=False, soft_wrap=True)
-  for warning in warnings:
-    progress.console.print(f"[bold yellow]Warning:[/] {warning}", soft_wrap=True)
-  mesh = parallel.make_mesh(config.mesh)
-  state = init_state(config, models)
-  shardings = parallel.state_shardings(mesh, state)
-  state = jax.device_put(state, shardings)
-  frozen = {"reference": models.reference_params, "reward_model": models.reward_params}
-  frozen = jax.device_put(frozen, parallel.state_shardings(mesh, frozen))
-  start, state = loop.restore_or_init(workdir, state, keep=config.keep)
-  sample = make_sample_fn(
-    models.policy,
-    max_completion_len=task.max_completion_len,
-    eos_id=models.tokenizer.eos_id,
-    pad_id=models.tokenizer.pad_id,
-  )
-  judge = _Judge(config, mesh, models, task, sample, frozen)
-  before = judge(jax.device_put(models.policy_params, shardings.params["policy"]), when="before")
-  if start == 0:
-    evaluation.step_zero_checks(
-      before.evaluation,
-      starts_as_reference=not config.reference,
-      dtype=models.policy.config.dtype,
-    )
-  step = _make_step(config, mesh, models, task, sample, frozen, shardings)
+  figures = announce(config)
+  setup = set_up(config, parallel.make_mesh(config.mesh), models, task)
+  state = init_state(setup)
+  shardings = parallel.state_shardings(setup.mesh, state)
+  start, state = restored(setup, workdir, parallel.put(state, shardings))
+  judge = make_judge_fn(setup)
+  before = judge_start(setup, judge, start)
+  step = make_step_fn(setup, shardings)
   iterations = loop.run(step, state, start=start, workdir=workdir, **config.loop_settings())
   state = progress.watch(
     iterations, state, title=title, start=start, total=config.num_iterations, keys=_SHOWN
   )
-  after = judge(state.params["policy"], when="after")
-  params = jax.device_get(state.params)
-  save_policy(workdir / "model", models.policy.config, params["policy"], models.tokenizer)
-  if models.value_model is not None:
-    value_config = models.value_model.config
-    save_scalar(workdir / "value_model", value_config, params["value"], models.tokenizer)
-  (workdir / "samples.jsonl").write_text(
-    "".join(json.dumps(record) + "\n" for record in before.samples + after.samples)
-  )
-  figures = evaluation.before_and_after(before.figures, after.figures)
-  figures["kl_penalty"] = description
-  if warnings:
-    figures["warnings"] = warnings
-  summary = write_summary(workdir, figures)
-  write_report(workdir)
+  after = judge(state.params, when="after")
+  summary = write_results(workdir, setup, state.params, before, after, figures)
+  if parallel.is_writer():
+    write_report(workdir)
+  parallel.wait_for_all("written")
   return summary
 
 
-def _make_step(config, mesh, models: Models, task: Task, sample, frozen, shardings):
-  """Returns step(state, iteration) -> (state, metrics) for `loop.run`; compiled, state donated."""
+def announce(config) -> dict[str, Any]:
+  """Says on screen what the KL penalty is and what is wrong with it; returns that as figures."""
+  warnings = objective.warnings_of(config)
+  description = objective.description(objective.penalty_of(config), kl_refresh=config.kl_refresh)
+  if config.divergence != "reverse":
+    name = {"forward": "KL(ref||pi)", "jensen_shannon": "Jensen-Shannon divergence"}
+    description = (
+      f"KL penalty: token {name[config.divergence]}, exact, at the prefixes that the policy writes."
+    )
+  progress.console.print(description, markup=False, soft_wrap=True)
+  for warning in warnings:
+    progress.console.print(f"[bold yellow]Warning:[/] {warning}", soft_wrap=True)
+  return {"kl_penalty": description} | ({"warnings": warnings} if warnings else {})
+
+
+def restored(setup: Setup, workdir: pathlib.Path, state):
+  """Returns (iterations done, state), of the newest checkpoint in `workdir` if there is one.
+
+  Raises:
+    UserError: the checkpoint was made with another reference.
+  """
+  fingerprint = np.asarray(state.fingerprint)
+  start, state = loop.restore_or_init(workdir, state, keep=setup.config.keep)
+  if (np.asarray(state.fingerprint) != fingerprint).any():
+    raise UserError(
+      f"The reference, or what adapters are added to, is not the one that {workdir} began with, so "
+      "beta would pull elsewhere. Put its files back, or start anew with another --workdir."
+    )
+  return start, state
+
+
+def make_judge_fn(setup: Setup) -> Callable[..., judging.Judgement]:
+  """Returns judge(params, *, when) of trained parameters that are on the devices."""
+  config, models, task, mesh, frozen, _ = setup
+  score = judging.make_completion_score_fn(
+    task.rewards, models.reward_model, frozen["reward_model"]
+  )
+  judge = judging.make_judge_fn(
+    config,
+    mesh,
+    models.policy,
+    models.reference,
+    frozen["reference"],
+    models.tokenizer,
+    task.held_out,
+    max_completion_len=task.max_completion_len,
+    temperature=config.temperature,
+    score=score,
+    verifier=task.verifier,
+  )
+  return lambda params, *, when: judge(join(frozen["base"], params)["policy"], when=when)
+
+
+def judge_start(setup: Setup, judge, start: int) -> judging.Judgement:
+  """Returns the judgement of the untrained policy; a run that starts here is checked by it."""
+  params = {"policy": setup.models.policy_params}
+  params = parallel.put(params, parallel.state_shardings(setup.mesh, params))
+  before = judge(params, when="before")
+  if start == 0:
+    evaluation.step_zero_checks(
+      before.evaluation,
+      starts_as_reference=not setup.config.reference,
+      dtype=setup.config.dtype,
+    )
+  return before
+
+
+def write_results(workdir: pathlib.Path, setup: Setup, params, before, after, figures) -> dict:
+  """Writes models, samples and `summary.json` of a trained run, and returns the summary.
+
+  Where the task is enumerated the summary also has `tree.Exact.figures`, and `optimum.json` the
+  frontier of the best policies.
+
+  Args:
+    workdir: the run's folder.
+    setup: of the run.
+    params: what was trained.
+    before: the judgement at the start.
+    after: the judgement of `params`.
+    figures: what else the summary is to hold.
+  """
+  models = setup.models
+  params = parallel.fetch(join(setup.frozen["base"], params))
+  policy = merge_lora(models.policy.config, params["policy"])
+  if parallel.is_writer():
+    save_policy(workdir / "model", *policy, models.tokenizer)
+  if models.value_model is not None and parallel.is_writer():
+    value = merge_lora(models.value_model.config, value_params(setup.config, params))
+    save_scalar(workdir / "value_model", *value, models.tokenizer)
+  samples = "".join(json.dumps(record) + "\n" for record in before.samples + after.samples)
+  write_text(workdir / "samples.jsonl", samples)
+  found = evaluation.before_and_after(before.figures, after.figures)
+  if (exact := setup.task.exact) is not None:
+    config, temperature = setup.config, setup.config.temperature
+    beta = config.beta if config.controller == "fixed" else config.beta_final
+    found |= exact.figures(params["policy"], beta=beta, temperature=temperature)
+    frontier = exact.frontier(temperature=temperature)
+    write_text(workdir / "optimum.json", json.dumps(frontier) + "\n")
+  return write_summary(workdir, found | figures)
+
+
+def _rollout_shapes(setup: Setup):
+  """Returns the shapes of what is sampled in an iteration."""
+  config, models, training = setup.config, setup.models, setup.task.training
+  params = join(models.base, {"policy": models.policy_params})["policy"]
+  num_rows = config.oversampling * config.batch_size
+  prompts = training.tokens[:1].repeat(num_rows, axis=0)
+  mask = training.mask[:1].repeat(num_rows, axis=0)
+  return jax.eval_shape(setup.sample, params, prompts, mask, jax.random.key(0), temperature=1.0)
+
+
+def _alone(fn: Callable, in_axes) -> Callable:
+  """Returns `fn`: the `lift` of a run by itself."""
+  del in_axes
+  return fn
+
+
+def make_programs(
+  setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn
+) -> dict[str, Callable]:
+  """Returns the compiled functions that change the state, which they donate.
+
+  `iterate(state, frozen, prompts, prompt_mask, rows, pretraining) -> (state, metrics)` alone, or
+  where the host scores `rollout(state, frozen, prompts, prompt_mask, rows) -> (state, rollout)` and
+  `update(state, frozen, rollout, scores, pretraining) -> (state, metrics)`. `frozen` are the
+  distinct arrays in that of `setup`.
+
+  Args:
+    setup: of the run.
+    shardings: of the state.
+    lift: lift(fn, in_axes) makes `fn` of one run one of several, as `vmap` does; by default there
+      is one. Metrics then have a leading axis.
+    guard: made of each function (state, ...) -> (state, ...) before it is lifted.
+  """
+  config, models, task, _, frozen, sample = setup
+  # A reference that follows the policy is of its making.
+  reference = models.reference if config.reference_update == "frozen" else models.policy
+  parts = (config, task.max_completion_len, models.policy, models.value_model, reference)
+  _, whole = parallel.distinct(frozen)
+
+  def jit(fn, in_axes):
+    lifted = lift(guard(fn), in_axes)
+
+    @functools.wraps(fn)
+    def of_distinct(state, distinct, *arguments):
+      return lifted(state, whole(distinct), *arguments)
+
+    return jax.jit(of_distinct, donate_argnums=0, out_shardings=(shardings, None))
+
+  if not task.rewards:
+    score = make_score_fn(models.reward_model)
+    gold = make_gold_fn(task.training, models.tokenizer)
+    iterate = learner.make_iteration_fn(*parts, sample, score, gold)
+    return {"iterate": jit(iterate, (0, None, None, None, None, None))}
+  rollout = functools.partial(learner.sample_rollout, sample)
+  functools.update_wrapper(rollout, learner.sample_rollout)
+  return {
+    "rollout": jit(rollout, (0, None, None, None, None)),
+    "update": jit(learner.make_update_fn(*parts), (0, None, 0, 0, None)),
+  }
+
+
+def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -> Callable:
+  """Returns step(state, iteration) -> (state, metrics) for `loop.run`; arguments as above."""
+  config, models, task, mesh, frozen, _ = setup
+  programs = make_programs(setup, shardings, lift=lift, guard=guard)
+  distinct, _ = parallel.distinct(frozen)
   rows_sharding = parallel.by_rows(mesh)
-  prompts, prompt_mask = jax.device_put(
+  prompts, prompt_mask = parallel.put(
     (task.training.tokens, task.training.mask), parallel.replicated(mesh)
   )
-  out_shardings = (shardings, None)
-  parts = (config, task.max_completion_len, models.policy, models.value_model, models.reference)
-  jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
 
   def rows_of(iteration):
     num_prompts = config.oversampling * config.batch_size // config.group_size
@@ -139,36 +305,47 @@ def _make_step(config, mesh, models: Models, task: Task, sample, frozen, shardin
       return None
     num_texts = len(task.pretraining.tokens)
     rows = data.batch_rows(config.data_seed + 1, iteration, config.batch_size, num_texts)
-    return jax.device_put(data.take(task.pretraining, rows), rows_sharding)
+    return parallel.put(data.take(task.pretraining, rows), rows_sharding)
 
-  gold = make_gold_fn(task.training, models.tokenizer)
-  if task.reward_fn is None:
-    score = make_score_fn(models.reward_model)
-    iterate = jit(learner.make_iteration_fn(*parts, sample, score, gold))
+  if not task.rewards:
 
     def step(state, iteration):
-      rows = jax.device_put(rows_of(iteration), rows_sharding)
-      return iterate(state, frozen, prompts, prompt_mask, rows, pretraining_of(iteration))
+      rows = parallel.put(rows_of(iteration), rows_sharding)
+      texts = pretraining_of(iteration)
+      return programs["iterate"](state, distinct, prompts, prompt_mask, rows, texts)
 
     return step
 
-  rollout_fn = jit(functools.partial(learner.sample_rollout, sample))
-  update = jit(learner.make_update_fn(*parts))
+  score = jax.jit(lift(make_score_fn(models.reward_model), (None, 0, None)))
+  gold = make_gold_fn(task.training, models.tokenizer)
+  gold = gold and jax.jit(lift(gold, (0, None)))
+  reads_model = any(reward.fn is None for reward in task.rewards)
   notice_slow = _SlowRewardNotice()
 
   def step_with_host_reward(state, iteration):
     rows = rows_of(iteration)
     began = time.monotonic()
-    state, rollout = rollout_fn(state, prompts, prompt_mask, jax.device_put(rows, rows_sharding))
-    texts = data.completion_texts(models.tokenizer, jax.device_get(rollout))
+    device_rows = parallel.put(rows, rows_sharding)
+    state, rollout = programs["rollout"](state, distinct, prompts, prompt_mask, device_rows)
+    # One call scores everything: rows of all members beneath each other.
+    shape = rollout.finished.shape
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), parallel.fetch(rollout))
+    texts = data.completion_texts(models.tokenizer, flat)
     sampled = time.monotonic()
-    scores = rewards.scores(task.reward_fn, [task.training.records[row] for row in rows], texts)
+    records = [task.training.records[row] for row in rows] * (len(texts) // len(rows))
+    model_scores = None
+    if reads_model:
+      model_scores = parallel.fetch(score(frozen, rollout, device_rows)).reshape(-1)
+    scores, each = rewards.weighted_scores(task.rewards, records, texts, model_scores)
     scored = time.monotonic()
-    scores = jax.device_put(scores, rows_sharding)
-    state, pairs = update(state, frozen["reference"], rollout, scores, pretraining_of(iteration))
+    scores = parallel.put(scores.reshape(shape), parallel.by_rows(mesh, members=len(shape) > 1))
+    state, pairs = programs["update"](state, distinct, rollout, scores, pretraining_of(iteration))
     jax.block_until_ready(pairs)
+    if len(each) > 1:
+      sums = {name: x.reshape(shape).sum(axis=-1) for name, x in each.items()}
+      pairs |= {f"score/{name}": (x, len(rows)) for name, x in sums.items()}
     if gold is not None:
-      pairs["gold/mean"] = (gold(rollout, rows).sum(), len(rows))
+      pairs["gold/mean"] = (gold(rollout, device_rows).sum(axis=-1), len(rows))
     notice_slow(scored - sampled, time.monotonic() - began, len(texts))
     return state, pairs
 
@@ -211,58 +388,3 @@ class _SlowRewardNotice:
         f"The reward function takes {reward_seconds:.1f} s for {num} completions, "
         f"{reward_seconds / iteration_seconds:.0%} of an iteration."
       )
-
-
-class _Judgement(NamedTuple):
-  evaluation: evaluation.Evaluation
-  figures: dict[str, float | None]
-  samples: list[dict[str, Any]]
-
-
-class _Judge:
-  """Evaluates policies on the same held-out prompts with the same keys; compiles once."""
-
-  def __init__(self, config, mesh, models: Models, task: Task, sample, frozen):
-    self._config, self._models, self._task, self._frozen = config, models, task, frozen
-    self._rows = np.arange(config.num_eval_rows) % len(task.held_out.tokens)
-    self._prompts = jax.device_put(
-      (task.held_out.tokens[self._rows], task.held_out.mask[self._rows]),
-      parallel.replicated(mesh),
-    )
-    self._evaluate = jax.jit(evaluation.make_evaluate_fn(models.policy, models.reference, sample))
-    self._gold = make_gold_fn(task.held_out, models.tokenizer)
-    if task.reward_fn is None:
-      self._score = jax.jit(make_score_fn(models.reward_model))
-
-  def __call__(self, params, *, when: str) -> _Judgement:
-    task, tokenizer = self._task, self._models.tokenizer
-    evaluated = self._evaluate(
-      params,
-      self._frozen["reference"],
-      *self._prompts,
-      # The same noise before and after, and never the training's.
-      jax.random.fold_in(jax.random.key(self._config.seed), 2**31 - 1),
-      temperature=jnp.float32(self._config.temperature),
-    )
-    texts = evaluation.texts_of(evaluated, tokenizer)
-    records = [task.held_out.records[row] for row in self._rows]
-    if task.reward_fn is None:
-      scores = np.asarray(self._score(self._frozen, evaluated.rollout, None))
-    else:
-      scores = rewards.scores(task.reward_fn, records, texts)
-    gold = self._gold and np.asarray(self._gold(evaluated.rollout, self._rows))
-    prompts = [record["prompt"] for record in records]
-    return _Judgement(
-      evaluated,
-      evaluation.figures(evaluated, scores, gold, texts, self._rows),
-      evaluation.samples(
-        when,
-        evaluated,
-        scores,
-        gold,
-        texts,
-        prompts,
-        tokenizer,
-        self._config.num_samples,
-      ),
-    )

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from klrl.hlo import at_most
 from klrl.models.decoder import Policy
 
 Array = jax.Array
@@ -182,8 +183,8 @@ def _make_generate_fn(policy, max_completion_len, eos_id, pad_id):
         sampler_log_probs=write(state.sampler_log_probs, jnp.where(alive, sampler_log_probs, 0)),
       )
 
-    def run(state, cache, cache_len):
-      """Goes on until the cache is full or all rows have ended."""
+    def run(state, cache, filled, cache_len):
+      """Goes on until a cache with `filled` slots is full or all rows have ended."""
       padded_mask = jnp.pad(prompt_mask, ((0, 0), (0, cache_len - prompt_len)))
       slots = jnp.arange(cache_len)
 
@@ -201,7 +202,8 @@ def _make_generate_fn(policy, max_completion_len, eos_id, pad_id):
         )
         return append(state, hidden), cache
 
-      return jax.lax.while_loop(unfinished, step, (state, policy.grow(cache, cache_len)))
+      with at_most(cache_len - filled):
+        return jax.lax.while_loop(unfinished, step, (state, policy.grow(cache, cache_len)))
 
     shape = (batch_size, max_completion_len)
     # The last token is never read, so it gets no slot.
@@ -221,19 +223,19 @@ def _make_generate_fn(policy, max_completion_len, eos_id, pad_id):
 
     # A step reads its whole cache, so each loop runs on one at most twice as long as what is in it,
     # and no cache grows for rows that have ended.
-    def run_all(state, cache, cache_lens):
-      state, cache = run(state, cache, cache_lens[0])
+    def run_all(state, cache, filled, cache_lens):
+      state, cache = run(state, cache, filled, cache_lens[0])
       if len(cache_lens) == 1:
         return state
       return jax.lax.cond(
         jnp.all(state.finished),
         lambda state, cache: state,
-        lambda state, cache: run_all(state, cache, cache_lens[1:]),
+        lambda state, cache: run_all(state, cache, cache_lens[0], cache_lens[1:]),
         state,
         cache,
       )
 
-    state = run_all(state, cache, cache_lens)
+    state = run_all(state, cache, prompt_len, cache_lens)
     return Rollout(
       tokens=jnp.concatenate([prompts, state.tokens], axis=1),
       prompt_mask=prompt_mask,

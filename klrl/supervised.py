@@ -1,6 +1,6 @@
 """Minimising a loss over examples: the step, and a whole run around it.
 
-A loss is a function (params, batch, **coefficients) -> (loss, metrics as (sum, count) pairs). A
+A loss is a function (params, batch, **coefficients) -> (weights, metrics), as in `gradients`. A
 batch is some rows of a named tuple of arrays, so that the same code serves any kind of example; the
 coefficients are traced scalars that a run holds in its state.
 """
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import optax
 
 from klrl import loop, parallel, progress
+from klrl.gradients import gradients_of
+from klrl.models import join
 from klrl.ops import divide
-from klrl.optimizer import apply_gradients, copy, init_optimizer
+from klrl.optimizer import apply_gradients, copy, init_optimizer, make_schedule
 from klrl.report import write_report
 from klrl.summary import write_summary
 from klrl.tasks import data
-
-_FINAL_LEARNING_RATE = 0.1  # of the initial one, reached by a cosine
 
 
 class SupervisedState(NamedTuple):
@@ -49,18 +49,22 @@ def init_supervised_state(
   )
 
 
-def make_supervised_step(loss_fn, *, num_iterations: int):
-  """Returns step(state, batch) -> (state, metrics), Adam with a cosine schedule.
+def make_supervised_step(loss_fn, config):
+  """Returns step(state, frozen, batch) -> (state, metrics), one step of Adam.
 
   Args:
-    loss_fn: a loss.
-    num_iterations: length of the schedule.
+    loss_fn: a loss, of `frozen` and the trained parameters together.
+    config: frozen; read are num_iterations, warmup_iterations, learning_rate_schedule and
+      accumulation.
   """
-  schedule = optax.cosine_decay_schedule(1.0, num_iterations, alpha=_FINAL_LEARNING_RATE)
+  schedule = make_schedule(config)
 
-  def step(state: SupervisedState, batch):
-    (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params, batch, **state.coefficients
+  def step(state: SupervisedState, frozen, batch):
+    gradients, metrics = gradients_of(
+      lambda params, part: loss_fn(join(frozen, params), part, **state.coefficients),
+      state.params,
+      batch,
+      num_parts=config.accumulation,
     )
     params, opt_state, norm = apply_gradients(
       state.params,
@@ -87,6 +91,7 @@ def train(
   summary: Mapping[str, str],
   title: str,
   keys: Sequence[tuple[str, str]],
+  frozen: dict | None = None,
   coefficients: Mapping[str, float] = MappingProxyType({}),
   more: Callable[[Any], dict[str, Any]] = lambda params: {},
 ) -> dict[str, Any]:
@@ -99,49 +104,55 @@ def train(
     params: where to start; they are copied, so they survive.
     training: named tuple of arrays with one row per example.
     held_out: the same, not trained on.
-    save: (directory, params on the host), called once with `workdir / "model"`.
+    save: (directory, all params on the host), called once with `workdir / "model"`.
     summary: {name in the summary: metric of `loss_fn`}, as measured on `held_out` at the end.
     title: what is shown while it runs.
     keys: (metric, label) of the figures shown.
+    frozen: the parameters that are not trained, where `params` are adapters.
     coefficients: of the loss, by name.
-    more: params -> further figures for the summary, called once with the trained ones.
+    more: all params -> further figures for the summary, called once at the end.
   """
   mesh = parallel.make_mesh(config.mesh)
   state = init_supervised_state(copy(params), config, coefficients)
   shardings = parallel.state_shardings(mesh, state)
-  state = jax.device_put(state, shardings)
+  state = parallel.put(state, shardings)
+  frozen = parallel.put(frozen or {}, parallel.state_shardings(mesh, frozen or {}))
   train_step = jax.jit(
-    make_supervised_step(loss_fn, num_iterations=config.num_iterations),
-    donate_argnums=0,
-    out_shardings=(shardings, None),
+    make_supervised_step(loss_fn, config), donate_argnums=0, out_shardings=(shardings, None)
   )
 
   def step(state, iteration):
-    rows = data.batch_rows(config.data_seed, iteration, config.batch_size, len(training[0]))
-    return train_step(state, jax.device_put(data.take(training, rows), parallel.by_rows(mesh)))
+    rows = data.batch_rows(config.seed, iteration, config.batch_size, len(training[0]))
+    batch = parallel.put(data.take(training, rows), parallel.by_rows(mesh))
+    return train_step(state, frozen, batch)
 
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
   iterations = loop.run(step, state, start=start, workdir=workdir, **config.loop_settings())
   state = progress.watch(
     iterations, state, title=title, start=start, total=config.num_iterations, keys=keys
   )
-  pairs = held_out_metrics(loss_fn, state, held_out, mesh, batch_size=config.batch_size)
+  params = join(frozen, state.params)
+  metrics = jax.jit(lambda params, batch: loss_fn(params, batch, **state.coefficients)[1])
+  pairs = held_out_metrics(metrics, params, held_out, mesh, batch_size=config.batch_size)
   figures = {name: float(divide(*pairs[metric])) for name, metric in summary.items()}
-  figures |= more(state.params)
-  save(workdir / "model", jax.device_get(state.params))
+  figures |= more(params)
+  params = parallel.fetch(params)
+  if parallel.is_writer():
+    save(workdir / "model", params)
   # The summary marks the run as finished, so the model comes before it.
   content = write_summary(workdir, figures)
-  write_report(workdir)
+  if parallel.is_writer():
+    write_report(workdir)
+  parallel.wait_for_all("written")
   return content
 
 
-def held_out_metrics(loss_fn, state: SupervisedState, held_out, mesh, *, batch_size: int) -> dict:
-  """Returns the (sum, count) pairs of `loss_fn` over all of `held_out`, some rows at a time."""
-  metrics = jax.jit(lambda params, batch: loss_fn(params, batch, **state.coefficients)[1])
+def held_out_metrics(metrics, params, held_out, mesh, *, batch_size: int) -> dict:
+  """Returns the (sum, count) pairs of `metrics(params, batch)` over all of `held_out`."""
   parts = [
     metrics(
-      state.params,
-      jax.device_put(data.take(held_out, slice(i, i + batch_size)), parallel.replicated(mesh)),
+      params,
+      parallel.put(data.take(held_out, slice(i, i + batch_size)), parallel.replicated(mesh)),
     )
     for i in range(0, len(held_out[0]), batch_size)
   ]

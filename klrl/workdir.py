@@ -9,11 +9,16 @@ import hashlib
 import json
 import pathlib
 
+from klrl import parallel
 from klrl.errors import UserError
 
-_SETTINGS = ("config.json", "flags.txt")
-# Fields that change no figure of a run: the same folder serves any value of them.
-NOT_PART_OF_THE_RESULT = ("workdir", "save_every", "keep", "profile", "tensorboard")
+DRY_RUN = "dry_run.json"
+_SETTINGS = ("config.json", "flags.txt", DRY_RUN)
+# Fields that change no figure of a run or of a sweep's member: the same folder serves any value.
+NOT_PART_OF_THE_RESULT = (
+  *("workdir", "save_every", "keep", "profile", "tensorboard"),
+  *("sweep", "seeds", "dry_run", "topology"),
+)
 
 
 def config_hash(config) -> str:
@@ -36,7 +41,7 @@ def find_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path
   directory = pathlib.Path(config.workdir or f"{root}/{experiment}-{config_hash(config)}")
   theirs = _read_config(directory / "config.json")
   # A folder that holds settings alone is of a command that failed before it began.
-  if theirs and any(path.name not in _SETTINGS for path in directory.iterdir()):
+  if theirs and any(_shows_a_beginning(path) for path in directory.iterdir()):
     ours = {"experiment": experiment, **_result_fields(config)}
     differing = [
       f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
@@ -48,7 +53,7 @@ def find_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path
         f"{directory} holds a run with another configuration: {'; '.join(differing)}. "
         "Choose another --workdir, or leave it out."
       )
-  elif directory.is_file() or (directory.exists() and not theirs and any(directory.iterdir())):
+  elif directory.is_file() or (directory.exists() and not theirs and _holds_other(directory)):
     raise UserError(f"{directory} is no empty folder and holds no run. Choose another --workdir.")
   return directory
 
@@ -58,6 +63,7 @@ def create_workdir(directory: pathlib.Path, experiment: str, config) -> None:
 
   To be called when all inputs are loaded, so that a command that cannot work leaves nothing behind.
   """
+  parallel.wait_for_all("looked at")  # Nobody finds what another has begun.
   directory.mkdir(parents=True, exist_ok=True)
   fields = dataclasses.asdict(config)
   write_text(
@@ -83,6 +89,10 @@ def is_read(config, field: dataclasses.Field) -> bool:
   return other is None or getattr(config, other) in values
 
 
+def _holds_other(directory: pathlib.Path) -> bool:
+  return any(path.name != DRY_RUN for path in directory.iterdir())
+
+
 def _read_config(path: pathlib.Path) -> dict | None:
   """Returns the configuration of a run of ours; a model's config.json is none."""
   try:
@@ -92,6 +102,12 @@ def _read_config(path: pathlib.Path) -> dict | None:
   return config if isinstance(config, dict) and "experiment" in config else None
 
 
+def _shows_a_beginning(path: pathlib.Path) -> bool:
+  """Returns whether a run has saved something; one that failed at once leaves an empty folder."""
+  empty = path.is_dir() and not any(path.iterdir())
+  return path.name not in _SETTINGS and not empty
+
+
 def _result_fields(config) -> dict:
   fields = dataclasses.asdict(config)
   return {name: fields[name] for name in fields if name not in NOT_PART_OF_THE_RESULT}
@@ -99,6 +115,8 @@ def _result_fields(config) -> dict:
 
 def write_text(path: pathlib.Path, text: str) -> None:
   """Writes a whole file or nothing: an interrupted write leaves what was there."""
+  if not parallel.is_writer():
+    return
   temporary = path.with_name(path.name + ".partial")
   temporary.write_text(text, encoding="utf-8")
   temporary.replace(path)

@@ -10,11 +10,10 @@ import pytest
 from absl import flags
 
 from experiments import grpo, ppo, reinforce, shared_flags
-from klrl import advantages, learner, objective, ops
+from klrl import advantages, learner, objective, rollouts
 from klrl.errors import UserError
 from klrl.models import DecoderConfig, policy_model
 from klrl.objective import KLPenalty
-from klrl.optimizer import init_optimizer
 from klrl.sampling import Rollout
 
 SCORES = jnp.array([1.0, 0.0, 0.0, 1.0])
@@ -62,10 +61,10 @@ def test_later_kl_is_charged_to_the_token_before_it_and_credit_token_to_its_own(
   np.testing.assert_allclose(own[0], [0.5 - 0.5 * 0.1, 0.5 - 0.5 * 0.2], rtol=1e-6)
 
 
-def test_effective_beta_is_beta_times_the_deviation_that_divides_the_score():
+def test_group_deviation_is_the_mean_of_what_divides_the_scores():
   config = types.SimpleNamespace(group_size=2)
-  found = advantages.effective_beta(config, SCORES, 0.5)
-  np.testing.assert_allclose(found, 0.5 * np.sqrt(0.5), rtol=1e-6)
+  found = advantages.group_deviation(config, SCORES)
+  np.testing.assert_allclose(found, np.sqrt(0.5), rtol=1e-6)
 
 
 def rollout_of(lengths, finished, max_len=4):
@@ -80,31 +79,36 @@ def test_scores_pay_for_length_and_for_a_missing_end():
   rollout = rollout_of([1, 3, 4, 4], [True, True, True, False])
 
   def shaped(**settings):
-    hypers = types.SimpleNamespace(overlong_buffer=0.0, missing_eos_penalty=0.0)
+    hypers = types.SimpleNamespace(overlong_buffer=0.0, missing_eos_penalty=0.0, length_penalty=0.0)
     vars(hypers).update(settings)
-    return learner.shaped_scores(SCORES, rollout, 4, hypers)
+    return rollouts.shaped_scores(SCORES, rollout, 4, hypers)
 
   np.testing.assert_array_equal(shaped(), SCORES)
   np.testing.assert_allclose(shaped(overlong_buffer=2.0), SCORES - np.array([0, 0.5, 1, 1]))
   np.testing.assert_allclose(shaped(missing_eos_penalty=0.3), SCORES - np.array([0, 0, 0, 0.3]))
+  np.testing.assert_allclose(shaped(length_penalty=0.1), SCORES - 0.1 * np.array([1, 3, 4, 4]))
 
 
 def test_groups_of_equal_scores_give_way_to_others():
   config = types.SimpleNamespace(group_size=2, batch_size=4)
   scores = jnp.array([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 2.0, 1.0])
   rollout = rollout_of([4] * 8, [True] * 8)
-  kept, kept_scores, share = learner.informative_groups(rollout, scores, config)
+  kept, kept_scores, share = rollouts.informative_groups(rollout, scores, config)
   np.testing.assert_array_equal(kept_scores, [0.0, 1.0, 2.0, 1.0])
   np.testing.assert_array_equal(kept.tokens, rollout.tokens[jnp.array([2, 3, 6, 7])])
   assert share == 0.5
 
 
+def config_class_of(path):
+  return reinforce.Config if path.stem in ("max_entropy", "tree") else grpo.Config
+
+
 def config_of_preset(path):
   before = set(flags.FLAGS)
-  shared_flags.define_flags(grpo.Config)
+  shared_flags.define_flags(config_class_of(path))
   try:
     flags.FLAGS(["program", f"--flagfile={path}"])
-    return shared_flags.config_from_flags(grpo.Config)
+    return shared_flags.config_from_flags(config_class_of(path))
   finally:
     for name in set(flags.FLAGS) - before:
       delattr(flags.FLAGS, name)
@@ -120,29 +124,22 @@ def traced_update(config):
   """Returns the shapes of the metrics of one update, which is traced and not run."""
   policy = policy_model(DECODER)
   params = {"policy": policy.init(jax.random.key(0))}
-  state = learner.TrainState(
-    params,
-    init_optimizer(params),
-    ops.ControllerState(jnp.float32(config.beta), jnp.int32(0)),
-    ops.ControllerState(jnp.float32(config.trust_region_beta), jnp.int32(0)),
-    learner.hypers_from_config(config),
-    jax.random.key(1),
-    jnp.int32(0),
-  )
+  state = learner.init_state(config, params, jax.random.key(1))
   num_rows = config.batch_size * config.oversampling
   update = learner.make_update_fn(config, 4, policy, None, policy)
+  frozen = {"reference": params["policy"], "base": {}}
   rollout = rollout_of([4] * num_rows, [True] * num_rows)
-  _, metrics = jax.eval_shape(update, state, params["policy"], rollout, jnp.zeros(num_rows))
+  _, metrics = jax.eval_shape(update, state, frozen, rollout, jnp.zeros(num_rows))
   return metrics
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_is_a_configuration_that_the_learner_takes(path):
   config = config_of_preset(path)
-  assert config != grpo.Config()
+  assert config != config_class_of(path)()
   metrics = traced_update(config)
   assert ("rollout/informative_groups" in metrics) == (config.oversampling > 1)
-  assert ("controller/effective_beta" in metrics) == (path.stem == "deepseekmath")
+  assert ("controller/effective_beta" in metrics) == (config.kl_placement != "none")
 
 
 def test_presets_have_the_penalties_of_their_papers():

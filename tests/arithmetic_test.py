@@ -138,3 +138,11 @@ def test_only_the_exact_answer_counts(completion, expected):
 def test_a_completion_too_short_for_an_answer_is_refused():
   with pytest.raises(UserError, match="the embedded task needs 3"):
     arithmetic.answer_tokens([{"answer": "12"}], TOKENIZER, max_completion_len=2)
+
+
+def test_the_verifier_reads_what_accuracy_reads_from_the_text():
+  answer_of, is_right = arithmetic.VERIFIER
+  assert is_right("07", {"answer": "07"})
+  assert not any(is_right(text, {"answer": "07"}) for text in ("7", "70", "007", "07=", ""))
+  assert answer_of("07") == "07"
+  assert answer_of("0=") is None and answer_of("") is None

@@ -10,7 +10,7 @@ import pytest
 from experiments import best_of_n, best_of_n_page, sft
 from klrl import bandits, inputs
 from klrl.errors import UserError
-from klrl.models import policy_model, save_policy, save_scalar, scalar_model, scalar_params_from
+from klrl.models import save_policy, save_scalar, scalar_params_from
 from klrl.tasks import arithmetic
 
 POOLS = {
@@ -109,10 +109,8 @@ def models(tmp_path_factory):
   scalar["head"] = jax.random.normal(jax.random.key(1), scalar["head"].shape)
   save_policy(directory / "policy", config, params, tokenizer)
   save_scalar(directory / "reward", config, scalar, tokenizer)
-  found = inputs.Models(
-    tokenizer, policy_model(config), params, None, None, None, None, scalar_model(config), scalar
-  )
-  return directory, found
+  directories = {"policy": str(directory / "policy"), "reward_model": str(directory / "reward")}
+  return directory, inputs.load_models(best_of_n.Config().rl_config(), **directories)
 
 
 def test_a_pool_agrees_with_all_completions_of_its_problems(models):

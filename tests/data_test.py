@@ -59,6 +59,48 @@ def test_a_missing_file_is_named_with_what_it_should_hold(tmp_path):
     data.read_records(tmp_path / "absent.jsonl", ("prompt",))
 
 
+def test_prompts_are_a_template_filled_from_the_text_columns(tmp_path):
+  path = write(
+    tmp_path / "a.jsonl",
+    '{"question": "1 {x} 2?", "answer": "3", "n": 1}\n\n{"question": "é", "prompt": "gone"}',
+  )
+  template = "{{Question}}: {question}\\nAnswer: "
+  assert data.read_prompts(path, template) == [
+    {"question": "1 {x} 2?", "answer": "3", "n": 1, "prompt": "{Question}: 1 {x} 2?\nAnswer: "},
+    {"question": "é", "prompt": "{Question}: é\nAnswer: "},
+  ]
+
+
+def test_without_a_template_the_prompt_is_its_column(tmp_path):
+  path = write(tmp_path / "a.jsonl", '{"prompt": "a\\\\nabla {b}", "n": 7}')
+  assert data.read_prompts(path) == [{"prompt": "a\\nabla {b}", "n": 7}]
+  with pytest.raises(UserError, match="line 1 has no text column 'question'"):
+    data.read_prompts(path, "{question}")
+
+
+@pytest.mark.parametrize(
+  ("template", "message"),
+  [
+    ("no column", r"--prompt_template='no column' names no column\. Write e\.g\."),
+    ("{q.__class__}", "only names may be in braces"),
+    ("{q[0]}", "only names may be in braces"),
+    ("{q!r}", "only names may be in braces"),
+    ("{q:>9999999}", "only names may be in braces"),
+    ("{q:{q}}", "only names may be in braces"),
+    ("{}", "only names may be in braces"),
+    ("{0}", "only names may be in braces"),
+    ("{q", "expected '}' before end of string"),
+    ("q}", "Single '}' encountered"),
+    ("{n}", r"a\.jsonl line 1 has no text column 'n'"),
+    ("{q} {other}", r"a\.jsonl line 3 has no text column 'other'"),
+  ],
+)
+def test_a_template_that_cannot_be_filled_is_one_clear_error(tmp_path, template, message):
+  path = write(tmp_path / "a.jsonl", '{"q": "a", "n": 1, "other": "b"}\n\n{"q": "c"}')
+  with pytest.raises(UserError, match=message):
+    data.read_prompts(path, template)
+
+
 def test_prompts_are_padded_on_the_left_and_examples_on_the_right():
   prompts = data.encode_prompts(
     [{"prompt": "1", "n": 7}, {"prompt": "+="}], TOKENIZER, max_prompt_len=3
@@ -82,7 +124,9 @@ def test_prompts_are_padded_on_the_left_and_examples_on_the_right():
 
 def test_prompts_and_examples_that_are_too_long_are_numbered():
   records = [{"prompt": "1"}, {"prompt": "12+34="}]
-  with pytest.raises(UserError, match=r"Prompt 2 has 7 tokens; at most 6 fit.*begins '12\+34='"):
+  with pytest.raises(
+    UserError, match=r"Prompt 2 has 7 tokens; at most 6 fit.*--max_len.*begins '12\+34='"
+  ):
     data.encode_prompts(records, TOKENIZER, max_prompt_len=6)
   data.encode_prompts(records, TOKENIZER, max_prompt_len=7)
   texts = [("1", "2"), ("1", "234")]

@@ -14,6 +14,7 @@ from experiments import dpo, dpo_pairs, rl, sft
 from experiments.dpo_pairs import Pairs
 from klrl import oracle
 from klrl.errors import UserError
+from klrl.gradients import scalar
 from klrl.models import (
   DecoderConfig,
   load_policy,
@@ -130,7 +131,7 @@ BATCH = pairs_of([0, 3, 5, 12], [4, 1, 0, 7], ref=(-2.0, -2.5))
 def value_and_grad():
   """By loss: f(params, pairs, *, beta, label_smoothing) -> ((loss, metrics), gradient)."""
   return {
-    loss: jax.jit(jax.value_and_grad(dpo.make_preference_fn(POLICY, loss), has_aux=True))
+    loss: jax.jit(jax.value_and_grad(scalar(dpo.make_preference_fn(POLICY, loss)), has_aux=True))
     for loss in dpo.LOSSES
   }
 
@@ -190,7 +191,7 @@ def test_at_the_reference_the_gradient_is_half_beta_of_each_log_prob(params, val
 
 @pytest.mark.parametrize("loss", dpo.LOSSES)
 def test_the_reference_has_no_gradient(params, loss):
-  loss_fn = dpo.make_preference_fn(POLICY, loss)
+  loss_fn = scalar(dpo.make_preference_fn(POLICY, loss))
 
   def of_reference(ref_log_probs):
     pairs = BATCH._replace(ref_log_probs=ref_log_probs)
@@ -238,7 +239,11 @@ def test_drawn_pairs_differ_and_the_bradley_terry_model_labels_them():
     )
 
   tokens, mask, completion_mask = dpo_pairs.draw_pairs(
-    prompts, draw, lambda rollout: 2.0 * rollout.tokens[:, -1], num_pairs=5000, seed=0
+    prompts,
+    draw,
+    lambda rollout, texts, records: 2.0 * rollout.tokens[:, -1],
+    num_pairs=5000,
+    seed=0,
   )
   assert 2300 < len(tokens) < 2700 and mask.all()
   np.testing.assert_array_equal(completion_mask.any(axis=(0, 1)), [False, False, True])
@@ -294,6 +299,7 @@ def test_a_run_on_own_pairs_starts_at_the_reference_and_is_not_made_twice(own, t
   assert lines[0]["loss/ipo"] == pytest.approx(1 / (2 * config.beta) ** 2, rel=1e-5)
   assert lines[0]["preference/margin"] == 0 != lines[1]["preference/margin"]
   assert summary["score_after"] is None and summary["gold_after"] is None
+  assert "pass_at_4_after" not in summary  # pairs of one's own come without answers
   assert abs(summary["kl_ref_exact_before"]) < 1e-5 < summary["kl_ref_exact"]
   assert 0 <= summary["held_out_accuracy"] <= 1
   assert len((workdir / "samples.jsonl").read_text().splitlines()) == 4
@@ -316,7 +322,8 @@ def test_embedded_run_is_judged_by_score_and_gold(own, tmp_path, monkeypatch):
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   assert lines[0]["loss/dpo"] == pytest.approx(np.log(2), rel=1e-5)
   summary = json.loads((workdir / "summary.json").read_text())
-  for name in ("score", "gold", "kl_ref_exact"):
+  named = ("score", "gold", "kl_ref_exact", "kl_ref_forward", "gold_greedy", "pass_at_4")
+  for name in named:
     assert summary[f"{name}_after"] is not None and summary[f"{name}_before"] is not None
 
 

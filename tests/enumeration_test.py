@@ -13,7 +13,6 @@ from experiments import ppo
 from klrl import completions, kl_terms, learner, ops, oracle
 from klrl.models import DecoderConfig, Policy, ScalarModel, policy_model, scalar_model
 from klrl.objective import KLPenalty
-from klrl.optimizer import init_optimizer
 from klrl.sampling import Rollout, make_sample_fn
 
 TREE = oracle.make_tree(3, 3, eos_id=2)
@@ -87,20 +86,14 @@ def two_steps(config):
   params = {"policy": params, "value": jax.jit(value_model.init)(jax.random.key(1))}
   rollout = jax.jit(make_rollout)()
   update = learner.make_update_fn(config, TREE.horizon, policy, value_model, policy)
-  state = learner.TrainState(
-    params=params,
-    opt_state=init_optimizer(params),
-    controller=ops.ControllerState(jnp.float32(BETA), jnp.int32(0)),
-    trust_region=ops.ControllerState(jnp.float32(1.0), jnp.int32(0)),
-    hypers=learner.hypers_from_config(config),
-    key=jax.random.key(2),
-    iteration=jnp.int32(0),
-  )
+  state = learner.init_state(config, params, jax.random.key(2))
+  state = state._replace(controller=ops.ControllerState(jnp.float32(BETA), jnp.int32(0)))
+  frozen = {"reference": ref_params, "base": {}}
 
   @jax.jit
   def run(max_kl_old):
     hypers = state.hypers._replace(max_kl_old=jnp.float32(max_kl_old))
-    new, _ = update(state._replace(hypers=hypers), ref_params, rollout, jnp.asarray(SCORES)[ROWS])
+    new, _ = update(state._replace(hypers=hypers), frozen, rollout, jnp.asarray(SCORES)[ROWS])
     return new.params["policy"], optax.tree.get(new.opt_state, "mu")["policy"]
 
   (middle, first), (_, both) = run(1e-12), run(np.inf)

@@ -12,7 +12,7 @@ from klrl import completions, evaluation
 from klrl.errors import UserError
 from klrl.models import DecoderConfig, load_tokenizer, policy_model
 from klrl.sampling import Rollout, make_sample_fn
-from klrl.tasks import arithmetic
+from klrl.tasks import arithmetic, data
 
 STORIES = pathlib.Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 TOKENIZER = arithmetic.make_tokenizer()
@@ -36,15 +36,19 @@ def make_params(seed):
   return jax.tree.map(lambda x: 10 * x, jax.jit(POLICY.init)(jax.random.key(seed)))
 
 
-@functools.cache
-def evaluate_fn(with_reference):
-  sample = make_sample_fn(
+SAMPLE = jax.jit(
+  make_sample_fn(
     POLICY,
     max_completion_len=MAX_COMPLETION_LEN,
     eos_id=TOKENIZER.eos_id,
     pad_id=TOKENIZER.pad_id,
   )
-  return jax.jit(evaluation.make_evaluate_fn(POLICY, POLICY if with_reference else None, sample))
+)
+
+
+@functools.cache
+def evaluate_fn(with_reference):
+  return jax.jit(evaluation.make_evaluate_fn(POLICY, POLICY if with_reference else None))
 
 
 @functools.cache
@@ -52,13 +56,11 @@ def evaluate(*, reference_seed=0, temperature=1.0, with_reference=True):
   """Returns the evaluation of the policy of seed 0, on the host."""
   tokens = jax.random.randint(jax.random.key(5), (BATCH, PROMPT_LEN), 3, VOCAB)
   mask = jnp.ones((BATCH, PROMPT_LEN), bool).at[::2, 0].set(False)
+  temperature = jnp.float32(temperature)
+  rollout = SAMPLE(make_params(0), tokens, mask, jax.random.key(9), temperature=temperature)
+  reference_params = make_params(reference_seed) if with_reference else None
   found = evaluate_fn(with_reference)(
-    make_params(0),
-    make_params(reference_seed) if with_reference else None,
-    tokens,
-    mask,
-    jax.random.key(9),
-    temperature=jnp.float32(temperature),
+    make_params(0), reference_params, rollout, temperature=temperature
   )
   return jax.device_get(found)
 
@@ -95,7 +97,9 @@ def test_figures_match_a_recomputation():
     "nll": -found.ref_log_probs[mask].mean(),
     "length": mask.sum() / BATCH,
     "finished_fraction": np.any(found.rollout.tokens[:, PROMPT_LEN:] == 2, axis=1).mean(),
+    "distinct_1": 3 / 5,
     "distinct_2": 2 / 3,
+    "distinct_3": 1.0,
   }
   assert figures == pytest.approx(expected, rel=1e-4)
   assert all(type(x) is float for x in figures.values())
@@ -143,22 +147,24 @@ def with_old_log_probs(found, old_log_probs):
 
 
 @pytest.mark.parametrize(
-  ("error", "dtype", "stopped"),
+  ("error", "rows", "dtype", "stopped"),
   [
-    (2e-3, "float32", True),
-    (5e-4, "float32", False),
-    (2e-3, "bfloat16", False),
-    (0.06, "bfloat16", True),
-    (np.nan, "float32", True),
+    (2e-3, [17], "float32", True),
+    (5e-4, [17], "float32", False),
+    (2e-3, slice(None), "bfloat16", False),
+    (0.2, [17], "bfloat16", False),
+    (0.2, slice(None), "bfloat16", True),
+    (np.nan, [17], "float32", True),
+    (np.nan, [17], "bfloat16", True),
   ],
 )
-def test_sampler_and_scorer_that_disagree_on_one_token_stop_the_run(error, dtype, stopped):
+def test_sampler_and_scorer_that_disagree_stop_the_run(error, rows, dtype, stopped):
   found = evaluate()
   old_log_probs = found.rollout.old_log_probs.copy()
-  old_log_probs[17, 0] -= error
+  old_log_probs[rows, 0] -= error
   perturbed = with_old_log_probs(found, old_log_probs)
   if stopped:
-    with pytest.raises(UserError, match="sampler and scorer disagree on a token's log-prob by"):
+    with pytest.raises(UserError, match="sampler and scorer disagree on tokens' log-probs by"):
       check(perturbed, dtype=dtype)
   else:
     check(perturbed, dtype=dtype)
@@ -187,16 +193,39 @@ def test_draws_at_another_temperature_than_claimed_stop_the_run(temperature):
   assert ("log_prob - entropy is -" in str(stop.value)) == (temperature < 1)
 
 
-def test_distinct_2_by_hand():
+def test_distinct_n_by_hand():
   # "a b", "b a", "a b" and "a b", "b c": three different ones of five; none across texts.
-  assert evaluation.distinct_2(["a b a b", "a  b\nc", "d", ""]) == pytest.approx(3 / 5)
-  assert evaluation.distinct_2(["a b c"]) == 1
-  assert evaluation.distinct_2(["a", ""]) is None
+  texts = ["a b a b", "a  b\nc", "d", ""]
+  assert evaluation.distinct_n(texts, 2) == pytest.approx(3 / 5)
+  assert evaluation.distinct_n(texts, 1) == pytest.approx(4 / 8)
+  assert evaluation.distinct_n([*texts, "b a b"], 3) == pytest.approx(3 / 4)
+  assert evaluation.distinct_n(["a b c"], 2) == 1
+  assert evaluation.distinct_n(["a", ""], 2) is None
+
+
+def test_figures_of_several_completions_are_means_over_prompts():
+  texts = ["7", "8", "8", "9", "9", "9"]
+  records = [{"answer": "7"}] * 3 + [{"answer": "9"}] * 3
+  found = evaluation.repeated_figures(arithmetic.VERIFIER, texts, records, 3)
+  assert found == pytest.approx(
+    {"pass_at_3": 1.0, "pass_at_3_stderr": 0.0, "majority_at_3": 0.5, "majority_at_3_stderr": 0.5}
+  )
+
+
+def test_figures_before_and_after_have_their_errors_beside_them():
+  before, after = ({"pass_at_4": x, "kl_ref_forward_stderr": x} for x in (0.25, 0.5))
+  assert evaluation.before_and_after(before, after) == {
+    "pass_at_4_before": 0.25,
+    "pass_at_4_after": 0.5,
+    "kl_ref_forward_before_stderr": 0.25,
+    "kl_ref_forward_after_stderr": 0.5,
+    "kl_ref_forward_stderr": 0.5,
+  }
 
 
 def test_samples_show_each_real_token_of_the_first_rows():
   found = evaluate(reference_seed=3)
-  texts = evaluation.texts_of(found, TOKENIZER)
+  texts = data.completion_texts(TOKENIZER, found.rollout)
   prompts = [f"prompt {i}" for i in range(BATCH)]
   scores, gold = np.arange(BATCH) / 2, np.ones(BATCH)
   records = evaluation.samples("before", found, scores, gold, texts, prompts, TOKENIZER, 20)
@@ -229,7 +258,7 @@ def test_pieces_of_a_sample_keep_their_spaces():
   tokens = np.array([[bos, *ids]], np.int32)
   rollout = Rollout(tokens, np.ones((1, 1), bool), mask, mask[:, -1], None, None)
   found = evaluation.Evaluation(rollout, np.zeros_like(mask, float), None, None, None)
-  texts = evaluation.texts_of(found, tokenizer)
+  texts = data.completion_texts(tokenizer, rollout)
   (record,) = evaluation.samples("after", found, [0], None, texts, [""], tokenizer, 1)
   assert record["tokens"] == ["Once", " upon", " a", " time", "</s>"]
   assert record["completion"] == "Once upon a time"

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import textwrap
 
+import jax
+import numpy as np
 import pytest
 
 from experiments import distill, grpo, ppo, reinforce, reward_model, rl, sft
-from klrl import loop
+from klrl import history, loop
 from klrl.errors import UserError
 from klrl.models import load_policy, load_scalar
 from klrl.tasks import arithmetic
@@ -54,6 +56,9 @@ def own(runs):
       def sevens(prompts, completions, answer, number, **columns):
         assert all(isinstance(i, int) for i in number) and len(answer) == len(prompts)
         return [completion.count("7") for completion in completions]
+
+      def length(prompts, completions, **columns):
+        return [len(completion) for completion in completions]
     """)
   )
   (policy,) = (runs / "runs/stages").glob("sft-*")
@@ -110,8 +115,22 @@ def test_workdir_of_another_config_is_refused(runs):
     ppo.main(ppo.Config(**TINY, **STAGES, beta=0.7, workdir="embedded"))
 
 
-def test_interrupted_run_with_own_reward_goes_on_bit_for_bit(runs, own, monkeypatch):
-  ppo.main(ppo.Config(**own, workdir="whole"))
+# With all that a state can hold.
+REMEMBERING = {
+  "lora_rank": 2,
+  "reference_update": "ema",
+  "reference_decay": 0.5,
+  "staleness": 1,
+  "normalise_scores": True,
+  "sampler_correction": "sequence",
+  "reward": "2*reward.py:sevens,-0.5*reward.py:length",
+  "reward_model": "",
+}
+
+
+def test_interrupted_run_with_own_rewards_goes_on_bit_for_bit(runs, own, monkeypatch):
+  settings = {**own, **REMEMBERING}
+  ppo.main(ppo.Config(**settings, workdir="whole"))
   real_step, calls = loop._check_finite, []
 
   def interrupt_once(*arguments):
@@ -122,9 +141,13 @@ def test_interrupted_run_with_own_reward_goes_on_bit_for_bit(runs, own, monkeypa
 
   monkeypatch.setattr(loop, "_check_finite", interrupt_once)
   with pytest.raises(loop.Interrupted, match="after iteration 3 of 4"):
-    ppo.main(ppo.Config(**own, workdir="parts"))
+    ppo.main(ppo.Config(**settings, workdir="parts"))
   assert not (runs / "parts/summary.json").exists()
-  ppo.main(ppo.Config(**own, workdir="parts"))
+  with monkeypatch.context() as patch:
+    patch.setattr(history, "fingerprint", lambda params: np.uint32([1, 2]))
+    with pytest.raises(UserError, match="is not the one that parts began with"):
+      ppo.main(ppo.Config(**settings, workdir="parts"))
+  ppo.main(ppo.Config(**settings, workdir="parts"))
   for name in ("metrics.jsonl", "samples.jsonl"):
     assert (runs / "whole" / name).read_bytes() == (runs / "parts" / name).read_bytes(), name
   whole, parts = (
@@ -134,6 +157,17 @@ def test_interrupted_run_with_own_reward_goes_on_bit_for_bit(runs, own, monkeypa
   assert {k: v for k, v in whole.items() if k not in timed} == {
     k: v for k, v in parts.items() if k not in timed
   }
+  for line in read_lines(runs / "whole/metrics.jsonl"):
+    total = 2 * line["score/sevens"] - 0.5 * line["score/length"]
+    assert line["score/mean"] == pytest.approx(total, rel=1e-5)
+    assert line["controller/effective_beta"] != line["controller/beta"]
+  # Adapters are merged: what is saved is a model like the one that came in.
+  (config, params), (_, start) = (load_policy(path) for path in ("whole", own["policy"]))
+  assert config.lora_rank == 0
+  assert jax.tree.structure(params) == jax.tree.structure(start)
+  moved = jax.tree.map(lambda x, y: float(abs(x - y).max()), params, start)
+  assert moved["decoder"]["layers"]["mlp"]["up"]["kernel"] > 0
+  assert moved["decoder"]["embed"]["embedding"] == 0
 
 
 def test_another_seed_gives_another_run(runs, own):
@@ -151,8 +185,8 @@ def test_nan_score_stops_the_run_and_keeps_what_was_saved(runs, own):
 
       def reward(prompts, completions, **columns):
         calls.append(1)
-        # The first call evaluates; the fourth is the third iteration.
-        return [float("nan") if len(calls) == 4 else 0.0 for _ in completions]
+        # The first two evaluate, sampled and greedy; the fifth is the third iteration.
+        return [float("nan") if len(calls) == 5 else 0.0 for _ in completions]
     """)
   )
   with pytest.raises(UserError, match=r"Iteration 3: .* returned nan for completion"):
@@ -193,6 +227,7 @@ def test_without_kl_the_reference_is_never_loaded(runs, own):
     ({"reward": "reward.py:nothing"}, "no function 'nothing'"),
     ({"reward": "nowhere.py:f"}, "no such Python file"),
     ({"max_completion_len": 32}, "leaves no room for a prompt"),
+    ({"max_prompt_len": 1}, "every prompt is longer"),
     ({"mesh": "data=3"}, "batch_size=16 cannot be split over 3"),
     ({"mesh": "data=400"}, "needs 400 devices"),
     ({"reward": "", "reward_model": "embedded"}, "score"),
@@ -244,7 +279,7 @@ def test_reinforce_and_grpo_train_no_value_model(runs, own):
   assert all(0 <= line["rollout/informative_groups"] <= 1 for line in lines)
 
 
-@pytest.mark.parametrize("divergence", ["reverse", "forward"])
+@pytest.mark.parametrize("divergence", ["reverse", "forward", "jensen_shannon"])
 def test_a_student_comes_closer_to_its_teacher(runs, own, divergence):
   names = ("policy", "prompts", "max_completion_len", "num_eval_rows", "mesh", "batch_size")
   settings = {name: own[name] for name in names}
@@ -261,6 +296,7 @@ def test_a_student_comes_closer_to_its_teacher(runs, own, divergence):
   summary = json.loads((workdir / "summary.json").read_text())
   assert summary["kl_ref_exact_after"] < 0.5 * summary["kl_ref_exact_before"]
   assert ("KL(ref||pi)" in summary["kl_penalty"]) == (divergence == "forward")
+  assert ("Jensen-Shannon" in summary["kl_penalty"]) == (divergence == "jensen_shannon")
 
 
 def test_distillation_wants_a_teacher_and_one_divergence(own):
@@ -272,10 +308,14 @@ def test_distillation_wants_a_teacher_and_one_divergence(own):
 
 def test_pretraining_texts_are_mixed_into_the_loss(runs, own):
   (runs / "texts.jsonl").write_text('{"text": "12+34=46"}\n{"text": "1"}\n' * 8)
-  settings = {**own, "num_iterations": 2, "pretrain_data": "texts.jsonl"}
+  (runs / "texts.txt").write_text("<|endoftext|>".join(["12+34=46", "1"] * 8))
+  settings = {**own, "num_iterations": 2, "max_prompt_len": 8}
   losses = []
-  for ptx_coef in (0.1, 50.0):
-    workdir = ppo.main(ppo.Config(**settings, ptx_coef=ptx_coef, workdir=f"ptx-{ptx_coef}"))
+  for ptx_coef, file in ((0.1, "texts.jsonl"), (50.0, "texts.txt")):
+    config = ppo.Config(
+      **settings, pretrain_data=file, ptx_coef=ptx_coef, workdir=f"ptx-{ptx_coef}"
+    )
+    workdir = ppo.main(config)
     losses.append(read_lines(workdir / "metrics.jsonl")[-1]["policy/pretraining_loss"])
   assert losses[1] < losses[0]
 
@@ -286,12 +326,28 @@ def test_pretraining_texts_are_mixed_into_the_loss(runs, own):
     ({"beta": -1.0}, "--beta=-1.0: must be at least 0"),
     ({"beta": float("nan")}, "--beta=nan"),
     ({"policy": "somewhere"}, "--policy needs something to score with"),
+    (
+      {"policy": "d", "prompts": "file", "reward": "model,f.py:f"},
+      "--reward_model=DIR, which `model` in --reward stands for",
+    ),
     ({"prompts": "file"}, "go together"),
     ({"kl_placement": "none", "beta": 0.3}, "--beta is set, but nothing reads it"),
     ({"kl_target": 3.0}, "--kl_target is set, but nothing reads it"),
     ({"trust_region": "none", "clip_eps_low": 0.1}, "--clip_eps_low is set"),
     ({"num_minibatches": 3}, "not a multiple"),
     ({"reward": "f.py:f", "reward_model": "d"}, "give one of them"),
+    ({"prompt_template": "Q: {question}"}, "nothing reads it without --prompts"),
+    ({"accumulation": 3}, "--batch_size = 128 is not a multiple of --accumulation=3"),
+    (
+      {"accumulation": 64},
+      "--batch_size / --num_minibatches = 32 is not a multiple of --accumulation=64",
+    ),
+    ({"warmup_iterations": 80}, "leaves nothing of"),
+    ({"reference_update": "ema", "reference": "uniform"}, "leave --reference out"),
+    ({"reference_update": "ema", "kl_placement": "none"}, "no KL is penalised"),
+    ({"reference_decay": 0.5}, "--reference_decay is set, but nothing reads it"),
+    ({"value_trunk": "shared", "value_init": "policy"}, "starts as the policy"),
+    ({"sampler_cap": 3.0}, "--sampler_cap is set, but nothing reads it"),
     ({"trust_region": "hope"}, "must be one of clip"),
   ],
 )
@@ -334,6 +390,7 @@ def test_sft_and_reward_model_train_on_files(runs, own):
       line = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
       file.write(json.dumps(line) + "\n")
   shared = {"policy": own["policy"], "num_iterations": 2, "batch_size": 8, "mesh": "data=1"}
+  shared |= {"lora_rank": 2, "accumulation": 2}
   workdir = sft.main(sft.Config(**shared, data="demonstrations.jsonl"))
   load_policy(workdir)
   assert json.loads((workdir / "summary.json").read_text())["held_out_cross_entropy"] > 0

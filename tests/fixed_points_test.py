@@ -16,7 +16,6 @@ from experiments import ppo
 from klrl import learner, ops, oracle
 from klrl.models import Policy, ScalarModel
 from klrl.objective import KLPenalty
-from klrl.optimizer import init_optimizer
 from klrl.sampling import Rollout
 
 BATCH, NUM_AVERAGED = 1024, 1000
@@ -63,7 +62,7 @@ def tables(tree) -> tuple[Policy, ScalarModel]:
   nothing = dict.fromkeys(("config", "init"))
   unused = dict.fromkeys(("prefill", "unstack", "decode", "grow"))
   policy = Policy(**nothing, **unused, hidden=look_up, unembedding=unembedding)
-  return policy, ScalarModel(**nothing, values=look_up, scores=None)
+  return policy, ScalarModel(**nothing, head=None, values=look_up, scores=None)
 
 
 def draw(tree, logits, key) -> tuple[jax.Array, Rollout]:
@@ -106,21 +105,15 @@ def train(problem, penalty, *, num_iterations=3000, **settings):
   policy, value_model = tables(tree)
   update = learner.make_update_fn(config, tree.horizon, policy, value_model, policy)
   params = {"policy": ref_logits, "value": jnp.zeros(len(ref_logits))}
-  state = learner.TrainState(
-    params=params,
-    opt_state=init_optimizer(params),
-    controller=ops.ControllerState(jnp.float32(beta), jnp.int32(0)),
-    trust_region=ops.ControllerState(jnp.float32(0.0), jnp.int32(0)),
-    hypers=learner.hypers_from_config(config),
-    key=jax.random.key(0),
-    iteration=jnp.int32(0),
-  )
+  state = learner.init_state(config, params, jax.random.key(0))
+  state = state._replace(controller=ops.ControllerState(jnp.float32(beta), jnp.int32(0)))
+  frozen = {"reference": ref_logits, "base": {}}
 
   def iteration(state, key):
     learning_rate = 0.05 / (1 + 8 * state.iteration / num_iterations)
     rows, rollout = draw(tree, state.params["policy"], key)
     state = state._replace(hypers=state.hypers._replace(learning_rate=learning_rate))
-    state, _ = update(state, ref_logits, rollout, scores[rows])
+    state, _ = update(state, frozen, rollout, scores[rows])
     return state, state.params["policy"]
 
   keys = jax.random.split(jax.random.key(1), num_iterations)

@@ -15,6 +15,7 @@ import tokenizers
 from klrl.errors import UserError
 from klrl.models import hf
 from klrl.models.decoder import DecoderConfig, policy_model, scalar_model
+from klrl.models.lora import add_lora, join, merge_lora
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
 STORIES = SHARED / "models" / "stories260K"
@@ -162,6 +163,49 @@ def test_a_saved_scalar_model_loads_and_transformers_scores_the_same(tmp_path):
   assert expected.shape == (2, 1)
   np.testing.assert_allclose(
     jax.jit(model.scores)(params, tokens, tokens != 0), expected[:, 0], atol=1e-4
+  )
+
+
+def adapted(model):
+  """Returns the config and params of `model` with adapters far from zero."""
+  config, trainable, frozen = add_lora(
+    model.config, random_params(model), jax.random.key(0), rank=3
+  )
+  rng = np.random.default_rng(1)
+  trainable = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), trainable)
+  return config, join(frozen, trainable)
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN2], ids=["llama", "qwen2"])
+def test_merged_adapters_load_here_and_in_transformers(config, tmp_path):
+  lora_config, params = adapted(policy_model(config))
+  with pytest.raises(ValueError, match="lora_rank=3: merge_lora first"):
+    hf.save_policy(tmp_path, lora_config, params, tiny_tokenizer())
+  assert not list(tmp_path.iterdir())
+  hf.save_policy(tmp_path, *merge_lora(lora_config, params), tiny_tokenizer())
+  loaded_config, loaded = hf.load_policy(tmp_path)
+  assert loaded_config == config
+  tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 9))
+  expected = logits(lora_config, params, tokens)
+  np.testing.assert_allclose(logits(config, loaded, tokens), expected, atol=1e-4)
+  assert np.abs(expected - logits(config, random_params(policy_model(config)), tokens)).max() > 0.1
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+  with torch.no_grad():
+    np.testing.assert_allclose(peer(torch.tensor(tokens)).logits.numpy(), expected, atol=1e-4)
+
+
+def test_a_merged_scalar_model_loads_again(tmp_path):
+  lora_config, params = adapted(scalar_model(LLAMA))
+  hf.save_scalar(tmp_path, *merge_lora(lora_config, params), tiny_tokenizer())
+  config, loaded = hf.load_scalar(tmp_path)
+  assert config == LLAMA
+  tokens = np.array([[5, 3, 7, 4, 9], [6, 8, 3, 0, 0]])
+  np.testing.assert_allclose(
+    jax.jit(scalar_model(config).scores)(loaded, tokens, tokens != 0),
+    jax.jit(scalar_model(lora_config).scores)(params, tokens, tokens != 0),
+    atol=1e-4,
   )
 
 

@@ -280,5 +280,178 @@ class ExactKLFromHiddenTest(chex.TestCase):
     self.assertLess(memory.temp_size_in_bytes, 4 * rows * vocab_size // 2)
 
 
+def _jsd_by_loop(logits, ref_logits, weight, temperature=1.0):
+  """Returns JSD [...] in float64, one token at a time; `ref_logits` are the teacher's."""
+  truth = np.zeros(logits.shape[:-1])
+  for row in np.ndindex(truth.shape):
+    q, p = (np.exp(np.asarray(x[row], np.float64) / temperature) for x in (logits, ref_logits))
+    p, q = p / p.sum(), q / q.sum()
+    m = weight * p + (1 - weight) * q
+    for v in range(logits.shape[-1]):
+      truth[row] += weight * p[v] * np.log(p[v] / m[v])
+      truth[row] += (1 - weight) * q[v] * np.log(q[v] / m[v])
+  return truth
+
+
+class ExactJSDTest(chex.TestCase):
+  def _logits(self, dtype=jnp.float32):
+    return 2 * jax.random.normal(jax.random.key(0), (2, 3, 4, 6)).astype(dtype)
+
+  @chex.all_variants
+  @parameterized.parameters(0.1, 0.5, 0.8)
+  def test_equals_the_definition_in_float64(self, weight):
+    with jax.enable_x64(True):
+      logits, ref_logits = self._logits(jnp.float64)
+      jsd = self.variant(lambda *args: ops.exact_jsd(*args, weight=weight, temperature=0.7))
+      value = jsd(logits, ref_logits)
+      self.assertEqual(value.dtype, jnp.float64)
+      np.testing.assert_allclose(value, _jsd_by_loop(logits, ref_logits, weight, 0.7), rtol=1e-12)
+
+  def test_divided_by_its_small_weight_it_is_the_kl_from_the_other_side(self):
+    with jax.enable_x64(True):
+      student, teacher = jnp.log(jnp.array(PI)), jnp.log(jnp.array(REF))
+      low, high = (ops.exact_jsd(student, teacher, weight=w) for w in (1e-6, 1 - 1e-6))
+      np.testing.assert_allclose(low / 1e-6, KL_REF_PI, rtol=1e-5)  # teacher to student
+      np.testing.assert_allclose(high / 1e-6, KL_PI_REF, rtol=1e-5)  # student to teacher
+
+  def test_it_is_symmetric_at_one_half_only(self):
+    one, other = self._logits()
+    np.testing.assert_allclose(
+      ops.exact_jsd(one, other, weight=0.5), ops.exact_jsd(other, one, weight=0.5), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+      ops.exact_jsd(one, other, weight=0.2), ops.exact_jsd(other, one, weight=0.8), rtol=1e-5
+    )
+    gap = ops.exact_jsd(one, other, weight=0.2) - ops.exact_jsd(other, one, weight=0.2)
+    self.assertGreater(np.abs(gap).max(), 0.02)
+
+  def test_it_is_zero_with_zero_gradient_where_they_agree_and_at_the_ends_of_the_weight(self):
+    logits, other = self._logits()
+    gradient = jax.value_and_grad(
+      lambda *args: ops.exact_jsd(*args, weight=0.3).sum(), argnums=(0, 1)
+    )
+    value, gradients = gradient(logits, logits)
+    np.testing.assert_allclose(value, 0, atol=1e-6)
+    for one in gradients:
+      np.testing.assert_allclose(one, np.zeros_like(one), atol=1e-6)
+    for weight in (0.0, 1.0):
+      np.testing.assert_allclose(ops.exact_jsd(logits, other, weight=weight), 0, atol=1e-6)
+
+  def test_it_stays_below_the_entropy_of_the_weights(self):
+    apart = jnp.array([100.0, -100.0]), jnp.array([-100.0, 100.0])
+    bound = -(0.3 * np.log(0.3) + 0.7 * np.log(0.7))
+    np.testing.assert_allclose(ops.exact_jsd(*apart, weight=0.3), bound, rtol=1e-6)
+    self.assertLess(ops.exact_jsd(*self._logits(), weight=0.3).max(), bound)
+
+  @chex.all_variants
+  def test_excluded_tokens_cost_what_the_definition_says(self):
+    def total(logits, ref_logits, temperature):
+      return ops.exact_jsd(logits, ref_logits, weight=0.3, temperature=temperature).sum()
+
+    gradient = self.variant(jax.value_and_grad(total, argnums=(0, 1, 2)))
+    infinity = jnp.inf
+    both = gradient(jnp.array([1.0, -infinity, 0.3]), jnp.array([0.2, -infinity, 0.1]), 0.9)
+    kept = gradient(jnp.array([1.0, 0.3]), jnp.array([0.2, 0.1]), 0.9)
+    chex.assert_trees_all_close(
+      (both[0], [x[::2] for x in both[1][:2]], both[1][2]),
+      (kept[0], list(kept[1][:2]), kept[1][2]),
+      rtol=1e-5,
+      atol=1e-7,
+    )
+    self.assertEqual((both[1][0][1], both[1][1][1]), (0, 0))
+    # Q = (1/2, 1/2, 0), P = (0, 1/2, 1/2): the middle token costs nothing.
+    value, gradients = gradient(jnp.array([0, 0, -infinity]), jnp.array([-infinity, 0, 0]), 0.9)
+    expected = -(0.3 * np.log(0.3) + 0.7 * np.log(0.7)) / 2
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    chex.assert_tree_all_finite(gradients)
+
+  def test_shapes_that_would_broadcast_are_refused(self):
+    logits, ref_logits = self._logits()
+    with self.assertRaises(AssertionError):
+      ops.exact_jsd(logits, ref_logits[:1], weight=0.5)
+
+
+class ExactJSDFromHiddenTest(chex.TestCase):
+  def _inputs(self, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(3), 4)
+    shapes = ((2, 5, 6), (6, 9), (2, 5, 3), (3, 9))  # widths differ
+    return [
+      jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)
+    ]
+
+  def _total(self, jsd):
+    """A scalar in which no two rows weigh the same."""
+    return (jnp.sin(jnp.arange(1.0, 11.0)).reshape(2, 5) * jsd).sum()
+
+  @chex.all_variants
+  @parameterized.parameters(1, 3, None)
+  def test_it_equals_the_definition_in_value_and_gradient(self, chunk_size):
+    def dense(hidden, unembedding, ref_hidden, ref_unembedding, weight, temperature):
+      q, p = (
+        jax.nn.softmax(x / temperature)
+        for x in (hidden @ unembedding, ref_hidden @ ref_unembedding)
+      )
+      m = weight * p + (1 - weight) * q
+      terms = weight * p * jnp.log(p / m) + (1 - weight) * q * jnp.log(q / m)
+      return self._total(terms.sum(axis=-1))
+
+    def chunked(*args):
+      coefficients = {"weight": args[4], "temperature": args[5], "chunk_size": chunk_size}
+      return self._total(ops.exact_jsd_from_hidden(*args[:4], **coefficients))
+
+    with jax.enable_x64(True):
+      args = (*self._inputs(jnp.float64), jnp.float64(0.3), jnp.float64(0.8))
+      outputs = [
+        self.variant(jax.value_and_grad(fn, argnums=range(6)))(*args) for fn in (dense, chunked)
+      ]
+      chex.assert_trees_all_equal_dtypes(*outputs)
+      chex.assert_trees_all_close(*outputs, rtol=1e-10, atol=1e-10)
+
+  def test_a_frozen_teacher_costs_no_products(self):
+    def products(argnums):
+      total = lambda *args: ops.exact_jsd_from_hidden(*args, weight=0.5, chunk_size=3).sum()  # noqa: E731
+      gradient = jax.jit(jax.grad(total, argnums=argnums))
+      return gradient.lower(*self._inputs()).compile().as_text().count(" dot(")
+
+    self.assertEqual(products((0, 1, 2, 3)) - products((0, 1)), 2)
+
+  def test_bfloat16_is_accumulated_in_float32(self):
+    def outputs(inputs):
+      total = lambda *args: ops.exact_jsd_from_hidden(*args, weight=0.5, chunk_size=2).sum()  # noqa: E731
+      return jax.jit(jax.value_and_grad(total, argnums=range(4)))(*inputs)
+
+    # A thousand equal rows: a sum in bfloat16 would stop growing.
+    narrow = [x[:1, :1].repeat(1000, 1) if x.ndim == 3 else x for x in self._inputs(jnp.bfloat16)]
+    value, gradients = outputs(narrow)
+    self.assertEqual(value.dtype, jnp.float32)
+    truth, true_gradients = outputs([x.astype(jnp.float32) for x in narrow])
+    np.testing.assert_allclose(value, truth, rtol=1e-5)
+    for gradient, true_gradient in zip(gradients, true_gradients, strict=True):
+      self.assertEqual(gradient.dtype, jnp.bfloat16)
+      error = jnp.linalg.norm(gradient.astype(jnp.float32) - true_gradient)
+      self.assertLess(error / jnp.linalg.norm(true_gradient), 2**-7)
+
+  def test_logits_are_never_held(self):
+    rows, vocab_size = 2048, 64
+    hidden, unembedding = jnp.ones((rows, 4)), jnp.ones((4, vocab_size))
+
+    def total(hidden, unembedding):
+      args = (hidden, unembedding, 2 * hidden, unembedding)
+      return ops.exact_jsd_from_hidden(*args, weight=0.5, chunk_size=16).sum()
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
+    memory = gradient.lower(hidden, unembedding).compile().memory_analysis()
+    self.assertLess(memory.temp_size_in_bytes, 4 * rows * vocab_size // 2)
+
+  def test_it_maps_over_members_with_their_own_weight(self):
+    def jsd(weight):
+      return ops.exact_jsd_from_hidden(*self._inputs(), weight=weight, chunk_size=4)
+
+    weights = jnp.array([0.1, 0.5, 0.9])
+    mapped = jax.vmap(jsd)(weights)
+    for index, weight in enumerate(weights):
+      np.testing.assert_allclose(mapped[index], jsd(weight), rtol=1e-5, atol=1e-6)
+
+
 if __name__ == "__main__":
   absltest.main()

@@ -21,6 +21,8 @@ LEVELS = {
   "loop": 3,
   "rlhf": 4,
   "supervised": 4,
+  "sweep": 4,
+  "dry_run": 4,
 }
 MIDDLE = 2
 

@@ -12,7 +12,6 @@ import pytest
 from experiments import ppo
 from klrl import learner, ops, parallel
 from klrl.models import DecoderConfig, policy_model, scalar_model
-from klrl.optimizer import init_optimizer
 from klrl.sampling import Rollout, make_sample_fn
 
 BATCH, PROMPT_LEN, MAX_COMPLETION_LEN, VOCAB, EOS = 8, 3, 4, 7, 4
@@ -38,15 +37,7 @@ def make_state(config, *, seed=0):
   # Larger than the usual initialisation, so that distributions are far from uniform.
   policy_params = jax.tree.map(lambda x: 10 * x, POLICY.init(policy_key))
   params = {"policy": policy_params, "value": VALUE.init(value_key)}
-  return learner.TrainState(
-    params=params,
-    opt_state=init_optimizer(params),
-    controller=ops.ControllerState(jnp.float32(config.beta), jnp.int32(0)),
-    trust_region=ops.ControllerState(jnp.float32(config.trust_region_beta), jnp.int32(0)),
-    hypers=learner.hypers_from_config(config),
-    key=jax.random.key(seed + 1),
-    iteration=jnp.int32(0),
-  )
+  return learner.init_state(config, params, jax.random.key(seed + 1))
 
 
 def make_prompts():
@@ -69,8 +60,8 @@ def scores_of(rollout):
   return jnp.sum(rollout.completion_mask & (rollout.tokens[:, PROMPT_LEN:] == 3), axis=1) * 1.0
 
 
-def reference_params():
-  return make_state(make_config(), seed=3).params["policy"]
+def frozen():
+  return {"reference": make_state(make_config(), seed=3).params["policy"], "base": {}}
 
 
 @functools.cache
@@ -88,7 +79,7 @@ def update(config, rollout=None, *, state=None, scores=None):
   )
   state, metrics = fn(
     make_state(config) if state is None else state,
-    reference_params(),
+    frozen(),
     rollout,
     scores_of(rollout) if scores is None else scores,
   )
@@ -128,7 +119,7 @@ def test_metrics_match_a_recomputation_with_dense_logits():
     return np.asarray(jax.nn.log_softmax(hidden @ POLICY.unembedding(params)))
 
   pi = vocab_log_probs(make_state(config).params["policy"])
-  ref = vocab_log_probs(reference_params())
+  ref = vocab_log_probs(frozen()["reference"])
   tokens = np.asarray(rollout.tokens)[:, PROMPT_LEN:, None]
   log_ratio = np.take_along_axis(pi - ref, tokens, axis=-1)[..., 0]
   entropy = -(np.exp(pi) * pi).sum(-1)
@@ -170,7 +161,7 @@ def test_coefficients_are_traced_and_structure_is_static():
   rollout = make_rollout()
   for beta, learning_rate, gae_lambda in ((0.1, 1e-3, 0.95), (0.0, 1e-2, 1.0), (3.0, 0.0, 0.0)):
     state = make_state(make_config(beta=beta, learning_rate=learning_rate, gae_lambda=gae_lambda))
-    fn(state, reference_params(), rollout, scores_of(rollout))
+    fn(state, frozen(), rollout, scores_of(rollout))
   assert fn._cache_size() == 1  # Padding tests of another shape run later, on other configs.
 
 
@@ -281,7 +272,7 @@ def test_without_kl_in_the_objective_the_reference_is_scored_at_its_cadence_only
   never = make_config(kl_placement="none", kl_every=0)
   fn = learner.make_update_fn(never, MAX_COMPLETION_LEN, POLICY, VALUE, POLICY)
   rollout = make_rollout()
-  poisoned = jax.tree.map(lambda x: x * jnp.nan, reference_params())
+  poisoned = jax.tree.map(lambda x: x * jnp.nan, frozen())
   state, _ = jax.jit(fn)(make_state(never), poisoned, rollout, scores_of(rollout))
   chex.assert_tree_all_finite(state.params)
 
@@ -329,7 +320,7 @@ def test_sharded_update_equals_the_single_device_one(spec):
   shardings = parallel.state_shardings(mesh, start)
   sharded_state, metrics = jax.jit(fn, out_shardings=(shardings, None))(
     jax.device_put(start, shardings),
-    jax.device_put(reference_params(), parallel.state_shardings(mesh, reference_params())),
+    parallel.put_once(mesh, frozen()),
     jax.device_put(rollout, parallel.by_rows(mesh)),
     jax.device_put(scores_of(rollout), parallel.by_rows(mesh)),
   )
@@ -358,7 +349,7 @@ def test_ppo_learns_which_token_pays():
     )
   )
   tokens, mask = make_prompts()
-  state, frozen = make_state(config), {"reference": make_state(config).params["policy"]}
+  state, frozen = make_state(config), {"reference": make_state(config).params["policy"], "base": {}}
   history = []
   for _ in range(config.num_iterations):
     state, metrics = iterate(state, frozen, tokens, mask, jnp.arange(64) % BATCH)

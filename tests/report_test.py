@@ -285,6 +285,23 @@ def test_unknown_and_nested_summary_figures_are_shown(tmp_path):
   assert "compile_seconds 38.5" in shown.text
 
 
+def test_figures_of_several_completions_stand_beside_the_gold_score(tmp_path):
+  figures = {"gold": 0.5, "gold_greedy": 0.75, "pass_at_4": 0.9, "majority_at_4": 0.6}
+  figures |= {"score": 1.5, "score_greedy": 1.75, "kl_ref_forward": 0.125, "distinct_3": 0.01}
+  summary = {f"{name}_{when}": x for name, x in figures.items() for when in ("before", "after")}
+  summary["kl_ref_forward"] = 0.125
+  shown = Page(write_report(write_run(tmp_path, summary__json=json.dumps(summary))))
+  table = (
+    "Gold score per completion 0.5 0.5 Gold score, greedy per prompt 0.75 0.75 "
+    "pass@4 per prompt 0.9 0.9 maj@4 per prompt 0.6 0.6 Score per completion 1.5 1.5 "
+    "KL forward nats per sequence 0.125 0.125 Curves"
+  )
+  assert table in shown.text
+  assert "forward is KL(reference \u2016 policy), exact; \u00b1 is one" in shown.text
+  # What is in no table is among all figures.
+  assert "score_greedy_after 1.75" in shown.text and "distinct_3_after 0.01" in shown.text
+
+
 def test_odd_samples_are_shown_as_far_as_they_go(tmp_path):
   samples = [
     {"when": "after", "index": 0, "completion": "plain", "tokens": ["a", "b"], "kl_ref": [1.0]},

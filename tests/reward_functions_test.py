@@ -1,10 +1,13 @@
-"""Tests of the reward functions that users write: how they load, and each way of being wrong."""
+"""Tests of rewards: how they load, how they add up, and each way of being wrong."""
+
+import sys
 
 import numpy as np
 import pytest
 
 from klrl.errors import UserError
-from klrl.tasks.rewards import load_reward_fn, scores
+from klrl.tasks import math_answers
+from klrl.tasks.rewards import load_rewards, scores, weighted_scores
 
 RECORDS = [{"prompt": "first"}, {"prompt": "second"}]
 
@@ -15,6 +18,12 @@ def write(tmp_path, source, name="reward.py"):
   return path
 
 
+def only(spec):
+  """Returns the function of a list of one reward."""
+  (reward,) = load_rewards(spec)
+  return reward.fn
+
+
 def test_the_named_function_is_loaded_and_gives_float32_scores(tmp_path):
   path = write(
     tmp_path,
@@ -22,7 +31,7 @@ def test_the_named_function_is_loaded_and_gives_float32_scores(tmp_path):
     "def other(prompts, completions): return [0] * len(prompts)\n"
     "def lengths(prompts, completions): return [math.sqrt(len(c)) for c in completions]\n",
   )
-  returned = scores(load_reward_fn(f"{path}:lengths"), RECORDS, ["aaaa", ""])
+  returned = scores(only(f"{path}:lengths"), RECORDS, ["aaaa", ""], "lengths")
   np.testing.assert_array_equal(returned, np.float32([2, 0]))
   assert returned.dtype == np.float32
 
@@ -31,12 +40,12 @@ def test_a_folder_may_hold_a_colon(tmp_path):
   folder = tmp_path / "a:b"
   folder.mkdir()
   path = write(folder, "def f(prompts, completions): return [1, 2]")
-  assert load_reward_fn(f"{path}:f")([], []) == [1, 2]
+  assert only(f"{path}:f")([], []) == [1, 2]
 
 
 @pytest.mark.parametrize("returned", [np.array([1.5, 2.0]), (1, True), iter([np.float32(1), 2])])
 def test_any_sequence_of_numbers_will_do(returned):
-  assert scores(lambda prompts, completions: returned, RECORDS, ["a", "b"]).shape == (2,)
+  assert scores(lambda prompts, completions: returned, RECORDS, ["a", "b"], "f").shape == (2,)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +65,13 @@ def test_any_sequence_of_numbers_will_do(returned):
 def test_a_file_that_cannot_be_used_is_one_clear_error(tmp_path, name, source, function, message):
   write(tmp_path, source, name)
   with pytest.raises(UserError, match=message):
-    load_reward_fn(f"{tmp_path}/{function}")
+    load_rewards(f"{tmp_path}/{function}")
 
 
 def test_a_function_that_raises_is_named_with_its_line(tmp_path):
   path = write(tmp_path, "def f(prompts, completions):\n  return [c.absent for c in completions]\n")
-  with pytest.raises(UserError, match=r"failed: AttributeError: .*\(reward\.py line 2\)"):
-    scores(load_reward_fn(f"{path}:f"), RECORDS, ["a", "b"])
+  with pytest.raises(UserError, match=r"reward f failed: AttributeError: .*\(reward\.py line 2\)"):
+    scores(only(f"{path}:f"), RECORDS, ["a", "b"], "f")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +95,7 @@ def test_a_function_that_raises_is_named_with_its_line(tmp_path):
 )
 def test_each_wrong_answer_is_one_clear_error(returned, message):
   with pytest.raises(UserError, match=message):
-    scores(lambda prompts, completions: returned, RECORDS, ["aaa", "bbb"])
+    scores(lambda prompts, completions: returned, RECORDS, ["aaa", "bbb"], "f")
 
 
 def test_other_columns_arrive_as_lists_and_missing_ones_as_none():
@@ -97,7 +106,7 @@ def test_other_columns_arrive_as_lists_and_missing_ones_as_none():
     seen.update(columns, prompts=prompts, completions=completions)
     return [0.0, 1.0]
 
-  scores(reward_fn, records, ["a", "b"])
+  scores(reward_fn, records, ["a", "b"], "f")
   assert seen == {
     "prompts": ["p", "q"],
     "completions": ["a", "b"],
@@ -108,12 +117,145 @@ def test_other_columns_arrive_as_lists_and_missing_ones_as_none():
 
 def test_a_column_that_the_function_does_not_take_is_named():
   with pytest.raises(UserError, match="unexpected keyword argument 'answer'"):
-    scores(lambda prompts, completions: [0.0], [{"prompt": "p", "answer": "4"}], ["a"])
+    scores(lambda prompts, completions: [0.0], [{"prompt": "p", "answer": "4"}], ["a"], "f")
 
 
 def test_it_is_called_by_keyword_so_that_the_order_of_arguments_is_free(tmp_path):
   def swapped(completions, prompts):
     return [len(completion) for completion in completions]
 
-  np.testing.assert_array_equal(scores(swapped, RECORDS, ["a", "bc"]), [1, 2])
-  np.testing.assert_array_equal(scores(lambda completions, **_: [1, 2], RECORDS, ["", ""]), [1, 2])
+  np.testing.assert_array_equal(scores(swapped, RECORDS, ["a", "bc"], "swapped"), [1, 2])
+  np.testing.assert_array_equal(
+    scores(lambda completions, **_: [1, 2], RECORDS, ["", ""], "f"), [1, 2]
+  )
+
+
+STYLE = (
+  "import pathlib\n"
+  "with open(pathlib.Path(__file__).with_suffix('.runs'), 'a') as runs: runs.write('.')\n"
+  "def length(prompts, completions): return [len(c) for c in completions]\n"
+  "def nan(prompts, completions): return [float('nan')] * len(prompts)\n"
+  "def huge(prompts, completions): return [3e38] * len(prompts)\n"
+  "def math(prompts, completions): return [0.5] * len(prompts)\n"
+)
+
+
+@pytest.fixture
+def style(tmp_path):
+  return write(tmp_path, STYLE, "style.py")
+
+
+def test_the_rewards_of_a_list_have_names_and_weights(style):
+  rewards = load_rewards(f"math, 0.5*{style}:length,-2e-1 * model")
+  assert [(reward.name, reward.weight) for reward in rewards] == [
+    ("math", 1.0),
+    ("length", 0.5),
+    ("model", -0.2),
+  ]
+  assert rewards[0].fn is math_answers.math_reward
+  assert rewards[1].fn([], ["abc"]) == [3]
+  assert rewards[2].fn is None
+
+
+def test_the_total_is_the_weighted_sum_and_each_reward_is_kept_without_its_weight(style):
+  records = [{"prompt": "p", "answer": "7"}, {"prompt": "q", "answer": "8"}]
+  takes_columns = write(
+    style.parent, "def seven(prompts, completions, answer): return [a == '7' for a in answer]"
+  )
+  rewards = load_rewards(f"math,-0.01*{takes_columns}:seven,2*model")
+  total, by_name = weighted_scores(rewards, records, ["7", "#### 7"], np.float32([0.5, -1.5]))
+  np.testing.assert_array_equal(by_name["math"], [1, 0])
+  np.testing.assert_array_equal(by_name["seven"], [1, 0])
+  np.testing.assert_array_equal(by_name["model"], [0.5, -1.5])
+  # 1 * 1 - 0.01 * 1 + 2 * 0.5, and 0 - 0 + 2 * -1.5.
+  np.testing.assert_array_equal(total, np.float32([1.99, -3]))
+  assert {total.dtype, *(values.dtype for values in by_name.values())} == {np.dtype(np.float32)}
+
+
+def test_one_reward_of_weight_one_is_its_own_total(style):
+  total, by_name = weighted_scores(load_rewards(f"{style}:length"), RECORDS, ["aaaa", ""])
+  np.testing.assert_array_equal(total, [4, 0])
+  assert list(by_name) == ["length"]
+
+
+def test_a_file_of_two_rewards_is_run_once(style):
+  load_rewards(f"{style}:length,{style.parent}/./style.py:huge")
+  assert style.with_suffix(".runs").read_text() == "."
+
+
+def test_a_clash_of_names_is_settled_by_the_files(style):
+  other = write(style.parent, STYLE, "other.py")
+  rewards = load_rewards(f"{style}:length,{other}:length,{style}:math,math,{other}:huge")
+  assert [reward.name for reward in rewards] == [
+    "style.length",
+    "other.length",
+    "style.math",
+    "math",
+    "huge",
+  ]
+  # A function called `math` alone is not the verifier.
+  assert [reward.name for reward in load_rewards(f"{style}:math")] == ["style.math"]
+
+
+@pytest.mark.parametrize(
+  ("spec", "message"),
+  [
+    ("", "--reward=: there is no such Python file; write FILE.py:FUNCTION, math or model"),
+    ("math,", "write FILE.py:FUNCTION, math or model"),
+    ("math,maths", "--reward=maths: there is no such Python file"),
+    (
+      "math,2*STYLE:absent",
+      r"--reward=2\*.*style.py:absent: the file defines no function 'absent'",
+    ),
+    ("0*math", r"--reward=0\*math: the weight '0' is no finite number other than 0; write e\.g\."),
+    ("-0.0*model", "the weight '-0.0' is no finite"),
+    ("nan*math", "the weight 'nan' is no finite"),
+    ("inf*math", "the weight 'inf' is no finite"),
+    ("1e999*math", "the weight '1e999' is no finite"),
+    ("much*math", "the weight 'much' is no finite"),
+    ("*math", "the weight '' is no finite"),
+    ("2*3*math", r"the weight '2\*3' is no finite"),
+    ("math,model,0.5*math", r"0.5\*math is there twice; give it once, with one weight"),
+    ("STYLE:length,2*STYLE:length", "style.py:length is there twice"),
+    ("STYLE:length,COPY:length", "share a name; rename one"),
+  ],
+)
+def test_an_item_that_cannot_be_used_is_one_clear_error(style, spec, message):
+  (style.parent / "copy").mkdir()
+  copy = write(style.parent / "copy", STYLE, "style.py")
+  with pytest.raises(UserError, match=message):
+    load_rewards(spec.replace("STYLE", str(style)).replace("COPY", str(copy)))
+
+
+@pytest.mark.parametrize(
+  ("spec", "message"),
+  [
+    ("STYLE:length,STYLE:nan", "The reward nan returned nan for completion 'aaa'"),
+    ("STYLE:length,math", "The reward `math` needs a text column `answer`; prompt 'first'"),
+    ("2*STYLE:huge", r"weighted sum of the rewards is 6e\+38 for completion 'aaa': huge 3"),
+    ("STYLE:length,model", "weighted sum of the rewards is nan for completion 'bbb': .*model nan"),
+  ],
+)
+def test_a_reward_that_fails_is_named(style, spec, message):
+  rewards = load_rewards(spec.replace("STYLE", str(style)))
+  with pytest.raises(UserError, match=message):
+    weighted_scores(rewards, RECORDS, ["aaa", "bbb"], np.float32([0, np.nan]))
+
+
+def test_missing_scores_of_the_reward_model_are_an_error():
+  with pytest.raises(ValueError, match="pass model_scores"):
+    weighted_scores(load_rewards("model"), RECORDS, ["a", "b"])
+
+
+def test_the_verifier_needs_its_library_before_the_run_begins(monkeypatch):
+  monkeypatch.setitem(sys.modules, "math_verify", None)
+  math_answers.math_verify.cache_clear()
+  with pytest.raises(UserError, match=r"pip install 'klrl\[math\]'"):
+    load_rewards("math")
+
+
+@pytest.mark.parametrize("column", ["prompts", "completions"])
+def test_a_column_of_a_name_that_the_run_uses_is_named(column):
+  records = [{"prompt": "a", column: "b"}]
+  with pytest.raises(UserError, match=f"have a column '{column}'"):
+    scores(lambda **columns: [0.0], records, ["c"], "own")

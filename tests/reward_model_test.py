@@ -12,6 +12,7 @@ import pytest
 
 from experiments import reward_model
 from klrl.errors import UserError
+from klrl.gradients import scalar
 from klrl.models import DecoderConfig, load_scalar, policy_model, save_policy, scalar_model
 from klrl.supervised import init_supervised_state, make_supervised_step
 from klrl.tasks import arithmetic, data
@@ -130,7 +131,7 @@ def model_and_params():
 @functools.cache
 def compiled():
   loss_fn = reward_model.make_preference_fn(model_and_params()[0])
-  return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+  return jax.jit(jax.value_and_grad(scalar(loss_fn), has_aux=True))
 
 
 def pairs_of(num):
@@ -189,12 +190,14 @@ def test_metrics_are_those_of_the_scores():
 def test_coefficients_are_traced():
   """One program for all of them, and each changes where the step goes."""
   model, params = model_and_params()
-  step = jax.jit(make_supervised_step(reward_model.make_preference_fn(model), num_iterations=5))
+  step = jax.jit(
+    make_supervised_step(reward_model.make_preference_fn(model), reward_model.Config())
+  )
   ends = []
   for changes in ({}, {"margin": 1.0}, {"label_smoothing": 0.2}, {"centring_coef": 0.5}):
     config = reward_model.Config(**changes)
     state = init_supervised_state(params, config, {name: getattr(config, name) for name in PLAIN})
-    ends.append(float(step(state, pairs_of(8))[1]["gradient/norm"][0]))
+    ends.append(float(step(state, {}, pairs_of(8))[1]["gradient/norm"][0]))
   assert len(set(ends)) == 4
   assert step._cache_size() == 1
 

@@ -14,6 +14,7 @@ import pytest
 
 from experiments import sft
 from klrl.errors import UserError
+from klrl.gradients import scalar
 from klrl.models import DecoderConfig, load_policy, policy_model, save_policy
 from klrl.tasks import arithmetic, data, demonstrations, packing
 
@@ -43,7 +44,7 @@ def noisy_params():
 
 @functools.cache
 def compiled_gradient():
-  return jax.jit(jax.value_and_grad(sft.make_cross_entropy_fn(EXACT), has_aux=True))
+  return jax.jit(jax.value_and_grad(scalar(sft.make_cross_entropy_fn(EXACT)), has_aux=True))
 
 
 def gradient(batch):
@@ -138,7 +139,7 @@ def test_cross_entropy_by_hand():
     np.array([[0, 0, 1, 1, 1, 0]], bool),
     np.array([[1, 1, 1, 1, 1, 0]]),
   )
-  loss, metrics = sft.make_cross_entropy_fn(Table)(jnp.asarray(logits), batch)
+  loss, metrics = scalar(sft.make_cross_entropy_fn(Table))(jnp.asarray(logits), batch)
   np.testing.assert_allclose(loss, np.log(2 * 4 * 5) / 3, rtol=1e-6)
   assert metrics["loss/cross_entropy"][1] == 3
 
@@ -247,7 +248,7 @@ def loss_of_untrained(monkeypatch, config):
 
   def train(config, workdir, loss_fn, params, training, held_out, **others):
     del config, workdir, training, others  # The loss alone compiles fast.
-    losses.append(float(jax.jit(loss_fn)(params, held_out)[0]))
+    losses.append(float(jax.jit(scalar(loss_fn))(params, held_out)[0]))
     return {"held_out_cross_entropy": losses[-1]}
 
   with monkeypatch.context() as patch:

@@ -68,6 +68,15 @@ def test_a_run_that_never_began_does_not_hold_its_folder(tmp_path):
   assert json.loads((tmp_path / "config.json").read_text())["beta"] == 0.7
 
 
+def test_nor_does_one_that_saved_nothing(tmp_path):
+  directory = open_workdir("ppo", ppo.Config(workdir=str(tmp_path / "run")))
+  (directory / "checkpoints").mkdir()
+  open_workdir("ppo", ppo.Config(beta=0.7, workdir=str(directory)))
+  (directory / "checkpoints/2").mkdir()
+  with pytest.raises(UserError, match="another configuration"):
+    find_workdir("ppo", ppo.Config(workdir=str(directory)))
+
+
 def test_finding_a_folder_writes_nothing(tmp_path):
   assert not find_workdir("ppo", ppo.Config(workdir=str(tmp_path / "new"))).exists()
 
@@ -106,7 +115,9 @@ def test_hash_follows_everything_that_can_change_a_result():
   for change in ({"seed": 1}, {"init_seed": 1}, {"beta": 0.7}, {"mesh": "data=1"}):
     assert config_hash(ppo.Config(**change)) != base, change
   free = {"workdir": "w", "save_every": 7, "keep": 7, "profile": True, "tensorboard": True}
-  assert set(free) == set(NOT_PART_OF_THE_RESULT)
+  free |= {"dry_run": True, "topology": "v5e:2x2"}
+  fields = {field.name for field in dataclasses.fields(ppo.Config)}
+  assert set(free) == set(NOT_PART_OF_THE_RESULT) & fields
   assert config_hash(ppo.Config(**free)) == base
 
 

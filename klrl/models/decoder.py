@@ -1,7 +1,7 @@
 """One decoder-only transformer (Llama layout) as pure functions of plain nested dicts.
 
-Flax NNX describes the modules; `policy_model` and `scalar_model` split them once and return pure
-functions, which is all that the rest of the library sees.
+Flax NNX describes the modules (`blocks.py`, with their sources); `policy_model` and `scalar_model`
+split them once and return pure functions, which is all that the rest of the library sees.
 
 Shapes: B rows, S tokens, C cache slots, D width, V vocabulary, N query heads, K key/value heads,
 H head width, L layers. Masks are bool, True for real tokens, and may have holes anywhere: positions
@@ -12,11 +12,6 @@ texts: tokens attend within their own segment and positions count from its start
 Layers are stacked on a leading axis. The full forward scans over them (with remat if asked). The
 one-token step is unrolled over a tuple of layers (`unstack`), with one cache entry per layer, so
 that a loop of steps updates the cache in place and slices no weights.
-
-Sources: H. Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023), section
-2.2 for the block; J. Su et al., "RoFormer" (2021), equation 34 for the rotation, in the pairing of
-Hugging Face (element i with element i + H/2); N. Shazeer, "GLU Variants Improve Transformer" (2020)
-for the gated MLP; J. Ainslie et al., "GQA" (2023) for the shared key/value heads.
 """
 
 import dataclasses
@@ -27,45 +22,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from klrl.models.blocks import INIT, Block, DecoderConfig, Ends, rotation_of
+
 Array = jax.Array
 Params = dict[str, Any]
 # One (keys, values) pair per layer, each [B, K, C, H]: the order in which attention multiplies
 # them, so that a decoding step transposes no cache.
 Cache = tuple[tuple[Array, Array], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-  """The static shape of a decoder.
-
-  `dtype` is what activations are computed in, `param_dtype` what fresh parameters are stored in.
-  `attention_bias` puts a bias on queries, keys and values (Qwen2). `max_len` bounds prompt plus
-  completion.
-  """
-
-  vocab_size: int
-  width: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  mlp_dim: int
-  max_len: int
-  rope_theta: float = 10000.0
-  norm_eps: float = 1e-5
-  tie_embeddings: bool = True
-  attention_bias: bool = False
-  dtype: str = "float32"
-  param_dtype: str = "float32"
-  remat: bool = False
-
-  def __post_init__(self):
-    if self.num_heads % self.num_kv_heads:
-      raise ValueError(
-        f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}."
-      )
-    if self.head_dim % 2:
-      raise ValueError(f"head_dim={self.head_dim} must be even: the rotation works on pairs.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +51,7 @@ class ScalarModel:
 
   config: DecoderConfig
   init: Callable[[Array], Params]
+  head: Callable[[Params, Array], Array]
   values: Callable[[Params, Array, Array], Array]
   scores: Callable[[Params, Array, Array], Array]
 
@@ -118,7 +82,7 @@ def policy_model(config: DecoderConfig) -> Policy:
     params = {"decoder": decoder.init(decoder_key)}
     if not config.tie_embeddings:
       shape = (config.width, config.vocab_size)
-      params["unembedding"] = _INIT(unembedding_key, shape, jnp.dtype(config.param_dtype))
+      params["unembedding"] = INIT(unembedding_key, shape, jnp.dtype(config.param_dtype))
     return params
 
   def hidden(params, tokens, mask, segment_ids=None):
@@ -149,6 +113,8 @@ def scalar_model(config: DecoderConfig) -> ScalarModel:
   Params are `{"decoder": {...}, "head": [D, 1]}`; the head has no bias and starts at zero, so a
   fresh model says 0 everywhere.
 
+  * `head(params, hidden [..., D]) -> [...] float32`, of final-normed hidden states, which may be a
+    policy's: it reads the head alone.
   * `values(params, tokens [B, S] int32, mask [B, S]) -> [B, S] float32`, one number per token.
   * `scores(params, tokens, mask) -> [B] float32`, the value at the last real token.
   """
@@ -158,15 +124,17 @@ def scalar_model(config: DecoderConfig) -> ScalarModel:
     head = jnp.zeros((config.width, 1), config.param_dtype)
     return {"decoder": decoder.init(key), "head": head}
 
-  def values(params, tokens, mask):
-    hidden = decoder.hidden(params["decoder"], tokens, mask)
+  def head(params, hidden):
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     return (hidden.astype(dtype) @ params["head"].astype(dtype))[..., 0]
+
+  def values(params, tokens, mask):
+    return head(params, decoder.hidden(params["decoder"], tokens, mask))
 
   def scores(params, tokens, mask):
     return _at_last_real(values(params, tokens, mask), mask)
 
-  return ScalarModel(config, init, values, scores)
+  return ScalarModel(config, init, head, values, scores)
 
 
 def scalar_params_from(params: Params) -> Params:
@@ -180,105 +148,6 @@ def scalar_params_from(params: Params) -> Params:
     return {"decoder": decoder, "head": jnp.array(params["head"])}
   scale = decoder["final_norm"]["scale"]
   return {"decoder": decoder, "head": jnp.zeros((scale.shape[0], 1), scale.dtype)}
-
-
-_INIT = nnx.initializers.normal(0.02)
-
-
-def _linear(config, fan_in, fan_out, rngs, *, use_bias=False, residual=False):
-  # Each layer adds two outputs to the residual stream; the scale keeps the sum's size independent
-  # of depth (A. Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, 2.3).
-  std = 0.02 / (2 * config.num_layers) ** 0.5 if residual else 0.02
-  return nnx.Linear(
-    fan_in,
-    fan_out,
-    use_bias=use_bias,
-    dtype=config.dtype,
-    param_dtype=config.param_dtype,
-    kernel_init=nnx.initializers.normal(std),
-    rngs=rngs,
-  )
-
-
-def _norm(config, rngs):
-  return nnx.RMSNorm(
-    config.width,
-    epsilon=config.norm_eps,
-    dtype=config.dtype,
-    param_dtype=config.param_dtype,
-    rngs=rngs,
-  )
-
-
-class Attention(nnx.Module):
-  """Rotary grouped-query attention."""
-
-  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-    query_dim = config.num_heads * config.head_dim
-    kv_dim = config.num_kv_heads * config.head_dim
-    bias = config.attention_bias
-    self.query = _linear(config, config.width, query_dim, rngs, use_bias=bias)
-    self.key = _linear(config, config.width, kv_dim, rngs, use_bias=bias)
-    self.value = _linear(config, config.width, kv_dim, rngs, use_bias=bias)
-    self.output = _linear(config, query_dim, config.width, rngs, residual=True)
-    self.head_dim = config.head_dim
-
-  def __call__(self, x, rotation, mask, store):
-    def heads(y):
-      return y.reshape(*y.shape[:2], -1, self.head_dim)
-
-    query = _rotate(heads(self.query(x)), rotation)
-    key = _rotate(heads(self.key(x)), rotation).swapaxes(1, 2)
-    value = heads(self.value(x)).swapaxes(1, 2)
-    key, value = store((key, value))
-    y = jax.nn.dot_product_attention(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask=mask)
-    return self.output(y.reshape(*y.shape[:2], -1)), (key, value)
-
-
-class MLP(nnx.Module):
-  """Gated MLP with SiLU."""
-
-  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-    self.gate = _linear(config, config.width, config.mlp_dim, rngs)
-    self.up = _linear(config, config.width, config.mlp_dim, rngs)
-    self.down = _linear(config, config.mlp_dim, config.width, rngs, residual=True)
-
-  def __call__(self, x):
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-
-
-class Block(nnx.Module):
-  """One pre-norm residual layer.
-
-  `store` receives the new (keys, values) [B, K, S, H] and returns those to attend over; the block
-  returns them beside its output.
-  """
-
-  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-    self.attention_norm = _norm(config, rngs)
-    self.attention = Attention(config, rngs)
-    self.mlp_norm = _norm(config, rngs)
-    self.mlp = MLP(config, rngs)
-
-  def __call__(self, x, rotation, mask, store=lambda keys_values: keys_values):
-    y, keys_values = self.attention(self.attention_norm(x), rotation, mask, store)
-    x = x + y
-    return x + self.mlp(self.mlp_norm(x)), keys_values
-
-
-class Ends(nnx.Module):
-  """What surrounds the layers: embedding and final norm."""
-
-  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-    self.embed = nnx.Embed(
-      config.vocab_size,
-      config.width,
-      dtype=config.dtype,
-      param_dtype=config.param_dtype,
-      embedding_init=_INIT,
-      rngs=rngs,
-    )
-    self.final_norm = _norm(config, rngs)
 
 
 class _Decoder(NamedTuple):
@@ -317,7 +186,7 @@ def _decoder(config):
     if segment_ids is not None:
       attended &= segment_ids[:, None, :, None] == segment_ids[:, None, None]
     # A token's position is the number of tokens before it that it sees.
-    rotation = _rotation(attended.sum(axis=-1)[:, 0] - 1, config)
+    rotation = rotation_of(attended.sum(axis=-1)[:, 0] - 1, config)
 
     def step(x, layer):
       x, keys_values = nnx.merge(block_graph, layer)(x, rotation, attended)
@@ -339,7 +208,7 @@ def _decoder(config):
   def decode(params, tokens, positions, cache, slot, cache_mask):
     ends, layers = split(params)
     x = ends.embed(tokens[:, None])
-    rotation = _rotation(positions[:, None], config)
+    rotation = rotation_of(positions[:, None], config)
     new_cache = []
     for layer, old in zip(layers, cache, strict=True):
 
@@ -372,21 +241,6 @@ def _grow(cache, cache_len):
     return jnp.pad(x, ((0, 0), (0, 0), (0, cache_len - x.shape[2]), (0, 0)))
 
   return jax.tree.map(pad, cache)
-
-
-def _rotation(positions, config):
-  """Returns (cos, sin), each [B, S, 1, H/2], at least float32: angles reach thousands."""
-  dtype = jnp.promote_types(config.dtype, jnp.float32)
-  exponents = jnp.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim
-  angles = positions[..., None].astype(dtype) * (config.rope_theta**-exponents)[None, None]
-  return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-
-
-def _rotate(x, rotation):
-  cos, sin = rotation
-  left, right = jnp.split(x, 2, axis=-1)
-  rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-  return rotated.astype(x.dtype)
 
 
 def _at_last_real(x, mask):

@@ -63,6 +63,11 @@ class TokenizerInfo:
   pad_id: int
 
 
+def load_config(path: str | os.PathLike) -> DecoderConfig:
+  """Returns the config of a model directory, which may lack the weights."""
+  return _decoder_config(_model_dir(path) / "config.json")
+
+
 def load_policy(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
   """Returns the config and params (numpy, float32) of a causal language model.
 
@@ -323,6 +328,8 @@ def _load_params(directory, init, ignored):
 
 
 def _save(path, config, params, tokenizer, task, labels):
+  if config.lora_rank:
+    raise ValueError(f"lora_rank={config.lora_rank}: merge_lora first; the layout has no adapters.")
   directory = pathlib.Path(path)
   directory.mkdir(parents=True, exist_ok=True)
   tensors = {}

@@ -15,7 +15,11 @@ from klrl.ops.controllers import dual_ascent as dual_ascent
 from klrl.ops.controllers import fixed as fixed
 from klrl.ops.controllers import linear_schedule as linear_schedule
 from klrl.ops.controllers import proportional as proportional
+from klrl.ops.importance import SAMPLER_CORRECTIONS as SAMPLER_CORRECTIONS
+from klrl.ops.importance import sampler_weights as sampler_weights
 from klrl.ops.kl import KL_ESTIMATORS as KL_ESTIMATORS
+from klrl.ops.kl import exact_jsd as exact_jsd
+from klrl.ops.kl import exact_jsd_from_hidden as exact_jsd_from_hidden
 from klrl.ops.kl import exact_kl as exact_kl
 from klrl.ops.kl import exact_kl_from_hidden as exact_kl_from_hidden
 from klrl.ops.kl import k1 as k1

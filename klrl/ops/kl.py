@@ -1,4 +1,4 @@
-"""KL divergences between a policy and another one, in nats per token.
+"""Divergences between a policy and another one, in nats per token.
 
 An estimator is a function of the log-probabilities of the tokens taken, `[..., T]`; below,
 log_ratio = log_probs - ref_log_probs, and pi is the policy of `log_probs`. Nothing is stopped here:
@@ -14,6 +14,8 @@ both arguments equal there first.
 Names and formulas: John Schulman, "Approximating KL Divergence", 2020,
 http://joschu.net/blog/kl-approx.html.
 """
+
+import functools
 
 import chex
 import jax
@@ -97,12 +99,49 @@ def exact_kl(logits: jax.Array, ref_logits: jax.Array, *, temperature=1.0) -> ja
     ref_logits: [..., T, V]; carries gradient as well, though a frozen reference has no use for it.
     temperature: scalar of both, may be traced; carries gradient.
   """
+  return _kl(*_both_vocab_log_probs(logits, ref_logits, temperature))
+
+
+def exact_jsd(logits: jax.Array, ref_logits: jax.Array, *, weight, temperature=1.0) -> jax.Array:
+  """Returns [..., T] the Jensen-Shannon divergence of the two next-token distributions.
+
+  Nats per token. With the teacher P = `ref_logits`, the student Q = `logits` and M = weight * P +
+  (1 - weight) * Q,
+
+      weight * KL(P || M) + (1 - weight) * KL(Q || M),
+
+  equation 1 of Rishabh Agarwal et al., "On-Policy Distillation of Language Models", 2024. Not
+  negative up to rounding, and at most the entropy of (weight, 1 - weight), also where one of the
+  two excludes (logit -inf) what the other does not. As weight -> 0 it is weight * KL(P || Q), as
+  weight -> 1 it is (1 - weight) * KL(Q || P); at weight 1/2 it is symmetric.
+
+  Args:
+    logits: [..., T, V] of the student; carries gradient.
+    ref_logits: [..., T, V] of the teacher; carries gradient as well.
+    weight: scalar in [0, 1], the teacher's share of the mixture; 0 and 1 give 0. May be traced;
+      carries gradient.
+    temperature: scalar of both, may be traced; carries gradient.
+  """
+  return _jsd(*_both_vocab_log_probs(logits, ref_logits, temperature), weight)
+
+
+def _both_vocab_log_probs(logits, ref_logits, temperature):
   chex.assert_equal_shape([logits, ref_logits])
-  log_probs = vocab_log_probs(logits, temperature=temperature)
-  ref_log_probs = vocab_log_probs(ref_logits, temperature=temperature)
+  return tuple(vocab_log_probs(x, temperature=temperature) for x in (logits, ref_logits))
+
+
+def _kl(log_probs, ref_log_probs):
+  """Returns KL [...] of two distributions given by their log-probs [..., V]."""
   excluded = jnp.isneginf(log_probs)
   log_ratio = jnp.where(excluded, 0.0, log_probs) - jnp.where(excluded, 0.0, ref_log_probs)
   return (jnp.exp(log_probs) * log_ratio).sum(axis=-1)
+
+
+def _jsd(log_probs, ref_log_probs, weight):
+  mixture = weight * jnp.exp(ref_log_probs) + (1 - weight) * jnp.exp(log_probs)
+  # Where the mixture is zero, so is what its logarithm is multiplied by.
+  log_mixture = jnp.log(jnp.where(mixture > 0, mixture, 1.0))
+  return weight * _kl(ref_log_probs, log_mixture) + (1 - weight) * _kl(log_probs, log_mixture)
 
 
 def exact_kl_from_hidden(
@@ -131,20 +170,59 @@ def exact_kl_from_hidden(
   Raises:
     ValueError: `chunk_size` is not positive.
   """
+  arrays = (hidden, unembedding, ref_hidden, ref_unembedding)
+  accumulated = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+  temperature = jnp.asarray(temperature, accumulated)
+
+  def kl(rows, ref_rows):
+    return _chunked(rows, unembedding, ref_rows, ref_unembedding, temperature)
+
+  return _by_chunks(kl, *arrays, chunk_size)
+
+
+def exact_jsd_from_hidden(
+  hidden: jax.Array,
+  unembedding: jax.Array,
+  ref_hidden: jax.Array,
+  ref_unembedding: jax.Array,
+  *,
+  weight,
+  temperature=1.0,
+  chunk_size=None,
+) -> jax.Array:
+  """Returns `exact_jsd` of `hidden @ unembedding` and its teacher's, without holding the logits.
+
+  [..., T], nats per token. The backward pass makes each chunk's logits once more. `weight` is the
+  share of the teacher, whose arrays begin with `ref_`; the other arguments, precision and errors
+  are those of `exact_kl_from_hidden`.
+  """
+  # The gradient of what a chunk reads is summed in its dtype: let the chunks read wide arrays.
+  wide, ref_wide = at_least_float32(unembedding), at_least_float32(ref_unembedding)
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def chunk(rows):
+    logits = matmul(rows[0], wide.astype(unembedding.dtype))
+    ref_logits = matmul(rows[1], ref_wide.astype(ref_unembedding.dtype))
+    return exact_jsd(logits, ref_logits, weight=weight, temperature=temperature)
+
+  def jsd(rows, ref_rows):
+    return jax.lax.map(chunk, (rows, ref_rows))
+
+  return _by_chunks(jsd, hidden, unembedding, ref_hidden, ref_unembedding, chunk_size)
+
+
+def _by_chunks(divergence, hidden, unembedding, ref_hidden, ref_unembedding, chunk_size):
+  """Returns `divergence(rows [K, C, D], ref_rows [K, C, D_ref])` [K, C] as [..., T]."""
   chex.assert_shape(ref_hidden, (*hidden.shape[:-1], None))
   chex.assert_shape(unembedding, (hidden.shape[-1], None))
   chex.assert_shape(ref_unembedding, (ref_hidden.shape[-1], unembedding.shape[1]))
-  arrays = (hidden, unembedding, ref_hidden, ref_unembedding)
-  chex.assert_type(arrays, float)
+  chex.assert_type([hidden, unembedding, ref_hidden, ref_unembedding], float)
   shape, num_rows = hidden.shape[:-1], hidden[..., 0].size
   num_chunks = num_chunks_of(num_rows, unembedding.shape[1], chunk_size)
   rows, ref_rows = (
     chunk_rows(x.reshape(num_rows, x.shape[-1]), num_chunks) for x in (hidden, ref_hidden)
   )
-  accumulated = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
-  temperature = jnp.asarray(temperature, accumulated)
-  kl = _chunked(rows, unembedding, ref_rows, ref_unembedding, temperature)
-  return unchunk_rows(kl, num_rows).reshape(shape)
+  return unchunk_rows(divergence(rows, ref_rows), num_rows).reshape(shape)
 
 
 @jax.custom_vjp

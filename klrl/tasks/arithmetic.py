@@ -13,6 +13,7 @@ import tokenizers
 
 from klrl.errors import UserError
 from klrl.models import TokenizerInfo
+from klrl.tasks.verifier import Verifier
 
 ANSWER_LEN = 3  # two digits and the end-of-sequence
 MAX_COMPLETION_LEN = 4  # room for one digit too many
@@ -147,3 +148,10 @@ def accuracy(completions, completion_mask, answers, *, pad_id: int):
   return jnp.all(jnp.where(completion_mask, completions, pad_id) == answers, axis=1).astype(
     jnp.float32
   )
+
+
+# `accuracy` by the text; the end-of-sequence and other special tokens leave no trace in it.
+VERIFIER = Verifier(
+  answer_of=lambda completion: completion if completion.isdecimal() else None,
+  is_right=lambda completion, record: completion == record["answer"],
+)

@@ -9,6 +9,7 @@ import gzip
 import json
 import pathlib
 import re
+import string
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -79,6 +80,35 @@ def read_records(path: str | pathlib.Path, required: Sequence[str]) -> list[dict
   return records
 
 
+def read_prompts(path: str | pathlib.Path, template: str = "{prompt}") -> list[dict[str, Any]]:
+  r"""Returns the objects of a JSON-lines file, `prompt` being the template filled from the others.
+
+  `{question}` in the template stands for the text column of that name, `{{` for a brace and the two
+  characters `\n` for a new line, which a shell or a file of flags cannot hold.
+
+  Raises:
+    UserError: as `read_records`, for the template's columns; a template that names no column, or
+      has anything but a name within braces.
+  """
+  advice = 'Write e.g. "Question: {question}\\nAnswer:", with {{ and }} for braces.'
+  try:
+    fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
+  except ValueError as error:
+    raise UserError(f"--prompt_template={template!r}: {error}. {advice}") from error
+  columns = list(dict.fromkeys(name for _, name, _, _ in fields))
+  # Formats, conversions, attributes and indices would reach into the objects of the row.
+  if any(spec or conversion for _, _, spec, conversion in fields) or not all(
+    re.fullmatch(r"[^\W\d][\w -]*", column) for column in columns
+  ):
+    raise UserError(f"--prompt_template={template!r}: only names may be in braces. {advice}")
+  if not columns:
+    raise UserError(f"--prompt_template={template!r} names no column. {advice}")
+  template = template.replace("\\n", "\n")
+  return [
+    {**record, "prompt": template.format_map(record)} for record in read_records(path, columns)
+  ]
+
+
 # What opens the assistant's turns in HH-RLHF (Y. Bai et al., "Training a Helpful and Harmless
 # Assistant with RLHF", 2022).
 _ASSISTANT = "\n\nAssistant:"
@@ -123,6 +153,11 @@ def read_pairs(path: str | pathlib.Path) -> list[Pair]:
   if not pairs:
     raise UserError(f"{path} holds no pair with two different completions.")
   return pairs
+
+
+def is_text(path: str) -> bool:
+  """Returns whether a data file is plain text, packed or not, rather than JSON lines."""
+  return path.removesuffix(".gz").endswith(".txt")
 
 
 def read_documents(path: str | pathlib.Path) -> list[str]:
@@ -170,11 +205,25 @@ def encode_prompts(
     if len(row) > max_prompt_len:
       raise UserError(
         f"Prompt {number} has {len(row)} tokens; at most {max_prompt_len} fit into the model's "
-        f"context beside the completion. Shorten it or lower --max_completion_len. "
+        "context beside the completion. Leave longer ones out (--max_prompt_len, of pairs "
+        "--max_len), or lower --max_completion_len. "
         f"It begins {records[number - 1]['prompt'][:60]!r}."
       )
   tokens, mask = pad(rows, tokenizer.pad_id, left=True)
   return Prompts(tokens, mask, records)
+
+
+def short_prompts(
+  records: list[dict[str, Any]], tokenizer: TokenizerInfo, *, max_prompt_len: int
+) -> list[dict[str, Any]]:
+  """Returns the records whose prompt has at most `max_prompt_len` tokens; UserError without any."""
+  encoded = tokenizer.tokenizer.encode_batch([record["prompt"] for record in records])
+  kept = [
+    record for record, row in zip(records, encoded, strict=True) if len(row) <= max_prompt_len
+  ]
+  if not kept:
+    raise UserError(f"--max_prompt_len={max_prompt_len}: every prompt is longer. Raise it.")
+  return kept
 
 
 def encode_texts(texts: Sequence[tuple[str, str]], tokenizer: TokenizerInfo) -> list[Encoded]:

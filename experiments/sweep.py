@@ -1,0 +1,229 @@
+"""Many runs of one experiment in one program: every beta and every seed, on one mesh.
+
+    python -m experiments.sweep --experiment=ppo --sweep="beta=0,0.03,0.1,0.3,1" --seeds=2
+
+`--sweep` is a grid over any flags of the experiment, which may be given beside it as ever:
+
+    beta=0.1,0.3                                      two runs
+    beta=0.1,0.3;learning_rate=1e-4,5e-4              each with each: four runs
+    beta,learning_rate=0.1:1e-4,0.3:5e-4              in pairs: two runs
+
+and `--seeds=K` runs all of it with the seeds from --seed on. Coefficients and seeds are traced, so
+they share one compiled program; a value that makes another program (an estimator, a number of
+epochs) makes a group of its own. Members are put on the mesh's axis `sweep`, and their parameters
+on the others: --mesh=sweep=4,fsdp=2.
+
+A member equals the single run with the same flags. What the sweep leaves in its folder: a folder
+for each member in `members`, like any run's, `frontier.json`, what each reached at which KL to the
+reference, and `report.html`, which beta to take. The folder's name is made of all flags but --sweep
+and --seeds, so that further values run alone and join the others. `python -m experiments.ppo
+--flagfile=FOLDER/flags.txt --workdir=FOLDER` makes the report of a member.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+from rich.table import Table
+
+from experiments import distill, grpo, ppo, reinforce, rl, shared_flags
+from experiments.shared_flags import LabConfig, setting
+from experiments.sweep_page import write_page
+from klrl import dry_run, inputs, parallel, progress, sweep
+from klrl.errors import UserError
+from klrl.workdir import NOT_PART_OF_THE_RESULT, create_workdir, find_workdir
+
+EXPERIMENTS = {"ppo": ppo, "grpo": grpo, "reinforce": reinforce, "distill": distill}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig(LabConfig):
+  """What a sweep has beside the flags of its experiment."""
+
+  experiment: str = setting("ppo", "what is run", choices=tuple(EXPERIMENTS))
+  sweep: str = setting("", 'the grid, e.g. "beta=0.1,0.3;learning_rate=1e-4,5e-4"')
+  seeds: int = setting(1, "seeds of each, from --seed on", minimum=1)
+
+
+def config_class(experiment: str) -> type:
+  """Returns the dataclass of a sweep: the settings of `experiment`, and the sweep's own.
+
+  Which settings go together is for each member to check, whose values are not known yet.
+  """
+  fields = [
+    (
+      field.name,
+      field.type,
+      dataclasses.field(default=field.default, metadata={**field.metadata, "read_when": None}),
+    )
+    for field in dataclasses.fields(EXPERIMENTS[experiment].Config)
+  ]
+  own = ("experiment", str, setting(experiment, "what is run", choices=tuple(EXPERIMENTS)))
+  return dataclasses.make_dataclass(
+    "Config", [*fields, own], bases=(SweepConfig,), frozen=True, kw_only=True
+  )
+
+
+def main(config, *, root: str = "runs") -> pathlib.Path:
+  """Runs the members that have not finished and returns the sweep's folder."""
+  members = members_of(config)
+  workdir = find_workdir("sweep", config, root=root)
+  if config.dry_run:
+    return _dry_run(config, workdir, members)
+  running = sum(map(len, sweep.group_members(workdir, members)))
+  mesh = parallel.sweep_mesh(config.mesh, max(1, running))
+  for member in members:
+    parallel.check_batch_size(mesh, member.config.batch_size)
+    inputs.check_inputs(member.config)
+
+  def load(config):
+    models = inputs.load_models(config, **rl.model_directories(config))
+    return models, inputs.load_task(config, models)
+
+  if config.experiment == "distill":
+    train = distill.make_train_fn(config, root)
+    members = [
+      member._replace(config=distill.with_teacher(member.config, train)) for member in members
+    ]
+  create_workdir(workdir, "sweep", config)
+  progress.console.print(f"Sweep of {config.experiment}: results go to {workdir}", soft_wrap=True)
+  found = sweep.run(
+    workdir, members, load, experiment=config.experiment, mesh=config.mesh, seed=config.seed
+  )
+  show_frontier(found)
+  progress.console.print(f"Report: {write_page(workdir)}", soft_wrap=True)
+  return workdir
+
+
+def _dry_run(config, workdir: pathlib.Path, members: list[sweep.Member]) -> pathlib.Path:
+  """Says what each compiled group of members that have not finished would cost a device."""
+  reports = []
+  for group in sweep.group_members(workdir, members):
+    configs = [member.config for member in group]
+    if config.experiment == "distill":
+      train = distill.make_train_fn(config, "")
+      configs = [distill.with_teacher(member, train) for member in configs]
+    found = dry_run.of_members(configs, *rl.shapes_of_inputs(configs[0]), mesh=config.mesh)
+    dry_run.show(found)
+    reports += found
+  dry_run.write(workdir, reports)
+  return workdir
+
+
+def members_of(config) -> list[sweep.Member]:
+  """Returns the members of the grid, in its order, the seeds of each beside one another.
+
+  Raises:
+    UserError: `--sweep` cannot be read, or a member is no valid configuration of the experiment.
+  """
+  experiment = EXPERIMENTS[config.experiment]
+  fields = {field.name: field for field in dataclasses.fields(experiment.Config)}
+  axes = [_axis(part, fields) for part in filter(None, config.sweep.split(";"))]
+  names = [name for points in axes for name in points[0]]
+  for name in names:
+    if names.count(name) > 1:
+      raise UserError(f"--sweep={config.sweep}: {name} is swept twice.")
+    if getattr(config, name) != fields[name].default:
+      raise UserError(f"--{name} and --sweep={config.sweep} both say what {name} is.")
+  common = {name: getattr(config, name) for name in fields}
+  common |= {"workdir": "", "mesh": parallel.without_sweep(config.mesh)}
+  members = {}
+  for points in itertools.product(*axes):
+    for seed in range(config.seed, config.seed + config.seeds):
+      values = {name: value for point in points for name, value in point.items()} | {"seed": seed}
+      member_name = ",".join(f"{name}={_text(value)}" for name, value in values.items())
+      try:
+        member = experiment.Config(**common | values)
+      except UserError as error:
+        raise UserError(f"Member {member_name}: {error}") from error
+      if member_name in members:
+        raise UserError(f"--sweep={config.sweep}: {member_name} is there twice.")
+      members[member_name] = sweep.Member(member_name, values, member)
+  return list(members.values())
+
+
+def _axis(part: str, fields: dict[str, dataclasses.Field]) -> list[dict[str, Any]]:
+  """Returns the points of one axis of the grid, each {field: value}."""
+  left, equals, right = part.partition("=")
+  names = [name.strip() for name in left.split(",")]
+  for name in names:
+    if name == "seed":
+      raise UserError(f"--sweep={part}: seeds are swept by --seeds=K, from --seed on.")
+    if name not in fields or name in (*NOT_PART_OF_THE_RESULT, "mesh"):
+      raise UserError(f"--sweep={part}: {name!r} is no setting that members may differ in.")
+  points = []
+  for point in filter(None, right.split(",")):
+    texts = point.split(":") if len(names) > 1 else [point]
+    if len(texts) != len(names):
+      raise UserError(
+        f"--sweep={part}: {point!r} has not one value for each of {', '.join(names)}; values of "
+        "settings that go together are joined by a colon."
+      )
+    pairs = zip(names, texts, strict=True)
+    points.append({name: _value(fields[name], text.strip(), part) for name, text in pairs})
+  if not equals or not points:
+    raise UserError(f"--sweep={part}: write FLAG=VALUE,VALUE,...")
+  return points
+
+
+def _value(field: dataclasses.Field, text: str, part: str):
+  """Returns `text` as a value of `field`, of the type that its flag has."""
+  kind = type(field.default)
+  try:
+    if kind is bool:
+      return {"true": True, "false": False}[text.lower()]
+    return kind(text)
+  except (ValueError, KeyError) as error:
+    raise UserError(f"--sweep={part}: {text!r} is no {kind.__name__}.") from error
+
+
+def _text(value) -> str:
+  """Returns what stands for `value` in the name of a folder."""
+  return f"{value:.12g}" if isinstance(value, float) else str(value).replace("/", "_")
+
+
+def show_frontier(found: dict[str, Any]) -> None:
+  """Prints the members, sorted by what they differ in."""
+  records = sorted(found["members"], key=lambda record: list(record["values"].values()))
+  columns = (
+    ("score", "score", "{:.3f}"),
+    ("gold", "gold", "{:.1%}"),
+    ("kl_ref_exact", "KL(pi||ref)", "{:.3f}"),
+  )
+  names = list(records[0]["values"])
+  rows = [(["before", *[""] * (len(names) - 1)], found["before"])]
+  rows += [([_text(value) for value in record["values"].values()], record) for record in records]
+  shown = [column for column in columns if any(row.get(column[0]) is not None for _, row in rows)]
+  table = Table(title="Held-out prompts; KL in nats per sequence", title_justify="left")
+  for name in (*names, *(label for _, label, _ in shown), ""):
+    table.add_column(name, justify="right")
+  for cells, row in rows:
+    for name, _, form in shown:
+      value, stderr = row.get(name), row.get(f"{name}_stderr")
+      text = "" if value is None else form.format(value)
+      cells.append(f"{text} ± {form.format(stderr)}" if text and stderr is not None else text)
+    diverged_at = row.get("diverged_at")
+    mark = "*" if row.get("pareto") else ""
+    table.add_row(*cells, f"diverged at {diverged_at}" if diverged_at else mark)
+  progress.console.print(table)
+  progress.console.print(
+    f"* no other member has more {found['gain']} at no more KL, nor as much at less KL."
+  )
+
+
+def _chosen_experiment(arguments: list[str]) -> str:
+  """Returns the value of `--experiment` in a command line: it says which other flags there are."""
+  own = flags.FlagValues()
+  flags.DEFINE_enum("experiment", "ppo", tuple(EXPERIMENTS), "what is run", flag_values=own)
+  try:
+    own(arguments, known_only=True)
+  except flags.Error:  # The real parser will say it.
+    return "ppo"
+  return own.experiment
+
+
+if __name__ == "__main__":
+  shared_flags.run(main, config_class(_chosen_experiment(sys.argv)))

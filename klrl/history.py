@@ -1,0 +1,104 @@
+"""What a run remembers between iterations beside its parameters: scores, old rollouts, a reference.
+
+All of it is pytrees of arrays that the training state holds, so that a resumed run goes on bit for
+bit.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from klrl.sampling import Rollout
+
+
+class ScoreStats(NamedTuple):
+  """Number, mean and sum of squared deviations of the scores so far."""
+
+  count: jax.Array
+  mean: jax.Array
+  squares: jax.Array
+
+
+def no_scores() -> ScoreStats:
+  """Returns the statistics of no score."""
+  return ScoreStats(*(jnp.float32(0.0) for _ in ScoreStats._fields))
+
+
+def normalised(stats: ScoreStats, scores) -> tuple[ScoreStats, jax.Array, jax.Array]:
+  """Returns (statistics with `scores` [B], (scores - mean) / std, std) over all scores so far.
+
+  Tony Chan, Gene Golub and Randall LeVeque, "Updating Formulae and a Pairwise Algorithm for
+  Computing Sample Variances", 1979. Where all scores are equal, up to rounding, the deviation is
+  taken to be 1.
+  """
+  number = jnp.float32(scores.shape[0])
+  count = stats.count + number
+  shift = scores.mean() - stats.mean
+  mean = stats.mean + shift * number / count
+  squares = stats.squares + ((scores - scores.mean()) ** 2).sum()
+  squares += shift**2 * stats.count * number / count
+  std = jnp.sqrt(squares / count)
+  # The mean of equal scores is rounded, and so is not quite their value.
+  std = jnp.where(std > 1e-6 * jnp.abs(mean), std, 1.0)
+  return ScoreStats(count, mean, squares), (scores - mean) / std, std
+
+
+class Replay(NamedTuple):
+  """The rollouts of the last iterations and their scores, leading axis `staleness`."""
+
+  rollout: Rollout
+  scores: jax.Array
+
+
+def empty_replay(rollout, staleness: int) -> Replay:
+  """Returns room for `staleness` rollouts like `rollout`, of which the shapes are read."""
+  zeros = jax.tree.map(lambda x: jnp.zeros((staleness, *x.shape), x.dtype), rollout)
+  return Replay(zeros, jnp.zeros((staleness, rollout.tokens.shape[0]), jnp.float32))
+
+
+def exchanged(replay: Replay, rollout: Rollout, scores, iteration):
+  """Returns (replay with the new rollout, rollout and scores of `staleness` iterations ago).
+
+  Until there is one that old, the new rollout itself comes back.
+  """
+  staleness = replay.scores.shape[0]
+  slot, new = iteration % staleness, (rollout, scores)
+  old = jax.tree.map(lambda buffer: buffer[slot], tuple(replay))
+  replay = Replay(*jax.tree.map(lambda buffer, x: buffer.at[slot].set(x), tuple(replay), new))
+  chosen = jax.tree.map(lambda x, y: jnp.where(iteration < staleness, x, y), new, old)
+  return replay, *chosen
+
+
+REFERENCE_UPDATES = ("frozen", "ema", "reset")
+
+
+def moved_reference(config, reference, params, hypers, iteration):
+  """Returns the reference's trained parameters after an iteration that ended with `params`.
+
+  `ema`: reference_decay * reference + (1 - reference_decay) * params (Alexandre Ramé et al.,
+  "WARP", 2024); of adapters that is the mean of the factors, not of their product. `reset`: a copy
+  of `params` every `reference_every` iterations (Mingjie Liu et al., "ProRL", 2025, who begin with
+  a new optimizer as well).
+  """
+  if config.reference_update == "ema":
+    decay = hypers.reference_decay
+    return jax.tree.map(lambda ref, x: decay * ref + (1 - decay) * x, reference, params)
+  due = (iteration + 1) % config.reference_every == 0
+  return jax.tree.map(lambda ref, x: jnp.where(due, x, ref), reference, params)
+
+
+def fingerprint(params) -> np.ndarray:
+  """Returns [2] uint32, a hash of the values in a pytree that is on the host.
+
+  It is 0 for None, and while shapes alone are computed, where there are no values.
+  """
+  leaves = jax.tree.leaves(params)
+  if params is None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    return np.zeros(2, np.uint32)
+  digest = hashlib.blake2b(digest_size=8)
+  for leaf in leaves:
+    digest.update(np.ascontiguousarray(leaf))
+  return np.frombuffer(digest.digest(), np.uint32)

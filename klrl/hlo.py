@@ -1,0 +1,367 @@
+"""What a compiled program costs one device, read from its text.
+
+XLA's own cost analysis counts the body of a loop once, whatever its length, so a model whose layers
+are scanned would cost one layer. Here every instruction counts as often as it runs. The text is
+XLA's after all of its passes, in which loops, collectives and the memory of every buffer stand; how
+often a loop runs is read from its condition, or, where that depends on the data, from a scope named
+`at_most(N)`.
+
+Counted are the floating-point operations of matrix products, two for each multiply-add; the bytes
+that instructions read from and write to the device's main memory; and the bytes that collectives
+send, taking each for a ring (R. Rabenseifner, "Optimization of Collective Reduction Operations",
+2004): of n bytes on each of g devices an all-gather sends n (g - 1), an all-reduce 2 n (g - 1) / g,
+a reduce-scatter and an all-to-all n (g - 1) / g, a permutation n.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+_SENT = {
+  "all-gather": lambda n, g: n * (g - 1),
+  "all-reduce": lambda n, g: 2 * n * (g - 1) / g,
+  "reduce-scatter": lambda n, g: n * (g - 1) / g,
+  "all-to-all": lambda n, g: n * (g - 1) / g,
+  "ragged-all-to-all": lambda n, g: n * (g - 1) / g,
+  "collective-permute": lambda n, g: n,
+  "collective-broadcast": lambda n, g: n,
+}
+# They move nothing, or what they do is counted elsewhere.
+_FREE = (
+  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
+  *("call", "after-all", "partition-id", "replica-id", "optimization-barrier", "add-dependency"),
+)
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+
+
+class Buffer(NamedTuple):
+  """One array of a type."""
+
+  bytes: float
+  dims: tuple[int, ...]
+  is_main: bool  # in the device's main memory rather than a faster one
+
+
+class Instruction(NamedTuple):
+  """One line of a computation."""
+
+  name: str
+  opcode: str
+  buffers: list[Buffer]  # what it makes
+  operands: list[str]
+  attributes: str
+  is_root: bool
+
+
+class Costs(NamedTuple):
+  """Of one run of a program on one device."""
+
+  flops: float
+  bytes: float
+  collectives: dict[tuple[str, str], float]  # (kind, mesh axes as "data,fsdp") -> bytes sent
+  unknown_loops: int  # loops of unknown length, which were taken to run once
+
+
+def at_most(num_steps: int):
+  """Returns a context: a loop that is made in it is counted as `num_steps` steps."""
+  return jax.named_scope(f"at_most({num_steps})")
+
+
+def costs(text: str, mesh_shape: dict[str, int]) -> Costs:
+  """Returns the costs of the program whose compiled text is given.
+
+  Of the branches of a condition the most expensive one counts. Other arithmetic than products of
+  matrices is not counted; memory bounds it.
+
+  Args:
+    text: `compiled.as_text()`.
+    mesh_shape: {axis: size} of the mesh that it was compiled for, in order.
+  """
+  computations, entry = _parse(text)
+  return _Walk(computations, mesh_shape).costs(entry)
+
+
+def _balanced(text: str, start: int) -> int:
+  """Returns where the parenthesis that opens at `start` is closed, exclusive."""
+  depth = 0
+  for position in range(start, len(text)):
+    depth += {"(": 1, ")": -1}.get(text[position], 0)
+    if not depth:
+      return position + 1
+  raise ValueError(f"No closing parenthesis in {text[:200]}")
+
+
+def _buffers(text: str) -> list[Buffer]:
+  """Returns the arrays of a type such as `(bf16[2,8]{1,0:T(2,128)S(1)}, s32[])`."""
+  found = []
+  for dtype, dims, layout in _SHAPE.findall(text):
+    bits = _BITS.get(dtype) if dtype in _BITS else int(re.search(r"\d+", dtype).group())
+    sizes = tuple(int(size) for size in dims.split(",") if size)
+    is_main = not re.search(r"S\([1-9]\d*\)", layout)
+    found.append(Buffer(math.prod(sizes) * bits / 8, sizes, is_main))
+  return found
+
+
+def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+  """Returns ({computation: {name: instruction}}, the name of the one that runs)."""
+  computations: dict[str, dict[str, Instruction]] = {}
+  entry = ""
+  for line in text.splitlines():
+    line = re.sub(r"/\*.*?\*/", "", line).strip()
+    left, equals, right = line.partition(" = ")
+    if line.endswith("{") and "->" in line and (not equals or "(" in left):
+      name = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
+      current = computations.setdefault(name, {})
+      entry = name if line.startswith("ENTRY") else entry
+    elif equals and computations and re.fullmatch(r"(ROOT )?%?[\w.\-]+", left):
+      end = _balanced(right, 0) if right.startswith("(") else right.index(" ")
+      opcode, _, _ = right[end:].strip().partition("(")
+      opens = right.index("(", end)
+      closes = _balanced(right, opens)
+      name = left.removeprefix("ROOT ").lstrip("%")
+      current[name] = Instruction(
+        name,
+        opcode,
+        _buffers(right[:end]),
+        re.findall(r"%([\w.\-]+)", right[opens:closes]),
+        # What stands for a constant's operands is its value, for a parameter's its number.
+        right[opens:] if opcode in ("constant", "parameter") else right[closes:],
+        left.startswith("ROOT "),
+      )
+  return computations, entry
+
+
+class _Walk:
+  def __init__(self, computations, mesh_shape):
+    self._computations = computations
+    self._mesh_shape = mesh_shape
+
+  def costs(self, name: str, *, fused: bool = False) -> Costs:
+    """Returns the costs of a computation; a fused one moves no bytes of its own."""
+    flops, moved, sent, unknown = 0.0, 0.0, Counter(), 0
+    for instruction in self._computations[name].values():
+      flops += self._flops(name, instruction)
+      moved += 0 if fused else self._moved(name, instruction)
+      sent.update(self._sent(name, instruction))
+      for times, found, is_unknown in self._called(instruction, fused):
+        flops += times * found.flops
+        moved += times * found.bytes
+        sent.update({key: times * n for key, n in found.collectives.items()})
+        unknown += found.unknown_loops + is_unknown
+    return Costs(flops, moved, dict(sent), unknown)
+
+  def _called(self, instruction, fused) -> Iterator[tuple[float, Costs, bool]]:
+    """Yields (how often, costs, whether that is a guess) of what an instruction calls."""
+    attributes = instruction.attributes
+    if instruction.opcode == "while":
+      body, condition = (_attribute(attributes, name) for name in ("body", "condition"))
+      times = self._trips(attributes, condition)
+      yield times or 1, self.costs(body, fused=fused), times is None
+      yield times or 1, self.costs(condition, fused=fused), False
+    elif instruction.opcode == "conditional":
+      listed = re.search(r"branch_computations=\{([^}]*)\}", attributes)
+      names = (
+        re.findall(r"%?([\w.\-]+)", listed.group(1))
+        if listed
+        else [_attribute(attributes, f"{which}_computation") for which in ("true", "false")]
+      )
+      branches = [self.costs(branch, fused=fused) for branch in names]
+      yield 1, max(branches, key=lambda found: (found.flops, found.bytes)), False
+    elif instruction.opcode == "call":
+      yield 1, self.costs(_attribute(attributes, "to_apply"), fused=fused), False
+    elif instruction.opcode == "fusion":
+      yield 1, self.costs(_attribute(attributes, "calls"), fused=True), False
+    elif instruction.opcode == "async-start":
+      yield 1, self.costs(_attribute(attributes, "calls"), fused=fused), False
+
+  def _trips(self, attributes: str, condition: str) -> int | None:
+    """Returns how often a loop runs, None where the text does not say it."""
+    known = re.search(r'known_trip_count[^\d]*"(\d+)"', attributes)
+    if known:
+      return int(known.group(1))
+    # The innermost scope is of this loop only where nothing but `while` follows it.
+    name = re.search(r'op_name="([^"]*)"', attributes)
+    scope = name and re.search(r"at_most\((\d+)\)/while$", name.group(1))
+    if scope:
+      return int(scope.group(1))
+    instructions = self._computations[condition]
+    (root,) = (x for x in instructions.values() if x.is_root)
+    if root.opcode == "compare" and "direction=LT" in root.attributes:
+      bounds = [instructions[operand] for operand in root.operands]
+      values = [re.match(r"\((\d+)\)", x.attributes) for x in bounds if x.opcode == "constant"]
+      if len(values) == 1 and values[0]:
+        return int(values[0].group(1))
+    return None
+
+  def _operands(self, name: str, instruction: Instruction) -> list[list[Buffer]]:
+    return [self._computations[name][operand].buffers for operand in instruction.operands]
+
+  def _flops(self, name: str, instruction: Instruction) -> float:
+    if instruction.opcode not in ("dot", "convolution"):
+      return 0.0
+    (left,), (right,) = self._operands(name, instruction)
+    made = math.prod(instruction.buffers[0].dims)
+    if instruction.opcode == "dot":
+      axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+      contracted = [int(axis) for axis in axes.group(1).split(",") if axis] if axes else []
+      return 2.0 * made * math.prod(left.dims[axis] for axis in contracted)
+    return 2.0 * made * _products_per_output(instruction, left.dims, right.dims)
+
+  def _moved(self, name: str, instruction: Instruction) -> float:
+    """Returns bytes read from and written to main memory by an instruction that is not fused."""
+    opcode, buffers = instruction.opcode, instruction.buffers
+    if opcode in _FREE or opcode.endswith("-done"):
+      return 0.0
+    if opcode.endswith("-start"):  # The type repeats the operands.
+      buffers = buffers[len(instruction.operands) :][:1]
+    operands = self._operands(name, instruction)
+    written, read = _main(buffers), [_main(operand) for operand in operands]
+    if opcode == "fusion":
+      return self._moved_by_fusion(instruction, read, written)
+    if opcode in ("dynamic-slice", "slice", "gather"):
+      return min(read[0], written) + written
+    if opcode == "dynamic-update-slice":
+      return 2 * read[1]  # in place
+    return sum(read) + written
+
+  def _moved_by_fusion(self, instruction, read: list[float], written: float) -> float:
+    """Returns bytes, where an operand that is sliced inside is read in that slice only."""
+    inside = self._computations[_attribute(instruction.attributes, "calls")]
+    users: dict[str, list[Instruction]] = {}
+    for user in inside.values():
+      for operand in user.operands:
+        users.setdefault(operand, []).append(user)
+
+    def ends(name) -> list[tuple[Instruction, str]]:
+      """Returns (user, what it uses) behind all that only renames."""
+      return [
+        end
+        for user in users.get(name, ())
+        for end in (ends(user.name) if user.opcode == "bitcast" else [(user, name)])
+      ]
+
+    total = 0.0
+    parameters = {
+      int(re.match(r"\((\d+)\)", x.attributes).group(1)): x
+      for x in inside.values()
+      if x.opcode == "parameter"
+    }
+    for position, size in enumerate(read):
+      parts = []
+      for user, used in ends(parameters[position].name):
+        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == used:
+          parts.append(user.buffers[0].bytes)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == used:
+          parts.append(0.0)  # in place: nothing of it is read
+        else:
+          parts.append(math.inf)
+      total += min(size, sum(parts))
+    updates = [x for x in inside.values() if x.opcode == "dynamic-update-slice"]
+    in_place = sum(inside[x.operands[1]].buffers[0].bytes for x in updates)
+    return total + (min(written, in_place) if updates else written)
+
+  def _sent(self, name: str, instruction: Instruction) -> dict[tuple[str, str], float]:
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in _SENT:
+      return {}
+    if name.startswith("all-reduce-scatter"):  # how a TPU's text says it
+      kind = "reduce-scatter"
+    axes, size = self._group(instruction.attributes)
+    operands = self._operands(name, instruction)
+    given = sum(buffer.bytes for operand in operands for buffer in operand)
+    return {(kind, axes): _SENT[kind](given, size)} if size > 1 else {}
+
+  def _group(self, attributes: str) -> tuple[str, int]:
+    """Returns (the axes over which a collective goes, how many devices talk to each other)."""
+    groups = _groups(attributes, math.prod(self._mesh_shape.values()))
+    places = np.stack(np.unravel_index(groups, tuple(self._mesh_shape.values())))
+    differs = (places != places[..., :1]).any(axis=(1, 2))
+    axes = [axis for axis, crossed in zip(self._mesh_shape, differs, strict=True) if crossed]
+    return ",".join(axes), groups.shape[1]
+
+
+def _groups(attributes: str, num_devices: int) -> np.ndarray:
+  """Returns [groups, devices of each], ids of the devices that talk to each other."""
+  listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", attributes)
+  if listed:
+    groups = re.findall(r"\{([\d,]+)\}", listed.group(1))
+    return np.array([group.split(",") for group in groups], int)
+  iota = re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}", attributes)
+  if iota:
+    num_groups, size, *order = iota.groups()
+    return _iota(*order).reshape(int(num_groups), int(size))
+  named = re.search(rf"=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}", attributes)
+  if named:
+    return _groups_of_named_axes(*named.groups(), num_devices)
+  if "replica_groups={}" in attributes or "replica_groups" not in attributes:
+    return np.arange(num_devices)[None]
+  raise ValueError(f"Cannot read the groups of a collective: {attributes[:200]}")
+
+
+def _groups_of_named_axes(mesh: str, shape, order, axes: str, num_devices: int) -> np.ndarray:
+  """Returns the groups along `axes` of XLA's own mesh, e.g. "'a'" or "'b':(1)2" of "'a'=2,'b'=4".
+
+  In the latter, of an axis that is split into three the second is meant: it is as long as the last
+  number says, and the first as the one in parentheses.
+  """
+  sizes = [(name, int(size)) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh)]
+  wanted = {name: part for name, *part in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", axes)}
+  split, chosen = [], []
+  for name, size in sizes:
+    before, own = wanted.get(name, ("", ""))
+    before, own = (int(before), int(own)) if own else (1, size)
+    if name in wanted:
+      chosen.append(len(split) + 1)
+    split += [before, own, size // (before * own)]
+  ids = (_iota(shape, order) if shape else np.arange(num_devices)).reshape(split)
+  num_together = math.prod(split[axis] for axis in chosen)
+  return np.moveaxis(ids, chosen, range(-len(chosen), 0)).reshape(-1, num_together)
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+  """Returns the ids 0, 1, ... in `shape`, its axes permuted by `order`."""
+  sizes = [int(size) for size in shape.split(",")]
+  ids = np.arange(math.prod(sizes)).reshape(sizes)
+  return ids.transpose([int(axis) for axis in order.split(",")]) if order else ids
+
+
+def _products_per_output(instruction: Instruction, left, right) -> float:
+  """Returns how many products a convolution sums for each of its outputs, on average.
+
+  A TPU writes products of matrices as convolutions, with batch axes as dilated spatial ones, of
+  which all but one place of the window is a hole.
+  """
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+  lhs, rhs, out = labels.groups()
+  products = float(right[rhs.index("i")])
+  window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+  fields = dict(part.split("=") for part in window.group(1).split()) if window else {}
+  spatial = sorted(label for label in rhs if label.isdecimal())
+  for i, label in enumerate(spatial):
+
+    def field(name, default, i=i):
+      return int(fields[name].split("x")[i]) if name in fields else default
+
+    size, stride = right[rhs.index(label)], field("stride", 1)
+    pad = int(fields["pad"].split("x")[i].split("_")[0]) if "pad" in fields else 0
+    base, hole = field("lhs_dilate", 1), field("rhs_dilate", 1)
+    num_in, num_out = left[lhs.index(label)], instruction.buffers[0].dims[out.index(label)]
+    starts = np.arange(num_out)[:, None] * stride + np.arange(size)[None] * hole - pad
+    real = (starts % base == 0) & (starts >= 0) & (starts < num_in * base)
+    products *= real.sum() / num_out
+  return products
+
+
+def _main(buffers: list[Buffer]) -> float:
+  return sum(buffer.bytes for buffer in buffers if buffer.is_main)
+
+
+def _attribute(attributes: str, name: str) -> str:
+  return re.search(rf"\b{name}=%?([\w.\-]+)", attributes).group(1)

@@ -1,0 +1,167 @@
+"""The judge of a run: a policy on the same held-out prompts with the same noise, whenever asked.
+
+It draws a completion for each of `num_eval_rows` rows, which go through the held-out prompts, again
+and again where there are fewer; the most likely completion of each prompt; where a task has a
+verifier, `eval_completions` ones of as many prompts as make no more rows; and, once, one for each
+row from the reference, for the KL in the other direction.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from klrl import completions, evaluation, parallel
+from klrl.models import Policy, ScalarModel, TokenizerInfo
+from klrl.sampling import make_greedy_fn, make_sample_fn
+from klrl.tasks import data, rewards
+from klrl.tasks.verifier import Verifier, right
+
+
+class Judgement(NamedTuple):
+  """What a judge says of a policy."""
+
+  evaluation: evaluation.Evaluation  # one completion of each row
+  figures: dict[str, float | None]
+  samples: list[dict[str, Any]]  # records for `samples.jsonl`
+
+
+def make_judge_fn(
+  config,
+  mesh,
+  policy: Policy,
+  reference: Policy | None,
+  reference_params,
+  tokenizer: TokenizerInfo,
+  held_out: data.Prompts,
+  *,
+  max_completion_len: int,
+  temperature: float,
+  score: Callable | None,
+  verifier: Verifier | None,
+) -> Callable[..., Judgement]:
+  """Returns judge(params, *, when) -> Judgement; everything is compiled once.
+
+  The figures are those of `evaluation.figures`, and of what is drawn besides `score_greedy` and
+  `gold_greedy`, `evaluation.repeated_figures`, and `kl_ref_forward`: KL(pi_ref || pi), nats per
+  sequence, the exact KL of each next token summed along completions of the reference, which is
+  unbiased.
+
+  Args:
+    config: reads `seed` and the `EvaluationFields`.
+    mesh: of the devices.
+    policy: what is judged; `params` of a call are all its parameters, on the devices.
+    reference: what it is compared with, or None.
+    reference_params: of the reference, on the devices.
+    tokenizer: of both.
+    held_out: the prompts.
+    max_completion_len: of every completion.
+    temperature: of sampling, and of every log-prob.
+    score: score(rollout, texts, records) -> [B], or None. There may be fewer texts than rows.
+    verifier: of the task, or None.
+  """
+  # The same noise each time, and never the training's.
+  key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
+  num_prompts, k = len(held_out.tokens), config.eval_completions
+  rows = np.arange(config.num_eval_rows) % num_prompts
+  # Padded to as many rows, so that one compiled function draws both.
+  repeated = np.repeat(np.arange(min(num_prompts, max(1, config.num_eval_rows // k))), k)
+  padded = np.resize(repeated, max(len(repeated), len(rows)))
+
+  def prompts_of(rows):
+    return parallel.put((held_out.tokens[rows], held_out.mask[rows]), parallel.replicated(mesh))
+
+  def records_of(rows):
+    return [held_out.records[row] for row in rows]
+
+  prompts, repeated_prompts = prompts_of(rows), prompts_of(padded)
+  limits = {
+    "max_completion_len": max_completion_len,
+    "eos_id": tokenizer.eos_id,
+    "pad_id": tokenizer.pad_id,
+  }
+  # What comes out is whole everywhere: each process reads all of it.
+  jit = functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
+  sample = jit(make_sample_fn(policy, **limits))
+  greedy = jit(make_greedy_fn(policy, **limits))
+  evaluate = jit(evaluation.make_evaluate_fn(policy, reference))
+  if reference is not None:
+    # Models of one shape take their parameters in either place.
+    alike = reference.config == policy.config
+    sample_reference = sample if alike else jit(make_sample_fn(reference, **limits))
+    evaluate_reference = evaluate if alike else jit(evaluation.make_evaluate_fn(reference, policy))
+    of_reference = sample_reference(
+      reference_params, *prompts, jax.random.fold_in(key, 1), temperature=temperature
+    )
+
+  def read(rollout, rows):
+    """Returns texts, scores and gold scores of the first rows of a rollout."""
+    texts, records = texts_of(rollout)[: len(rows)], records_of(rows)
+    # The rollout stays whole: a reward model is compiled for one shape.
+    scores = score and np.asarray(score(rollout, texts, records))[: len(rows)]
+    return texts, scores, verifier and right(verifier, texts, records)
+
+  def texts_of(rollout):
+    return data.completion_texts(tokenizer, jax.device_get(rollout))
+
+  def other_figures(params):
+    distinct = rows[:num_prompts]
+    _, *found = read(greedy(params, *prompts), distinct)
+    for name, x in zip(("score_greedy", "gold_greedy"), found, strict=True):
+      yield evaluation.mean_and_stderr(name, x, distinct)
+    if verifier is not None:
+      rollout = sample(
+        params, *repeated_prompts, jax.random.fold_in(key, 2), temperature=temperature
+      )
+      texts = texts_of(rollout)[: len(repeated)]
+      yield evaluation.repeated_figures(verifier, texts, records_of(repeated), k)
+    if reference is not None:
+      kl = evaluate_reference(
+        reference_params, params, of_reference, temperature=temperature
+      ).kl_exact
+      yield evaluation.kl_figures("kl_ref_forward", kl, of_reference.completion_mask, rows)
+
+  def judge(params, *, when: str) -> Judgement:
+    rollout = sample(params, *prompts, key, temperature=temperature)
+    evaluated = evaluate(params, reference_params, rollout, temperature=temperature)
+    texts, scores, gold = read(rollout, rows)
+    figures = evaluation.figures(evaluated, scores, gold, texts, rows)
+    for more in other_figures(params):
+      figures |= more
+    prompt_texts = [record["prompt"] for record in records_of(rows)]
+    samples = evaluation.samples(
+      when, evaluated, scores, gold, texts, prompt_texts, tokenizer, config.num_samples
+    )
+    return Judgement(evaluated, figures, samples)
+
+  return judge
+
+
+def make_completion_score_fn(
+  weighted: list[rewards.Reward], reward_model: ScalarModel | None, reward_params
+) -> Callable[..., np.ndarray]:
+  """Returns score(rollout, texts, records) -> [B], the weighted sum of rewards.
+
+  Without any it is the reward model's score, and 0 without that. The texts are read by the rewards
+  alone.
+  """
+  model_score = jax.jit(
+    lambda params, rollout: completions.reward_model_scores(reward_model, params, rollout)
+  )
+  reads_model = reward_model is not None and (
+    not weighted or any(reward.fn is None for reward in weighted)
+  )
+
+  def score(rollout, texts, records):
+    model_scores = None
+    if reads_model:
+      model_scores = parallel.fetch(model_score(reward_params, rollout))
+    if weighted:
+      # There may be fewer texts than rows.
+      model_scores = model_scores[: len(texts)] if reads_model else None
+      return rewards.weighted_scores(weighted, records, texts, model_scores)[0]
+    return np.zeros(rollout.finished.shape, np.float32) if model_scores is None else model_scores
+
+  return score

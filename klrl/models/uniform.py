@@ -1,0 +1,46 @@
+"""The uniform policy: as a reference it turns KL-regularised RL into maximum-entropy RL."""
+
+import jax.numpy as jnp
+
+from klrl.models.blocks import DecoderConfig
+from klrl.models.decoder import Policy
+
+
+def uniform_policy(vocab_size: int, max_len: int) -> Policy:
+  """Returns a policy whose next token is uniform over the vocabulary, whatever came before.
+
+  Params are {}; the hidden state is one zero, the unembedding [1, V] zeros, the cache empty.
+  KL(pi || uniform) = log V - entropy(pi) at each token, so E[score] - beta * KL(pi || uniform) is
+  E[score] + beta * entropy(pi) minus beta * log V for each token: the objective of maximum-entropy
+  RL, but for the constant, which is a cost of length where lengths differ.
+  """
+  config = DecoderConfig(
+    vocab_size=vocab_size,
+    width=1,
+    num_layers=0,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=2,
+    mlp_dim=1,
+    max_len=max_len,
+  )
+
+  def zero(shape):
+    return jnp.zeros((*shape, 1), config.dtype)
+
+  def prefill(params, tokens, mask, cache_len):
+    return zero(tokens.shape[:1]), ()
+
+  def decode(params, tokens, positions, cache, slot, cache_mask):
+    return zero(tokens.shape), cache
+
+  return Policy(
+    config,
+    init=lambda key: {},
+    hidden=lambda params, tokens, mask, segment_ids=None: zero(tokens.shape),
+    unembedding=lambda params: jnp.zeros((1, vocab_size), config.dtype),
+    prefill=prefill,
+    unstack=lambda params: params,
+    decode=decode,
+    grow=lambda cache, cache_len: cache,
+  )

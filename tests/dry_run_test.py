@@ -1,0 +1,167 @@
+"""Tests of dry runs: what a compiled program's text is read as, and what no sweep may do."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments import ppo, sweep
+from experiments.sweep import config_class
+from klrl import dry_run, hlo, parallel
+from klrl.errors import UserError
+from klrl.models import DecoderConfig, policy_model, save_policy
+from klrl.tasks import arithmetic
+
+TINY = {"batch_size": 8, "num_minibatches": 2, "num_epochs": 1}
+
+
+def costs_of(mesh, fn, *arguments):
+  compiled = jax.jit(fn).lower(*arguments).compile()
+  return hlo.costs(compiled.as_text(), dict(mesh.shape))
+
+
+def placed(mesh, shape, *axes):
+  sharding = NamedSharding(mesh, PartitionSpec(*axes))
+  return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+
+def test_loops_count_as_often_as_they_run():
+  mesh = parallel.make_mesh("data=1")
+
+  def fn(x, weights):
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)
+    with hlo.at_most(7):
+      go_on = lambda carry: (carry[0] < 7) & (carry[1].sum() < 9e9)  # noqa: E731
+      step = lambda carry: (carry[0] + 1, jnp.tanh(carry[1] @ weights[0]))  # noqa: E731
+      return jax.lax.while_loop(go_on, step, (0, x))
+
+  found = costs_of(mesh, fn, placed(mesh, (8, 256)), placed(mesh, (5, 256, 256)))
+  assert found.flops == (5 + 7) * 2 * 8 * 256 * 256
+  assert found.unknown_loops == 0 and not found.collectives
+  # Each step reads one layer's weights, and not all of the stack.
+  layer = 256 * 256 * 4
+  assert (5 + 7) * layer < found.bytes < 4 * (5 + 7) * layer
+
+
+def test_a_loop_whose_length_depends_on_data_is_said_to_be_unknown():
+  mesh = parallel.make_mesh("data=1")
+
+  def fn(x):
+    return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x + 1, x)
+
+  assert costs_of(mesh, fn, placed(mesh, (8,))).unknown_loops == 1
+
+
+def test_collectives_have_their_axes_and_what_they_send():
+  mesh = parallel.make_mesh("data=2,fsdp=2")
+  x, w = placed(mesh, (64, 128), "data"), placed(mesh, (128, 32), "fsdp")
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def gathered(w):
+    return jax.lax.with_sharding_constraint(w * 2, whole)
+
+  # Of 2 halves each sends its own to the other.
+  assert costs_of(mesh, gathered, w).collectives == {("all-gather", "fsdp"): 64 * 32 * 4}
+  # Over 2 devices a ring sends the sum's bytes once: 2 n (2 - 1) / 2.
+  assert costs_of(mesh, lambda x: x.sum(0), x).collectives == {("all-reduce", "data"): 128 * 4}
+
+
+@pytest.mark.parametrize(
+  ("text", "groups"),
+  [
+    ("replica_groups={{0,1},{2,3}}, x", [[0, 1], [2, 3]]),
+    ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
+    ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
+    ("source_target_pairs={{0,3},{3,0}}", [[0, 3], [3, 0]]),
+    ("replica_groups={}, x", [[0, 1, 2, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}, x", [[0, 1], [2, 3]]),
+    ("replica_groups=mesh['a'=4] {'a':(1)2}, x", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['a'=4] {'a':(2)2}, x", [[0, 1], [2, 3]]),
+  ],
+)
+def test_groups_are_read_in_all_their_forms(text, groups):
+  np.testing.assert_array_equal(hlo._groups(text, 4), groups)
+
+
+def test_products_with_a_batch_count_once_though_a_tpu_dilates_them():
+  text = """
+ENTRY %main (a: bf16[8,16,32], b: bf16[8,32,64]) -> bf16[8,16,64] {
+  %a = bf16[8,16,32]{2,1,0} parameter(0)
+  %b = bf16[8,32,64]{2,1,0} parameter(1)
+  ROOT %c = bf16[8,16,64]{2,1,0:T(8,128)S(1)} convolution(%a, %b), \
+window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0io->0bf
+}
+"""
+  found = hlo.costs(text, {"data": 1})
+  assert found.flops == 2 * 8 * 16 * 32 * 64
+  assert found.bytes == 2 * 8 * (16 * 32 + 32 * 64)  # The result stays in a faster memory.
+
+
+def test_a_run_is_costed_and_leaves_one_file(tmp_path):
+  config = ppo.Config(dry_run=True, mesh="data=2,fsdp=2", workdir=str(tmp_path / "run"), **TINY)
+  workdir = ppo.main(config)
+  assert [path.name for path in workdir.iterdir()] == ["dry_run.json"]
+  (report,) = json.loads((workdir / "dry_run.json").read_text())
+  assert report["num_devices"] == 4 and report["unknown_loops"] == 0
+  assert report["flops"] > 0 and report["seconds"] is None  # Nobody knows what a CPU can do.
+  axes = {axis for found in report["collectives"] for axis in found["axes"].split(",")}
+  assert axes <= {"data", "fsdp"}
+
+
+def test_no_collective_of_a_sweep_crosses_members(tmp_path):
+  config = config_class("grpo")(
+    experiment="grpo",
+    sweep="beta=0.1,0.3,1",
+    dry_run=True,
+    mesh="sweep=2,fsdp=2",
+    group_size=4,
+    workdir=str(tmp_path / "sweep"),
+    **TINY,
+  )
+  (report,) = json.loads((sweep.main(config) / "dry_run.json").read_text())
+  assert {found["axes"] for found in report["collectives"]} == {"fsdp"}
+
+
+def test_models_need_no_weights_and_equal_ones_are_one_argument(tmp_path):
+  tokenizer = arithmetic.make_tokenizer()
+  decoder = DecoderConfig(
+    vocab_size=tokenizer.tokenizer.get_vocab_size(),
+    width=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    max_len=32,
+  )
+  save_policy(tmp_path, decoder, policy_model(decoder).init(jax.random.key(0)), tokenizer)
+  (tmp_path / "model.safetensors").unlink()
+  config = ppo.Config(
+    policy=str(tmp_path), prompts="p", reward="f.py:f", lora_rank=2, value_init="policy"
+  )
+  models = dry_run.shapes_of_models(
+    config, dry_run.FROM_CONFIGS, policy=str(tmp_path), reward_model=""
+  )
+  kernel = ("decoder", "embed", "embedding")
+  base, reference = models.base["policy"], models.reference_params
+  for name in kernel:
+    base, reference = base[name], reference[name]
+  assert isinstance(base, jax.ShapeDtypeStruct) and base is reference
+  frozen, whole = parallel.distinct((models.base["policy"], models.reference_params))
+  assert sum(math.prod(leaf.shape) for leaf in frozen) == sum(
+    math.prod(leaf.shape) for leaf in jax.tree.leaves(models.reference_params)
+  )
+  assert whole(frozen)[1]["decoder"]["embed"]["embedding"] is base
+
+
+def test_a_topology_needs_its_compiler(monkeypatch):
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(UserError, match=r"pip install 'klrl\[tpu\]'"):
+    parallel.topology_devices("v5e:2x2")
+  with pytest.raises(UserError, match="--topology is set, but nothing reads it"):
+    ppo.Config(topology="v5e:2x2")

@@ -1,0 +1,281 @@
+"""Every flag of the laboratory and of best-of-n changes what its figures are made from.
+
+What takes time is replaced by something that writes down how it was called: a figure is a function
+of these calls alone, so two equal records are two equal runs.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import (
+  best_of_n,
+  estimators,
+  kl_audit,
+  kl_directions,
+  laboratory,
+  mode_seeking,
+  ppo,
+  reward_model,
+  sft,
+)
+from klrl.models import DecoderConfig, policy_model, save_policy, save_scalar, scalar_model
+from klrl.sampling import Rollout
+from klrl.tasks import arithmetic
+from klrl.workdir import find_workdir
+
+MODULES = (kl_audit, mode_seeking, kl_directions, estimators, best_of_n)
+LANGUAGE = functools.cache(mode_seeking.make_language)  # as no flag changes it
+EXPERIMENTS = {module.__name__.split(".")[-1]: module for module in MODULES}
+
+
+class Case(NamedTuple):
+  """A change of one flag: its new value and the settings around it."""
+
+  value: Any
+  given: Mapping[str, Any] = types.MappingProxyType({})
+
+
+OWN_MODELS = {"policy": "policy", "reference": "other"}
+OWN_POLICY = {
+  "policy": "policy",
+  "prompts": "own.jsonl",
+  "reward": "reward.py:length",
+  "num_prompts": 3,
+  "completions_per_prompt": 8,
+  "n": "1,2",
+  "max_completion_len": 3,
+}
+OWN_SCORER = OWN_POLICY | {"reward": "", "reward_model": "reward_model"}
+CASES = {
+  "kl_audit": {"seed": Case(1), "beta": Case(0.25), "num_trees": Case(3)},
+  "mode_seeking": {"seed": Case(1), "num_steps": Case(9), "learning_rate": Case(0.5)},
+  "kl_directions": {
+    "seed": Case(1),
+    "num_iterations": Case(9),
+    "beta": Case(0.25),
+    "trust_region_beta": Case(0.5),
+    "epochs": Case("1,2"),
+  },
+  "estimators": {
+    "seed": Case(1),
+    "policy": Case("third", OWN_MODELS),
+    "reference": Case("third", OWN_MODELS),
+    "completions_per_prompt": Case(2, OWN_MODELS),
+  },
+  "best_of_n": {
+    "sft_iterations": Case(9),
+    "reward_model_iterations": Case(9),
+    "init_seed": Case(1),
+    "task": Case("tree"),
+    "seed": Case(1, OWN_POLICY),
+    "policy": Case("other", OWN_POLICY),
+    "prompts": Case("other.jsonl", OWN_POLICY),
+    "prompt_template": Case("{prompt}{prompt}", OWN_POLICY),
+    "max_prompt_len": Case(5, OWN_POLICY),
+    "reward": Case("reward.py:sevens", OWN_POLICY),
+    "reward_model": Case("other_reward_model", OWN_SCORER),
+    "max_completion_len": Case(2, OWN_POLICY),
+    "n": Case("1,3", OWN_POLICY),
+    "completions_per_prompt": Case(4, OWN_POLICY),
+    "num_prompts": Case(2, OWN_POLICY),
+    "temperature": Case(0.25, OWN_POLICY),
+    "compare": Case("run", OWN_POLICY),
+  },
+}
+for experiment, cases in CASES.items():
+  given = {"best_of_n": OWN_POLICY, "estimators": OWN_MODELS}.get(experiment, {})
+  cases["workdir"] = Case("elsewhere", given)
+
+
+def fields_of(experiment) -> list[str]:
+  return [field.name for field in dataclasses.fields(EXPERIMENTS[experiment].Config)]
+
+
+class Enough(Exception):
+  """All has been written down that is."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workplace(tmp_path_factory):
+  """A folder with models, prompts, rewards and a finished run."""
+  with contextlib.chdir(tmp_path_factory.mktemp("flags")):
+    tokenizer = arithmetic.make_tokenizer()
+    config = DecoderConfig(
+      vocab_size=tokenizer.tokenizer.get_vocab_size(),
+      width=8,
+      num_layers=1,
+      num_heads=1,
+      num_kv_heads=1,
+      head_dim=8,
+      mlp_dim=8,
+      max_len=24,
+    )
+    for make, save, names in (
+      (policy_model, save_policy, ("policy", "other", "third")),
+      (scalar_model, save_scalar, ("reward_model", "other_reward_model")),
+    ):
+      shapes = jax.eval_shape(make(config).init, jax.random.key(0))
+      for i, name in enumerate(names):
+        rng = np.random.default_rng(i)
+        params = jax.tree.map(lambda x, rng=rng: np.float32(rng.normal(size=x.shape)), shapes)
+        save(pathlib.Path(name), config, params, tokenizer)
+    for name, first in (("own", 0), ("other", 10)):
+      prompts = [f"{'7' * (i % 3)}{i}+1=" for i in range(first, first + 60)]
+      lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+      pathlib.Path(f"{name}.jsonl").write_text(lines)
+    pathlib.Path("reward.py").write_text(
+      "def length(prompts, completions, **columns):\n"
+      "  return [float(sum(map(ord, p + c))) for p, c in zip(prompts, completions)]\n"
+      "def sevens(prompts, completions, **columns):\n"
+      "  return [float(c.count('7')) for c in completions]\n"
+    )
+    pathlib.Path("run").mkdir()
+    figures = dict.fromkeys(("score_before", "score_after", "kl_ref_exact"), 1.0)
+    pathlib.Path("run/summary.json").write_text(json.dumps(figures | {"kl_ref_exact_stderr": 0.1}))
+    yield
+
+
+def plain(x) -> str:
+  """Returns text that is the same for the same arrays and settings."""
+  if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+    x = jax.random.key_data(x)
+  if isinstance(x, np.ndarray | jax.Array):
+    return repr(np.asarray(x).tolist())
+  if isinstance(x, dict):
+    return repr({str(key): plain(value) for key, value in x.items()})
+  if isinstance(x, list | tuple):
+    return repr([plain(value) for value in x])
+  return re.sub(r" at 0x[0-9a-f]+", "", repr(x))
+
+
+def record_of(experiment, settings) -> list[str]:
+  """Returns the folder of a run, and all calls that its figures are made from."""
+  module, calls = EXPERIMENTS[experiment], []
+
+  def noted(*arguments, returns=None, **more):
+    calls.append(plain([arguments, {k: v for k, v in more.items() if k != "root"}]))
+    if isinstance(returns, type) and issubclass(returns, Exception):
+      raise returns
+    return returns
+
+  def computed(config, name, file, compute, *_, root):
+    workdir = find_workdir(name, config, root=root)
+    if config.workdir:
+      calls.append(str(workdir))
+    with contextlib.suppress(Enough):
+      calls.append(plain(compute(workdir)))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(laboratory, "run", computed)
+    replacements[experiment](patch, functools.partial(functools.partial, noted))
+    module.main(module.Config(**settings))
+  return calls
+
+
+def replace_in_kl_audit(patch, noted):
+  for name in ("figures", "ends", "describe_tree"):
+    returns = Enough if name == "describe_tree" else []
+    patch.setattr(kl_audit.kl_figures, name, noted(returns=returns))
+  # The figures are asked for by row; without rows there are none to take apart.
+  for name in ("_penalties", "_refreshed", "_capped", "_peers"):
+    patch.setattr(kl_audit, name, list)
+  patch.setattr(kl_audit.kl_figures, "ends_on_bandit", lambda _: [])
+
+
+def replace_in_mode_seeking(patch, noted):
+  patch.setattr(mode_seeking, "make_language", LANGUAGE)
+  patch.setattr(mode_seeking, "gaussian_results", dict)
+  patch.setattr(mode_seeking, "three_tokens", dict)
+  patch.setattr(mode_seeking, "make_descent", lambda loss: noted(returns=Enough))
+
+
+def replace_in_kl_directions(patch, noted):
+  patch.setattr(kl_directions, "create_workdir", lambda *_: None)
+  patch.setattr(kl_directions, "exact_studies", dict)
+  patch.setattr(ppo, "main", noted(returns=pathlib.Path("run")))
+  patch.setattr(kl_directions, "read_lines", lambda _: [])
+  patch.setattr(kl_directions, "read_summary", lambda _: collections.defaultdict(float))
+
+
+def replace_in_estimators(patch, noted):
+  patch.setattr(ppo, "main", noted(returns=pathlib.Path("policy")))
+  patch.setattr(sft, "main", noted(returns=pathlib.Path("other")))
+  patch.setattr(reward_model, "main", noted(returns=pathlib.Path("reward_model")))
+  patch.setattr(estimators, "laboratory_figures", noted(returns={}))
+  patch.setattr(estimators, "measure_line", noted(returns=[]))
+
+
+def replace_in_best_of_n(patch, noted):
+  patch.setattr(sft, "main", noted(returns=pathlib.Path("policy")))
+  patch.setattr(reward_model, "main", noted(returns=Enough))  # the last stage
+  patch.setattr(best_of_n, "_CHUNK", 8)
+  patch.setattr(best_of_n, "make_sample_fn", make_fake_sample_fn)
+  patch.setattr(best_of_n, "bandit_figures", lambda _: [])
+  patch.setattr(best_of_n, "exact_figures", lambda *_: {})
+  patch.setattr(best_of_n, "best_of_pool", lambda *arguments: list(arguments))
+
+
+replacements = {
+  "kl_audit": replace_in_kl_audit,
+  "mode_seeking": replace_in_mode_seeking,
+  "kl_directions": replace_in_kl_directions,
+  "estimators": replace_in_estimators,
+  "best_of_n": replace_in_best_of_n,
+}
+
+
+def make_fake_sample_fn(policy, *, max_completion_len, eos_id, pad_id):
+  del eos_id, pad_id
+  return fake_sampler(policy.config.vocab_size, max_completion_len)
+
+
+@functools.cache
+def fake_sampler(vocab_size, max_completion_len):
+  """Returns a sampler that compiles fast, once, and draws each token alone."""
+
+  def sample(params, prompts, mask, key, *, temperature):
+    shape = len(prompts), max_completion_len
+    size = sum(abs(leaf).mean() for leaf in jax.tree.leaves(params))
+    logits = size * jax.numpy.arange(vocab_size) / temperature / 20
+    drawn = jax.random.categorical(key, logits, shape=shape)
+    ones, zeros = jax.numpy.ones(shape, bool), jax.numpy.zeros(shape)
+    tokens = jax.numpy.concatenate([prompts, drawn], axis=1)
+    return Rollout(tokens, mask, ones, ones[:, 0], zeros, zeros)
+
+  return sample
+
+
+@functools.cache
+def base_record(experiment, settings: frozenset) -> list[str]:
+  return record_of(experiment, dict(settings))
+
+
+@pytest.mark.parametrize(
+  ("experiment", "field"), [(name, field) for name in EXPERIMENTS for field in fields_of(name)]
+)
+def test_a_changed_flag_changes_a_call(experiment, field):
+  case = CASES[experiment].get(field)
+  assert case is not None, (
+    f"--{field} of experiments.{experiment} has no case: add one to CASES that says what changes "
+    "with it. A flag that changes nothing must go."
+  )
+  record = record_of(experiment, dict(case.given) | {field: case.value})
+  assert record != base_record(experiment, frozenset(case.given.items()))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_same_flags_change_no_call(experiment):
+  given = CASES[experiment]["workdir"].given
+  assert record_of(experiment, given) == base_record(experiment, frozenset(given.items()))

@@ -1,0 +1,90 @@
+"""Tests of gradients in parts: the whole is the sum, whatever falls on which part."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from klrl import ops
+from klrl.gradients import gradients_of, scalar
+
+PARAMS = {"w": jnp.array([0.5, -1.0, 2.0]), "unused": jnp.ones(2)}
+# Rows with one to four real tokens, so that parts have unequal counts.
+LENGTHS = np.array([4, 1, 1, 3, 2, 1, 4, 1])
+
+
+def make_batch():
+  x = jax.random.normal(jax.random.key(0), (8, 4, 3))
+  mask = jnp.arange(4)[None] < LENGTHS[:, None]
+  return x, mask
+
+
+def loss_fn(params, batch, aggregation):
+  x, mask = batch
+  per_token = jnp.tanh(x @ params["w"])
+  loss = ops.AGGREGATIONS[aggregation](per_token, mask, constant_length=4)
+  other = ((per_token[:, 0] ** 2).sum(), jnp.float32(len(x)))
+  return {"loss": 1.0, "other": -0.3}, {"loss": loss, "other": other, "seen": (1, 1)}
+
+
+@pytest.mark.parametrize("aggregation", ops.AGGREGATIONS)
+def test_parts_add_up_to_the_whole(aggregation):
+  loss = functools.partial(loss_fn, aggregation=aggregation)
+  whole, metrics = jax.jit(functools.partial(gradients_of, loss))(PARAMS, make_batch())
+  chex.assert_trees_all_close(
+    whole, jax.grad(scalar(loss), has_aux=True)(PARAMS, make_batch())[0], rtol=1e-5, atol=1e-7
+  )
+  assert float(jnp.abs(whole["w"]).max()) > 0.01 and not whole["unused"].any()
+  for num_parts in (2, 4, 8):
+    in_parts = jax.jit(functools.partial(gradients_of, loss, num_parts=num_parts))
+    gradients, sums = in_parts(PARAMS, make_batch())
+    chex.assert_trees_all_close(gradients, whole, rtol=1e-5, atol=1e-7)
+    for name in ("loss", "other"):
+      np.testing.assert_allclose(ops.divide(*sums[name]), ops.divide(*metrics[name]), rtol=1e-5)
+    assert float(sums["seen"][0]) == num_parts
+
+
+def test_a_mean_of_means_is_another_gradient():
+  """What the parts guard against: with token means, equal weights of unequal parts are wrong."""
+  loss = functools.partial(loss_fn, aggregation="token_mean")
+  batch = make_batch()
+  whole = gradients_of(loss, PARAMS, batch)[0]["w"]
+  halves = [jax.tree.map(lambda x, i=i: x[i::2], batch) for i in range(2)]
+  mean = sum(gradients_of(loss, PARAMS, half)[0]["w"] for half in halves) / 2
+  assert float(jnp.abs(mean - whole).max()) > 1e-3
+
+
+def test_a_part_without_tokens_adds_nothing():
+  x, mask = make_batch()
+  batch = x, mask.at[1::2].set(False)
+  loss = functools.partial(loss_fn, aggregation="token_mean")
+  chex.assert_trees_all_close(
+    gradients_of(loss, PARAMS, batch, num_parts=2)[0], gradients_of(loss, PARAMS, batch)[0],
+    rtol=1e-5, atol=1e-7,
+  )  # fmt: skip
+
+
+def test_activations_of_one_part_are_held_at_a_time():
+  """Temporary memory falls with the number of parts where rows, not parameters, take it."""
+  x = jnp.ones((4096, 64))
+
+  def wide(params, x):
+    y = x
+    for _ in range(4):
+      y = jnp.tanh(y @ params)
+    return {"y": 1.0}, {"y": ((y**2).sum(), jnp.float32(len(x)))}
+
+  params = jnp.full((64, 64), 0.01)
+  temporary = [
+    jax.jit(functools.partial(gradients_of, wide, num_parts=num_parts))
+    .lower(params, x)
+    .compile()
+    .memory_analysis()
+    .temp_size_in_bytes
+    for num_parts in (1, 8)
+  ]
+  # Of all rows the parts still need a copy in another order.
+  assert temporary[1] < temporary[0] / 2, temporary

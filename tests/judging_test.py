@@ -1,0 +1,205 @@
+"""The judge: what it draws, what it says of it, and that it says the same each time."""
+
+import collections
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from klrl import judging, oracle, parallel
+from klrl.models import DecoderConfig, policy_model, scalar_model, scalar_params_from
+from klrl.tasks import arithmetic, data, rewards
+from klrl.tasks.verifier import Verifier
+
+TOKENIZER = arithmetic.make_tokenizer()
+VOCAB, HORIZON = TOKENIZER.tokenizer.get_vocab_size(), 2
+CONFIG = DecoderConfig(
+  vocab_size=VOCAB, width=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32,
+  max_len=16,
+)  # fmt: skip
+POLICY = policy_model(CONFIG)
+NARROW = policy_model(dataclasses.replace(CONFIG, width=8))
+TREE = oracle.make_tree(VOCAB, HORIZON, eos_id=TOKENIZER.eos_id)
+ROWS = 1024
+# References that end a completion at once in a good part of cases.
+REFERENCE_SEEDS = {CONFIG.width: 5, NARROW.config.width: 2}
+PROMPTS = data.encode_prompts(
+  arithmetic.prompt_records(held_out=True)[:7], TOKENIZER, max_prompt_len=10
+)
+# Each copy counts as a prompt of its own, so that the rows are independent draws of one thing.
+COPIES = data.Prompts(
+  np.repeat(PROMPTS.tokens[:1], ROWS, axis=0),
+  np.repeat(PROMPTS.mask[:1], ROWS, axis=0),
+  PROMPTS.records[:1] * ROWS,
+)
+
+
+@functools.cache
+def make_params(model, seed):
+  # Larger than the usual initialisation, so that distributions are far from uniform.
+  return jax.tree.map(lambda x: 6 * x, jax.jit(model.init)(jax.random.key(seed)))
+
+
+def make_judge_fn(
+  held_out=PROMPTS,
+  *,
+  reference=POLICY,
+  temperature=1.0,
+  score=None,
+  verifier=arithmetic.VERIFIER,
+  **changes,
+):
+  settings = {"seed": 0, "num_eval_rows": 16, "num_samples": 2, "eval_completions": 4, **changes}
+  return judging.make_judge_fn(
+    types.SimpleNamespace(**settings),
+    parallel.make_mesh("data=1"),
+    POLICY,
+    reference,
+    None if reference is None else make_params(reference, REFERENCE_SEEDS[reference.config.width]),
+    TOKENIZER,
+    held_out,
+    max_completion_len=HORIZON,
+    temperature=temperature,
+    score=score,
+    verifier=verifier,
+  )
+
+
+def logits_of(model, seed, prompt=0):
+  tokens = PROMPTS.tokens[prompt][PROMPTS.mask[prompt]]
+  return oracle.decoder_logits(model, make_params(model, seed), TREE, tokens)
+
+
+@pytest.mark.parametrize(("reference", "temperature"), [(POLICY, 1.5), (NARROW, 1.0)])
+def test_both_kls_are_those_of_the_enumeration(reference, temperature):
+  judge = make_judge_fn(
+    COPIES, reference=reference, temperature=temperature, verifier=None, num_eval_rows=ROWS
+  )
+  figures = judge(make_params(POLICY, 0), when="after").figures
+  seed = REFERENCE_SEEDS[reference.config.width]
+  pi, ref = logits_of(POLICY, 0) / temperature, logits_of(reference, seed) / temperature
+  kls = {"kl_ref_exact": (pi, ref), "kl_ref_forward": (ref, pi)}
+  exact = {name: float(oracle.sequence_kl(TREE, *logits)) for name, logits in kls.items()}
+  lengths = [float(oracle.expected_length(TREE, logits)) for logits in (pi, ref)]
+  # Far from 0 and from one another, or a swap would not show.
+  errors = {name: 5 * figures[f"{name}_stderr"] for name in exact}
+  assert abs(exact["kl_ref_exact"] - exact["kl_ref_forward"]) > 2 * max(errors.values())
+  for (name, value), length in zip(exact.items(), lengths, strict=True):
+    assert abs(figures[name] - value) < errors[name], name
+    per_token = figures[f"{name}_per_token"]
+    assert per_token == pytest.approx(figures[name] / length, rel=0.1), name
+
+
+def most_likely(prompt):
+  """Returns the greedy completion of a prompt, from its logits at every prefix."""
+  logits, state, text = logits_of(POLICY, 0, prompt), 0, ""
+  while state >= 0:
+    token = int(jnp.argmax(logits[state]))
+    text += TOKENIZER.tokenizer.decode([token])
+    state = TREE.children[state, token]
+  return text
+
+
+def test_the_most_likely_completion_is_greedy_and_wins_the_vote():
+  expected = {record["prompt"]: most_likely(i) for i, record in enumerate(PROMPTS.records)}
+  assert len(set(expected.values())) > 1
+  verifier = Verifier(lambda text: text, lambda text, record: text == expected[record["prompt"]])
+  judge = make_judge_fn(
+    verifier=verifier,
+    score=lambda rollout, texts, records: np.arange(224.0),
+    temperature=0.2,
+    num_eval_rows=224,
+    eval_completions=32,
+  )
+  figures = judge(make_params(POLICY, 0), when="after").figures
+  assert 0.5 < figures["gold"] < 1 == figures["gold_greedy"]
+  # 32 completions of each of the seven prompts, each held against its own.
+  assert figures["pass_at_32"] == 1 and figures["majority_at_32"] > 0.85
+  # Each prompt counts once, though they fill all rows.
+  assert figures["score_greedy"] == np.arange(7).mean() != figures["score"]
+  assert figures["score_greedy_stderr"] == pytest.approx(np.arange(7).std(ddof=1) / np.sqrt(7))
+
+
+def test_completions_of_one_prompt_are_drawn_apart():
+  seen = collections.defaultdict(list)
+
+  def answer_of(text):
+    seen["text"].append(text)
+    return text
+
+  def is_right(text, record):
+    seen["prompt"].append(record["prompt"])
+    return False
+
+  verifier = Verifier(answer_of, is_right)
+  judge = make_judge_fn(verifier=verifier, num_eval_rows=14)
+  figures = judge(make_params(POLICY, 0), when="after").figures
+  # 14 rows have room for four completions of three prompts.
+  assert seen["prompt"][-12:] == [PROMPTS.records[i]["prompt"] for i in range(3) for _ in range(4)]
+  assert len(seen["text"]) == 12
+  assert any(len(set(seen["text"][i : i + 4])) > 1 for i in (0, 4, 8))
+  assert figures["pass_at_4"] == figures["majority_at_4"] == 0
+
+
+def test_more_completions_than_rows_are_those_of_one_prompt():
+  verifier = Verifier(lambda text: text, lambda text, record: True)
+  judge = make_judge_fn(verifier=verifier, num_eval_rows=2, eval_completions=3)
+  figures = judge(make_params(POLICY, 0), when="after").figures
+  assert figures["pass_at_3"] == figures["majority_at_3"] == 1
+  assert figures["pass_at_3_stderr"] is None
+
+
+@pytest.fixture(scope="module")
+def judge():
+  return make_judge_fn(score=lambda rollout, texts, records: np.array(rollout.old_log_probs[:, 0]))
+
+
+def test_a_judge_says_the_same_each_time(judge):
+  first = judge(make_params(POLICY, 0), when="before")
+  other = judge(make_params(POLICY, 1), when="after")
+  again = judge(make_params(POLICY, 0), when="before")
+  assert again.figures == first.figures and again.samples == first.samples
+  changed = {name for name, x in first.figures.items() if x != other.figures[name]}
+  assert {"score", "score_greedy", "entropy", "kl_ref_exact", "kl_ref_forward"} <= changed
+  assert [sample["when"] for sample in first.samples] == ["before"] * 2
+
+
+def test_what_nothing_gives_is_not_in_the_figures_and_another_seed_draws_anew(judge):
+  bare = make_judge_fn(reference=None, verifier=None, seed=1)(make_params(POLICY, 0), when="after")
+  named = bare.figures
+  assert not [name for name in named if "kl" in name or "_at_" in name or name == "nll"]
+  for name in ("score", "gold", "score_greedy", "gold_greedy"):
+    assert named[name] is None
+  assert bare.evaluation.kl_exact is None and bare.samples[0]["kl_ref"] is None
+  assert named["entropy"] != judge(make_params(POLICY, 0), when="after").figures["entropy"]
+
+
+def test_a_completion_is_scored_by_function_else_by_model_else_0(judge):
+  rollout = judge(make_params(POLICY, 0), when="after").evaluation.rollout
+  model = scalar_model(CONFIG)
+  params = scalar_params_from(make_params(POLICY, 0))
+  params["head"] = jnp.ones_like(params["head"])
+  texts, records = [str(i) for i in range(16)], [{"prompt": ""}] * 16
+
+  def reward_fn(prompts, completions):
+    return [float(text) for text in completions]
+
+  own = rewards.Reward("own", 2.0, reward_fn)
+  of_function = judging.make_completion_score_fn([own], model, params)
+  np.testing.assert_array_equal(of_function(rollout, texts, records), 2 * np.arange(16))
+  of_model = judging.make_completion_score_fn([], model, params)(rollout, None, None)
+  mask = np.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)
+  np.testing.assert_allclose(of_model, model.scores(params, rollout.tokens, mask), rtol=1e-5)
+  assert np.ptp(of_model) > 0
+  both = [own, rewards.Reward(rewards.MODEL, -1.0, None)]
+  of_both = judging.make_completion_score_fn(both, model, params)(rollout, texts, records)
+  np.testing.assert_allclose(of_both, 2 * np.arange(16) - of_model, rtol=1e-5)
+  # The greedy completions of a few prompts are fewer than the rows that they are padded to.
+  of_few = judging.make_completion_score_fn(both, model, params)(rollout, texts[:5], records[:5])
+  np.testing.assert_allclose(of_few, of_both[:5], rtol=1e-5)
+  of_nothing = judging.make_completion_score_fn([], None, None)(rollout, None, None)
+  np.testing.assert_array_equal(of_nothing, np.zeros(16))

@@ -1,0 +1,188 @@
+"""What an update may not depend on: parts, the order of rows, padding, and devices.
+
+One update of the learner in float64, off-policy, on completions of 1 to 5 tokens: the gradient is
+read from Adam's first moment. Between them the cases have every aggregation and kind of loss.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import grpo, ppo
+from klrl import learner, ops, parallel
+from klrl.epochs import Texts
+from klrl.models import Policy, ScalarModel
+from klrl.sampling import Rollout
+
+BATCH, GROUP_SIZE, PROMPT_LEN, MAX_LEN, VOCAB, WIDTH = 8, 4, 2, 5, 5, 4
+# No two quarters of the batch have as many tokens.
+LENGTHS = np.array([1, 5, 2, 1, 4, 1, 5, 3])
+ONCE = {
+  "batch_size": BATCH,
+  "num_epochs": 1,
+  "num_minibatches": 1,
+  "max_grad_norm": np.inf,
+  "kl_every": 0,
+  "entropy_coef": 0.1,
+}
+EXACT_LOSS = {"kl_placement": "loss", "kl_estimator": "exact", "kl_correction": "prefix"}
+
+
+def group_method(**settings):
+  return functools.partial(grpo.Config, **ONCE, group_size=GROUP_SIZE, **settings)
+
+
+CASES = {
+  "clip": functools.partial(
+    ppo.Config, **ONCE, pretrain_data="texts", ptx_coef=0.5, loss_aggregation="token_mean"
+  ),
+  "gspo": group_method(
+    trust_region="sequence_clip",
+    loss_aggregation="sequence_mean_token_mean",
+    **EXACT_LOSS,
+  ),
+  "cispo": group_method(
+    trust_region="truncated",
+    advantage="group_centred",
+    loss_aggregation="constant",
+    sampler_correction="token",
+  ),
+  "kl_penalty": functools.partial(
+    ppo.Config,
+    **ONCE,
+    trust_region="kl_new_old",
+    kl_placement="both",
+    kl_estimator="exact",
+    value_trunk="shared",
+    loss_aggregation="sequence_mean_token_sum",
+  ),
+}
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+  with jax.enable_x64(True):
+    yield
+
+
+def hidden(params, tokens, mask):
+  """Returns [B, S, D] of a bag of the real tokens so far, quick to compile and aware of padding."""
+  embedded = jnp.where(mask[..., None], params["decoder"]["embedding"][tokens], 0.0)
+  return jnp.tanh(jnp.cumsum(embedded, axis=1))
+
+
+def head(params, hidden):
+  return hidden @ params["head"]
+
+
+UNUSED = dict.fromkeys(("config", "init", "prefill", "unstack", "decode", "grow"))
+POLICY = Policy(**UNUSED, hidden=hidden, unembedding=lambda params: params["unembedding"])
+VALUE = ScalarModel(None, None, head, lambda *args: head(args[0], hidden(*args)), scores=None)
+
+
+@functools.cache
+def models():
+  """Returns (params, those of the reference)."""
+  rng = np.random.default_rng(1)
+
+  def decoder():
+    return {"embedding": jnp.asarray(rng.normal(size=(VOCAB, WIDTH)))}
+
+  def policy():
+    return {"decoder": decoder(), "unembedding": jnp.asarray(rng.normal(size=(WIDTH, VOCAB)))}
+
+  value = {"decoder": decoder(), "head": jnp.asarray(rng.normal(size=WIDTH))}
+  return {"policy": policy(), "value": value}, policy()
+
+
+def make_batch(*, order=None, padding=0):
+  """Returns (rollout, scores, texts) with rows in `order` and `padding` more columns at each end.
+
+  Old and sampler's log-probs are others than the policy's; the padding is NaN and token 0.
+  """
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(1, VOCAB, (BATCH, PROMPT_LEN + MAX_LEN))
+  prompt_mask, mask = np.ones((BATCH, PROMPT_LEN), bool), np.arange(MAX_LEN) < LENGTHS[:, None]
+  prompt_mask[::3, 0] = False
+  old, sampler = np.where(mask, rng.normal(-1.5, 0.3, (2, BATCH, MAX_LEN)), np.nan)
+  scores, text_mask = rng.normal(size=BATCH), mask[::-1]
+  after = ((0, 0), (0, padding))
+  rollout = Rollout(
+    tokens=np.pad(tokens, ((0, 0), (padding, padding))),
+    prompt_mask=np.pad(prompt_mask, ((0, 0), (padding, 0))),
+    completion_mask=np.pad(mask, after),
+    finished=LENGTHS < MAX_LEN,
+    old_log_probs=np.pad(old, after, constant_values=np.nan),
+    sampler_log_probs=np.pad(sampler, after, constant_values=np.nan),
+  )
+  texts = Texts(np.pad(tokens[:, :MAX_LEN], after), np.pad(text_mask, after))
+  rows = np.arange(BATCH) if order is None else order
+  return jax.tree.map(lambda x: jnp.asarray(x)[rows], (rollout, scores, texts))
+
+
+@functools.cache
+def update_fn(name, accumulation):
+  """Returns (f(state, reference, batch) -> (gradients, metrics), state before)."""
+  config = CASES[name](accumulation=accumulation)
+  value_model, params = VALUE, models()[0]
+  if config.advantage != "gae":
+    value_model, params = None, {"policy": params["policy"]}
+  elif config.value_trunk == "shared":
+    params = params | {"value": {"head": params["value"]["head"]}}
+  update = learner.make_update_fn(config, MAX_LEN, POLICY, value_model, POLICY)
+
+  @jax.jit
+  def f(state, reference, batch):
+    rollout, scores, texts = batch
+    texts = texts if config.ptx_coef else None
+    state, metrics = update(state, {"reference": reference, "base": {}}, rollout, scores, texts)
+    gradients = jax.tree.map(lambda x: x / 0.1, optax.tree.get(state.opt_state, "mu"))
+    return gradients, {key: ops.divide(*pair) for key, pair in metrics.items()}
+
+  return f, learner.init_state(config, params, jax.random.key(3))
+
+
+def run(name, batch, accumulation=1, *, mesh=None):
+  f, state = update_fn(name, accumulation)
+  reference = models()[-1]
+  if mesh is not None:
+    state = jax.device_put(state, parallel.state_shardings(mesh, state))
+    reference = parallel.put_once(mesh, reference)
+    batch = jax.device_put(batch, parallel.by_rows(mesh))
+  return jax.device_get(f(state, reference, batch))
+
+
+@functools.cache
+def whole(name):
+  return run(name, make_batch())
+
+
+def assert_same_update(found, expected):
+  for name, gradients in expected[0].items():
+    size = optax.tree.norm(gradients)
+    error = optax.tree.norm(jax.tree.map(np.subtract, found[0][name], gradients)) / size
+    assert size > 1e-2 and error < 1e-6, (name, size, error)
+  assert found[1].keys() == expected[1].keys()
+  for name, value in expected[1].items():
+    np.testing.assert_allclose(found[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("accumulation", "padding"), [(2, 0), (4, 2)])
+def test_parts_add_up_and_padding_is_nothing(name, accumulation, padding):
+  assert_same_update(run(name, make_batch(padding=padding), accumulation), whole(name))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_order_of_rows_and_groups_is_nothing(name):
+  order = np.array([6, 4, 7, 5, 2, 3, 1, 0])  # the second group first
+  assert_same_update(run(name, make_batch(order=order)), whole(name))
+
+
+def test_a_group_may_lie_on_several_devices():
+  mesh = parallel.make_mesh("data=2,fsdp=2")
+  assert_same_update(run("gspo", make_batch(), mesh=mesh), whole("gspo"))
