@@ -1,8 +1,8 @@
 """Tests of the loop: what is written, what is saved, how it stops."""
 
-import gc
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -118,14 +118,29 @@ def test_handlers_are_put_back(tmp_path):
   assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-# Orbax leaves an event loop behind a restore that fails; it complains when it is collected.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_checkpoint_of_another_model_is_one_clear_error(tmp_path):
+@pytest.mark.parametrize(
+  ("other", "difference"),
+  [
+    ({"x": jnp.zeros(3)}, r"x is \(\) there and \(3,\) here"),
+    ({}, r"x is \(\) there and absent here"),
+    ({"x": jnp.float32(0), "y": jnp.zeros(2)}, r"y is absent there and \(2,\) here"),
+  ],
+)
+def test_checkpoint_of_another_model_is_one_clear_error(tmp_path, other, difference):
   run(tmp_path)
-  other = {"key": jax.random.key(0), "x": jnp.zeros(3)}
-  with pytest.raises(UserError, match="does not fit"):
-    loop.restore_or_init(tmp_path, other, keep=2)
-  gc.collect()
+  with pytest.raises(UserError, match=f"does not fit this model: {difference}"):
+    loop.restore_or_init(tmp_path, {"key": jax.random.key(0), **other}, keep=2)
+  assert [done for done, _, _ in run(tmp_path)] == []
+
+
+def test_damaged_checkpoint_names_the_folder_to_delete_and_the_one_before_it_is_kept(tmp_path):
+  run(tmp_path)
+  metadata = tmp_path / "checkpoints/6/default/_METADATA"
+  metadata.write_bytes(metadata.read_bytes()[:100])
+  with pytest.raises(UserError, match=r"is damaged.*Delete its folder 6"):
+    loop.restore_or_init(tmp_path, fresh_state(), keep=2)
+  shutil.rmtree(tmp_path / "checkpoints/6")
+  assert [done for done, _, _ in run(tmp_path)] == [5, 6]
 
 
 def test_a_signal_between_two_iterations_is_saved_before_it_is_obeyed(tmp_path):
