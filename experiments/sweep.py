@@ -11,7 +11,8 @@
 and `--seeds=K` runs all of it with the seeds from --seed on. Coefficients and seeds are traced, so
 they share one compiled program; a value that makes another program (an estimator, a number of
 epochs) makes a group of its own. Members are put on the mesh's axis `sweep`, and their parameters
-on the others: --mesh=sweep=4,fsdp=2.
+on the others: --mesh=sweep=4,fsdp=2. A device computes its members one after another, or
+--members_per_batch of them at a time, which is faster where one alone leaves it idle.
 
 A member equals the single run with the same flags. What the sweep leaves in its folder: a folder
 for each member in `members`, like any run's, `frontier.json`, what each reached at which KL to the
@@ -46,6 +47,9 @@ class SweepConfig(LabConfig):
   experiment: str = setting("ppo", "what is run", choices=tuple(EXPERIMENTS))
   sweep: str = setting("", 'the grid, e.g. "beta=0.1,0.3;learning_rate=1e-4,5e-4"')
   seeds: int = setting(1, "seeds of each, from --seed on", minimum=1)
+  members_per_batch: int = setting(
+    1, "most members that a device computes at a time; more: equal to rounding", minimum=1
+  )
 
 
 def config_class(experiment: str) -> type:
@@ -91,7 +95,13 @@ def main(config, *, root: str = "runs") -> pathlib.Path:
   create_workdir(workdir, "sweep", config)
   progress.console.print(f"Sweep of {config.experiment}: results go to {workdir}", soft_wrap=True)
   found = sweep.run(
-    workdir, members, load, experiment=config.experiment, mesh=config.mesh, seed=config.seed
+    workdir,
+    members,
+    load,
+    experiment=config.experiment,
+    mesh=config.mesh,
+    members_per_batch=config.members_per_batch,
+    seed=config.seed,
   )
   show_frontier(found)
   progress.console.print(f"Report: {write_page(workdir)}", soft_wrap=True)
@@ -106,7 +116,12 @@ def _dry_run(config, workdir: pathlib.Path, members: list[sweep.Member]) -> path
     if config.experiment == "distill":
       train = distill.make_train_fn(config, "")
       configs = [distill.with_teacher(member, train) for member in configs]
-    found = dry_run.of_members(configs, *rl.shapes_of_inputs(configs[0]), mesh=config.mesh)
+    found = dry_run.of_members(
+      configs,
+      *rl.shapes_of_inputs(configs[0]),
+      mesh=config.mesh,
+      members_per_batch=config.members_per_batch,
+    )
     dry_run.show(found)
     reports += found
   dry_run.write(workdir, reports)

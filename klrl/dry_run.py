@@ -94,13 +94,13 @@ def of_run(config, models: inputs.Models, task: inputs.Task) -> list[dict[str, A
 
 
 def of_members(
-  configs: list, models: inputs.Models, task: inputs.Task, *, mesh: str
+  configs: list, models: inputs.Models, task: inputs.Task, *, mesh: str, members_per_batch: int
 ) -> list[dict[str, Any]]:
   """Returns what each program of a group of a sweep's members would cost; see `of_run`."""
   config = configs[0]
   mesh = parallel.sweep_mesh(mesh, len(configs), devices_of(config))
   setup = _set_up(config, mesh, models, task)
-  num_places = parallel.places(mesh, len(configs))
+  num_places = parallel.places(mesh, len(configs), members_per_batch=members_per_batch)
 
   def stack(leaf):
     return jax.ShapeDtypeStruct((num_places, *leaf.shape), leaf.dtype)
@@ -112,7 +112,7 @@ def of_members(
     rlhf.make_programs,
     setup,
     shardings,
-    lift=functools.partial(parallel.map_members, mesh),
+    lift=functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch),
     guard=sweep.guarded,
   )
   return _reports(setup, state, shardings, make)

@@ -144,16 +144,23 @@ def without_sweep(spec: str) -> str:
   return ",".join(part for part in spec.split(",") if not part.startswith("sweep="))
 
 
-def places(mesh: Mesh, num_members: int) -> int:
-  """Returns the smallest multiple of the size of `sweep` that holds `num_members`."""
-  return -(-num_members // mesh.shape["sweep"]) * mesh.shape["sweep"]
+def places(mesh: Mesh, num_members: int, *, members_per_batch: int) -> int:
+  """Returns how many members the devices of `mesh` take, at least `num_members`.
+
+  Every device has as many, and each of its batches, which hold at most `members_per_batch`.
+  """
+  per_device = -(-num_members // mesh.shape["sweep"])
+  num_batches = -(-per_device // members_per_batch)
+  return mesh.shape["sweep"] * num_batches * -(-per_device // num_batches)
 
 
-def map_members(mesh: Mesh, fn: Callable, in_axes: tuple[int | None, ...]) -> Callable:
-  """Returns `fn` for all members: `vmap` with these `in_axes` (0 or None), one after another.
+def map_members(
+  mesh: Mesh, fn: Callable, in_axes: tuple[int | None, ...], *, members_per_batch: int
+) -> Callable:
+  """Returns `fn` for all members: `vmap` with these `in_axes` (0 or None), batch after batch.
 
-  The members of a device share one compiled body, which is a single run's program. Mapped rather
-  than batched: a batched sampling loop runs until its slowest member ends.
+  The members of a device share one compiled body. With one member per batch that is a single run's
+  program, and no sampling loop waits for another member's longest completion.
   """
 
   @functools.wraps(fn)
@@ -164,7 +171,11 @@ def map_members(mesh: Mesh, fn: Callable, in_axes: tuple[int | None, ...]) -> Ca
       return fn(*(shared if axis is None else next(own) for axis, shared in pairs))
 
     pairs = zip(in_axes, arguments, strict=True)
-    return jax.lax.map(one, [mine for axis, mine in pairs if axis is not None])
+    owns = [mine for axis, mine in pairs if axis is not None]
+    num_members = jax.tree.leaves(owns)[0].shape[0]
+    size = num_members // -(-num_members // members_per_batch)
+    # A batch of one is another program than the run by itself.
+    return jax.lax.map(one, owns, batch_size=size if size > 1 else None)
 
   return jax.shard_map(
     local,

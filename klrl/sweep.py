@@ -80,6 +80,7 @@ def run(
   *,
   experiment: str,
   mesh: str,
+  members_per_batch: int,
   seed: int,
 ) -> dict[str, Any]:
   """Runs the members that have not finished, writes `frontier.json` and returns its content.
@@ -90,6 +91,7 @@ def run(
     load: load(config) -> what a run starts from; called once for each group.
     experiment: what the members are runs of.
     mesh: as `parallel.sweep_mesh` takes it.
+    members_per_batch: as `parallel.map_members` takes it.
     seed: of the judge, the same for all members.
   """
   groups = group_members(workdir, members)
@@ -110,6 +112,7 @@ def run(
       task,
       experiment=experiment,
       mesh=parallel.sweep_mesh(mesh, len(group)),
+      members_per_batch=members_per_batch,
       seed=seed,
     )
   found = frontier(workdir, members)
@@ -136,14 +139,16 @@ def group_members(workdir: pathlib.Path, members: list[Member]) -> list[list[Mem
   return groups + list(by_structure.values())
 
 
-def _run_group(workdir, members, models, task, *, experiment, mesh, seed) -> None:
+def _run_group(
+  workdir, members, models, task, *, experiment, mesh, members_per_batch, seed
+) -> None:
   """Trains `members` together and writes the folder of each that has not finished."""
   config = members[0].config
   announced = rlhf.announce(config)
   setup = rlhf.set_up(config, mesh, models, task)
   names = json.dumps([member.name for member in members])
   group_dir = workdir / "groups" / hashlib.sha256(names.encode()).hexdigest()[:8]
-  num_places = parallel.places(mesh, len(members))
+  num_places = parallel.places(mesh, len(members), members_per_batch=members_per_batch)
   if num_places > len(members):
     progress.console.print(
       f"{num_places - len(members)} of {num_places} places on the devices stay without a member."
@@ -168,9 +173,8 @@ def _run_group(workdir, members, models, task, *, experiment, mesh, seed) -> Non
   unfinished = [member for member in members if not member.is_finished(workdir)]
   for member in unfinished:
     create_workdir(member.folder(workdir), experiment, member.config)
-  step = rlhf.make_step_fn(
-    setup, shardings, lift=functools.partial(parallel.map_members, mesh), guard=guarded
-  )
+  lift = functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch)
+  step = rlhf.make_step_fn(setup, shardings, lift=lift, guard=guarded)
   folders = [member.folder(workdir) for member in members]
   step = _recording(step, folders, start)
   iterations = loop.run(step, state, start=start, workdir=group_dir, **config.loop_settings())

@@ -103,9 +103,8 @@ def swept(config, members=None, num_iterations=NUM_ITERATIONS):
   mesh = parallel.sweep_mesh(config.mesh, len(members))
   setup = set_up(members[0].config, mesh)
   state, shardings = sweep.init_state(setup, [member.config for member in members])
-  step = rlhf.make_step_fn(
-    setup, shardings, lift=functools.partial(parallel.map_members, mesh), guard=sweep.guarded
-  )
+  lift = functools.partial(parallel.map_members, mesh, members_per_batch=config.members_per_batch)
+  step = rlhf.make_step_fn(setup, shardings, lift=lift, guard=sweep.guarded)
   found = []
   for iteration in range(num_iterations):
     state, pairs = step(state, iteration)
@@ -185,12 +184,24 @@ def test_a_diverging_member_stays_as_it_was_and_touches_no_other():
   chex.assert_trees_all_equal(member_of(state.run, 1), member_of(once.run, 1))
 
 
-def test_several_devices_agree_with_one():
-  config = make_config(sweep="beta=0,0.3,0.5,0.7")
-  _, one, one_found = swept(config)
-  config = dataclasses.replace(config, mesh="sweep=2,fsdp=2")
-  members, several, several_found = swept(config)
-  assert {member.config.mesh for member in members} == {"fsdp=2"}
+@pytest.fixture(scope="module")
+def one_by_one():
+  """Returns the members of a sweep on one device, one at a time."""
+  return swept(make_config(sweep="beta=0,0.3,0.5,0.7"))
+
+
+@pytest.mark.parametrize(
+  "layout",
+  [
+    {"mesh": "sweep=2,fsdp=2"},
+    {"members_per_batch": 3},
+    {"mesh": "sweep=2,data=2", "members_per_batch": 2},
+  ],
+)
+def test_devices_and_batches_of_members_change_nothing_but_rounding(one_by_one, layout):
+  _, one, one_found = one_by_one
+  members, several, several_found = swept(make_config(sweep="beta=0,0.3,0.5,0.7", **layout))
+  assert not any("sweep" in member.config.mesh for member in members)
   for a, b in zip(one_found, several_found, strict=True):
     chex.assert_trees_all_close(a, b, rtol=1e-4, atol=1e-5)
   chex.assert_trees_all_close(one.run.params, several.run.params, atol=1e-5)
@@ -208,18 +219,22 @@ def test_a_device_holds_its_members_shard_of_their_parameters():
 
 
 @pytest.mark.parametrize(
-  ("spec", "num_members", "sizes", "num_places"),
+  ("spec", "num_members", "per_batch", "sizes", "num_places"),
   [
-    ("", 3, (3, 1), 3),
-    ("", 9, (4, 1), 12),
-    ("sweep=2,fsdp=2", 3, (2, 2), 4),
-    ("fsdp=2", 3, (1, 2), 3),
+    ("", 3, 1, (3, 1), 3),
+    ("", 9, 1, (4, 1), 12),
+    ("sweep=2,fsdp=2", 3, 1, (2, 2), 4),
+    ("fsdp=2", 3, 1, (1, 2), 3),
+    ("sweep=1", 12, 8, (1, 1), 12),
+    ("sweep=1", 5, 4, (1, 1), 6),
+    ("sweep=2", 5, 2, (2, 1), 8),
+    ("sweep=2", 5, 9, (2, 1), 6),
   ],
 )
-def test_every_member_has_a_place(spec, num_members, sizes, num_places):
+def test_every_member_has_a_place(spec, num_members, per_batch, sizes, num_places):
   mesh = parallel.sweep_mesh(spec, num_members)
   assert (mesh.shape["sweep"], mesh.shape["fsdp"]) == sizes
-  assert parallel.places(mesh, num_members) == num_places
+  assert parallel.places(mesh, num_members, members_per_batch=per_batch) == num_places
 
 
 REWARDED = {"reward": "2*reward.py:sevens,0.5*model,-1*reward.py:length"}
