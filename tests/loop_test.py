@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -102,9 +103,14 @@ def test_nan_stops_the_run_and_names_the_first_bad_figure(tmp_path):
 
 
 def test_second_signal_is_not_swallowed(tmp_path):
+  before = signal.getsignal(signal.SIGINT)
+
   def impatient(state, iteration):
     os.kill(os.getpid(), signal.SIGINT)
+    while signal.getsignal(signal.SIGINT) is not before:  # Signals do not queue.
+      time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
     return counting_step(state, iteration)
 
   with pytest.raises(KeyboardInterrupt):
