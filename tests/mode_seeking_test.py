@@ -158,7 +158,7 @@ def test_a_decoder_that_sees_its_prefix_reaches_the_data_from_both_sides(run):
   results = run[2]
   for row in ((True, None, "none"), (True, 1.0, "uniform")):
     fit = fit_of(results, *row)
-    # After so few steps 0.01 to 0.025, by the processor's rounding; of the blind ones 0.36 and more.
+    # After so few steps 0.01 to 0.025, by the processor's rounding; of blind ones 0.36 and more.
     assert 0 < fit["kl_to_data"] < 0.05
     np.testing.assert_allclose(fit["words"], results["data"]["words"], atol=0.01)
 
