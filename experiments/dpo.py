@@ -40,12 +40,12 @@ from experiments.dpo_pairs import (
   own_start,
 )
 from experiments.shared_flags import setting
-from klrl import evaluation, judging, ops, parallel, progress
+from klrl import evaluation, judging, ops, parallel, processes, progress
 from klrl.errors import UserError
 from klrl.models import Policy, add_lora, join, merge_lora, policy_model, save_policy
 from klrl.summary import read_summary
 from klrl.supervised import train
-from klrl.workdir import create_workdir, find_workdir
+from klrl.workdir import create_workdir, find_workdir, write_text
 
 LOSSES = {"dpo": ops.dpo_loss, "ipo": ops.ipo_loss}
 
@@ -89,7 +89,7 @@ class Config(shared_flags.RunConfig, shared_flags.EvaluationFields, shared_flags
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is not run again."""
   workdir = find_workdir("dpo", config, root=root)
-  summary = read_summary(workdir)
+  summary = processes.on_writer(read_summary)(workdir)
   if summary:
     progress.console.print(f"{config.loss.upper()}: finished before, in {workdir}", soft_wrap=True)
   else:
@@ -134,7 +134,7 @@ def run(config: Config, workdir: pathlib.Path, start: Start) -> dict:
   def figures(params):
     after = judge(params, when="after")
     lines = "".join(json.dumps(record) + "\n" for record in before.samples + after.samples)
-    (workdir / "samples.jsonl").write_text(lines, encoding="utf-8")
+    write_text(workdir / "samples.jsonl", lines)
     return evaluation.before_and_after(before.figures, after.figures)
 
   return train(

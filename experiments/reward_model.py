@@ -23,7 +23,7 @@ import numpy as np
 
 from experiments import sft, shared_flags
 from experiments.shared_flags import setting
-from klrl import inputs, parallel, progress
+from klrl import inputs, parallel, processes, progress
 from klrl.errors import UserError
 from klrl.models import (
   add_lora,
@@ -93,7 +93,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   if config.data and not config.policy:
     raise UserError("--data needs --policy=DIR, the model whose trunk the reward model takes over.")
   workdir = find_workdir("reward_model", config, root=root)
-  if read_summary(workdir):
+  if processes.on_writer(read_summary)(workdir):
     progress.console.print(f"Reward model: finished before, in {workdir}", soft_wrap=True)
     return workdir
   mesh = parallel.make_mesh(config.mesh)

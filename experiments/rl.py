@@ -20,7 +20,18 @@ from experiments.shared_flags import (
   TaskFields,
   setting,
 )
-from klrl import dry_run, epochs, history, inputs, objective, ops, parallel, progress, rlhf
+from klrl import (
+  dry_run,
+  epochs,
+  history,
+  inputs,
+  objective,
+  ops,
+  parallel,
+  processes,
+  progress,
+  rlhf,
+)
 from klrl.advantages import GROUP_RULES
 from klrl.errors import UserError
 from klrl.figures_table import repeated_rows
@@ -233,10 +244,10 @@ def run(config: RLConfig, name: str, title: str, *, root: str) -> pathlib.Path:
     dry_run.show(reports)
     dry_run.write(workdir, reports)
     return workdir
-  summary = read_summary(workdir)
+  summary = processes.on_writer(read_summary)(workdir)
   if summary:
     progress.console.print(f"{title}: finished before, in {workdir}", soft_wrap=True)
-    write_report(workdir)
+    processes.on_writer(write_report)(workdir)
   else:
     # What can be wrong is looked at before the stages take their time.
     parallel.check_batch_size(parallel.make_mesh(config.mesh), config.batch_size)
@@ -302,7 +313,8 @@ def model_directories(config: RLConfig) -> dict[str, str]:
   if config.policy:
     return {"policy": config.policy, "reward_model": config.reward_model}
   if config.task == "tree":
-    directory = tree.write_policy(pathlib.Path("runs/stages"), config.init_seed)
+    write = processes.on_writer(tree.write_policy)
+    directory = write(pathlib.Path("runs/stages"), config.init_seed)
     return {"policy": str(directory), "reward_model": ""}
   stages = reward_model.Config(
     num_iterations=config.reward_model_iterations,

@@ -19,7 +19,7 @@ import jax
 
 from experiments import shared_flags
 from experiments.shared_flags import setting
-from klrl import inputs, ops, parallel, progress
+from klrl import inputs, ops, parallel, processes, progress
 from klrl.errors import UserError
 from klrl.models import (
   DecoderConfig,
@@ -91,7 +91,7 @@ class Config(shared_flags.RunConfig):
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is not run again."""
   workdir = find_workdir("sft", config, root=root)
-  if read_summary(workdir):
+  if processes.on_writer(read_summary)(workdir):
     progress.console.print(f"SFT: finished before, in {workdir}", soft_wrap=True)
     return workdir
   mesh = parallel.make_mesh(config.mesh)

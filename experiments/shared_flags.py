@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from klrl import parallel
+from klrl import processes
 from klrl.errors import UserError
 from klrl.loop import Interrupted
 from klrl.optimizer import SCHEDULES
@@ -248,14 +248,14 @@ def run(main, config_class) -> None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # Orbax tells of every step of a save.
     try:
+      processes.join()
+      console.quiet = not processes.is_writer()
       if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every setting is a --flag=value.")
-      config = config_from_flags(config_class)
-      parallel.join_processes()
-      console.quiet = not parallel.is_writer()
-      main(config)
+      main(config_from_flags(config_class))
     except UserError as error:
       console.print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True)
+      processes.leave(str(error))
       sys.exit(1)
     except Interrupted as stop:
       console.print(_escape(str(stop)), soft_wrap=True)

@@ -33,7 +33,7 @@ from rich.table import Table
 from experiments import distill, grpo, ppo, reinforce, rl, shared_flags
 from experiments.shared_flags import LabConfig, setting
 from experiments.sweep_page import write_page
-from klrl import dry_run, inputs, parallel, progress, sweep
+from klrl import dry_run, inputs, parallel, processes, progress, sweep
 from klrl.errors import UserError
 from klrl.workdir import NOT_PART_OF_THE_RESULT, create_workdir, find_workdir
 
@@ -104,7 +104,7 @@ def main(config, *, root: str = "runs") -> pathlib.Path:
     seed=config.seed,
   )
   show_frontier(found)
-  progress.console.print(f"Report: {write_page(workdir)}", soft_wrap=True)
+  progress.console.print(f"Report: {processes.on_writer(write_page)(workdir)}", soft_wrap=True)
   return workdir
 
 

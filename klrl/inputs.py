@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from klrl import progress
+from klrl import processes, progress
 from klrl.epochs import Texts
 from klrl.errors import UserError
 from klrl.models import (
@@ -67,6 +67,7 @@ class Task(NamedTuple):
   exact: tree.Exact | None = None  # where all completions are enumerated
 
 
+@processes.together
 def check_inputs(config) -> None:
   """Raises UserError where a directory, file or function that the config names cannot be used."""
   for name in ("policy", "reference", "reward_model", "value_model"):
@@ -89,6 +90,7 @@ class Loaders(NamedTuple):
 _FROM_DISK = Loaders()
 
 
+@processes.together
 def load_models(config, *, policy: str, reward_model: str, loaders: Loaders = _FROM_DISK) -> Models:
   """Returns the models in the directories `policy` and `reward_model` ("" for none).
 
@@ -171,6 +173,7 @@ def computing(config, model):
   return dataclasses.replace(model_config, dtype=config.dtype, remat=config.remat), params
 
 
+@processes.together
 def load_task(config, models: Models) -> Task:
   """Returns the embedded task, or the prompts and the reward, that the config names.
 

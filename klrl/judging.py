@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from klrl import completions, evaluation, parallel
+from klrl import completions, evaluation, parallel, processes
 from klrl.models import Policy, ScalarModel, TokenizerInfo
 from klrl.sampling import make_greedy_fn, make_sample_fn
 from klrl.tasks import data, rewards
@@ -161,7 +161,8 @@ def make_completion_score_fn(
     if weighted:
       # There may be fewer texts than rows.
       model_scores = model_scores[: len(texts)] if reads_model else None
-      return rewards.weighted_scores(weighted, records, texts, model_scores)[0]
+      weigh = processes.on_writer(rewards.weighted_scores)
+      return weigh(weighted, records, texts, model_scores)[0]
     return np.zeros(rollout.finished.shape, np.float32) if model_scores is None else model_scores
 
   return score

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from klrl import metrics, parallel
+from klrl import metrics, parallel, processes
 from klrl.checkpoint import Checkpoints
 from klrl.errors import UserError
 
@@ -27,7 +27,7 @@ class Interrupted(Exception):
 def restore_or_init(workdir: pathlib.Path, state, *, keep: int):
   """Returns (iterations done, state): the newest checkpoint of `workdir`, or 0 and `state`."""
   with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=keep)) as checkpoints:
-    done = checkpoints.latest()
+    done = processes.on_writer(checkpoints.latest)()
     return (0, state) if done is None else (done, checkpoints.restore(state))
 
 
@@ -65,7 +65,7 @@ def run(
   """
   for name in ("metrics.jsonl", "timing.jsonl"):
     metrics.truncate(workdir / name, start)
-  past = metrics.read_lines(workdir / "timing.jsonl")
+  past = processes.on_writer(metrics.read_lines)(workdir / "timing.jsonl")
   elapsed = past[-1]["elapsed_seconds"] if past else 0.0
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(
@@ -73,7 +73,7 @@ def run(
     )
     events = (
       tensorboard
-      and parallel.is_writer()
+      and processes.is_writer()
       and stack.enter_context(contextlib.closing(metrics.TensorBoard(workdir / "tensorboard")))
     )
     asked_to_stop = stack.enter_context(_deferred_signals())
@@ -107,7 +107,8 @@ def run(
       if events:
         events.write(iteration, figures)
       done = iteration + 1
-      stop = bool(asked_to_stop)  # Read once: what is said to be saved was saved.
+      # Read once: what is said to be saved was saved. A signal may come to one process alone.
+      stop = processes.anywhere(bool(asked_to_stop))
       if stop or done == num_iterations or done % save_every == 0:
         checkpoints.save(done, state)
       yield done, state, figures
@@ -116,7 +117,7 @@ def run(
           f"Stopped after iteration {done} of {num_iterations}, saved in {workdir}. "
           "Run the same command again to go on."
         )
-    if asked_to_stop:  # It came after the last look, with everything saved.
+    if processes.anywhere(bool(asked_to_stop)):  # After the last look, with everything saved.
       raise Interrupted(f"Stopped after the last iteration, saved in {workdir}.")
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import pathlib
 
-from klrl import parallel
+from klrl import processes
 from klrl.errors import UserError
 
 
@@ -32,7 +32,7 @@ def first_not_finite(figures: dict[str, float | None]) -> str | None:
 
 def append_line(path: pathlib.Path, record: dict) -> None:
   """Appends one JSON object as a line."""
-  if parallel.is_writer():
+  if processes.is_writer():
     with path.open("a") as file:
       file.write(json.dumps(record) + "\n")
 
@@ -46,7 +46,7 @@ def read_lines(path: pathlib.Path) -> list[dict]:
 
 def truncate(path: pathlib.Path, num_iterations: int) -> None:
   """Keeps the records of the first `num_iterations` iterations, as a resumed run needs it."""
-  if path.exists() and parallel.is_writer():
+  if path.exists() and processes.is_writer():
     kept = [
       line
       for line in path.read_text().splitlines(keepends=True)

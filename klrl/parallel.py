@@ -35,37 +35,6 @@ _CLOSING = ("output", "down")
 _MEMBERS = PartitionSpec("sweep")
 
 
-def join_processes() -> None:
-  """Makes this process one of several, where it is; to be called before anything is computed.
-
-  JAX itself finds Slurm, Open MPI, GKE and Cloud TPU. Elsewhere JAX_COORDINATOR_ADDRESS=HOST:PORT,
-  JAX_NUM_PROCESSES and JAX_PROCESS_ID say it.
-  """
-  try:
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-      jax.distributed.initialize(
-        num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-        process_id=int(os.environ["JAX_PROCESS_ID"]),
-      )
-    else:
-      jax.distributed.initialize()
-  except KeyError as error:
-    raise UserError(f"JAX_COORDINATOR_ADDRESS is set, but not {error}.") from error
-  except ValueError as error:
-    if "coordinator_address" not in str(error):  # There is no cluster.
-      raise
-
-
-def is_writer() -> bool:
-  """Returns whether this process is the one that writes files and prints."""
-  return jax.process_index() == 0
-
-
-def wait_for_all(what: str) -> None:
-  """Returns when all processes are here; `what` names the place."""
-  multihost_utils.sync_global_devices(what)
-
-
 def fetch(tree):
   """Returns `tree` on the host, whole, also where other processes hold parts of it.
 

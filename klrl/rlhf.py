@@ -25,6 +25,7 @@ from klrl import (
   loop,
   objective,
   parallel,
+  processes,
   progress,
 )
 from klrl.epochs import value_params
@@ -117,9 +118,7 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str
   )
   after = judge(state.params, when="after")
   summary = write_results(workdir, setup, state.params, before, after, figures)
-  if parallel.is_writer():
-    write_report(workdir)
-  parallel.wait_for_all("written")
+  processes.on_writer(write_report)(workdir)
   return summary
 
 
@@ -144,9 +143,9 @@ def restored(setup: Setup, workdir: pathlib.Path, state):
   Raises:
     UserError: the checkpoint was made with another reference.
   """
-  fingerprint = np.asarray(state.fingerprint)
+  fingerprint = parallel.fetch(state.fingerprint)
   start, state = loop.restore_or_init(workdir, state, keep=setup.config.keep)
-  if (np.asarray(state.fingerprint) != fingerprint).any():
+  if (parallel.fetch(state.fingerprint) != fingerprint).any():
     raise UserError(
       f"The reference, or what adapters are added to, is not the one that {workdir} began with, so "
       "beta would pull elsewhere. Put its files back, or start anew with another --workdir."
@@ -207,11 +206,10 @@ def write_results(workdir: pathlib.Path, setup: Setup, params, before, after, fi
   models = setup.models
   params = parallel.fetch(join(setup.frozen["base"], params))
   policy = merge_lora(models.policy.config, params["policy"])
-  if parallel.is_writer():
-    save_policy(workdir / "model", *policy, models.tokenizer)
-  if models.value_model is not None and parallel.is_writer():
+  processes.on_writer(save_policy)(workdir / "model", *policy, models.tokenizer)
+  if models.value_model is not None:
     value = merge_lora(models.value_model.config, value_params(setup.config, params))
-    save_scalar(workdir / "value_model", *value, models.tokenizer)
+    processes.on_writer(save_scalar)(workdir / "value_model", *value, models.tokenizer)
   samples = "".join(json.dumps(record) + "\n" for record in before.samples + after.samples)
   write_text(workdir / "samples.jsonl", samples)
   found = evaluation.before_and_after(before.figures, after.figures)
@@ -336,7 +334,8 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
     model_scores = None
     if reads_model:
       model_scores = parallel.fetch(score(frozen, rollout, device_rows)).reshape(-1)
-    scores, each = rewards.weighted_scores(task.rewards, records, texts, model_scores)
+    weighted = processes.on_writer(rewards.weighted_scores)
+    scores, each = weighted(task.rewards, records, texts, model_scores)
     scored = time.monotonic()
     scores = parallel.put(scores.reshape(shape), parallel.by_rows(mesh, members=len(shape) > 1))
     state, pairs = programs["update"](state, distinct, rollout, scores, pretraining_of(iteration))

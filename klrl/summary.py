@@ -7,7 +7,7 @@ import platform
 
 import jax
 
-from klrl import metrics
+from klrl import metrics, processes
 from klrl.workdir import write_text
 
 _PACKAGES = ("klrl", "jax", "flax", "optax", "orbax-checkpoint", "chex")
@@ -38,7 +38,7 @@ def environment() -> dict:
 
 def write_summary(workdir: pathlib.Path, figures: dict) -> dict:
   """Writes `summary.json`, which marks the run as finished, and returns its content."""
-  timing = metrics.read_lines(workdir / "timing.jsonl")
+  timing = processes.on_writer(metrics.read_lines)(workdir / "timing.jsonl")
   # The first iteration compiles; a rate that includes it says nothing about the machine.
   rates = sorted(line["tokens_per_second"] or 0.0 for line in timing[1:])
   summary = {

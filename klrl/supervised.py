@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from klrl import loop, parallel, progress
+from klrl import loop, parallel, processes, progress
 from klrl.gradients import gradients_of
 from klrl.models import join
 from klrl.ops import divide
@@ -137,13 +137,10 @@ def train(
   figures = {name: float(divide(*pairs[metric])) for name, metric in summary.items()}
   figures |= more(params)
   params = parallel.fetch(params)
-  if parallel.is_writer():
-    save(workdir / "model", params)
+  processes.on_writer(save)(workdir / "model", params)
   # The summary marks the run as finished, so the model comes before it.
   content = write_summary(workdir, figures)
-  if parallel.is_writer():
-    write_report(workdir)
-  parallel.wait_for_all("written")
+  processes.on_writer(write_report)(workdir)
   return content
 
 

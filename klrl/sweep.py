@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klrl import learner, loop, metrics, parallel, progress, rlhf
+from klrl import learner, loop, metrics, parallel, processes, progress, rlhf
 from klrl.inputs import Models, Task
 from klrl.summary import read_summary
 from klrl.workdir import create_workdir, write_text
@@ -115,18 +115,19 @@ def run(
       members_per_batch=members_per_batch,
       seed=seed,
     )
-  found = frontier(workdir, members)
+  found = processes.on_writer(frontier)(workdir, members)
   write_text(workdir / "frontier.json", json.dumps(found, indent=2) + "\n")
   return found
 
 
+@processes.on_writer
 def group_members(workdir: pathlib.Path, members: list[Member]) -> list[list[Member]]:
   """Returns the members that have to run, those together that share a program.
 
   Members that began together go on together, whatever the sweep has besides by now.
   """
   by_name = {member.name: member for member in members}
-  pending = {member.name: member for member in members if not member.is_finished(workdir)}
+  pending = {member.name: member for member in unfinished_of(workdir, members)}
   groups = []
   for path in sorted(workdir.glob("groups/*/members.json")):
     names = json.loads(path.read_text())
@@ -137,6 +138,11 @@ def group_members(workdir: pathlib.Path, members: list[Member]) -> list[list[Mem
   for member in pending.values():
     by_structure.setdefault(json.dumps(member.structure()), []).append(member)
   return groups + list(by_structure.values())
+
+
+def unfinished_of(workdir: pathlib.Path, members: list[Member]) -> list[Member]:
+  """Returns the members that have no summary yet."""
+  return [member for member in members if not member.is_finished(workdir)]
 
 
 def _run_group(
@@ -170,7 +176,7 @@ def _run_group(
     judge_at(member.config.temperature)
   group_dir.mkdir(parents=True, exist_ok=True)
   write_text(group_dir / "members.json", names)
-  unfinished = [member for member in members if not member.is_finished(workdir)]
+  unfinished = processes.on_writer(unfinished_of)(workdir, members)
   for member in unfinished:
     create_workdir(member.folder(workdir), experiment, member.config)
   lift = functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch)
@@ -203,7 +209,7 @@ def _run_group(
         f"[bold yellow]Warning:[/] {member.name} was not finite at iteration {diverged_at[i]}; "
         "it stays as it was before."
       )
-    shutil.copy(group_dir / "timing.jsonl", member.folder(workdir))
+    processes.on_writer(shutil.copy)(group_dir / "timing.jsonl", member.folder(workdir))
     after = judge(params, when="after")
     # What diverged may have ended where a forward pass is not finite, though its parameters are.
     known = {name: x if x is None or np.isfinite(x) else None for name, x in after.figures.items()}
@@ -215,8 +221,8 @@ def _run_group(
       after._replace(figures=known),
       figures,
     )
-  (group_dir / "members.json").unlink()
-  shutil.rmtree(group_dir / "checkpoints")
+  processes.on_writer((group_dir / "members.json").unlink)()
+  processes.on_writer(shutil.rmtree)(group_dir / "checkpoints")
 
 
 def init_state(setup: rlhf.Setup, configs: list) -> tuple[SweepState, SweepState]:

@@ -8,8 +8,9 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import secrets
 
-from klrl import parallel
+from klrl import processes
 from klrl.errors import UserError
 
 DRY_RUN = "dry_run.json"
@@ -26,6 +27,7 @@ def config_hash(config) -> str:
   return hashlib.sha256(json.dumps(_result_fields(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
+@processes.on_writer
 def find_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path:
   """Returns the folder of this run, which need not exist yet; nothing is written.
 
@@ -63,8 +65,9 @@ def create_workdir(directory: pathlib.Path, experiment: str, config) -> None:
 
   To be called when all inputs are loaded, so that a command that cannot work leaves nothing behind.
   """
-  parallel.wait_for_all("looked at")  # Nobody finds what another has begun.
+  processes.wait_for_all("looked at")  # Nobody finds what another has begun.
   directory.mkdir(parents=True, exist_ok=True)
+  _check_is_shared(directory)
   fields = dataclasses.asdict(config)
   write_text(
     directory / "config.json", json.dumps({"experiment": experiment, **fields}, indent=2) + "\n"
@@ -77,6 +80,31 @@ def create_workdir(directory: pathlib.Path, experiment: str, config) -> None:
       if is_read(config, field)
     ),
   )
+
+
+def _check_is_shared(directory: pathlib.Path) -> None:
+  """Raises UserError where a process does not see what the writer leaves in `directory`."""
+
+  @processes.on_writer
+  def leave_mark():
+    # A name that nobody has asked for, so that no network file system remembers its absence.
+    path = directory / f".shared-{secrets.token_hex(4)}"
+    path.touch()
+    return path
+
+  @processes.together
+  def look(path):
+    if not path.exists():
+      raise UserError(
+        f"{directory} is not one folder for all processes; checkpoints need that. Put --workdir, "
+        "and the folder of the command, in which runs/stages is, where all processes find it."
+      )
+
+  path = leave_mark()
+  try:
+    look(path)
+  finally:
+    processes.on_writer(path.unlink)()
 
 
 def is_read(config, field: dataclasses.Field) -> bool:
@@ -115,7 +143,7 @@ def _result_fields(config) -> dict:
 
 def write_text(path: pathlib.Path, text: str) -> None:
   """Writes a whole file or nothing: an interrupted write leaves what was there."""
-  if not parallel.is_writer():
+  if not processes.is_writer():
     return
   temporary = path.with_name(path.name + ".partial")
   temporary.write_text(text, encoding="utf-8")

@@ -14,6 +14,7 @@ LEVELS = {
   "errors": 0,
   "models": 1,
   "parallel": 1,
+  "processes": 1,
   "objective": 1,
   "kl_terms": 1,
   "oracle": 1,

@@ -18,7 +18,7 @@ from experiments import (
   sft,
   shared_flags,
 )
-from klrl import parallel
+from klrl import processes
 from klrl.errors import UserError
 from klrl.workdir import config_hash, create_workdir, find_workdir
 
@@ -174,7 +174,7 @@ def run_main(monkeypatch, main, *arguments):
   """Returns the exit status of an experiment's main guard."""
   monkeypatch.setattr("sys.argv", ["program", *arguments])
   # Processes are joined before anything is computed; here other tests have computed.
-  monkeypatch.setattr(parallel, "join_processes", lambda: None)
+  monkeypatch.setattr(processes, "join", lambda: None)
   before = set(flags.FLAGS)
   try:
     with pytest.raises(SystemExit) as stop:
