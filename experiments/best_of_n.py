@@ -9,7 +9,8 @@ best-of-n scores for every n below N, without bias, by its order statistics. The
 drawn from is at most log n - (n - 1) / n nats (Beirami et al., "Theoretical guarantees on the
 best-of-n alignment policy", 2024); completions that come up again and again make it smaller. So
 best-of-n lies on the axes of the score-versus-KL frontier of RL (Gao, Schulman and Hilton, "Scaling
-Laws for Reward Model Overoptimization", 2022), and `--compare` puts finished runs on them.
+Laws for Reward Model Overoptimization", 2022), and `--compare` puts finished runs on them; a sweep
+draws it by itself. The same draws with the weights exp(score / beta) stand for the best policies.
 
 On a few problems of the embedded task all completions are enumerated: score, gold score and KL of
 best-of-n are then exact, and so is the best score that any policy has at that KL. Without flags it
@@ -35,7 +36,6 @@ from klrl.sampling import make_sample_fn
 from klrl.summary import read_summary
 from klrl.tasks import arithmetic, data
 
-NUM_PROBLEMS = 4  # whose completions are enumerated
 MAX_ENUMERATED = 100_000  # completions of one problem
 # Of the exact frontier, which starts at the policy drawn from.
 BETAS = np.array([np.inf, *np.geomspace(16.0, 0.02, 60)])
@@ -49,10 +49,14 @@ class Config(shared_flags.LabConfig, shared_flags.TaskFields, shared_flags.Stage
   n: str = setting("1,2,4,8,16,32,64", "draws of which the best is kept, below the pool's size")
   completions_per_prompt: int = setting(256, "size of the pool of each prompt", minimum=2)
   num_prompts: int = setting(250, "held-out prompts, at most", minimum=2)
+  num_enumerated: int = setting(
+    4, "problems of which all completions are enumerated, on the embedded task", minimum=0
+  )
   compare: str = setting("", "folders of finished runs to show beside it, with commas between")
   policy: str = setting("", "model directory to draw from; default: the embedded SFT stage")
   temperature: float = setting(1.0, "of sampling", minimum=1e-3)
   init_seed: int = setting(0, "seed of the stages before", minimum=0)
+  data_seed: int = setting(0, "seed of what is held out", minimum=0)
 
   def __post_init__(self):
     super().__post_init__()
@@ -89,12 +93,13 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
     prompts = first_prompts(task.held_out, config.num_prompts)
     scores, gold = draw_pool(config, models, task, prompts)
     exact = None
-    if enumerable(models, task):
+    if config.num_enumerated and enumerable(models, task):
       exact = exact_figures(config, models, prompts, task.max_completion_len)
     return {
       "num_prompts": len(scores),
       "completions_per_prompt": config.completions_per_prompt,
       "rows": [best_of_pool(scores, gold, n) for n in config.sizes],
+      "frontier": frontier_of_pool(scores, gold, config.sizes[-1]),
       "compared": compared,
       "bandit": bandit_figures(config.sizes),
       "exact": exact,
@@ -236,6 +241,27 @@ def best_of_pool(scores: np.ndarray, gold: np.ndarray | None, n: int) -> dict:
   return found
 
 
+def frontier_of_pool(scores: np.ndarray, gold: np.ndarray | None, n: int) -> dict:
+  """Returns {"kl", "score", "gold"} of the best policies, by pools [P, N] of scores; lists.
+
+  They are `ref * exp(score / beta) / Z` at each of `BETAS`, whose means are those of the draws with
+  the weights exp(score / beta), and the KL is that to a draw from the pool. A pool knows little of
+  policies that are far from it: the list ends at the KL that best-of-n has at most.
+  """
+  above = scores.astype(np.float64) - scores.max(axis=1, keepdims=True)
+  points = []
+  for beta in BETAS:
+    weights = np.exp(above / beta)
+    weights /= weights.sum(axis=1, keepdims=True)
+    surprise = np.log(weights * scores.shape[1], where=weights > 0, out=np.zeros_like(weights))
+    means = (surprise, scores, gold)
+    points.append([x if x is None else float((weights * x).sum(axis=1).mean()) for x in means])
+  limit = float(bandits.best_of_n_kl_bound(float(n)))
+  columns = zip(*(point for point in points if point[0] <= limit), strict=True)
+  kl, score, gold = map(list, columns)
+  return {"kl": kl, "score": score, "gold": None if None in gold else gold}
+
+
 def bandit_figures(sizes: list[int]) -> list[dict]:
   """Returns exact figures for four choices of probability 0.4 to 0.1 and score 0 to 3.
 
@@ -278,7 +304,7 @@ def exact_figures(config: Config, models: inputs.Models, prompts: data.Prompts, 
   gold_fn = jax.jit(arithmetic.accuracy, static_argnames="pad_id")
   pad_id = models.tokenizer.pad_id
   found = []
-  for i in range(min(NUM_PROBLEMS, len(prompts.tokens))):
+  for i in range(min(config.num_enumerated, len(prompts.tokens))):
     prompt = prompts.tokens[i][prompts.mask[i]]
     log_probs = oracle.log_probs(tree, logits_fn(prompt) / config.temperature)
     before = np.tile(prompt, (len(tree.tokens), 1))

@@ -19,6 +19,9 @@ for each member in `members`, like any run's, `frontier.json`, what each reached
 reference, and `report.html`, which beta to take. The folder's name is made of all flags but --sweep
 and --seeds, so that further values run alone and join the others. `python -m experiments.ppo
 --flagfile=FOLDER/flags.txt --workdir=FOLDER` makes the report of a member.
+
+Beside the members the page has what the best of n draws of the untrained policy has, and the best
+policies, by a run of `experiments.best_of_n` in `best_of_n`; --nobest_of_n leaves it out.
 """
 
 import dataclasses
@@ -30,7 +33,7 @@ from typing import Any
 from absl import flags
 from rich.table import Table
 
-from experiments import distill, grpo, ppo, reinforce, rl, shared_flags
+from experiments import best_of_n, distill, grpo, ppo, reinforce, rl, shared_flags
 from experiments.shared_flags import LabConfig, setting
 from experiments.sweep_page import write_page
 from klrl import dry_run, inputs, parallel, processes, progress, sweep
@@ -49,6 +52,9 @@ class SweepConfig(LabConfig):
   seeds: int = setting(1, "seeds of each, from --seed on", minimum=1)
   members_per_batch: int = setting(
     1, "most members that a device computes at a time; more: equal to rounding", minimum=1
+  )
+  best_of_n: bool = setting(
+    True, "draw best-of-n beside members that share what they start from and are scored by"
   )
 
 
@@ -77,6 +83,9 @@ def main(config, *, root: str = "runs") -> pathlib.Path:
   workdir = find_workdir("sweep", config, root=root)
   if config.dry_run:
     return _dry_run(config, workdir, members)
+  beside = best_of_n_config(config, members, workdir)
+  if beside:
+    find_workdir("best_of_n", beside)  # A run of other models or prompts there is an error.
   running = sum(map(len, sweep.group_members(workdir, members)))
   mesh = parallel.sweep_mesh(config.mesh, max(1, running))
   for member in members:
@@ -103,9 +112,28 @@ def main(config, *, root: str = "runs") -> pathlib.Path:
     members_per_batch=config.members_per_batch,
     seed=config.seed,
   )
+  if beside:
+    best_of_n.main(beside, root=root)
   show_frontier(found)
-  progress.console.print(f"Report: {processes.on_writer(write_page)(workdir)}", soft_wrap=True)
+  page = processes.on_writer(write_page)(workdir, best_of_n=bool(beside))
+  progress.console.print(f"Report: {page}", soft_wrap=True)
   return workdir
+
+
+def best_of_n_config(config, members, workdir: pathlib.Path) -> best_of_n.Config | None:
+  """Returns the settings of the best-of-n that belongs on the axes of a sweep; None without one.
+
+  It draws from the policy that all members start with, and that is their reference, and is scored
+  and judged as they are.
+  """
+  shared = {field.name for field in dataclasses.fields(best_of_n.Config)} - {"workdir", "seed"}
+  shared &= {field.name for field in dataclasses.fields(members[0].config)}
+  start_alike = not shared & members[0].values.keys() and not config.reference
+  if not (config.best_of_n and start_alike and members[0].config.scored and processes.is_alone()):
+    return None
+  values = {name: getattr(config, name) for name in shared}
+  own = {"seed": config.seed, "workdir": str(workdir / "best_of_n"), "num_enumerated": 0}
+  return best_of_n.Config(**values, **own)
 
 
 def _dry_run(config, workdir: pathlib.Path, members: list[sweep.Member]) -> pathlib.Path:

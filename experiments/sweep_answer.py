@@ -60,7 +60,7 @@ def answer(settings, gain: str, before: dict, kl_name: str | None) -> tuple[str,
       "itself varies: where the choice matters, give more with --seeds; only the new ones run."
     )
   if gold:
-    notes += _over_optimised(settings, best, standings)
+    notes += _over_optimised(settings, best, standings, kl_name)
   else:
     notes.append(
       "There is no gold score here: the score is what was optimised, and that it is high does not "
@@ -93,25 +93,27 @@ def exact_answer(settings) -> tuple[str, list[str]]:
   ]
 
 
-def _over_optimised(settings, best, gold) -> list[str]:
+def _over_optimised(settings, best, gold, kl_name: str | None) -> list[str]:
   scores = {setting.name: standing(setting, "score") for setting in settings}
-  worse = [
-    setting
-    for setting in settings
-    if scores[setting.name][0] >= scores[best.name][0]
-    and gold[setting.name][0] < gold[best.name][0]
-    and apart(gold[setting.name], gold[best.name])
-  ]
+  mine = scores[best.name]
+
+  def is_worse(setting):
+    less_gold = gold[setting.name][0] < gold[best.name][0]
+    no_less_score = scores[setting.name][0] >= mine[0] or not apart(scores[setting.name], mine)
+    further = not kl_name or setting.each(kl_name).mean() > best.each(kl_name).mean()
+    return further and no_less_score and less_gold and apart(gold[setting.name], gold[best.name])
+
+  worse = [setting for setting in settings if is_worse(setting)]
   if not worse:
     return [
-      "No setting has at least its score and clearly less gold, which is what over-optimisation "
-      "of the reward model would look like."
+      "No setting goes further from the reference for at least its score and clearly less gold, "
+      "which is what over-optimisation of the reward model would look like."
     ]
   names = ", ".join(
     f"{x.name} (score {digits(scores[x.name][0])}, gold {digits(gold[x.name][0])})" for x in worse
   )
   return [
-    f"Over-optimised: {names} against a score of {digits(scores[best.name][0])} and gold of "
-    f"{digits(gold[best.name][0])} at {best.name}. As much score or more, and clearly less of what "
-    "it stands for."
+    f"Over-optimised: {names} against a score of {digits(mine[0])} and gold of "
+    f"{digits(gold[best.name][0])} at {best.name}. Further from the reference, no less score that "
+    "could be told, and clearly less of what it stands for."
   ]

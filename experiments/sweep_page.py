@@ -1,10 +1,9 @@
 """The page of a sweep, made from the files in its folder alone: which beta, and what it costs.
 
-It reads frontier.json, config.json and, of each member, metrics.jsonl and samples.jsonl. Where the
-folder holds a run of best-of-n (`python -m experiments.best_of_n --workdir=FOLDER/best_of_n` with
-the flags of models and prompts), it is drawn beside the members. Members of an enumerated task have
-exact figures in their summary.json, and the frontier of the best policies in optimum.json. The
-sweep's command, given again, makes the page anew.
+It reads frontier.json, config.json and, of each member, metrics.jsonl and samples.jsonl; best-of-n
+and the best policies, as draws of the untrained policy tell them, from the run of best-of-n that
+the sweep made. Members of an enumerated task have optimum.json, the exact frontier of the best
+policies. The sweep's command, given again, makes the page anew.
 """
 
 import json
@@ -14,14 +13,13 @@ import numpy as np
 
 from experiments import sweep_pictures
 from experiments.sweep_answer import answer, exact_answer, standing
-from experiments.sweep_pictures import Setting
+from experiments.sweep_pictures import BEST_OF_N, OPTIMUM, Setting
 from klrl import metrics
 from klrl.page import ABSENT, Html, digits, element, note, page, paragraph, table
-from klrl.summary import read_summary
+from klrl.sweep import EXACT
 from klrl.workdir import write_text
 
 KL_NAMES = ("kl_ref_exact", "kl_ref_k1")
-EXACT = ("objective_gap", "tv_to_optimum")
 MAX_SAMPLES = 8
 _TITLES = {"gold": "Gold score", "score": "Score"}
 _EXACT_TITLES = {"objective_gap": "gap", "tv_to_optimum": "total variation"}
@@ -34,8 +32,11 @@ _CURVES = (
 _GRID = "grid-template-columns: repeat(auto-fit, minmax(min(100%, {}rem), 1fr))"
 
 
-def write_page(workdir: pathlib.Path) -> pathlib.Path:
-  """Returns the path of `report.html`, written into the folder of a sweep."""
+def write_page(workdir: pathlib.Path, *, best_of_n: bool = False) -> pathlib.Path:
+  """Returns the path of `report.html`, written into the folder of a sweep.
+
+  `best_of_n` says whether the run of best-of-n in the folder belongs beside the members.
+  """
   found = json.loads((workdir / "frontier.json").read_text(encoding="utf-8"))
   config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
   names = [record["name"] for record in found["members"]]
@@ -43,28 +44,15 @@ def write_page(workdir: pathlib.Path) -> pathlib.Path:
     {name: metrics.read_lines(workdir / "members" / name / file) for name in names}
     for file in ("metrics.jsonl", "samples.jsonl")
   )
-  best_of_n = workdir / "best_of_n" / "best_of_n.json"
-  rows = json.loads(best_of_n.read_text())["rows"] if best_of_n.exists() else []
+  path = workdir / "best_of_n" / "best_of_n.json"
+  beside = json.loads(path.read_text(encoding="utf-8")) if best_of_n else None
   optimum = workdir / "members" / names[0] / "optimum.json"
   optimum = json.loads(optimum.read_text()) if optimum.exists() else None
   if optimum:
-    found = exact(found, [read_summary(workdir / "members" / name) for name in names], optimum)
+    found["before"] |= {"score": optimum["score"][0], "score_stderr": None}
   path = workdir / "report.html"
-  write_text(path, report(found, config["experiment"], series, samples, rows, optimum))
+  write_text(path, report(found, config["experiment"], series, samples, beside, optimum))
   return path
-
-
-def exact(found: dict, summaries: list[dict], optimum: dict) -> dict:
-  """Returns what frontier.json holds, with exact scores and KLs in place of estimates."""
-  members = [
-    record
-    | {name: summary.get(name) for name in EXACT}
-    | {"score": summary.get("exact_score"), "kl_ref_exact": summary.get("exact_kl")}
-    | {"score_stderr": None, "kl_ref_exact_stderr": None}
-    for record, summary in zip(found["members"], summaries, strict=True)
-  ]
-  before = found["before"] | {"score": optimum["score"][0], "score_stderr": None}
-  return found | {"members": members, "before": before}
 
 
 def settings_of(found: dict) -> list[Setting]:
@@ -112,8 +100,8 @@ def report(
   experiment: str,
   series: dict,
   samples: dict,
-  best_of_n: list[dict],
-  optimum: dict | None = None,
+  best_of_n: dict | None,
+  optimum: dict | None,
 ) -> str:
   """Returns the page.
 
@@ -122,7 +110,7 @@ def report(
     experiment: what was swept.
     series: member -> the objects of its metrics.jsonl.
     samples: member -> the objects of its samples.jsonl.
-    best_of_n: rows of best_of_n.json, or none.
+    best_of_n: what best_of_n.json holds, or None.
     optimum: {"kl", "score"} of the best policies, where the task is enumerated.
   """
   settings, gain, before = settings_of(found), found["gain"], found["before"]
@@ -151,47 +139,70 @@ def _frontier(settings, before, kl_name, best_of_n, optimum) -> list[Html]:
     return [note("No KL to a reference was measured: there is no frontier to draw.")]
   kinds = [name for name in ("gold", "score") if before.get(name) is not None]
   line = not optimum and all("," not in setting.label for setting in settings)
-  beside = best_of_n and {
-    key: [row[key] for row in best_of_n]
-    for key in ("kl", *kinds)
-    if best_of_n[0].get(key) is not None
-  }
-  others = [("best of n", sweep_pictures.BEST_OF_N[-1])] if best_of_n else []
-  others += [("best policies", sweep_pictures.OPTIMUM[-1])] if optimum else []
+  lines = {}
+  if best_of_n:
+    rows = best_of_n["rows"]
+    drawn = {name: [row[name] for row in rows] for name in ("kl", *kinds)}
+    lines = {"best of n": (drawn, BEST_OF_N), "best policies": (best_of_n["frontier"], OPTIMUM)}
+  if optimum:
+    lines["best policies"] = (optimum, OPTIMUM)
+  kl = "KL(π‖ref), nats per sequence"
+  axes = [
+    (name, *x) for name in kinds for x in ((kl_name, False, kl), (kl_name, True, f"√ of {kl}"))
+  ]
+  if "gold" not in kinds and before.get("nll") is not None and not optimum:
+    axes.append(("score", "nll", False, "NLL under the reference, nats per token"))
   figures = []
-  for name in kinds:
-    for root in (False, True):
-      svg = sweep_pictures.frontier(
-        settings, before, name, kl_name,
-        root=root, line=line, best_of_n=beside or None, optimum=optimum,
-      )  # fmt: skip
-      kl = "√KL(π‖ref), √nats per sequence" if root else "KL(π‖ref), nats per sequence"
-      caption = element(
-        "figcaption", element("b", _TITLES[name]), " ", element("span", f"against {kl}")
-      )
-      figures.append(element("figure", caption, Html(svg)))
-  kl_text = "exact" if optimum else _KL_TEXTS[kl_name]
+  for name, x_name, root, text in axes:
+    svg = sweep_pictures.frontier(
+      settings, before, name, x_name,
+      root=root, line=line, lines=[x for x in lines.values() if x_name == kl_name],
+    )  # fmt: skip
+    caption = element(
+      "figcaption", element("b", _TITLES[name]), " ", element("span", f"against {text}")
+    )
+    figures.append(element("figure", caption, Html(svg)))
   text = "A dot is a member after training, "
   text += "by enumeration. " if optimum else "judged on held-out prompts. "
   if max(len(setting.records) for setting in settings) > 1:
     text += "A cross is the mean over seeds, its box goes from the least to the most. "
   if line:
     text += f"The grey line joins the {'means' if 'cross' in text else 'dots'} in order. "
+  kl_text = "exact" if optimum else _KL_TEXTS[kl_name]
   return [
     element("h2", "The frontier"),
-    sweep_pictures.legend(settings, others),
+    sweep_pictures.legend(settings, [(name, style[-1]) for name, (_, style) in lines.items()]),
     element("div", *figures, class_="curves", style=_GRID.format(26)),
     note(f"{text}The ring is the untrained policy. The KL is {kl_text}."),
-    *([_best_of_n_note(best_of_n, before)] if best_of_n else []),
+    *(_best_of_n_notes(best_of_n, optimum) if best_of_n else []),
   ]
 
 
-def _best_of_n_note(rows, before) -> Html:
-  one, untrained = (digits(x["score"], x.get("score_stderr")) for x in (rows[0], before))
-  return note(
-    f"Best of n, up to n = {rows[-1]['n']}, is no training but a choice among draws; its KL is "
-    "that to a pool of draws. It belongs here if it drew from the policy that training began with: "
-    f"its score at n = 1 is {one}, that of the untrained policy {untrained}."
+def _best_of_n_notes(best_of_n, optimum) -> list[Html]:
+  pool = f"{best_of_n['completions_per_prompt']} draws of the untrained policy for each prompt"
+  notes = [
+    f"Best of n, up to n = {best_of_n['rows'][-1]['n']}, is no training but a choice among draws: "
+    f"of {pool}, to which its KL is."
+  ]
+  if not optimum:
+    notes.append(
+      "The best policies, ref · exp(score/β)/Z, have the most score that any policy has at its KL, "
+      "and what gold they have is the score's doing and not the training's. They are estimated by "
+      f"weights of the same draws.{_turn(best_of_n['frontier'])}"
+    )
+  return [note(" ".join(notes))]
+
+
+def _turn(frontier: dict) -> str:
+  """Returns where the best policies have the most gold, if that is before their end."""
+  kl, gold = frontier["kl"], frontier["gold"]
+  top = int(np.argmax(gold)) if gold else -1
+  if top in (-1, len(kl) - 1):
+    return ""
+  return (
+    f" They have the most gold, {digits(gold[top])}, at {digits(kl[top])} nats; beyond, more score "
+    f"is less gold, down to {digits(gold[-1])} at {digits(kl[-1])} nats: what is left to gain are "
+    "the reward model's errors."
   )
 
 

@@ -64,49 +64,46 @@ def frontier(
   settings: list[Setting],
   before: dict,
   name: str,
-  kl_name: str,
+  x_name: str,
   *,
   root: bool,
   line: bool,
-  best_of_n: dict | None,
-  optimum: dict | None,
+  lines: list[tuple[dict, tuple]],
 ) -> str:
-  """Returns the picture of a figure against the KL or its square root.
+  """Returns the picture of a figure against the KL, its square root or another figure.
 
   Args:
     settings: of which every member is a point.
     before: the figures of the untrained policy.
     name: of the figure.
-    kl_name: of the KL.
+    x_name: of that along the axis.
     root: whether the axis is the square root.
     line: whether the means over seeds are joined, in the order of the settings.
-    best_of_n: {"kl", name} of best-of-n, or None.
-    optimum: {"kl", name} of the best policies, or None.
+    lines: ({"kl", name}, colour and style) of what is drawn besides.
   """
 
-  def place(kl):
-    kl = np.maximum(np.asarray(kl, float), 0.0)  # An estimate of a KL may be below 0.
-    return np.sqrt(kl) if root else kl
+  def place(x):
+    return np.sqrt(np.maximum(x, 0.0)) if root else np.asarray(x, float)
 
-  end = 1.06 * max(place(setting.each(kl_name)).max() for setting in settings)
+  points = [(place(setting.each(x_name)), setting.each(name)) for setting in settings]
+  start = place(before[x_name])
+  least, most = (reduce([start, *(reduce(x) for x, _ in points)]) for reduce in (np.min, np.max))
+  least, most = least - 0.02 * (most - least), most + 0.06 * (most - least)
 
   def draw(figure):
     axes = figure.add_axes((0.09, 0.1, 0.9, 0.86))
-    for curve, (colour, style, _) in ((optimum, OPTIMUM), (best_of_n, BEST_OF_N)):
-      if curve is not None and name in curve:
-        x, y = _until(end, place(curve["kl"]), np.asarray(curve[name], float))
-        axes.plot(x, y, style, color=colour, linewidth=1.3)
-    points = [(place(setting.each(kl_name)), setting.each(name)) for setting in settings]
+    for curve, (colour, style, _) in lines:
+      x, y = _until(most, place(curve["kl"]), np.asarray(curve[name], float))
+      axes.plot(x, y, style, color=colour, linewidth=1.3)
     means = [(x.mean(), y.mean()) for x, y in points]
     if line:
       axes.plot(*zip(*means, strict=True), color=INK, alpha=0.4, linewidth=0.9)
     for setting, (x, y) in zip(settings, points, strict=True):
       _draw_members(axes, setting, x, y)
-    if before.get(name) is not None:
-      axes.plot(
-        0.0, before[name], "o", color=INK, markersize=5.5, fillstyle="none", markeredgewidth=1.2
-      )
-    axes.set_xlim(-0.02 * end, end)
+    axes.plot(
+      start, before[name], "o", color=INK, markersize=5.5, fillstyle="none", markeredgewidth=1.2
+    )
+    axes.set_xlim(least, most)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     bare(axes)

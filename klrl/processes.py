@@ -67,6 +67,11 @@ def is_writer() -> bool:
   return jax.process_index() == 0
 
 
+def is_alone() -> bool:
+  """Returns whether this process is the only one."""
+  return jax.process_count() == 1
+
+
 def wait_for_all(what: str) -> None:
   """Returns when all processes are here; `what` names the place."""
   multihost_utils.sync_global_devices(what)
@@ -89,7 +94,7 @@ def together(fn: Callable) -> Callable:
 
   @functools.wraps(fn)
   def call(*arguments, **named):
-    if jax.process_count() == 1:
+    if is_alone():
       return fn(*arguments, **named)
     found = failure = None
     try:
@@ -133,7 +138,7 @@ def _told(failure: Exception | None) -> str:
 
 def _broadcast(value, source: int):
   """Returns the `value` that process `source` has."""
-  if jax.process_count() == 1:
+  if is_alone():
     return value
   is_source = jax.process_index() == source
   data = np.frombuffer(pickle.dumps(value) if is_source else b"", np.uint8)

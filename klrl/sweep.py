@@ -33,6 +33,8 @@ _OWN = ("controller", "trust_region", "hypers", "key")
 FIGURES = (
   *("score", "gold", "kl_ref_exact", "kl_ref_k1", "kl_ref_forward", "entropy", "nll", "length"),
 )
+# Of an enumerated task, without error.
+EXACT = ("objective_gap", "tv_to_optimum")
 _WATCHED = (("score/mean", "score"), ("gold/mean", "gold"), ("kl/ref_k1", "KL, nats/sequence"))
 _SHOWN = (
   *(
@@ -305,33 +307,52 @@ def _over_members(each: list[dict[str, float | None]], num_diverged: int) -> dic
 def frontier(workdir: pathlib.Path, members: list[Member]) -> dict[str, Any]:
   """Returns what the finished members reached, and where they started, from their summaries.
 
-  Each record has the swept `values`, `FIGURES` with `_stderr` where there is one, `diverged_at`
-  (null or an iteration), and `pareto`: no other member that stayed finite has a better gold score
-  (score, where nothing is gold) at no more exact KL(pi || pi_ref), nor as good a one at less.
+  The members are those in the folder, whichever command ran them, in the order of their values;
+  where two have the same values one counts. `members` are the present ones, whose fields come
+  first.
+
+  Each record has the `values` of the fields that members differ in, `FIGURES` with `_stderr` where
+  there is one, `diverged_at` (null or an iteration), and `pareto`: no other member that stayed
+  finite has a better gold score (score, where nothing is gold) at no more exact KL(pi || pi_ref),
+  nor as good a one at less. Of an enumerated task it has `EXACT` too, and score and KL are exact.
   """
-  summaries = [read_summary(member.folder(workdir)) for member in members]
-
-  def figures(summary, when):
-    return {
-      f"{name}{suffix}": summary[f"{name}_{when}{suffix}"]
-      for name in FIGURES
-      for suffix in ("", "_stderr")
-      if f"{name}_{when}{suffix}" in summary
-    }
-
+  folders = [*(member.folder(workdir) for member in members), *sorted(workdir.glob("members/*"))]
+  names = [part.partition("=")[0] for folder in folders for part in folder.name.split(",")]
+  names = [*dict.fromkeys(name for name in names if name != "seed"), "seed"]
+  found = {}
+  for folder in folders:
+    if (summary := read_summary(folder)) is not None:
+      config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+      values = {name: config[name] for name in names}
+      found.setdefault(tuple(values.values()), (folder.name, values, summary))
+  found = [found[key] for key in sorted(found)]
   records = [
     {
-      "name": member.name,
-      "values": member.values,
-      **figures(summary, "after"),
+      "name": name,
+      "values": values,
+      **_figures(summary, "after"),
       "diverged_at": summary["diverged_at"],
     }
-    for member, summary in zip(members, summaries, strict=True)
+    for name, values, summary in found
   ]
   gain = "gold" if any(record["gold"] is not None for record in records) else "score"
   for record in records:
     record["pareto"] = _is_pareto(record, records, gain)
-  return {"gain": gain, "before": figures(summaries[0], "before"), "members": records}
+  return {"gain": gain, "before": _figures(found[0][-1], "before"), "members": records}
+
+
+def _figures(summary: dict, when: str) -> dict[str, float | None]:
+  figures = {
+    f"{name}{suffix}": summary[f"{name}_{when}{suffix}"]
+    for name in FIGURES
+    for suffix in ("", "_stderr")
+    if f"{name}_{when}{suffix}" in summary
+  }
+  if when == "after" and "exact_score" in summary:
+    figures |= {name: summary[name] for name in EXACT}
+    figures |= {"score": summary["exact_score"], "kl_ref_exact": summary["exact_kl"]}
+    figures |= {"score_stderr": None, "kl_ref_exact_stderr": None}
+  return figures
 
 
 def _is_pareto(record, records, gain: str) -> bool:

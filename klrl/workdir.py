@@ -18,7 +18,7 @@ _SETTINGS = ("config.json", "flags.txt", DRY_RUN)
 # Fields that change no figure of a run or of a sweep's member: the same folder serves any value.
 NOT_PART_OF_THE_RESULT = (
   *("workdir", "save_every", "keep", "profile", "tensorboard"),
-  *("sweep", "seeds", "dry_run", "topology"),
+  *("sweep", "seeds", "best_of_n", "dry_run", "topology"),
 )
 
 

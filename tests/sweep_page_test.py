@@ -5,7 +5,6 @@ import re
 
 import pytest
 
-from experiments import sweep_page
 from experiments.sweep_answer import answer, exact_answer
 from experiments.sweep_page import settings_of, three_of, write_page
 
@@ -103,8 +102,16 @@ def test_no_gain_over_the_untrained_policy_is_said():
 
 def test_over_optimisation_needs_more_score_and_clearly_less_gold():
   assert "Over-optimised: β = 0 (score 2, gold 0.402)" in answered(SEVERAL)[1]
-  less_score = [record | {"score": -1.0 * (record["gold"] < 0.7)} for record in SEVERAL]
-  assert "No setting has at least its score" in answered(less_score)[1]
+  none = "No setting goes further from the reference for at least its score"
+
+  def of_zero(**figures):
+    changed = [r | figures if r["values"]["beta"] == 0 else r for r in SEVERAL]
+    return answered(changed)[1]
+
+  assert "Over-optimised: β = 0 (" in of_zero(score=0.9)  # no less score that could be told
+  assert none in of_zero(score=0.5)
+  assert none in of_zero(gold=0.79)
+  assert none in of_zero(kl_ref_exact=0.5)
 
 
 def test_without_gold_the_score_is_no_proof():
@@ -167,20 +174,41 @@ def test_page_without_a_reference_or_seeds_or_a_sweep(sweep_dir):
   assert "all flags alike" in html
 
 
-def test_best_of_n_is_drawn_where_it_is_there(sweep_dir, tmp_path):
+def test_best_of_n_is_drawn_where_it_belongs(sweep_dir, tmp_path):
   without = sweep_dir(SEVERAL)
-  row = {"n": 1, "kl": 0.0, "score": -0.123, "score_stderr": 0.1, "gold": None}
+  row = {"n": 1, "kl": 0.0, "score": -0.123, "gold": 0.5}
+  found = {
+    "rows": [row, row | {"n": 8, "kl": 4.0, "score": 1.5}],
+    "frontier": {"kl": [0.0, 2.0], "score": [-0.1, 1.6], "gold": [0.5, 0.3]},
+    "completions_per_prompt": 16,
+  }
   (tmp_path / "best_of_n").mkdir()
-  rows = [row, row | {"n": 8, "kl": 4.0, "score": 1.5}]
-  (tmp_path / "best_of_n" / "best_of_n.json").write_text(json.dumps({"rows": rows}))
-  html = sweep_page.write_page(tmp_path).read_text()
-  assert "best of n" not in without
-  assert "its score at n = 1 is \N{MINUS SIGN}0.12 \N{PLUS-MINUS SIGN} 0.10" in html
-  assert html.count("var(--third)") > without.count("var(--third)")
+  (tmp_path / "best_of_n" / "best_of_n.json").write_text(json.dumps(found))
+  assert write_page(tmp_path).read_text() == without
+  html = write_page(tmp_path, best_of_n=True).read_text()
+  assert "up to n = 8, is no training but a choice among draws: of 16 draws" in html
+  assert "estimated by weights of the same draws" in html
+  assert "more score is less gold, down to 0.3 at 2 nats" in html
+  assert len(third_lines(html)) == len(third_lines(without)) + 2 * 4
+
+
+def third_lines(html):
+  """Returns the lines in the third colour of all pictures."""
+  return re.findall(r"<path[^>]*var\(--third\)", html)
+
+
+def test_without_gold_the_score_is_drawn_against_the_likelihood_too(sweep_dir):
+  before = BEFORE | {"gold": None, "nll": 2.125}
+  members = [r | {"gold": None, "nll": 1.0 + r["values"]["beta"]} for r in SEVERAL]
+  html = sweep_dir(members, "score", before)
+  assert "against NLL under the reference" in html
+  assert html.count("<svg") == 3 + 3
+  gold = sweep_dir([r | {"nll": 1.0} for r in SEVERAL], before=BEFORE | {"nll": 2.125})
+  assert "against NLL" not in gold
 
 
 def exact_member(beta, seed, *, gap):
-  """Returns what `sweep_page.exact` makes of a member."""
+  """Returns a member of an enumerated task."""
   return member(beta, seed) | {"gold": None, "objective_gap": gap, "tv_to_optimum": 0.1}
 
 
@@ -200,17 +228,14 @@ def test_where_the_best_policies_are_known_the_gap_answers(gap, said):
 
 
 def test_an_enumerated_sweep_shows_exact_figures(sweep_dir, tmp_path):
-  members = [record | {"gold": None} for record in SEVERAL]
+  own = {"gold": None, "objective_gap": 0.0025, "tv_to_optimum": 0.0321}
+  members = [record | own for record in SEVERAL]
   sweep_dir(members, "score", BEFORE | {"gold": None})
+  optimum = {"kl": [0.0, 1.0, 5.0], "score": [-0.25, 1.0, 3.0]}
   for record in members:
-    folder = tmp_path / "members" / record["name"]
-    optimum = {"kl": [0.0, 1.0, 5.0], "score": [-0.25, 1.0, 3.0]}
-    (folder / "optimum.json").write_text(json.dumps(optimum))
-    summary = {"exact_score": 1.2345, "exact_kl": 0.75, "objective_gap": 0.0025}
-    (folder / "summary.json").write_text(json.dumps(summary | {"tv_to_optimum": 0.0321}))
+    (tmp_path / "members" / record["name"] / "optimum.json").write_text(json.dumps(optimum))
   html = write_page(tmp_path).read_text()
   assert "Every member reached the best policy" in html
-  assert html.count("<td>1.23</td><td>0.75</td>") == len(members)
   assert html.count("<td>0.0025</td><td>0.0321</td>") == len(members)
   assert "best policies" in html
   assert "\N{MINUS SIGN}0.25" in html  # the untrained policy, where the frontier begins

@@ -54,6 +54,7 @@ TINY = {
   "kl_every": 2,
   "save_every": 1,
   "mesh": "sweep=1,data=1",
+  "best_of_n": False,
 }
 
 
@@ -461,6 +462,93 @@ def test_pareto_optimal_members_are_marked(tmp_path):
   assert marks == [False, True, False, True, False]
   unmeasured = [record(0.5, None), record(0.6, None)]
   assert not any(sweep._is_pareto(x, unmeasured, "gold") for x in unmeasured)
+
+
+def write_member(workdir, name, values, **summary):
+  """Leaves what `frontier` reads of a finished member; without a summary, of one that is not."""
+  folder = workdir / "members" / name
+  folder.mkdir(parents=True)
+  settings = {"beta": 0.5, "learning_rate": 1e-3, "num_epochs": 2, "seed": 0, **values}
+  (folder / "config.json").write_text(json.dumps({"experiment": "ppo", **settings}))
+  if summary:
+    measured = {"gold_before": 0.5, "score_before": 0.0, "diverged_at": None}
+    (folder / "summary.json").write_text(json.dumps(measured | summary))
+  return sweep.Member(name, values, None)
+
+
+def test_the_frontier_has_all_members_of_the_folder(tmp_path):
+  def finished(gold, kl):
+    return {"gold_after": gold, "kl_ref_exact": kl, "kl_ref_exact_after": kl}
+
+  write_member(tmp_path, "beta=0.5,seed=0", {"beta": 0.5}, **finished(0.8, 1.0))
+  write_member(tmp_path, "beta=2,seed=0", {"beta": 2.0}, **finished(0.6, 2.0))
+  write_member(tmp_path, "beta=3,seed=0", {"beta": 3.0})
+  present = [
+    write_member(tmp_path, f"learning_rate={x:g},seed=0", {"learning_rate": x}, **finished(0.7, kl))
+    for x, kl in ((0.01, 0.5), (0.001, 1.0))
+  ]
+  found = sweep.frontier(tmp_path, present)
+  assert [list(record["values"].values()) for record in found["members"]] == [
+    [0.001, 0.5, 0], [0.001, 2.0, 0], [0.01, 0.5, 0],
+  ]  # fmt: skip
+  assert list(found["members"][0]["values"]) == ["learning_rate", "beta", "seed"]
+  # Of two with the same values that of the present command counts.
+  assert found["members"][0]["name"] == "learning_rate=0.001,seed=0"
+  assert [record["pareto"] for record in found["members"]] == [False, False, True]
+
+
+def test_of_an_enumerated_task_exact_figures_are_compared(tmp_path):
+  sampled = {"gold_after": None, "gold_before": None}
+  exact = {"objective_gap": 0.1, "tv_to_optimum": 0.2}
+  members = [
+    write_member(
+      tmp_path, f"beta={i},seed=0", {"beta": float(i)},
+      score_after=score, score_after_stderr=0.1, kl_ref_exact_after=1.0, kl_ref_exact_stderr=0.1,
+      exact_score=exact_score, exact_kl=2.0, **exact, **sampled,
+    )
+    for i, (score, exact_score) in enumerate([(1.0, 1.0), (2.0, 0.5)])
+  ]  # fmt: skip
+  found = sweep.frontier(tmp_path, members)["members"]
+  assert [record["pareto"] for record in found] == [True, False]
+  assert [record["score"] for record in found] == [1.0, 0.5]
+  assert found[0]["kl_ref_exact"] == 2.0 and found[0]["score_stderr"] is None
+  assert found[0]["objective_gap"] == 0.1 and found[0]["tv_to_optimum"] == 0.2
+
+
+def test_best_of_n_is_of_what_all_members_start_with(tmp_path):
+  def beside(name="ppo", **changes):
+    config = make_config(name, **{"best_of_n": True, "seed": 3, **changes})
+    return experiment.best_of_n_config(config, experiment.members_of(config), tmp_path)
+
+  found = beside(sweep="beta=0,1", temperature=0.7, data_seed=2)
+  shared = ("policy", "reward_model", "prompts", "max_completion_len", "temperature", "data_seed")
+  assert [getattr(found, name) for name in shared] == [
+    "policy", "reward", "prompts.jsonl", 3, 0.7, 2,
+  ]  # fmt: skip
+  assert found.seed == 3 and found.workdir == str(tmp_path / "best_of_n")
+  assert beside(best_of_n=False) is None
+  assert beside(sweep="temperature=0.5,1") is None
+  assert beside(reference="policy") is None
+  assert beside("distill", teacher="policy") is None
+
+
+def test_a_sweep_draws_best_of_n_and_refuses_another_in_its_place(capsys):
+  config = make_config(sweep="beta=0.2", best_of_n=True)
+  workdir = experiment.main(config)
+  path = workdir / "best_of_n" / "best_of_n.json"
+  found = json.loads(path.read_text())
+  assert found["exact"] is None and found["num_prompts"] == 2
+  assert "best of n" in (workdir / "report.html").read_text()
+  assert (
+    "best of n"
+    not in (
+      experiment.main(dataclasses.replace(config, best_of_n=False)) / "report.html"
+    ).read_text()
+  )
+  settings = json.loads((path.parent / "config.json").read_text())
+  (path.parent / "config.json").write_text(json.dumps(settings | {"reward_model": "another"}))
+  with pytest.raises(UserError, match="reward_model is 'another' there"):
+    experiment.main(config)
 
 
 def test_the_command_line_has_the_flags_of_the_experiment(tmp_path):
