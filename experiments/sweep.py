@@ -126,10 +126,11 @@ def best_of_n_config(config, members, workdir: pathlib.Path) -> best_of_n.Config
   It draws from the policy that all members start with, and that is their reference, and is scored
   and judged as they are.
   """
+  if not (config.best_of_n and members[0].config.scored and processes.is_alone()):
+    return None
   shared = {field.name for field in dataclasses.fields(best_of_n.Config)} - {"workdir", "seed"}
   shared &= {field.name for field in dataclasses.fields(members[0].config)}
-  start_alike = not shared & members[0].values.keys() and not config.reference
-  if not (config.best_of_n and start_alike and members[0].config.scored and processes.is_alone()):
+  if config.reference or {*shared, "reference"} & members[0].values.keys():
     return None
   values = {name: getattr(config, name) for name in shared}
   own = {"seed": config.seed, "workdir": str(workdir / "best_of_n"), "num_enumerated": 0}

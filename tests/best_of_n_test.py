@@ -88,6 +88,20 @@ def test_the_kl_of_a_large_pool_tends_to_the_bound_where_nothing_ties():
   assert found["kl"] == pytest.approx(0.636294, abs=2e-3)
 
 
+def test_the_best_policies_of_a_pool_with_two_scores():
+  scores, gold = np.array([[0.0, 1.0], [5.0, 5.0]]), np.array([[0.0, 1.0], [1.0, 0.0]])
+  found = best_of_n.frontier_of_pool(scores, gold, 64)
+  p = 1 / (1 + np.exp(-1 / best_of_n.BETAS))
+  kl = (p * np.log(2 * p) + (1 - p) * np.log(np.maximum(2 * (1 - p), 1e-300))) / 2
+  np.testing.assert_allclose(found["kl"], kl, atol=1e-12)
+  np.testing.assert_allclose(found["score"], (p + 5) / 2, atol=1e-12)
+  np.testing.assert_allclose(found["gold"], (p + 0.5) / 2, atol=1e-12)
+  near = best_of_n.frontier_of_pool(scores, None, 2)
+  assert near["gold"] is None
+  assert 0.17 < near["kl"][-1] < np.log(2) - 0.5 < max(found["kl"])
+  assert near["kl"] == found["kl"][: len(near["kl"])]
+
+
 def test_af14_four_choices():
   first, four = best_of_n.bandit_figures([1, 4])
   assert four["probs"] == pytest.approx([0.0256, 0.2145, 0.416, 0.3439], abs=1e-9)
@@ -137,6 +151,10 @@ def test_a_pool_agrees_with_all_completions_of_its_problems(models):
     assert kl <= exact["kl_bounds"][i] + 1e-6
     assert score <= best_of_n_page.best_score_at(exact, kl) + 1e-3
   assert exact["best_of_n"]["kl"][0] == pytest.approx(0, abs=1e-6)
+  drawn = best_of_n.frontier_of_pool(scores, gold, 8)
+  for name, tolerance in (("score", 0.15 * scores.std()), ("gold", 0.05)):
+    expected = np.interp(drawn["kl"], exact["frontier"]["kl"], exact["frontier"][name])
+    np.testing.assert_allclose(drawn[name], expected, atol=tolerance)
   assert exact["frontier"]["kl"][0] == pytest.approx(0, abs=1e-9)
   assert exact["frontier"]["score"][0] == pytest.approx(exact["best_of_n"]["score"][0], abs=1e-6)
 

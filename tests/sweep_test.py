@@ -529,6 +529,7 @@ def test_best_of_n_is_of_what_all_members_start_with(tmp_path):
   assert beside(best_of_n=False) is None
   assert beside(sweep="temperature=0.5,1") is None
   assert beside(reference="policy") is None
+  assert beside(sweep="reference=,policy") is None
   assert beside("distill", teacher="policy") is None
 
 
