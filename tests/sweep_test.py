@@ -480,20 +480,23 @@ def test_the_frontier_has_all_members_of_the_folder(tmp_path):
   def finished(gold, kl):
     return {"gold_after": gold, "kl_ref_exact": kl, "kl_ref_exact_after": kl}
 
-  write_member(tmp_path, "beta=0.5,seed=0", {"beta": 0.5}, **finished(0.8, 1.0))
-  write_member(tmp_path, "beta=2,seed=0", {"beta": 2.0}, **finished(0.6, 2.0))
-  write_member(tmp_path, "beta=3,seed=0", {"beta": 3.0})
-  present = [
-    write_member(tmp_path, f"learning_rate={x:g},seed=0", {"learning_rate": x}, **finished(0.7, kl))
-    for x, kl in ((0.01, 0.5), (0.001, 1.0))
-  ]
+  def members(name, *points):
+    return [
+      write_member(tmp_path, f"{name}={x:g},seed=0", {name: x}, **finished(gold, kl))
+      for x, gold, kl in points
+    ]
+
+  members("learning_rate", (0.001, 0.8, 1.0), (0.01, 0.6, 2.0))
+  write_member(tmp_path, "learning_rate=0.1,seed=0", {"learning_rate": 0.1})
+  present = members("beta", (2.0, 0.7, 0.5), (0.5, 0.7, 1.0))
   found = sweep.frontier(tmp_path, present)
-  assert [list(record["values"].values()) for record in found["members"]] == [
-    [0.001, 0.5, 0], [0.001, 2.0, 0], [0.01, 0.5, 0],
-  ]  # fmt: skip
-  assert list(found["members"][0]["values"]) == ["learning_rate", "beta", "seed"]
+  assert [list(record["values"].items()) for record in found["members"]] == [
+    [("beta", 0.5), ("learning_rate", 0.001), ("seed", 0)],
+    [("beta", 0.5), ("learning_rate", 0.01), ("seed", 0)],
+    [("beta", 2.0), ("learning_rate", 0.001), ("seed", 0)],
+  ]
   # Of two with the same values that of the present command counts.
-  assert found["members"][0]["name"] == "learning_rate=0.001,seed=0"
+  assert found["members"][0]["name"] == "beta=0.5,seed=0"
   assert [record["pareto"] for record in found["members"]] == [False, False, True]
 
 
