@@ -90,6 +90,8 @@ CASES = {
     "n": Case("1,3", OWN_POLICY),
     "completions_per_prompt": Case(4, OWN_POLICY),
     "num_prompts": Case(2, OWN_POLICY),
+    "num_enumerated": Case(0, OWN_POLICY),
+    "data_seed": Case(1, OWN_POLICY),
     "temperature": Case(0.25, OWN_POLICY),
     "compare": Case("run", OWN_POLICY),
   },
@@ -223,7 +225,8 @@ def replace_in_best_of_n(patch, noted):
   patch.setattr(best_of_n, "_CHUNK", 8)
   patch.setattr(best_of_n, "make_sample_fn", make_fake_sample_fn)
   patch.setattr(best_of_n, "bandit_figures", lambda _: [])
-  patch.setattr(best_of_n, "exact_figures", lambda *_: {})
+  patch.setattr(best_of_n, "enumerable", lambda *_: True)
+  patch.setattr(best_of_n, "exact_figures", noted(returns={}))
   patch.setattr(best_of_n, "best_of_pool", lambda *arguments: list(arguments))
 
 

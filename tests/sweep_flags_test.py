@@ -47,6 +47,7 @@ OWN = {
   "sweep": "beta=0.1,0.4",
   "seeds": 3,
   "members_per_batch": 2,
+  "best_of_n": False,
   "mesh": "sweep=2",
   "seed": 1,
   "workdir": "elsewhere",
@@ -63,21 +64,25 @@ def test_the_cases_are_all_flags_of_a_sweep_that_members_do_not_have():
 @pytest.mark.parametrize("field", OWN)
 def test_a_changed_flag_of_the_sweep_changes_how_it_is_run(field, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  calls = []
+  calls, drawn = [], []
   monkeypatch.setattr(experiment.sweep, "run", lambda *args, **more: calls.append((args, more)))
+  monkeypatch.setattr(experiment.best_of_n, "main", lambda *args, **more: drawn.append(args))
   monkeypatch.setattr(experiment, "_dry_run", lambda *args: calls.append("dry run"))
   monkeypatch.setattr(experiment, "show_frontier", lambda found: None)
-  monkeypatch.setattr(experiment, "write_page", lambda workdir: None)
+  monkeypatch.setattr(
+    experiment, "write_page", lambda workdir, *, best_of_n: drawn.append(best_of_n)
+  )
 
   def call(**settings):
     name = settings.get("experiment", "ppo")
+    drawn.clear()
     experiment.main(make_config(name, **{"sweep": "beta=0.1,0.3", **settings}))
     if calls[-1] == "dry run":
       return "dry run"
     (workdir, members, _), more = calls[-1]
     # The folder's default name changes with almost everything.
     named = workdir if field == "workdir" else None
-    return named, members, more
+    return named, members, more, len(drawn), drawn[-1]
 
   assert call() == call()
   assert call() != call(**{field: OWN[field]})
