@@ -20,21 +20,28 @@ from klrl.errors import UserError
 
 # A process that has ended waits this long for the others, which then are ended too.
 _SECONDS_TO_FOLLOW = 60
+_OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 
 
 def join() -> None:
   """Makes this process one of several, where it is; to be called before anything is computed.
 
-  JAX itself finds Slurm, Open MPI, GKE and Cloud TPU. Elsewhere JAX_COORDINATOR_ADDRESS=HOST:PORT,
-  JAX_NUM_PROCESSES and JAX_PROCESS_ID say it.
+  JAX itself finds Slurm, Open MPI 4, GKE and Cloud TPU. Elsewhere
+  JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it. Open MPI 5 needs
+  the first of them.
+
+  Raises:
+    UserError: there are several processes, and something that joins them is missing.
   """
   # It would take SIGTERM away from `loop`, and where no loop runs nothing would obey it.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
+      given = "JAX_NUM_PROCESSES" in os.environ or _OPEN_MPI[0] not in os.environ
+      count, index = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if given else _OPEN_MPI
       jax.distributed.initialize(
-        num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-        process_id=int(os.environ["JAX_PROCESS_ID"]),
+        num_processes=int(os.environ[count]),
+        process_id=int(os.environ[index]),
         shutdown_timeout_seconds=_SECONDS_TO_FOLLOW,
       )
     else:
@@ -44,6 +51,12 @@ def join() -> None:
   except ValueError as error:
     if "coordinator_address" not in str(error):  # There is no cluster.
       raise
+    # They would all be the writer.
+    if int(os.environ.get(_OPEN_MPI[0], 1)) > 1:
+      raise UserError(
+        "Open MPI started several processes, and JAX finds them by itself with its version 4 only. "
+        "Say where process 0 runs: mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT ..."
+      ) from error
 
 
 def leave(why: str) -> None:
@@ -137,7 +150,10 @@ def _told(failure: Exception | None) -> str:
 
 
 def _broadcast(value, source: int):
-  """Returns the `value` that process `source` has."""
+  """Returns the `value` that process `source` has.
+
+  What is unpickled was pickled by the same run in another process: nothing of a model's or of data.
+  """
   if is_alone():
     return value
   is_source = jax.process_index() == source

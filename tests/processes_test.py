@@ -1,57 +1,312 @@
-"""Two real processes give what one with two devices gives."""
+"""Two real processes give what one with as many devices gives, stop together and fail together."""
 
 import json
 import os
 import pathlib
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
-COMMAND = [sys.executable, "-m", "experiments.ppo", "--workdir=run"]
-COMMAND += ["--num_iterations=2", "--batch_size=8", "--num_minibatches=2", "--num_eval_rows=16"]
-COMMAND += ["--sft_iterations=3", "--reward_model_iterations=3"]
-NOT_THE_RESULT = ("wall_seconds", "tokens_per_second")
+from klrl.models import DecoderConfig, policy_model, save_policy, save_scalar, scalar_model
+from klrl.tasks import arithmetic
+
+ROOT = pathlib.Path(__file__).parents[1]
+STAGES = ["experiments.ppo", "--workdir=run", "--num_iterations=2", "--batch_size=8"]
+STAGES += ["--num_minibatches=2", "--num_eval_rows=16"]
+STAGES += ["--sft_iterations=3", "--reward_model_iterations=3"]
+OWN = ["--workdir=run", "--policy=policy", "--prompts=prompts.jsonl", "--max_completion_len=3"]
+OWN += ["--num_iterations=3", "--batch_size=8", "--num_eval_rows=8", "--num_samples=1"]
+OWN += ["--save_every=10"]
+HOST = ["--reward_model=reward", "--reward=model,0.1*reward.py:sevens", "--learning_rate=1e-2"]
+SINGLE = ["experiments.reinforce", *OWN, *HOST, "--lora_rank=2"]
+SWEEP = ["experiments.sweep", "--experiment=reinforce", "--sweep=beta=0.1,0.5,3", *OWN, *HOST]
+SWEEP += ["--mesh=sweep=2,fsdp=2"]
+# Two calls of the reward judge the start, so this one is of the second iteration.
+IN_SECOND = "4"
+NOT_THE_RESULT = ("wall_seconds", "tokens_per_second", "device")
+# The process that nobody asks for scores leaves its number, and the other may send it a signal.
+REWARD = """
+import os
+import pathlib
+
+victim = pathlib.Path("victim")
+if os.environ.get("JAX_PROCESS_ID") == os.environ.get("VICTIM"):
+  victim.write_text(str(os.getpid()))
 
 
-def start(folder, **environment):
+def sevens(prompts, completions, **columns):
+  with open("calls", "a") as calls:
+    calls.write(f"{os.getpid()}\\n")
+  number = len(pathlib.Path("calls").read_text().splitlines())
+  if number == int(os.environ.get("AT_CALL", 0)):
+    os.kill(int(victim.read_text()), int(os.environ["SIGNAL"]))
+  return [completion.count("7") for completion in completions]
+
+
+def fails(prompts, completions, **columns):
+  raise KeyError("a column")
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+  """A folder with a policy, a reward model, prompts and rewards; and what has been compiled."""
+  folder = tmp_path_factory.mktemp("inputs")
+  tokenizer, key = arithmetic.make_tokenizer(), jax.random.key(0)
+  config = DecoderConfig(
+    vocab_size=tokenizer.tokenizer.get_vocab_size(),
+    width=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=4,
+    mlp_dim=16,
+    max_len=16,
+  )
+  save_policy(folder / "policy", config, policy_model(config).init(key), tokenizer)
+  reward = scalar_model(config).init(key)
+  reward["head"] = np.asarray(jax.random.normal(key, reward["head"].shape))
+  save_scalar(folder / "reward", config, reward, tokenizer)
+  records = arithmetic.prompt_records(held_out=False)[:20]
+  (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+  (folder / "reward.py").write_text(REWARD)
+  return folder
+
+
+def place(inputs, folder):
+  return pathlib.Path(shutil.copytree(inputs, folder))
+
+
+def start(folder, command, *, devices=1, **environment):
   folder.mkdir(exist_ok=True)
   inherited = {name: x for name, x in os.environ.items() if not name.startswith("JAX_")}
-  root = str(pathlib.Path(__file__).parents[1])
+  common = {
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    # A run that goes on compiles nothing anew.
+    "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
   return subprocess.Popen(
-    COMMAND,
+    command,
     cwd=folder,
-    env=inherited | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root} | environment,
+    env=inherited | common | environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
   )
 
 
-def finished(process):
-  output, _ = process.communicate(timeout=500)
-  assert process.returncode == 0, output
+def finished(process, status=0):
+  try:
+    output, _ = process.communicate(timeout=500)
+  finally:
+    process.kill()
+  assert process.returncode == status, output
   return output
 
 
-def summary(folder):
-  return json.loads((folder / "run" / "summary.json").read_text())
+def one(folder, command, *, devices):
+  return finished(start(folder, [sys.executable, "-m", *command], devices=devices))
 
 
-def test_two_processes_equal_one(tmp_path):
+def two(folder, command, *, status=0, folders=None, **settings):
+  """Returns what each of two processes printed."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
-  several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": ""}
-  processes = [start(tmp_path / "two", **several, JAX_PROCESS_ID=str(i)) for i in range(2)]
-  printed = [finished(process) for process in processes]
+  several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+  processes = [
+    start(own, [sys.executable, *command], **several, JAX_PROCESS_ID=str(i), **settings)
+    for i, own in enumerate(folders or [folder] * 2)
+  ]
+  return [finished(process, status) for process in processes]
+
+
+def results(folder):
+  """Returns all figures of all runs in a folder, {file: {name: figure}}."""
+  found = {}
+  for path in sorted((folder / "run").rglob("*.json*")):
+    if path.name in ("metrics.jsonl", "summary.json", "frontier.json", "samples.jsonl"):
+      leaves, _ = jax.tree.flatten_with_path([json.loads(x) for x in lines_or_one(path)])
+      found[str(path.relative_to(folder))] = {
+        jax.tree_util.keystr(key): x
+        for key, x in leaves
+        if not any(name in jax.tree_util.keystr(key) for name in NOT_THE_RESULT)
+      }
+  return found
+
+
+def lines_or_one(path):
+  text = path.read_text()
+  return text.splitlines() if path.suffix == ".jsonl" else [text]
+
+
+def assert_same_results(found, expected):
+  assert found.keys() == expected.keys() and found
+  for file, figures in expected.items():
+    assert found[file] == pytest.approx(figures, abs=1e-4), file
+
+
+def test_two_processes_equal_one(tmp_path):
+  printed = two(tmp_path / "two", ["-m", *STAGES])
   assert "Report:" in printed[0] and "Report:" not in printed[1]
-  one = start(tmp_path / "one", XLA_FLAGS="--xla_force_host_platform_device_count=2")
-  finished(one)
-  expected, found = summary(tmp_path / "one"), summary(tmp_path / "two")
+  one(tmp_path / "one", STAGES, devices=2)
+  found, expected = (
+    json.loads((tmp_path / name / "run" / "summary.json").read_text()) for name in ("two", "one")
+  )
   assert expected["device"] == found["device"]
-  figures = {
-    name: x for name, x in expected.items() if isinstance(x, float) and name not in NOT_THE_RESULT
-  }
-  assert {name: found[name] for name in figures} == pytest.approx(figures, abs=1e-4)
+  assert_same_results(results(tmp_path / "two"), results(tmp_path / "one"))
+
+
+def interrupted(folder, command, number, *, victim, **settings):
+  """Returns what two processes print when one gets a signal in the second iteration of three."""
+  signals = {"VICTIM": str(victim), "SIGNAL": str(int(number)), "AT_CALL": IN_SECOND}
+  printed = two(folder, ["-m", *command], status=130, **signals, **settings)
+  assert "Stopped after iteration 2 of 3" in printed[0] and "Stopped" not in printed[1]
+  assert not list((folder / "run").rglob("summary.json"))
+  (folder / "calls").unlink()
+  return printed
+
+
+def test_a_sweep_that_one_process_interrupts_goes_on_in_both_and_equals_one(inputs, tmp_path):
+  """Three members on four places of two devices each; rewards of the host's and a model's."""
+  folder = place(inputs, tmp_path / "two")
+  interrupted(folder, SWEEP, signal.SIGTERM, victim=1, devices=2)
+  (group,) = (folder / "run" / "groups").iterdir()
+  assert [path.name for path in (group / "checkpoints").iterdir()] == ["2"]
+  printed = two(folder, ["-m", *SWEEP], devices=2)
+  assert "Report:" in printed[0] and "Report:" not in printed[1]
+  assert not (group / "checkpoints").exists() and not (group / "members.json").exists()
+  # The writer alone is asked for scores.
+  assert len(set((folder / "calls").read_text().split())) == 1
+  one(place(inputs, tmp_path / "one"), SWEEP, devices=4)
+  expected = results(tmp_path / "one")
+  assert len(expected) == 1 + 3 * 3 + 1  # the frontier, members, their group
+  assert_same_results(results(folder), expected)
+
+
+@pytest.fixture(scope="module")
+def single(inputs, tmp_path_factory):
+  """What one process with two devices finds."""
+  folder = place(inputs, tmp_path_factory.mktemp("single") / "one")
+  one(folder, SINGLE, devices=2)
+  return results(folder)
+
+
+def test_a_run_that_the_writer_interrupts_goes_on_in_both_and_equals_one(inputs, single, tmp_path):
+  folder = place(inputs, tmp_path / "two")
+  interrupted(folder, SINGLE, signal.SIGINT, victim=0)
+  two(folder, ["-m", *SINGLE])
+  assert_same_results(results(folder), single)
+
+
+def test_open_mpi_needs_no_flag(inputs, single, tmp_path):
+  if not shutil.which("mpirun"):
+    pytest.skip("there is no mpirun: apt-get install openmpi-bin")
+  folder = place(inputs, tmp_path / "two")
+  command = ["mpirun", "-n", "2", sys.executable, "-m", *SINGLE]
+  # Open MPI refuses root, and more processes than cores, and gives a process one core of its own.
+  allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+  allowed |= {"OMPI_MCA_rmaps_base_oversubscribe": "1"}
+  allowed |= {"OMPI_MCA_hwloc_base_binding_policy": "none"}
+  printed = finished(start(folder, command, **allowed))
+  assert printed.count("Report:") == 1
+  assert json.loads((folder / "run" / "summary.json").read_text())["device"] == "2 x cpu"
+  assert_same_results(results(folder), single)
+
+
+def test_open_mpi_that_jax_does_not_see_is_refused(tmp_path):
+  code = "from klrl import processes; processes.join()"
+  process = start(tmp_path, [sys.executable, "-c", code], OMPI_COMM_WORLD_SIZE="2")
+  assert "mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT" in finished(process, 1)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (["--reward=reward.py:fails"], "Error: The reward fails failed: KeyError: 'a column'"),
+    (
+      ["--reward_model=reward", "--learning_rate=1e30", "--max_grad_norm=1e30"],
+      "Error: Iteration 2: ",
+    ),
+  ],
+)
+def test_a_run_that_fails_ends_in_both_with_one_message(changes, message, inputs, tmp_path):
+  command = ["-m", "experiments.reinforce", *OWN, *changes]
+  printed = two(place(inputs, tmp_path / "two"), command, status=1)
+  assert message in printed[0] and "Error" not in printed[1], printed
+  assert "Traceback" not in printed[0] + printed[1]
+
+
+# Each line is run by both; process 1 sees another folder. What is raised is printed.
+ALONE = """
+import os
+from klrl import processes, workdir
+from klrl.errors import UserError
+
+def refuse(own, kind=UserError):
+  if processes.is_writer() == own:
+    raise kind("refused")
+
+processes.join()
+index = int(os.environ["JAX_PROCESS_ID"])
+tries = (
+  lambda: processes.together(refuse)(False),
+  lambda: processes.together(refuse)(True),
+  lambda: processes.together(refuse)(False, OSError),
+  lambda: processes.on_writer(refuse)(False),
+  lambda: processes.on_writer(refuse)(True),
+  lambda: processes.on_writer(lambda: [index, "x" * 5000])()[0],
+  lambda: processes.anywhere(index == 1),
+  lambda: processes.anywhere(index == 2),
+  lambda: workdir._check_is_shared(workdir.pathlib.Path(".")),
+)
+for attempt in tries:
+  try:
+    print("returned", attempt(), flush=True)
+  except Exception as error:
+    print(type(error).__name__, str(error)[:40], flush=True)
+"""
+
+
+def test_what_fails_in_one_process_fails_in_both(tmp_path):
+  folders = [tmp_path / name for name in "ab"]
+  printed = two(None, ["-c", ALONE], folders=folders)
+  printed = [[line for line in text.splitlines() if "Gloo" not in line] for text in printed]
+  same = ["UserError refused"] * 2
+  after = [
+    "returned None",
+    "UserError refused",
+    "returned 0",
+    "returned True",
+    "returned False",
+    "UserError . is not one folder for all processes; c",
+  ]
+  assert printed[0] == [*same, "UserError Process 1: OSError: refused", *after]
+  assert printed[1] == [*same, "OSError refused", *after]
+  assert not [path for folder in folders for path in folder.glob(".shared*")]
+
+
+# Process 0 waits for one that has ended; nothing may take longer than that.
+LEFT = """
+from klrl import processes
+processes._SECONDS_TO_FOLLOW = 4
+processes.join()
+processes.wait_for_all("here")
+if processes.is_writer():
+  processes.wait_for_all("there")
+processes.leave("a message")
+"""
+
+
+def test_a_process_that_ends_alone_says_why_and_ends_the_others(tmp_path):
+  printed = two(tmp_path, ["-c", LEFT], status=-signal.SIGABRT)
+  assert "Process 1 alone: a message" in printed[1] and "a message" not in printed[0]
