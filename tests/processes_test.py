@@ -32,14 +32,15 @@ IN_SECOND = "4"
 # Compiles in two thirds of the time; the programs are tiny.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 NOT_THE_RESULT = ("wall_seconds", "tokens_per_second", "device")
-# The process that nobody asks for scores leaves its number, and the other may send it a signal.
+# Process 1, which nobody asks for scores, leaves its number, and the other may send it a signal.
 REWARD = """
 import os
 import pathlib
+import signal
 
-victim = pathlib.Path("victim")
-if os.environ.get("JAX_PROCESS_ID") == os.environ.get("VICTIM"):
-  victim.write_text(str(os.getpid()))
+other = pathlib.Path("other")
+if os.environ.get("JAX_PROCESS_ID") == "1":
+  other.write_text(str(os.getpid()))
 
 
 def sevens(prompts, completions, **columns):
@@ -47,7 +48,7 @@ def sevens(prompts, completions, **columns):
     calls.write(f"{os.getpid()}\\n")
   number = len(pathlib.Path("calls").read_text().splitlines())
   if number == int(os.environ.get("AT_CALL", 0)):
-    os.kill(int(victim.read_text()), int(os.environ["SIGNAL"]))
+    os.kill(int(other.read_text()), signal.SIGTERM)
   return [completion.count("7") for completion in completions]
 
 
@@ -168,20 +169,13 @@ def test_two_processes_equal_one(tmp_path):
   assert_same_results(results(tmp_path / "two"), results(tmp_path / "one"))
 
 
-def interrupted(folder, command, number, *, victim, **settings):
-  """Returns what two processes print when one gets a signal in the second iteration of three."""
-  signals = {"VICTIM": str(victim), "SIGNAL": str(int(number)), "AT_CALL": IN_SECOND}
-  printed = two(folder, ["-m", *command], status=130, **signals, **settings)
-  assert "Stopped after iteration 2 of 3" in printed[0] and "Stopped" not in printed[1]
-  assert not list((folder / "run").rglob("summary.json"))
-  (folder / "calls").unlink()
-  return printed
-
-
 def test_a_sweep_that_one_process_interrupts_goes_on_in_both_and_equals_one(inputs, tmp_path):
   """Three members on four places of two devices each; rewards of the host's and a model's."""
   folder = place(inputs, tmp_path / "two")
-  interrupted(folder, SWEEP, signal.SIGTERM, victim=1, devices=2)
+  printed = two(folder, ["-m", *SWEEP], status=130, devices=2, AT_CALL=IN_SECOND)
+  assert "Stopped after iteration 2 of 3" in printed[0] and "Stopped" not in printed[1]
+  assert not list((folder / "run").rglob("summary.json"))
+  (folder / "calls").unlink()
   (group,) = (folder / "run" / "groups").iterdir()
   assert [path.name for path in (group / "checkpoints").iterdir()] == ["2"]
   printed = two(folder, ["-m", *SWEEP], devices=2)
@@ -195,22 +189,7 @@ def test_a_sweep_that_one_process_interrupts_goes_on_in_both_and_equals_one(inpu
   assert_same_results(results(folder), expected)
 
 
-@pytest.fixture(scope="module")
-def single(inputs, tmp_path_factory):
-  """What one process with two devices finds."""
-  folder = place(inputs, tmp_path_factory.mktemp("single") / "one")
-  one(folder, SINGLE, devices=2)
-  return results(folder)
-
-
-def test_a_run_that_the_writer_interrupts_goes_on_in_both_and_equals_one(inputs, single, tmp_path):
-  folder = place(inputs, tmp_path / "two")
-  interrupted(folder, SINGLE, signal.SIGINT, victim=0)
-  two(folder, ["-m", *SINGLE])
-  assert_same_results(results(folder), single)
-
-
-def test_open_mpi_needs_no_flag(inputs, single, tmp_path):
+def test_open_mpi_needs_no_flag(inputs, tmp_path):
   if not shutil.which("mpirun"):
     pytest.skip("there is no mpirun: apt-get install openmpi-bin")
   folder = place(inputs, tmp_path / "two")
@@ -222,7 +201,9 @@ def test_open_mpi_needs_no_flag(inputs, single, tmp_path):
   printed = finished(start(folder, command, **allowed))
   assert printed.count("Report:") == 1
   assert json.loads((folder / "run" / "summary.json").read_text())["device"] == "2 x cpu"
-  assert_same_results(results(folder), single)
+  alone = place(inputs, tmp_path / "one")
+  one(alone, SINGLE, devices=2)
+  assert_same_results(results(folder), results(alone))
 
 
 def test_open_mpi_that_jax_does_not_see_is_refused(tmp_path):
