@@ -37,8 +37,8 @@ from klrl.summary import read_summary
 from klrl.tasks import arithmetic, data
 
 MAX_ENUMERATED = 100_000  # completions of one problem
-# Of the exact frontier, which starts at the policy drawn from.
-BETAS = np.array([np.inf, *np.geomspace(16.0, 0.02, 60)])
+# Of the best policies, from the policy drawn from to where nothing but the highest score counts.
+BETAS = np.array([np.inf, *np.geomspace(16.0, 5e-4, 90)])
 _CHUNK = 2048  # completions drawn or scored at once
 
 
