@@ -38,6 +38,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 NUM_MEMBERS = 16
 BETAS = "0,0.03,0.1,0.3,0.5,1,2,4"
 GRID = (f"--sweep=beta={BETAS}", "--seeds=2")
+ALONE = "--nobest_of_n"  # A single run has none beside it.
 
 
 def run(module: str, *flags: str) -> tuple[float, str]:
@@ -64,7 +65,7 @@ def whole_processes(directory: str, lengths: list[int], num_separate: int) -> No
   print(f"1. {NUM_MEMBERS} members, whole processes")
   for length in lengths:
     iterations = f"--num_iterations={length}"
-    one, log = run("sweep", *GRID, iterations, f"--workdir={directory}/sweep-{length}")
+    one, log = run("sweep", *GRID, ALONE, iterations, f"--workdir={directory}/sweep-{length}")
     assert log.count("Compiling jit(iteration)") == 1, "more than one program was compiled"
     betas = BETAS.split(",")
     each = []
@@ -85,7 +86,7 @@ def one_member(directory: str, repetitions: int) -> None:
   seconds = {"ppo": [], "sweep": []}
   for i in range(repetitions):
     for name in seconds:
-      grid = ("--sweep=beta=0.5",) if name == "sweep" else ("--beta=0.5",)
+      grid = ("--sweep=beta=0.5", ALONE) if name == "sweep" else ("--beta=0.5",)
       workdir = f"--workdir={directory}/one-{name}-{i}"
       seconds[name].append(run(name, *grid, "--num_iterations=20", workdir)[0])
   for name, each in seconds.items():
