@@ -29,7 +29,9 @@ def answer(settings, gain: str, before: dict, kl_name: str | None) -> tuple[str,
   if not settings:
     return "Every member diverged: take a smaller learning rate.", []
   gold = gain == "gold"
-  word = "gold score" if gold else "score"
+  claim = "{} has the best gold score"
+  if not gold:
+    claim = "No score here is gold, so none is the best to take; {} has the highest"
   standings = {setting.name: standing(setting, gain) for setting in settings}
   best = max(settings, key=lambda setting: standings[setting.name][0])
   values, mine = best.each(gain), standings[best.name]
@@ -37,7 +39,7 @@ def answer(settings, gain: str, before: dict, kl_name: str | None) -> tuple[str,
   seeds = f"mean of {len(values)} seeds{spread}" if len(values) > 1 else "one seed"
   kl = f" at {digits(best.each(kl_name).mean())} nats of KL" if kl_name else ""
   sentence = (
-    f"{best.name} has the best {word}: {digits(mine[0])}{kl} ({seeds}); the untrained policy has "
+    f"{claim.format(best.name)}: {digits(mine[0])}{kl} ({seeds}); the untrained policy has "
     f"{digits(before[gain])}."
   )
   notes = []
@@ -63,8 +65,8 @@ def answer(settings, gain: str, before: dict, kl_name: str | None) -> tuple[str,
     notes += _over_optimised(settings, best, standings, kl_name)
   else:
     notes.append(
-      "There is no gold score here: the score is what was optimised, and that it is high does not "
-      "say that the completions are good. Compare settings at equal KL, and read the samples."
+      "The score is what was optimised, and that it is high does not say that the completions are "
+      "good; a smaller β mostly has more of it. Compare settings at equal KL, and read the samples."
     )
   return sentence, notes
 

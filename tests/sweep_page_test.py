@@ -117,8 +117,8 @@ def test_over_optimisation_needs_more_score_and_clearly_less_gold():
 def test_without_gold_the_score_is_no_proof():
   members = [record | {"gold": None} for record in SEVERAL]
   sentence, notes = answered(members, "score", BEFORE | {"gold": None})
-  assert sentence.startswith("β = 0 has the best score: 2")
-  assert "There is no gold score here" in notes
+  assert sentence.startswith("No score here is gold, so none is the best to take; β = 0 has the")
+  assert "does not say that the completions are good" in notes
 
 
 def test_diverged_members_decide_nothing():
