@@ -26,6 +26,7 @@ policies, by a run of `experiments.best_of_n` in `best_of_n`; --nobest_of_n leav
 
 import dataclasses
 import itertools
+import json
 import pathlib
 import sys
 from typing import Any
@@ -88,7 +89,8 @@ def main(config, *, root: str = "runs") -> pathlib.Path:
     find_workdir("best_of_n", beside)  # A run of other models or prompts there is an error.
   running = sum(map(len, sweep.group_members(workdir, members)))
   mesh = parallel.sweep_mesh(config.mesh, max(1, running))
-  for member in members:
+  # Members of one program have the same inputs.
+  for member in {json.dumps(member.structure()): member for member in members}.values():
     parallel.check_batch_size(mesh, member.config.batch_size)
     inputs.check_inputs(member.config)
 

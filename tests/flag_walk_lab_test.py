@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from small_decoders import arithmetic_decoder
 
 from experiments import (
   best_of_n,
@@ -30,7 +31,7 @@ from experiments import (
   reward_model,
   sft,
 )
-from klrl.models import DecoderConfig, policy_model, save_policy, save_scalar, scalar_model
+from klrl.models import policy_model, save_policy, save_scalar, scalar_model
 from klrl.sampling import Rollout
 from klrl.tasks import arithmetic
 from klrl.workdir import find_workdir
@@ -114,16 +115,7 @@ def workplace(tmp_path_factory):
   """A folder with models, prompts, rewards and a finished run."""
   with contextlib.chdir(tmp_path_factory.mktemp("flags")):
     tokenizer = arithmetic.make_tokenizer()
-    config = DecoderConfig(
-      vocab_size=tokenizer.tokenizer.get_vocab_size(),
-      width=8,
-      num_layers=1,
-      num_heads=1,
-      num_kv_heads=1,
-      head_dim=8,
-      mlp_dim=8,
-      max_len=24,
-    )
+    config = arithmetic_decoder(num_heads=1, mlp_dim=8, max_len=24)
     for make, save, names in (
       (policy_model, save_policy, ("policy", "other", "third")),
       (scalar_model, save_scalar, ("reward_model", "other_reward_model")),

@@ -22,12 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.interpreters import partial_eval
+from small_decoders import arithmetic_decoder
 
 from experiments import distill, dpo, dpo_pairs, grpo, ppo, reinforce, reward_model, sft
 from experiments.shared_flags import EvaluationFields
 from klrl import dry_run, epochs, evaluation, judging, learner, loop, parallel, rlhf, supervised
 from klrl.errors import UserError
-from klrl.models import DecoderConfig, decoder, policy_model, save_policy, save_scalar, scalar_model
+from klrl.models import decoder, policy_model, save_policy, save_scalar, scalar_model
 from klrl.optimizer import apply_gradients
 from klrl.sampling import Rollout
 from klrl.tasks import arithmetic
@@ -306,16 +307,7 @@ def workplace(tmp_path_factory):
 
 def write_inputs():
   tokenizer = arithmetic.make_tokenizer()
-  config = DecoderConfig(
-    vocab_size=tokenizer.tokenizer.get_vocab_size(),
-    width=8,
-    num_layers=1,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_dim=8,
-    max_len=24,
-  )
+  config = arithmetic_decoder(num_heads=1, mlp_dim=8, max_len=24)
   for seed, names in enumerate((("policy", "reward_model"), ("other", "other_reward_model"))):
     for model, save, name in zip(
       (policy_model(config), scalar_model(config)), (save_policy, save_scalar), names, strict=True

@@ -12,8 +12,9 @@ import sys
 import jax
 import numpy as np
 import pytest
+from small_decoders import arithmetic_decoder
 
-from klrl.models import DecoderConfig, policy_model, save_policy, save_scalar, scalar_model
+from klrl.models import policy_model, save_policy, save_scalar, scalar_model
 from klrl.tasks import arithmetic
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -62,16 +63,7 @@ def inputs(tmp_path_factory):
   """A folder with a policy, a reward model, prompts and rewards; and what has been compiled."""
   folder = tmp_path_factory.mktemp("inputs")
   tokenizer, key = arithmetic.make_tokenizer(), jax.random.key(0)
-  config = DecoderConfig(
-    vocab_size=tokenizer.tokenizer.get_vocab_size(),
-    width=8,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=4,
-    mlp_dim=16,
-    max_len=16,
-  )
+  config = arithmetic_decoder(num_heads=2, mlp_dim=16, max_len=16)
   save_policy(folder / "policy", config, policy_model(config).init(key), tokenizer)
   reward = scalar_model(config).init(key)
   reward["head"] = np.asarray(jax.random.normal(key, reward["head"].shape))

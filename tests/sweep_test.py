@@ -14,13 +14,13 @@ import chex
 import jax
 import numpy as np
 import pytest
+from small_decoders import arithmetic_decoder
 
 from experiments import ppo, rl
 from experiments import sweep as experiment
 from klrl import inputs, loop, metrics, parallel, rlhf, sweep
 from klrl.errors import UserError
 from klrl.models import (
-  DecoderConfig,
   policy_model,
   save_policy,
   save_scalar,
@@ -29,16 +29,7 @@ from klrl.models import (
 from klrl.tasks import arithmetic
 
 ROOT = pathlib.Path(__file__).parents[1]
-DECODER = DecoderConfig(
-  vocab_size=arithmetic.make_tokenizer().tokenizer.get_vocab_size(),
-  width=8,
-  num_layers=1,
-  num_heads=2,
-  num_kv_heads=2,
-  head_dim=4,
-  mlp_dim=16,
-  max_len=16,
-)
+DECODER = arithmetic_decoder(num_heads=2, mlp_dim=16, max_len=16)
 NUM_ITERATIONS = 3
 TINY = {
   "policy": "policy",
