@@ -35,6 +35,18 @@ def _value_and_gradient(estimator, other, sampler, placement="loss"):
     return np.asarray(value), np.asarray(gradient)
 
 
+def _assert_accumulated_in_float32(outputs, narrow):
+  """Checks (value, gradients) of bfloat16 inputs against those of the same numbers in float32."""
+  value, gradients = outputs(narrow)
+  assert value.dtype == jnp.float32
+  truth, true_gradients = outputs([x.astype(jnp.float32) for x in narrow])
+  np.testing.assert_allclose(value, truth, rtol=1e-5)
+  for gradient, true_gradient in zip(gradients, true_gradients, strict=True):
+    assert gradient.dtype == jnp.bfloat16
+    error = jnp.linalg.norm(gradient.astype(jnp.float32) - true_gradient)
+    assert error / jnp.linalg.norm(true_gradient) < 2**-7
+
+
 class EstimatorsTest(chex.TestCase):
   @chex.all_variants
   @parameterized.named_parameters(
@@ -259,13 +271,7 @@ class ExactKLFromHiddenTest(chex.TestCase):
 
     # A hundred equal rows: a sum in bfloat16 would stop growing.
     narrow = [x[:1, :1].repeat(100, 1) if x.ndim == 3 else x for x in self._inputs(jnp.bfloat16)]
-    value, gradients = outputs(narrow)
-    truth, true_gradients = outputs([x.astype(jnp.float32) for x in narrow])
-    np.testing.assert_allclose(value, truth, rtol=1e-5)
-    for gradient, true_gradient in zip(gradients, true_gradients, strict=True):
-      self.assertEqual(gradient.dtype, jnp.bfloat16)
-      error = jnp.linalg.norm(gradient.astype(jnp.float32) - true_gradient)
-      self.assertLess(error / jnp.linalg.norm(true_gradient), 2**-7)
+    _assert_accumulated_in_float32(outputs, narrow)
 
   def test_logits_are_never_held(self):
     rows, vocab_size = 512, 64
@@ -422,14 +428,7 @@ class ExactJSDFromHiddenTest(chex.TestCase):
 
     # A thousand equal rows: a sum in bfloat16 would stop growing.
     narrow = [x[:1, :1].repeat(1000, 1) if x.ndim == 3 else x for x in self._inputs(jnp.bfloat16)]
-    value, gradients = outputs(narrow)
-    self.assertEqual(value.dtype, jnp.float32)
-    truth, true_gradients = outputs([x.astype(jnp.float32) for x in narrow])
-    np.testing.assert_allclose(value, truth, rtol=1e-5)
-    for gradient, true_gradient in zip(gradients, true_gradients, strict=True):
-      self.assertEqual(gradient.dtype, jnp.bfloat16)
-      error = jnp.linalg.norm(gradient.astype(jnp.float32) - true_gradient)
-      self.assertLess(error / jnp.linalg.norm(true_gradient), 2**-7)
+    _assert_accumulated_in_float32(outputs, narrow)
 
   def test_logits_are_never_held(self):
     rows, vocab_size = 2048, 64
