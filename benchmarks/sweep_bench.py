@@ -5,9 +5,10 @@
 1. Sixteen PPO runs on the embedded task as one sweep and as sixteen processes one after another,
    start and compilation included, at several lengths.
 2. A sweep of one member and `experiments.ppo`, whole processes in turn.
-3. An iteration of sixteen members in the sweep's program and of sixteen runs one after another in a
-   process that has compiled their program.
-4. The same for batches of members (--members_per_batch), for decoders of several widths.
+3. An iteration of sixteen members in the sweep's program, on one device and on one for each core,
+   and of sixteen runs one after another in a process that has compiled their program.
+4. The same for batches of members (--members_per_batch) on one device, for decoders of several
+   widths.
 
 JAX's compilation cache is off. Ratios are of medians; behind each figure the least and the most.
 The stages before PPO are trained before anything is timed, unless runs/stages has them.
@@ -107,9 +108,9 @@ class Programs:
     self.models = inputs.load_models(first, **rl.model_directories(first))
     self.task = inputs.load_task(first, self.models)
 
-  def together(self, members_per_batch: int):
+  def together(self, members_per_batch: int, mesh: str = "sweep=1"):
     """Returns iterate(), which does one iteration of all members."""
-    mesh = parallel.sweep_mesh("sweep=1", len(self.members))
+    mesh = parallel.sweep_mesh(mesh, len(self.members))
     setup = rlhf.set_up(self.members[0], mesh, self.models, self.task)
     state, shardings = sweep.init_state(setup, self.members)
     lift = functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch)
@@ -164,13 +165,14 @@ def show(seconds: dict[str, list[float]]) -> None:
   first = next(iter(seconds.values()))
   for name, each in seconds.items():
     ratio = statistics.median(a / b for a, b in zip(first, each, strict=True))
-    print(f"  {name:24} {text_of(each)}  speed x{ratio:.3f}", flush=True)
+    print(f"  {name:26} {text_of(each)}  speed x{ratio:.3f}", flush=True)
 
 
 def warm(config, repetitions: int) -> None:
   print(f"3. an iteration of {NUM_MEMBERS} members, compiled before")
   programs = Programs(config)
   calls = {"one after another": programs.one_after_another(), "one program": programs.together(1)}
+  calls[f"one program on {jax.device_count()} devices"] = programs.together(1, "")
   show(in_turn(calls, repetitions))
 
 
@@ -227,7 +229,8 @@ def main() -> None:
 
   jax.config.update("jax_enable_compilation_cache", False)
   config = experiment.config_class("ppo")(sweep=f"beta={BETAS}", seeds=2)
-  print(f"{jax.devices()[0]}, {os.cpu_count()} processors")
+  parallel.use_every_core()
+  print(f"{jax.device_count()} x {jax.devices()[0].device_kind}")
   with tempfile.TemporaryDirectory() as directory:
     run("ppo", "--num_iterations=1", f"--workdir={directory}/first")  # trains the stages
     if "1" in parts:

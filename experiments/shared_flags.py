@@ -240,8 +240,11 @@ def config_from_flags(config_class):
   return config
 
 
-def run(main, config_class) -> None:
-  """Runs `main(config)` with the config from the command line; the body of every main guard."""
+def run(main, config_class, *, prepare=lambda: None) -> None:
+  """Runs `main(config)` with the config from the command line; the body of every main guard.
+
+  `prepare` is called before anything is computed.
+  """
   define_flags(config_class)
 
   def call(arguments):
@@ -249,6 +252,7 @@ def run(main, config_class) -> None:
       logging.set_verbosity(logging.WARNING)  # Orbax tells of every step of a save.
     try:
       processes.join()
+      prepare()
       console.quiet = not processes.is_writer()
       if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every setting is a --flag=value.")

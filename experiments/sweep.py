@@ -272,4 +272,5 @@ def _chosen_experiment(arguments: list[str]) -> str:
 
 
 if __name__ == "__main__":
-  shared_flags.run(main, config_class(_chosen_experiment(sys.argv)))
+  chosen = config_class(_chosen_experiment(sys.argv))
+  shared_flags.run(main, chosen, prepare=parallel.use_every_core)

@@ -68,15 +68,34 @@ def topology_devices(name: str) -> list:
     ) from error
 
 
+def use_every_core() -> None:
+  """Makes every core of the processor a device, for the members of a sweep to be spread over.
+
+  What names no mesh stays on one of them, so that it computes what it computes elsewhere. To be
+  called before anything is computed. Nothing is done where somebody has said how many devices the
+  processor is (JAX_NUM_CPU_DEVICES, XLA_FLAGS), or where there are several processes.
+  """
+  told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+  if told or jax.config.jax_num_cpu_devices > 0 or jax.distributed.is_initialized():
+    return
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  jax.config.update("jax_num_cpu_devices", cores)
+  if jax.default_backend() == "cpu":  # There may be an accelerator.
+    jax.config.update("jax_default_device", jax.devices()[0])
+
+
 def make_mesh(spec: str, devices: list | None = None) -> Mesh:
   """Returns the mesh that `spec` asks for, e.g. "data=4,fsdp=2"; "" puts all devices on `data`.
 
-  Axes that are not named have size 1. `devices` are those that JAX sees unless they are given.
+  Axes that are not named have size 1. `devices` are those that JAX sees unless they are given; ""
+  is JAX's default device alone where one is set.
 
   Raises:
     UserError: unknown axis, a size that is not a positive integer, or more devices than there are.
   """
-  devices = jax.devices() if devices is None else devices
+  if devices is None:
+    default = None if spec else jax.config.jax_default_device
+    devices = [default] if default is not None else jax.devices()
   sizes: dict[str, int] = {}
   if not spec:
     sizes["data"] = len(devices)

@@ -1,5 +1,10 @@
 """Tests of meshes and of where the arrays of a decoder and its optimizer are put."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +15,7 @@ from klrl.errors import UserError
 from klrl.models import DecoderConfig, policy_model, scalar_model
 from klrl.optimizer import init_optimizer
 
+ROOT = pathlib.Path(__file__).parents[1]
 DECODER = DecoderConfig(
   vocab_size=10,
   width=8,
@@ -158,3 +164,31 @@ def test_a_real_state_can_be_put_there():
 def test_an_axis_named_twice_is_refused():
   with pytest.raises(UserError, match="at most once"):
     parallel.make_mesh("data=2,data=1")
+
+
+@pytest.mark.parametrize(
+  ("environment", "num_devices", "on_data"),
+  [({}, None, 1), ({"JAX_NUM_CPU_DEVICES": "3"}, 3, 3)],
+)
+def test_members_are_put_on_every_core_and_what_is_no_member_on_one(
+  tmp_path, environment, num_devices, on_data
+):
+  num_devices = num_devices or len(os.sched_getaffinity(0))
+  mesh = (
+    "from klrl import parallel; parallel.use_every_core();"
+    "print(parallel.make_mesh('').shape['data'], parallel.sweep_mesh('', 1000).shape['sweep'])"
+  )
+  sweep = ["-m", "experiments.sweep", "--sweep=beta=1", "--mesh=sweep=5000"]
+  inherited = {name: x for name, x in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+  outputs = [
+    subprocess.run(
+      [sys.executable, *arguments],
+      cwd=tmp_path,
+      env=inherited | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment,
+      capture_output=True,
+      text=True,
+    ).stdout
+    for arguments in (["-c", mesh], sweep)
+  ]
+  assert outputs[0].split() == [str(on_data), str(num_devices)]
+  assert f"needs 5000 devices, JAX sees {num_devices}." in outputs[1]

@@ -194,7 +194,8 @@ def _decoder(config):
 
     if config.remat:
       step = jax.checkpoint(step)
-    x, kept = jax.lax.scan(step, ends.embed(tokens), layers)
+    # A few layers are faster side by side, and compile as fast; many would take minutes to compile.
+    x, kept = jax.lax.scan(step, ends.embed(tokens), layers, unroll=config.num_layers <= 8)
     return ends.final_norm(x), kept
 
   def hidden(params, tokens, mask, segment_ids=None):
