@@ -11,14 +11,16 @@
 and `--seeds=K` runs all of it with the seeds from --seed on. Coefficients and seeds are traced, so
 they share one compiled program; a value that makes another program (an estimator, a number of
 epochs) makes a group of its own. Members are put on the mesh's axis `sweep`, and their parameters
-on the others: --mesh=sweep=4,fsdp=2. A device computes its members one after another, or
+on the others: --mesh=sweep=4,fsdp=2. Without one they are put on all devices, and every core of a
+processor without an accelerator is one. A device computes its members one after another, or
 --members_per_batch of them at a time, which is faster where one alone leaves it idle.
 
-A member equals the single run with the same flags. What the sweep leaves in its folder: a folder
-for each member in `members`, like any run's, `frontier.json`, what each reached at which KL to the
-reference, and `report.html`, which beta to take. The folder's name is made of all flags but --sweep
-and --seeds, so that further values run alone and join the others. `python -m experiments.ppo
---flagfile=FOLDER/flags.txt --workdir=FOLDER` makes the report of a member.
+A member is trained as the single run with the same flags; all are judged with the same noise, that
+of --seed. What the sweep leaves in its folder: a folder for each member in `members`, like any
+run's, `frontier.json`, what each reached at which KL to the reference, and `report.html`, which
+beta to take. The folder's name is made of all flags but --sweep and --seeds, so that further values
+run alone and join the others. `python -m experiments.ppo --flagfile=FOLDER/flags.txt
+--workdir=FOLDER` makes the report of a member.
 
 Beside the members the page has what the best of n draws of the untrained policy has, and the best
 policies, by a run of `experiments.best_of_n` in `best_of_n`; --nobest_of_n leaves it out.
@@ -114,10 +116,11 @@ def main(config, *, root: str = "runs") -> pathlib.Path:
     members_per_batch=config.members_per_batch,
     seed=config.seed,
   )
-  if beside:
+  page = processes.on_writer(write_page)(workdir)
+  if beside:  # All there is to see stands already, should it fail.
     best_of_n.main(beside, root=root)
+    page = write_page(workdir, best_of_n=True)
   show_frontier(found)
-  page = processes.on_writer(write_page)(workdir, best_of_n=bool(beside))
   progress.console.print(f"Report: {page}", soft_wrap=True)
   return workdir
 

@@ -142,7 +142,10 @@ def _frontier(settings, before, kl_name, best_of_n, optimum) -> list[Html]:
   lines = {}
   if best_of_n:
     rows = best_of_n["rows"]
-    drawn = {name: [row[name] for row in rows] for name in ("kl", *kinds)}
+    # What is gold to the members need not be to best-of-n.
+    drawn = {
+      name: [row[name] for row in rows] for name in ("kl", *kinds) if rows[0][name] is not None
+    }
     lines = {"best of n": (drawn, BEST_OF_N), "best policies": (best_of_n["frontier"], OPTIMUM)}
   if optimum:
     lines["best policies"] = (optimum, OPTIMUM)
@@ -156,7 +159,8 @@ def _frontier(settings, before, kl_name, best_of_n, optimum) -> list[Html]:
   for name, x_name, root, text in axes:
     svg = sweep_pictures.frontier(
       settings, before, name, x_name,
-      root=root, line=line, lines=[x for x in lines.values() if x_name == kl_name],
+      root=root, line=line,
+      lines=[x for x in lines.values() if x_name == kl_name and x[0].get(name)],
     )  # fmt: skip
     caption = element(
       "figcaption", element("b", _TITLES[name]), " ", element("span", f"against {text}")
@@ -218,7 +222,8 @@ def _range(setting: Setting, name: str | None) -> str:
 def _settings_table(settings, before, kl_name, num_seeds) -> list[Html]:
   kinds = [name for name in ("gold", "score") if before.get(name) is not None]
   columns = ["", *(_TITLES[name] for name in kinds), "KL(π‖ref)", "entropy", ""]
-  rows = [["untrained", *(digits(before[x]) for x in kinds), "0", digits(before["entropy"]), ""]]
+  measured = (before.get(name) for name in (*kinds, kl_name, "entropy"))
+  rows = [["untrained", *(ABSENT if x is None else digits(x) for x in measured), ""]]
   for setting in settings:
     figures = [*kinds, kl_name, "entropy"]
     diverged = f"{len(setting.diverged)} of {len(setting.records + setting.diverged)} diverged"

@@ -1,4 +1,5 @@
-"""The pictures of a sweep's page: the frontier, and curves over training, one colour per setting.
+"""The pictures of a sweep's page: the frontier, and curves over training. The first
+swept field has the colours, so that settings which differ in another only share one.
 
 A setting is what the members that differ in the seed alone have in common.
 """

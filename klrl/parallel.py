@@ -94,8 +94,9 @@ def make_mesh(spec: str, devices: list | None = None) -> Mesh:
     UserError: unknown axis, a size that is not a positive integer, or more devices than there are.
   """
   if devices is None:
-    default = None if spec else jax.config.jax_default_device
-    devices = [default] if default is not None else jax.devices()
+    default = jax.config.jax_default_device  # May be the name of a platform.
+    is_one = not spec and isinstance(default, jax.Device)
+    devices = [default] if is_one else jax.devices()
   sizes: dict[str, int] = {}
   if not spec:
     sizes["data"] = len(devices)
@@ -122,9 +123,16 @@ def make_mesh(spec: str, devices: list | None = None) -> Mesh:
 
 
 def sweep_mesh(spec: str, num_members: int, devices: list | None = None) -> Mesh:
-  """Returns the mesh of `spec`; "" puts members on as many devices as there are members for."""
+  """Returns the mesh of `spec`; "" puts members on the fewest devices that are as fast as all."""
   num_devices = jax.device_count() if devices is None else len(devices)
-  return make_mesh(spec or f"sweep={min(num_members, num_devices)}", devices)
+  per_device = -(-num_members // num_devices)
+  return make_mesh(spec or f"sweep={-(-num_members // per_device)}", devices)
+
+
+def mesh_of_places(spec: str, num_places: int) -> Mesh:
+  """Returns the mesh of a sweep that began with so many places; "" splits them evenly."""
+  sizes = range(min(num_places, jax.device_count()), 0, -1)
+  return make_mesh(spec or f"sweep={next(size for size in sizes if num_places % size == 0)}")
 
 
 def without_sweep(spec: str) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from klrl import learner, loop, metrics, parallel, processes, progress, rlhf
+from klrl.errors import UserError
 from klrl.inputs import Models, Task
 from klrl.summary import read_summary
 from klrl.workdir import create_workdir, write_text
@@ -114,7 +115,7 @@ def run(
       models,
       task,
       experiment=experiment,
-      mesh=parallel.sweep_mesh(mesh, len(group)),
+      mesh=mesh,
       members_per_batch=members_per_batch,
       seed=seed,
     )
@@ -133,7 +134,7 @@ def group_members(workdir: pathlib.Path, members: list[Member]) -> list[list[Mem
   pending = {member.name: member for member in unfinished_of(workdir, members)}
   groups = []
   for path in sorted(workdir.glob("groups/*/members.json")):
-    names = json.loads(path.read_text())
+    names = json.loads(path.read_text())["members"]
     if by_name.keys() >= set(names) and pending.keys() & set(names):
       groups.append([by_name[name] for name in names])
       pending = {name: member for name, member in pending.items() if name not in names}
@@ -154,10 +155,20 @@ def _run_group(
   """Trains `members` together and writes the folder of each that has not finished."""
   config = members[0].config
   announced = rlhf.announce(config)
+  names = [member.name for member in members]
+  hashed = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
+  group_dir = workdir / "groups" / hashed
+  begun = processes.on_writer(_places_of)(group_dir)
+  # The state that is saved has as many places; there may be other devices now.
+  mesh_of = parallel.mesh_of_places if begun else parallel.sweep_mesh
+  mesh = mesh_of(mesh, begun or len(members))
+  num_places = parallel.places(mesh, begun or len(members), members_per_batch=members_per_batch)
+  if begun not in (None, num_places):
+    raise UserError(
+      f"{group_dir} began with {begun} places for members, and these devices have {num_places}. "
+      "Go on with as many devices as it began with; JAX_NUM_CPU_DEVICES is how many a processor is."
+    )
   setup = rlhf.set_up(config, mesh, models, task)
-  names = json.dumps([member.name for member in members])
-  group_dir = workdir / "groups" / hashlib.sha256(names.encode()).hexdigest()[:8]
-  num_places = parallel.places(mesh, len(members), members_per_batch=members_per_batch)
   if num_places > len(members):
     progress.console.print(
       f"{num_places - len(members)} of {num_places} places on the devices stay without a member."
@@ -178,7 +189,7 @@ def _run_group(
   for member in members:
     judge_at(member.config.temperature)
   group_dir.mkdir(parents=True, exist_ok=True)
-  write_text(group_dir / "members.json", names)
+  write_text(group_dir / "members.json", json.dumps({"members": names, "places": num_places}))
   unfinished = processes.on_writer(unfinished_of)(workdir, members)
   for member in unfinished:
     create_workdir(member.folder(workdir), experiment, member.config)
@@ -195,8 +206,7 @@ def _run_group(
     total=config.num_iterations,
     keys=_SHOWN,
   )
-  one = jax.eval_shape(_slice, state.run.params, 0)
-  params_of = jax.jit(_slice, out_shardings=parallel.state_shardings(mesh, one))
+  params_of = make_params_fn(mesh, state.run.params)
   diverged_at = parallel.fetch(state.diverged_at).tolist()
   for i, member in enumerate(members):
     if member not in unfinished:
@@ -246,8 +256,27 @@ def init_state(setup: rlhf.Setup, configs: list) -> tuple[SweepState, SweepState
   return jax.jit(build, out_shardings=shardings)(common, own), shardings
 
 
-def _slice(tree, i):
-  return jax.tree.map(lambda x: x[i], tree)
+def _places_of(group_dir: pathlib.Path) -> int | None:
+  path = group_dir / "members.json"
+  return json.loads(path.read_text())["places"] if path.exists() else None
+
+
+def make_params_fn(mesh: jax.sharding.Mesh, params) -> Callable:
+  """Returns params_of(params of all members, i) -> those of member i, on every device of `sweep`.
+
+  To take a slice would send all members to all devices. The largest number of one, and of minus
+  infinity for all others, is sent as one.
+  """
+
+  def own(x, i):
+    is_own = (jnp.arange(len(x)) == i).reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.where(is_own, x, -jnp.inf).max(axis=0)
+
+  def params_of(params, i):
+    return jax.tree.map(lambda x: own(x, i), params)
+
+  one = jax.eval_shape(params_of, params, 0)
+  return jax.jit(params_of, out_shardings=parallel.state_shardings(mesh, one))
 
 
 def guarded(fn: Callable) -> Callable:
@@ -362,8 +391,10 @@ def _is_pareto(record, records, gain: str) -> bool:
   def place(record):
     return -record[gain], record.get("kl_ref_exact")
 
-  comparable = [x for x in records if not x["diverged_at"] and x.get("kl_ref_exact") is not None]
-  mine, others = place(record), map(place, comparable)
+  comparable = [
+    x for x in records if not x["diverged_at"] and None not in (x[gain], x.get("kl_ref_exact"))
+  ]
   return record in comparable and not any(
-    other != mine and other[0] <= mine[0] and other[1] <= mine[1] for other in others
+    other != place(record) and all(a <= b for a, b in zip(other, place(record), strict=True))
+    for other in map(place, comparable)
   )

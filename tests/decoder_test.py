@@ -98,7 +98,10 @@ def numpy_logits(config, params, tokens):
   return hidden @ (decoder["embed"]["embedding"].T if config.tie_embeddings else p["unembedding"])
 
 
-@pytest.mark.parametrize("config", [TINY, UNTIED_BIASED])
+DEEP = dataclasses.replace(TINY, num_layers=9)
+
+
+@pytest.mark.parametrize("config", [TINY, UNTIED_BIASED, DEEP])
 def test_logits_equal_a_numpy_forward_pass(config):
   policy, params = policy_and_params(config)
   tokens = tokens_like((1, 9))
@@ -175,6 +178,16 @@ def test_remat_leaves_value_and_gradient_alone_and_is_there():
   )
   assert "remat" in str(jax.make_jaxpr(remat)(params))
   assert "remat" not in str(jax.make_jaxpr(plain)(params))
+
+
+def test_many_layers_are_one_program_in_a_loop():
+  def length_of_text(config):
+    policy, params = policy_and_params(config)
+    tokens = tokens_like((2, 6))
+    return len(jax.jit(policy.hidden).lower(params, tokens, tokens >= 0).as_text())
+
+  deeper = dataclasses.replace(DEEP, num_layers=18)
+  assert length_of_text(deeper) < 1.1 * length_of_text(DEEP)
 
 
 def test_bfloat16_computes_close_to_float32():

@@ -58,6 +58,29 @@ def test_a_mesh_has_the_sizes_asked_for(spec, sizes):
   assert dict(mesh.shape) == dict(zip(parallel.AXES, sizes, strict=True))
 
 
+def test_no_mesh_is_the_default_device_where_one_is_set():
+  device = jax.devices()[2]
+  with jax.default_device(device):
+    assert parallel.make_mesh("").devices.ravel().tolist() == [device]
+    assert parallel.make_mesh("data=2").size == 2
+  with jax.default_device("cpu"):
+    assert parallel.make_mesh("").size == 4
+
+
+@pytest.mark.parametrize(
+  ("num_members", "size"), [(1, 1), (3, 3), (4, 4), (5, 3), (6, 3), (8, 4), (9, 3), (100, 4)]
+)
+def test_members_take_no_more_devices_than_make_them_faster(num_members, size):
+  assert parallel.sweep_mesh("", num_members).size == size
+
+
+@pytest.mark.parametrize(("num_places", "size"), [(1, 1), (4, 4), (5, 1), (6, 3), (10, 2)])
+def test_what_has_begun_keeps_its_places(num_places, size):
+  mesh = parallel.mesh_of_places("", num_places)
+  assert mesh.shape["sweep"] == size
+  assert parallel.places(mesh, num_places, members_per_batch=1) == num_places
+
+
 @pytest.mark.parametrize(
   "part",
   ["model=2", "data", "data=", "data=0", "data=-1", "data=two", "data=1.5", "=2", "2", "data=²"],

@@ -5,14 +5,14 @@ import json
 from klrl import sweep
 
 
-def test_pareto_optimal_members_are_marked(tmp_path):
+def test_pareto_optimal_members_are_marked():
   def record(gold, kl, diverged_at=None):
     return {"gold": gold, "kl_ref_exact": kl, "diverged_at": diverged_at}
 
   records = [record(0.5, 1), record(0.6, 1), record(0.6, 2), record(0.7, 3), record(0.9, 0, 4)]
   marks = [sweep._is_pareto(x, records, "gold") for x in records]
   assert marks == [False, True, False, True, False]
-  unmeasured = [record(0.5, None), record(0.6, None)]
+  unmeasured = [record(0.5, None), record(0.6, None), record(None, 1)]
   assert not any(sweep._is_pareto(x, unmeasured, "gold") for x in unmeasured)
 
 

@@ -191,6 +191,20 @@ def test_best_of_n_is_drawn_where_it_belongs(sweep_dir, tmp_path):
   assert "more score is less gold, down to 0.3 at 2 nats" in html
   assert len(third_lines(html)) == len(third_lines(without)) + 2 * 4
 
+  # Gold may be a reward's word on completions, which best-of-n has none for.
+  found["frontier"]["gold"] = None
+  found["rows"] = [row | {"gold": None} for row in found["rows"]]
+  (tmp_path / "best_of_n" / "best_of_n.json").write_text(json.dumps(found))
+  html = write_page(tmp_path, best_of_n=True).read_text()
+  assert len(third_lines(html)) == len(third_lines(without)) + 2 * 2
+
+
+@pytest.mark.parametrize(("kl", "shown"), [(0.0, "0"), (0.75, "0.75")])
+def test_the_untrained_policy_may_be_far_from_the_reference(sweep_dir, kl, shown):
+  html = sweep_dir(SEVERAL, before=BEFORE | {"kl_ref_exact": kl})
+  cells = r">untrained</th>(?:<td>[^<]*</td>){2}<td>([^<]*)</td>"
+  assert re.findall(cells, html)[0] == shown
+
 
 def third_lines(html):
   """Returns the lines in the third colour of all pictures."""

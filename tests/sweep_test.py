@@ -3,15 +3,18 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+from typing import NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_decoders import arithmetic_decoder
@@ -27,6 +30,7 @@ from klrl.models import (
   scalar_model,
 )
 from klrl.tasks import arithmetic
+from klrl.workdir import create_workdir, find_workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 DECODER = arithmetic_decoder(num_heads=2, mlp_dim=16, max_len=16)
@@ -176,6 +180,40 @@ def test_a_diverging_member_stays_as_it_was_and_touches_no_other():
   chex.assert_trees_all_equal(member_of(state.run, 1), member_of(once.run, 1))
 
 
+class Run(NamedTuple):
+  """The fields of a run that a guard looks at."""
+
+  params: dict
+  iteration: jax.Array
+
+
+def test_a_figure_that_is_not_finite_is_divergence_too():
+  def run(iteration, figure):
+    state = sweep.SweepState(Run({"x": jnp.ones(2)}, jnp.int32(iteration)), jnp.int32(0))
+
+    def step(run):
+      found = {"a": (figure, 1), "drawn": jnp.zeros((2, 3), bool)}
+      return Run({"x": 2 * run.params["x"]}, run.iteration + 1), found
+
+    return sweep.guarded(step)(state)[0]
+
+  assert run(4, 0.5).diverged_at == 0 and run(4, 0.5).run.params["x"][0] == 2
+  for figure in (np.nan, np.inf):
+    assert run(4, figure).diverged_at == 5 and run(4, figure).run.params["x"][0] == 1
+
+
+def test_the_parameters_of_a_member_are_sent_alone():
+  mesh = parallel.make_mesh("sweep=2,fsdp=2")
+  kernel = jax.random.normal(jax.random.key(0), (4, 8, 6)).at[2, 0].set(-0.0)
+  params = {"kernel": kernel}
+  placed = parallel.put(params, parallel.state_shardings(mesh, params, members=True))
+  params_of = sweep.make_params_fn(mesh, params)
+  assert "all-gather" not in params_of.lower(placed, 2).compile().as_text()
+  for i in range(4):
+    own = jax.device_get(params_of(placed, i)["kernel"])
+    np.testing.assert_array_equal(own.view(np.int32), np.asarray(kernel[i]).view(np.int32))
+
+
 @pytest.fixture(scope="module")
 def one_by_one():
   """Returns the members of a sweep on one device, one at a time."""
@@ -214,7 +252,7 @@ def test_a_device_holds_its_members_shard_of_their_parameters():
   ("spec", "num_members", "per_batch", "sizes", "num_places"),
   [
     ("", 3, 1, (3, 1), 3),
-    ("", 9, 1, (4, 1), 12),
+    ("", 9, 1, (3, 1), 9),
     ("sweep=2,fsdp=2", 3, 1, (2, 2), 4),
     ("fsdp=2", 3, 1, (1, 2), 3),
     ("sweep=1", 12, 8, (1, 1), 12),
@@ -309,15 +347,18 @@ def test_a_sweep_leaves_what_its_single_runs_leave_and_grows(caplog, capsys):
   assert not list(workdir.glob("groups/*/checkpoints"))
 
 
-def test_an_interrupted_sweep_goes_on_bit_for_bit(monkeypatch):
+def test_an_interrupted_sweep_goes_on_bit_for_bit_on_other_devices(monkeypatch):
   settings = {
+    "mesh": "",
     "reward": "reward.py:sevens",
     "reward_model": "",
     "normalise_scores": True,
     "reference_update": "ema",
     "sweep": "learning_rate=1e-3,1e30,1e-2",
   }
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
   whole = experiment.main(make_config("reinforce", **settings, workdir="whole"))
+  monkeypatch.setattr(jax, "device_count", lambda: 2)
   config = make_config("reinforce", **settings, workdir="parts")
   real, calls = loop._check_finite, []
 
@@ -330,6 +371,7 @@ def test_an_interrupted_sweep_goes_on_bit_for_bit(monkeypatch):
   monkeypatch.setattr(loop, "_check_finite", interrupt_once)
   with pytest.raises(loop.Interrupted, match="after iteration 2 of 3"):
     experiment.main(config)
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
   parts = experiment.main(config)
   assert len(calls) == NUM_ITERATIONS
   names = [member.name for member in experiment.members_of(config)]
@@ -343,7 +385,8 @@ def test_members_that_began_together_go_on_together(tmp_path):
   old = experiment.members_of(make_config(sweep="beta=0.1,0.3"))
   folder = tmp_path / "groups" / "some"
   folder.mkdir(parents=True)
-  (folder / "members.json").write_text(json.dumps([member.name for member in old]))
+  names = [member.name for member in old]
+  (folder / "members.json").write_text(json.dumps({"members": names, "places": 2}))
 
   def groups(grid):
     found = sweep.group_members(tmp_path, experiment.members_of(make_config(sweep=grid)))
@@ -358,6 +401,20 @@ def test_members_that_began_together_go_on_together(tmp_path):
   assert groups("beta=0.2,0.3,0.1") == [[0.1, 0.3], [0.2]]
   (folder / "members.json").unlink()
   assert groups("beta=0.2,0.3,0.1") == [[0.2, 0.3]]
+
+
+def test_what_began_on_devices_that_are_not_there_is_left_alone():
+  config = make_config(sweep="beta=0.15,0.35", members_per_batch=8)
+  names = json.dumps([member.name for member in experiment.members_of(config)])
+  workdir = find_workdir("sweep", config)
+  create_workdir(workdir, "sweep", config)
+  folder = workdir / "groups" / hashlib.sha256(names.encode()).hexdigest()[:8]
+  folder.mkdir(parents=True)
+  begun = json.dumps({"members": json.loads(names), "places": 15})  # Five on each of three.
+  (folder / "members.json").write_text(begun)
+  with pytest.raises(UserError, match=r"began with 15 places .* these devices have 16"):
+    experiment.main(config)
+  assert (folder / "members.json").read_text() == begun
 
 
 def test_values_that_change_the_program_make_groups(tmp_path):
