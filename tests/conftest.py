@@ -1,10 +1,12 @@
-"""Test set-up: four fake CPU devices, and shapes that may only broadcast when asked to."""
+"""Test set-up: four fake CPU devices, fast compilation, and no shapes that broadcast unasked."""
 
 import os
 
-# Before jax is imported: chex's pmap variants are skipped on one device.
+from quick_compilation import QUICK
+
+# Before jax is imported. chex's pmap variants are skipped on one device.
 os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+  f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 {QUICK}"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

@@ -12,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from quick_compilation import QUICK
 from small_decoders import arithmetic_decoder
 
 from klrl.models import policy_model, save_policy, save_scalar, scalar_model
@@ -30,8 +31,6 @@ SWEEP = ["experiments.sweep", "--experiment=reinforce", "--sweep=beta=0.1,0.5,3"
 SWEEP += ["--mesh=sweep=2,fsdp=2"]
 # Two calls of the reward judge the start, so this one is of the second iteration.
 IN_SECOND = "4"
-# Compiles in two thirds of the time; the programs are tiny.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 NOT_THE_RESULT = ("wall_seconds", "tokens_per_second", "device")
 # Process 1, which nobody asks for scores, leaves its number, and the other may send it a signal.
 REWARD = """
