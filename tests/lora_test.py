@@ -229,14 +229,16 @@ def test_fresh_adapters_are_made_without_a_second_base():
 
 
 def test_the_frozen_weights_gradient_costs_nothing():
-  _, trainable, frozen = fresh()
-  loss = lambda frozen, trainable: loss_of(ADAPTED)(models.join(frozen, trainable))  # noqa: E731
+  deep = dataclasses.replace(CONFIG, num_layers=9)
+  params = models.policy_model(deep).init(jax.random.key(0))
+  deep, trainable, frozen = models.add_lora(deep, params, jax.random.key(1), rank=RANK)
+  loss = lambda frozen, trainable: loss_of(deep)(models.join(frozen, trainable))  # noqa: E731
 
   def products(argnums):
     gradient = jax.jit(jax.grad(loss, argnums=argnums))
     return gradient.lower(frozen, trainable).compile().as_text().count(" dot(")
 
-  # Of seven linear maps, each in the one body of the loop over layers.
+  # Of seven linear maps, each in the one body of the loop over many layers.
   assert products((0, 1)) - products(1) == 7
 
 

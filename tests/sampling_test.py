@@ -160,7 +160,7 @@ def test_log_probs_equal_rescoring_across_growing_caches():
   rollout = sample(tiny()[1], PROMPTS, PROMPT_MASK, jax.random.key(1), temperature=0.7)
   tokens = completions(rollout)[..., None]
   expected = np.take_along_axis(rescored(rollout, 0.7), tokens, axis=-1)[..., 0]
-  np.testing.assert_allclose(rollout.old_log_probs, expected, atol=1e-4)
+  np.testing.assert_allclose(rollout.old_log_probs, expected, atol=3e-4)
   np.testing.assert_array_equal(rollout.sampler_log_probs, rollout.old_log_probs)
   np.testing.assert_array_equal(rollout.tokens[:, :3], PROMPTS)
   assert rollout.tokens.dtype == jnp.int32 and rollout.old_log_probs.dtype == jnp.float32

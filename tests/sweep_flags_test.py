@@ -70,7 +70,7 @@ def test_a_changed_flag_of_the_sweep_changes_how_it_is_run(field, tmp_path, monk
   monkeypatch.setattr(experiment, "_dry_run", lambda *args: calls.append("dry run"))
   monkeypatch.setattr(experiment, "show_frontier", lambda found: None)
   monkeypatch.setattr(
-    experiment, "write_page", lambda workdir, *, best_of_n: drawn.append(best_of_n)
+    experiment, "write_page", lambda workdir, *, best_of_n=False: drawn.append(best_of_n)
   )
 
   def call(**settings):
