@@ -1,7 +1,7 @@
-"""The pictures of a sweep's page: the frontier, and curves over training. The first
-swept field has the colours, so that settings which differ in another only share one.
+"""The pictures of a sweep's page: the frontier, and curves over training.
 
-A setting is what the members that differ in the seed alone have in common.
+A setting is what the members that differ in the seed alone have in common. The first swept field
+has the colours; settings that differ in another alone share one.
 """
 
 import re

@@ -23,12 +23,7 @@ from experiments import ppo, rl
 from experiments import sweep as experiment
 from klrl import inputs, loop, metrics, parallel, rlhf, sweep
 from klrl.errors import UserError
-from klrl.models import (
-  policy_model,
-  save_policy,
-  save_scalar,
-  scalar_model,
-)
+from klrl.models import policy_model, save_policy, save_scalar, scalar_model
 from klrl.tasks import arithmetic
 from klrl.workdir import create_workdir, find_workdir
 

@@ -9,10 +9,9 @@ count real tokens only, and no real position attends to padding, so padding chan
 Outputs at padding are finite and mean nothing. Where `segment_ids` are given, a row holds several
 texts: tokens attend within their own segment and positions count from its start.
 
-Layers are stacked on a leading axis. The full forward scans over them, if they are many (with
-remat if asked). The
-one-token step is unrolled over a tuple of layers (`unstack`), with one cache entry per layer, so
-that a loop of steps updates the cache in place and slices no weights.
+Layers are stacked on a leading axis. The full forward scans over them where they are many (with
+remat if asked). The one-token step is unrolled over a tuple of layers (`unstack`), with one cache
+entry per layer, so that a loop of steps updates the cache in place and slices no weights.
 """
 
 import dataclasses
