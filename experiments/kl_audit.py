@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 
 from experiments import kl_audit_page, kl_figures, laboratory, shared_flags
 from experiments.kl_peers import PEERS
@@ -237,7 +238,7 @@ def show(audit: dict[str, Any]) -> None:
         for target in ("sequence", "token")
       ]
       claims = row.get("claims", [])
-      agrees = "agrees" if all(claim["agrees"] for claim in claims) else "[bold red]DIFFERS[/]"
+      agrees = "agrees" if all(claim["agrees"] for claim in claims) else Text("DIFFERS", "bold red")
       table.add_row(row["name"], row["verdict"], *errors, *([agrees] if claims else []))
     progress.console.print(table)
     progress.console.print()

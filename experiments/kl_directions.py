@@ -191,7 +191,7 @@ def run_ppo(config: Config, root: str, name: str, changes: dict) -> dict:
     settings["beta"] = config.beta
   if settings.get("trust_region") in DIRECTIONS:
     settings["trust_region_beta"] = config.trust_region_beta
-  progress.console.print(f"[bold]{name}[/]", soft_wrap=True)
+  progress.console.print(name, style="bold", soft_wrap=True)
   workdir = ppo.main(ppo.Config(**settings), root=root)
   lines, summary = read_lines(workdir / "metrics.jsonl"), read_summary(workdir)
   keys = ("score/mean", "gold/mean", "kl/ref_exact", "kl/ref_exact_stderr", "kl/old_k3")

@@ -61,10 +61,10 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
 
 def show(results: dict) -> None:
   """Prints the verdict, the claims and the decoders' figures."""
-  progress.console.print(verdict(results), markup=False, soft_wrap=True)
+  progress.console.print(verdict(results), soft_wrap=True)
   for claim, judgement, reason in CLAIMS:
     text = f"- {claim} {judgement} {reason(results)}"
-    progress.console.print(text, markup=False, soft_wrap=True)
+    progress.console.print(text, soft_wrap=True)
   table = Table(*FIT_COLUMNS[:-2], box=None)  # what fits into 80 columns
   for fit in results["fits"]:
     table.add_row(*fit_cells(fit)[:-2])

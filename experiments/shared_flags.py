@@ -19,7 +19,7 @@ from klrl import processes
 from klrl.errors import UserError
 from klrl.loop import Interrupted
 from klrl.optimizer import SCHEDULES
-from klrl.progress import console
+from klrl.progress import console, fail
 from klrl.workdir import is_read
 
 
@@ -258,11 +258,11 @@ def run(main, config_class, *, prepare=lambda: None) -> None:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every setting is a --flag=value.")
       main(config_from_flags(config_class))
     except UserError as error:
-      console.print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True)
+      fail(str(error))
       processes.leave(str(error))
       sys.exit(1)
     except Interrupted as stop:
-      console.print(_escape(str(stop)), soft_wrap=True)
+      console.print(str(stop), soft_wrap=True)
       sys.exit(130)
     except KeyboardInterrupt:  # Outside the loop, or a second Ctrl-C inside it.
       console.print("Interrupted. The same command goes on from what was saved.")
@@ -270,7 +270,3 @@ def run(main, config_class, *, prepare=lambda: None) -> None:
       os._exit(130)  # An orderly exit crashes where XLA is compiling.
 
   app.run(call)
-
-
-def _escape(text: str) -> str:
-  return text.replace("[", r"\[")

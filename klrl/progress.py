@@ -1,12 +1,42 @@
 """What a person sees while a run works: a bar on a terminal, a line now and then in a log."""
 
+import re
 import time
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-console = Console(highlight=False)
+
+class _Console(Console):
+  """Shows every string as it is: no brackets or colons are markup, and a terminal obeys nothing."""
+
+  def render_str(self, text, **settings):
+    return super().render_str(visible(text), **settings)
+
+
+console = _Console(highlight=False, markup=False, emoji=False)
+
+
+def visible(text: str) -> str:
+  r"""Returns `text` with control characters and halves of characters written out, as in \x1b."""
+  control = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+  return re.sub(control, lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def warn(message: str) -> None:
+  """Says what a person should know of a run that goes on."""
+  _say("Warning:", "bold yellow", message)
+
+
+def fail(message: str) -> None:
+  """Says why a run ends."""
+  _say("Error:", "bold red", message)
+
+
+def _say(label: str, style: str, message: str) -> None:
+  console.print(Text.assemble((label, style), f" {visible(message)}"), soft_wrap=True)
 
 
 def watch(
@@ -46,12 +76,10 @@ def watch(
       text = line(figures)
       if done == start + 1 or done % every == 0 or done == total:
         left = (total - done) * (time.monotonic() - began) / (done - start)
-        console.print(
-          f"{title} {done}/{total}  {text}  {left:.0f} s left", markup=False, soft_wrap=True
-        )
+        console.print(f"{title} {done}/{total}  {text}  {left:.0f} s left", soft_wrap=True)
     return state
   with Progress(
-    TextColumn("{task.description}"),
+    TextColumn("{task.description}", markup=False),
     BarColumn(bar_width=20),
     MofNCompleteColumn(),
     TimeRemainingColumn(compact=True),

@@ -131,9 +131,9 @@ def announce(config) -> dict[str, Any]:
     description = (
       f"KL penalty: token {name[config.divergence]}, exact, at the prefixes that the policy writes."
     )
-  progress.console.print(description, markup=False, soft_wrap=True)
+  progress.console.print(description, soft_wrap=True)
   for warning in warnings:
-    progress.console.print(f"[bold yellow]Warning:[/] {warning}", soft_wrap=True)
+    progress.warn(warning)
   return {"kl_penalty": description} | ({"warnings": warnings} if warnings else {})
 
 

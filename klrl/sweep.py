@@ -107,7 +107,7 @@ def run(
   for i, group in enumerate(groups):
     structure = ", ".join(f"{name}={value}" for name, value in group[0].structure().items())
     if structure:
-      progress.console.print(f"Program {i + 1} of {len(groups)}: {structure}", markup=False)
+      progress.console.print(f"Program {i + 1} of {len(groups)}: {structure}")
     models, task = load(group[0].config)
     _run_group(
       workdir,
@@ -218,9 +218,8 @@ def _run_group(
       "num_members": len(members),  # whose time `wall_seconds` is
     }
     if diverged_at[i]:
-      progress.console.print(
-        f"[bold yellow]Warning:[/] {member.name} was not finite at iteration {diverged_at[i]}; "
-        "it stays as it was before."
+      progress.warn(
+        f"{member.name} was not finite at iteration {diverged_at[i]}; it stays as it was before."
       )
     processes.on_writer(shutil.copy)(group_dir / "timing.jsonl", member.folder(workdir))
     after = judge(params, when="after")
