@@ -16,7 +16,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from klrl import processes
-from klrl.errors import UserError
+from klrl.errors import UserError, troubles_told
 from klrl.loop import Interrupted
 from klrl.optimizer import SCHEDULES
 from klrl.progress import console, fail
@@ -256,7 +256,8 @@ def run(main, config_class, *, prepare=lambda: None) -> None:
       console.quiet = not processes.is_writer()
       if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every setting is a --flag=value.")
-      main(config_from_flags(config_class))
+      with troubles_told():
+        main(config_from_flags(config_class))
     except UserError as error:
       fail(str(error))
       processes.leave(str(error))

@@ -1,4 +1,8 @@
-"""The one exception for what a person can mend."""
+"""The one exception for what a person can mend, and the machine's troubles made into it."""
+
+import contextlib
+import errno
+import re
 
 
 class UserError(ValueError):
@@ -7,3 +11,57 @@ class UserError(ValueError):
   Experiments print the message without a traceback and exit with status 1. Every other exception
   is a defect of ours and keeps its traceback.
   """
+
+
+# What a disk may refuse, in the words that Orbax and TensorStore repeat.
+_DISK = {
+  errno.ENOSPC: "No space left on device",
+  errno.EDQUOT: "Disk quota exceeded",
+  errno.EROFS: "Read-only file system",
+  errno.EACCES: "Permission denied",
+  errno.EPERM: "Operation not permitted",
+  errno.EIO: "Input/output error",
+  errno.ESTALE: "Stale file handle",
+}
+
+
+@contextlib.contextmanager
+def troubles_told():
+  """Raises UserError in place of what a disk or a device's memory refuses."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:  # JAX, Orbax and TensorStore have no class for it.
+    message = _disk_message(error) or _memory_message(error)
+    if message is None:
+      raise
+    raise UserError(message) from error
+
+
+def _disk_message(error: BaseException | None) -> str | None:
+  while error is not None:
+    code = error.errno if isinstance(error, OSError) else None
+    found = [words for number, words in _DISK.items() if number == code or words in str(error)]
+    if found:
+      place = re.search(r"/[^\s'\":]+", str(error))  # TensorStore names the file in its text.
+      where = getattr(error, "filename", None) or (place and place[0])
+      at = f" at {where}" if where else ""
+      return (
+        f"{found[0]}{at}. Make room, for files as for bytes, or choose another --workdir. What was "
+        "saved before is whole, and the same command goes on from it."
+      )
+    error = error.__cause__ or error.__context__
+  return None
+
+
+def _memory_message(error: BaseException) -> str | None:
+  text = str(error)
+  if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
+    return None
+  said = text.strip().splitlines()[0][:200].rstrip(".") if text.strip() else "out of memory"
+  return (
+    f"The memory does not hold this: {said}. --accumulation=K and --remat take less with the same "
+    "result, as does --mesh=fsdp=N over more devices; a smaller --batch_size or completion, "
+    "--dtype=bfloat16 and --lora_rank take less with another. --dry_run says what a run needs."
+  )

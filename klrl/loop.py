@@ -5,17 +5,20 @@ whoever iterates decides what to print.
 """
 
 import contextlib
+import functools
 import pathlib
 import signal
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
-from klrl import metrics, parallel, processes
+from klrl import checkpoint, metrics, parallel, processes, progress
 from klrl.checkpoint import Checkpoints
-from klrl.errors import UserError
+from klrl.errors import UserError, troubles_told
 
 _PROFILED_ITERATIONS = 3
 
@@ -25,12 +28,61 @@ class Interrupted(Exception):
 
 
 def restore_or_init(workdir: pathlib.Path, state, *, keep: int):
-  """Returns (iterations done, state): the newest checkpoint of `workdir`, or 0 and `state`."""
-  with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=keep)) as checkpoints:
-    done = processes.on_writer(checkpoints.latest)()
-    return (0, state) if done is None else (done, checkpoints.restore(state))
+  """Returns (iterations done, state): the newest whole checkpoint of `workdir`, or 0 and `state`.
+
+  A damaged one is named and set aside, and the one before is taken.
+
+  Raises:
+    UserError: all are damaged, of the `keep` that the run keeps; or one is of another model.
+  """
+  directory = workdir / "checkpoints"
+  damages = {}
+  for done in processes.on_writer(checkpoint.saved_iterations)(directory):
+    try:
+      restored = checkpoint.restore(directory, done, state)
+    except checkpoint.Damaged as damage:
+      damages[done] = f"The checkpoint after iteration {done} in {directory} is damaged: {damage}."
+    else:
+      for number, text in damages.items():
+        progress.warn(f"{text} It is now {checkpoint.set_aside(directory, number).name}.")
+      if damages:
+        progress.warn(f"The run goes on from the checkpoint before, after iteration {done}.")
+      return done, restored
+  if damages:
+    raise UserError(
+      f"{' '.join(damages.values())} No other is left (--keep={keep}). Put one back from a copy, "
+      f"or move {directory} away to begin anew."
+    )
+  return 0, state
 
 
+_running: weakref.WeakSet[Iterator] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+  for iterations in list(_running):
+    if not iterations.gi_running:
+      iterations.close()
+
+
+# What is saved in the background needs thread pools, and the interpreter ends them before it calls
+# what `atexit` knows: the save of whoever leaves a run half way through would be lost.
+threading._register_atexit(_close_all)
+
+
+def _closed_at_exit(generator_fn):
+  """Returns `generator_fn`, whose generators are closed before the program ends."""
+
+  @functools.wraps(generator_fn)
+  def begin(*arguments, **named):
+    iterations = generator_fn(*arguments, **named)
+    _running.add(iterations)
+    return iterations
+
+  return begin
+
+
+@_closed_at_exit
 def run(
   step: Callable[[Any, int], tuple[Any, dict]],
   state,
@@ -61,13 +113,17 @@ def run(
 
   Raises:
     Interrupted: after SIGINT or SIGTERM, between two iterations, with the state saved.
-    UserError: a figure is NaN or infinite; it is named, and the last checkpoint stays.
+    UserError: a figure is NaN or infinite; it is named, and the last checkpoint stays. Or the step
+      failed, and what was done before is saved; or the disk or the memory is full.
   """
-  for name in ("metrics.jsonl", "timing.jsonl"):
-    metrics.truncate(workdir / name, start)
-  past = processes.on_writer(metrics.read_lines)(workdir / "timing.jsonl")
-  elapsed = past[-1]["elapsed_seconds"] if past else 0.0
   with contextlib.ExitStack() as stack:
+    stack.enter_context(troubles_told())
+    if not start and processes.on_writer(metrics.read_lines)(workdir / "metrics.jsonl"):
+      progress.warn(f"{workdir} has figures of iterations, but no checkpoint: the run begins anew.")
+    for name in ("metrics.jsonl", "timing.jsonl"):
+      metrics.truncate(workdir / name, start)
+    past = processes.on_writer(metrics.read_lines)(workdir / "timing.jsonl")
+    elapsed = past[-1].get("elapsed_seconds", 0.0) if past else 0.0
     checkpoints = stack.enter_context(
       contextlib.closing(Checkpoints(workdir / "checkpoints", keep=keep))
     )
@@ -84,8 +140,13 @@ def run(
       began = time.monotonic()
       try:
         state, pairs = step(state, iteration)
-      except UserError as error:
-        raise UserError(f"Iteration {iteration + 1}: {error}") from error
+      except Exception as error:
+        # What fails in one process alone would leave it waiting for the others.
+        is_common = isinstance(error, UserError) or processes.is_alone()
+        saved = _save_if_whole(iteration, state, checkpoints) if is_common else ""
+        if isinstance(error, UserError):
+          raise UserError(f"Iteration {iteration + 1}: {error}{saved}") from error
+        raise
       figures = metrics.finalise(parallel.fetch(pairs))
       seconds = time.monotonic() - began
       elapsed += seconds
@@ -111,7 +172,12 @@ def run(
       stop = processes.anywhere(bool(asked_to_stop))
       if stop or done == num_iterations or done % save_every == 0:
         checkpoints.save(done, state)
-      yield done, state, figures
+      try:
+        yield done, state, figures
+      except GeneratorExit:  # Whoever iterates failed, or has seen enough.
+        if processes.is_alone():
+          _save_if_whole(done, state, checkpoints)
+        raise
       if stop:
         raise Interrupted(
           f"Stopped after iteration {done} of {num_iterations}, saved in {workdir}. "
@@ -119,6 +185,15 @@ def run(
         )
     if processes.anywhere(bool(asked_to_stop)):  # After the last look, with everything saved.
       raise Interrupted(f"Stopped after the last iteration, saved in {workdir}.")
+
+
+def _save_if_whole(iteration: int, state, checkpoints: Checkpoints) -> str:
+  """Saves the state after `iteration` if it is not used up; returns what there is to go on from."""
+  deleted = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+  if iteration and not processes.anywhere(deleted):
+    checkpoints.save(iteration, state)
+  saved = checkpoints.latest()
+  return f" The state after iteration {saved} is saved; the same command goes on." if saved else ""
 
 
 def _check_finite(figures, iteration: int, saved: int | None, workdir: pathlib.Path) -> None:

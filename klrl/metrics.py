@@ -7,10 +7,18 @@ Keys are `group/name`.
 
 import json
 import math
+import os
 import pathlib
 
-from klrl import processes
+from klrl import processes, progress, schema
 from klrl.errors import UserError
+
+# What is read of a line again.
+_RECORD = {
+  "iteration": schema.integer(0),
+  "elapsed_seconds": schema.number(0),
+  "tokens_per_second": schema.optional(schema.number(0)),
+}
 
 
 def finalise(pairs) -> dict[str, float | None]:
@@ -38,23 +46,61 @@ def append_line(path: pathlib.Path, record: dict) -> None:
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
-  """Returns the JSON objects of a file of lines; [] where there is no file."""
-  if not path.exists():
-    return []
-  return [json.loads(line) for line in path.read_text().splitlines() if line]
+  """Returns the records of a file of lines, without those that are broken; [] without a file."""
+  return [record for _, record in _lines(path) if record is not None]
 
 
 def truncate(path: pathlib.Path, num_iterations: int) -> None:
-  """Keeps the records of the first `num_iterations` iterations, as a resumed run needs it."""
-  if path.exists() and processes.is_writer():
-    kept = [
-      line
-      for line in path.read_text().splitlines(keepends=True)
-      if line.endswith("\n") and json.loads(line)["iteration"] < num_iterations
-    ]
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+  """Keeps one record of each of the first `num_iterations` iterations, as a resumed run needs it.
+
+  Says what it finds broken, twice or missing: a crash leaves a last line cut, damage more.
+
+  Raises:
+    UserError: `path` is no file that can be read.
+  """
+  if not processes.is_writer():
+    return
+  lines = _lines(path)
+  # The last one of a file may have been cut off while it was written.
+  num_broken = sum(record is None for _, record in lines[:-1])
+  before = [pair for pair in lines if pair[1] and pair[1]["iteration"] < num_iterations]
+  kept = {record["iteration"]: line for line, record in before}
+  found = {
+    "broken": num_broken,
+    "there twice": len(before) - len(kept),
+    "missing": num_iterations - len(kept),
+  }
+  if any(found.values()):
+    listed = ", ".join(f"{number} {what}" for what, number in found.items() if number)
+    progress.warn(
+      f"{path} should have one record of each of the {num_iterations} iterations before: {listed}. "
+      "What can be mended is mended; the run itself is not touched by it."
+    )
+  if not os.path.lexists(path):
+    return
+  temporary = path.with_suffix(".partial")
+  temporary.write_bytes(b"".join(kept[i] for i in sorted(kept)))
+  temporary.replace(path)
+
+
+def _lines(path: pathlib.Path) -> list[tuple[bytes, dict | None]]:
+  """Returns each line with its newline and its record, None where it holds none."""
+  try:
+    content = path.read_bytes()
+  except FileNotFoundError:
+    return []
+  except OSError as error:
+    raise UserError(f"{path} cannot be read: {error.strerror}. Move it away.") from error
+  return [(line, _record(line)) for line in content.splitlines(keepends=True) if line.strip()]
+
+
+def _record(line: bytes) -> dict | None:
+  try:
+    if line.endswith(b"\n"):
+      return schema.check(schema.parse(line, ""), _RECORD, "", required=("iteration",))
+  except UserError:
+    pass
+  return None
 
 
 class TensorBoard:

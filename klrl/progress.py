@@ -1,8 +1,10 @@
 """What a person sees while a run works: a bar on a terminal, a line now and then in a log."""
 
+import contextlib
 import re
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,6 +16,12 @@ class _Console(Console):
 
   def render_str(self, text, **settings):
     return super().render_str(visible(text), **settings)
+
+  def on_broken_pipe(self):
+    """Ends the program; whoever read what it prints, such as `head`, has gone."""
+    message = "Nobody reads what is printed any more, so this ends. The same command goes on."
+    print(message, file=sys.stderr)
+    super().on_broken_pipe()
 
 
 console = _Console(highlight=False, markup=False, emoji=False)
@@ -32,7 +40,10 @@ def warn(message: str) -> None:
 
 def fail(message: str) -> None:
   """Says why a run ends."""
-  _say("Error:", "bold red", message)
+  try:
+    _say("Error:", "bold red", message)
+  except OSError:  # What is printed goes to a full disk.
+    print(f"Error: {visible(message)}", file=sys.stderr)
 
 
 def _say(label: str, style: str, message: str) -> None:
@@ -40,7 +51,7 @@ def _say(label: str, style: str, message: str) -> None:
 
 
 def watch(
-  iterations: Iterable,
+  iterations: Generator,
   state,
   *,
   title: str,
@@ -50,8 +61,10 @@ def watch(
 ):
   """Runs `iterations` to their end, shows the figures named in `keys`, returns the last state.
 
+  They are closed, and so what they write is whole, where nothing can be shown any more.
+
   Args:
-    iterations: what `loop.run` yields.
+    iterations: what `loop.run` returns.
     state: what to return where nothing is left to do.
     title: what is running.
     start: iterations done before.
@@ -72,20 +85,24 @@ def watch(
 
   if not console.is_terminal:
     every = max(1, total // 10)
-    for done, state, figures in iterations:  # noqa: B007
-      text = line(figures)
-      if done == start + 1 or done % every == 0 or done == total:
-        left = (total - done) * (time.monotonic() - began) / (done - start)
-        console.print(f"{title} {done}/{total}  {text}  {left:.0f} s left", soft_wrap=True)
+    with contextlib.closing(iterations):
+      for done, state, figures in iterations:  # noqa: B007
+        text = line(figures)
+        if done == start + 1 or done % every == 0 or done == total:
+          left = (total - done) * (time.monotonic() - began) / (done - start)
+          console.print(f"{title} {done}/{total}  {text}  {left:.0f} s left", soft_wrap=True)
     return state
-  with Progress(
-    TextColumn("{task.description}", markup=False),
-    BarColumn(bar_width=20),
-    MofNCompleteColumn(),
-    TimeRemainingColumn(compact=True),
-    TextColumn("{task.fields[figures]}", markup=False),
-    console=console,
-  ) as bar:
+  with (
+    contextlib.closing(iterations),
+    Progress(
+      TextColumn("{task.description}", markup=False),
+      BarColumn(bar_width=20),
+      MofNCompleteColumn(),
+      TimeRemainingColumn(compact=True),
+      TextColumn("{task.fields[figures]}", markup=False),
+      console=console,
+    ) as bar,
+  ):
     task = bar.add_task(title, total=total, completed=start, figures="compiling ...")
     for done, state, figures in iterations:  # noqa: B007
       bar.update(task, completed=done, figures=line(figures))

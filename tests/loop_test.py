@@ -1,5 +1,6 @@
 """Tests of the loop: what is written, what is saved, how it stops."""
 
+import gc
 import json
 import os
 import shutil
@@ -8,9 +9,10 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from klrl import loop
+from klrl import checkpoint, loop
 from klrl.errors import UserError
 
 
@@ -65,10 +67,10 @@ def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
 
   def killed(state, iteration):
     if iteration == 5:
-      raise RuntimeError("killed")
+      raise SystemExit("killed")  # No exception that a step may fail with.
     return counting_step(state, iteration)
 
-  with pytest.raises(RuntimeError, match="killed"):
+  with pytest.raises(SystemExit, match="killed"):
     run(tmp_path / "parts", step=killed)  # Iteration 4 is written, but the checkpoint holds 4 done.
   with (tmp_path / "parts/metrics.jsonl").open("a") as file:
     file.write('{"iteration": 5, "sco')  # A line that was cut off.
@@ -139,14 +141,187 @@ def test_checkpoint_of_another_model_is_one_clear_error(tmp_path, other, differe
   assert [done for done, _, _ in run(tmp_path)] == []
 
 
-def test_damaged_checkpoint_names_the_folder_to_delete_and_the_one_before_it_is_kept(tmp_path):
+@pytest.fixture
+def orbax_may_grumble():
+  """Lets Orbax leave reads behind that it began before it found one that fails."""
+  yield
+  gc.collect()
+
+
+of_damage = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+DAMAGES = {
+  "cut": lambda folder: os.truncate(folder / "default/_METADATA", 100),
+  "removed": lambda folder: (folder / "default/manifest.ocdbt").unlink(),
+  "garbage": lambda folder: (folder / "default/manifest.ocdbt").write_bytes(b"garbage"),
+  "no record": lambda folder: (folder / "_CHECKPOINT_METADATA").write_text("[" * 10**5),
+  "emptied": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+  "a copy": lambda folder: [shutil.rmtree(folder), shutil.copytree(folder.parent / "4", folder)],
+}
+
+
+@of_damage
+@pytest.mark.usefixtures("orbax_may_grumble")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path, damage, capsys):
+  run(tmp_path / "whole")
+  run(tmp_path / "run")
+  DAMAGES[damage](tmp_path / "run/checkpoints/6")
+  assert [done for done, _, _ in run(tmp_path / "run")] == [5, 6]
+  said = " ".join(capsys.readouterr().out.split())
+  assert "The checkpoint after iteration 6" in said and "damaged" in said
+  assert "goes on from the checkpoint before, after iteration 4" in said
+  assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {
+    *("4", "6", "6.damaged")
+  }
+  whole, mended = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "run"))
+  assert whole == mended
+
+
+@of_damage
+@pytest.mark.usefixtures("orbax_may_grumble")
+def test_one_changed_bit_of_any_array_is_noticed(tmp_path):
+  # TensorStore compresses larger arrays, and notices some changes of theirs itself.
+  state = {"key": jax.random.key(3), "x": jnp.float32(1.5), "many": jnp.arange(4096.0)}
+
+  def unchanged(state, iteration):
+    return jax.tree.map(lambda x: x, state), {"score/mean": (1.0, 1.0)}
+
+  settings = {"start": 0, "num_iterations": 2, "save_every": 1, "keep": 2}
+  for _ in loop.run(unchanged, state, workdir=tmp_path / "run", **settings):
+    pass
+  data = sorted((tmp_path / "run/checkpoints/2").rglob("d/*"), key=lambda x: x.stat().st_size)[-1]
+  size = data.stat().st_size
+  named = set()
+  for at in range(0, size, max(1, size // 24)):
+    shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    path = tmp_path / "copy" / data.relative_to(tmp_path / "run")
+    changed = bytearray(path.read_bytes())
+    changed[at] ^= 1
+    path.write_bytes(changed)
+    done, restored = loop.restore_or_init(tmp_path / "copy", state, keep=2)
+    named.add(done)
+    for name, leaf in restored.items():
+      expected, found = (
+        jax.random.key_data(x) if name == "key" else x for x in (state[name], leaf)
+      )
+      np.testing.assert_array_equal(found, expected)
+  assert named == {1, 2}  # Some bytes are of what nobody reads.
+
+
+def test_a_digest_sees_every_bit_and_place_and_no_device():
+  x = jax.random.normal(jax.random.key(0), (6, 5))
+  state = {
+    "x": x,
+    "swapped": x[::-1],
+    "half": x.astype(jnp.bfloat16),
+    "bool": x > 0,
+    "key": jax.random.key(0),
+    "other_key": jax.random.key(1),
+    "int8": jnp.int8(-1),
+    "zeros": jnp.zeros(3),
+    "more_zeros": jnp.zeros(3).at[1].set(-0.0),
+  }
+  found = checkpoint.digests(state)
+  assert len(set(found.values())) == len(found)
+  assert found == checkpoint.digests(jax.tree.map(jnp.copy, state))
+  flipped = np.tile(np.asarray(x), (32, 1, 1))
+  flipped.view(np.uint32)[:, 2, 3] ^= np.uint32(1) << np.arange(32, dtype=np.uint32)
+  one_bit = {str(bit): jnp.asarray(array) for bit, array in enumerate(flipped)}
+  assert len({*checkpoint.digests(one_bit).values(), found["x"]}) == 33
+  # A part knows its place, and a device computes what the host does.
+  parts = [(x[:2], 0), (x[2:], 10)]
+  sums = sum(checkpoint._sums(np.asarray(part), np.uint32(at), (6, 5)) for part, at in parts)
+  assert "".join(f"{word:08x}" for word in sums) == found["x"]
+  for part, at in parts:
+    np.testing.assert_array_equal(
+      checkpoint._sums_on_device(part, np.uint32(at), (6, 5)),
+      checkpoint._sums(np.asarray(part), np.uint32(at), (6, 5)),
+    )
+
+
+@of_damage
+@pytest.mark.usefixtures("orbax_may_grumble")
+def test_where_no_checkpoint_is_whole_all_are_named_and_left(tmp_path):
   run(tmp_path)
-  metadata = tmp_path / "checkpoints/6/default/_METADATA"
-  metadata.write_bytes(metadata.read_bytes()[:100])
-  with pytest.raises(UserError, match=r"is damaged.*Delete its folder 6"):
-    loop.restore_or_init(tmp_path, fresh_state(), keep=2)
-  shutil.rmtree(tmp_path / "checkpoints/6")
-  assert [done for done, _, _ in run(tmp_path)] == [5, 6]
+  for path in (tmp_path / "checkpoints").iterdir():
+    (path / "default/_METADATA").write_bytes(b"{")
+  message = r"after iteration 6 .* is damaged.*after iteration 4 .* is damaged.*No other is left"
+  with pytest.raises(UserError, match=message):
+    run(tmp_path)
+  assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "6"}
+
+
+def test_what_was_done_before_an_iteration_that_fails_is_saved(tmp_path):
+  def failing(state, iteration):
+    if iteration == 3:
+      raise UserError("The server is gone.")
+    return counting_step(state, iteration)
+
+  run(tmp_path / "whole")
+  with pytest.raises(
+    UserError, match=r"Iteration 4: The server is gone\. The state after iterat.* 3"
+  ):
+    run(tmp_path / "run", step=failing, save_every=50)
+  assert [done for done, _, _ in run(tmp_path / "run")] == [4, 5, 6]
+  whole, mended = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "run"))
+  assert whole == mended
+
+
+def test_a_state_that_was_used_up_is_not_saved(tmp_path):
+  def failing(state, iteration):
+    if iteration == 3:
+      state["x"].delete()
+      raise UserError("Too late.")
+    return counting_step(state, iteration)
+
+  with pytest.raises(UserError, match=r"Too late\. The state after iteration 2 is saved"):
+    run(tmp_path, step=failing)
+
+
+def test_whoever_iterates_may_fail_and_nothing_is_lost(tmp_path):
+  iterations = loop.run(
+    counting_step,
+    fresh_state(),
+    start=0,
+    num_iterations=6,
+    workdir=tmp_path,
+    save_every=2,
+    keep=2,
+  )
+  with pytest.raises(RuntimeError, match="whoever"):
+    for done, _, _ in iterations:
+      if done == 3:
+        raise RuntimeError("whoever iterates failed")
+  loop._close_all()  # As the interpreter does where it ends.
+  assert loop.restore_or_init(tmp_path, fresh_state(), keep=2)[0] == 3
+
+
+def test_figures_without_a_checkpoint_are_told_and_begun_anew(tmp_path, capsys):
+  run(tmp_path)
+  before = (tmp_path / "metrics.jsonl").read_bytes()
+  shutil.rmtree(tmp_path / "checkpoints")
+  assert len(run(tmp_path)) == 6
+  assert "no checkpoint: the run begins anew" in " ".join(capsys.readouterr().out.split())
+  assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+  ("error", "message"),
+  [
+    (OSError(28, "No space left on device", "runs/x"), "No space left on device at runs/x. Make"),
+    (ValueError("INTERNAL: [OS error 30: Read-only file system]"), "Read-only file system"),
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."), "--accumulation"),
+    (MemoryError(), "The memory does not hold this: out of memory"),
+  ],
+)
+def test_what_the_machine_refuses_is_one_message(tmp_path, error, message):
+  def failing(state, iteration):
+    raise error
+
+  with pytest.raises(UserError, match=message):
+    run(tmp_path, step=failing)
 
 
 def test_a_signal_between_two_iterations_is_saved_before_it_is_obeyed(tmp_path):

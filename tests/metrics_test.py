@@ -69,6 +69,32 @@ def test_truncate_keeps_the_iterations_before_the_checkpoint(tmp_path):
   assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_what_is_twice_missing_or_broken_is_told_and_mended(tmp_path, capsys):
+  path = tmp_path / "metrics.jsonl"
+  lines = [f'{{"iteration": {i}}}\n' for i in (0, 1, 1, 3, 2)]
+  path.write_text("".join([*lines, "garbage\n", '{"a": 1}\n', "[" * 10**4 + "\n", '{"iter']))
+  metrics.truncate(path, 5)
+  assert metrics.read_lines(path) == [{"iteration": i} for i in range(4)]
+  said = " ".join(capsys.readouterr().out.split())
+  assert "5 iterations before: 3 broken, 1 there twice, 1 missing" in said
+
+
+@pytest.mark.parametrize("content", [b"\0" * 40 + b"\n", b"\xff\n", b'{"iteration": 1e400}\n'])
+def test_damaged_lines_end_in_no_traceback(tmp_path, content):
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b'{"iteration": 0}\n' + content)
+  metrics.truncate(path, 2)
+  assert metrics.read_lines(path) == [{"iteration": 0}]
+
+
+def test_what_is_no_file_is_named(tmp_path):
+  (tmp_path / "metrics.jsonl").mkdir()
+  (tmp_path / "timing.jsonl").symlink_to("timing.jsonl")
+  for name in ("metrics.jsonl", "timing.jsonl"):
+    with pytest.raises(UserError, match=f"{name} cannot be read.*Move it away"):
+      metrics.truncate(tmp_path / name, 2)
+
+
 def test_tensorboard_says_what_to_install(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
   with pytest.raises(UserError, match=r"pip install 'klrl\[tensorboard\]'"):

@@ -51,7 +51,7 @@ def test_a_running_bar_shows_its_title_as_it_is(printed, monkeypatch):
   monkeypatch.setattr(progress.console, "_force_terminal", True)
   title = "PPO [/b]"
   state = progress.watch(
-    iter([(1, "state", {"score/mean": 1.0})]),
+    (step for step in [(1, "state", {"score/mean": 1.0})]),
     None,
     title=title,
     start=0,
