@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from klrl import completions, kl_terms, measures, objective, ops
+from klrl import completions, kl_terms, measures, objective, ops, parallel
 from klrl.gradients import gradients_of
 from klrl.models import join
 from klrl.optimizer import apply_gradients, make_schedule
@@ -238,7 +238,7 @@ def inner_epochs(config, loss_fn, params, opt_state, batch: Batch, context: Cont
 
   def step(carry, rows):
     params, opt_state = carry
-    minibatch = jax.tree.map(lambda x: x[rows], batch)
+    minibatch = parallel.split_rows(jax.tree.map(lambda x: x[rows], batch))
     gradients, metrics = gradients_of(
       lambda params, part: loss_fn(params, part, context),
       params,

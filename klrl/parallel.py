@@ -33,6 +33,7 @@ AXES = ("sweep", "data", "fsdp", "tensor")
 # Projections whose input axis, not output axis, is split by `tensor`.
 _CLOSING = ("output", "down")
 _MEMBERS = PartitionSpec("sweep")
+_ROWS = ("sweep", "data", "fsdp")
 
 
 def fetch(tree):
@@ -194,6 +195,36 @@ def by_rows(mesh: Mesh, *, members: bool = False) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec("sweep", rows) if members else PartitionSpec(rows))
 
 
+def on_mesh(mesh: Mesh, fn: Callable) -> Callable:
+  """Returns `fn`, to be compiled for arrays on `mesh`, with the mesh in scope for `split_rows`."""
+
+  @functools.wraps(fn)
+  def in_scope(*arguments, **named):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return fn(*arguments, **named)
+
+  return in_scope
+
+
+def split_rows(tree):
+  """Returns `tree`, arrays [rows, ...], with the rows split over the devices of the mesh in scope.
+
+  To be called in what `on_mesh` or `map_members` compiles, wherever rows are gathered: a gather by
+  an index that every device has whole leaves every device all of the rows, and all of the work on
+  them. Members have the axis `sweep` to themselves; where there are none its devices take rows too.
+  Rows that the devices do not divide are padded by the compiler, which computes with no padding:
+  values are those of one device. Without a mesh, and on one device, nothing is done.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(
+    axis for axis in _ROWS if mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes
+  )
+  if not axes:
+    return tree
+  split = PartitionSpec(axes)
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, split), tree)
+
+
 def check_batch_size(mesh: Mesh, batch_size: int) -> None:
   """Raises UserError where `by_rows` cannot split `batch_size` rows evenly."""
   num_shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -207,8 +238,9 @@ def check_batch_size(mesh: Mesh, batch_size: int) -> None:
 def state_shardings(mesh: Mesh, state, *, members: bool = False):
   """Returns a tree of shardings for parameters, optimizer moments and scalars.
 
-  Moments follow the parameter they belong to, since they have its name and shape. With `members`
-  every array has a leading axis of them, split over `sweep`.
+  Moments follow the parameter they belong to, since they have its name and shape. What is kept as
+  `replay`, [iterations, rows, ...], is split by rows. With `members` every array has a leading axis
+  of them, split over `sweep`.
   """
 
   def sharding(path, leaf):
@@ -266,6 +298,8 @@ def distinct(tree) -> tuple[list, Callable[[list], Any]]:
 
 
 def _partition_spec(mesh: Mesh, names, shape) -> PartitionSpec:
+  if "replay" in names:  # Not parameters.
+    return PartitionSpec(None, ("data", "fsdp"))
   spec: list = [None] * len(shape)
   # A stacked layer axis is scanned over, never split.
   axes = list(range(1 if "layers" in names else 0, len(shape)))

@@ -255,7 +255,7 @@ def make_programs(
       is one. Metrics then have a leading axis.
     guard: made of each function (state, ...) -> (state, ...) before it is lifted.
   """
-  config, models, task, _, frozen, sample = setup
+  config, models, task, mesh, frozen, sample = setup
   # A reference that follows the policy is of its making.
   reference = models.reference if config.reference_update == "frozen" else models.policy
   parts = (config, task.max_completion_len, models.policy, models.value_model, reference)
@@ -268,7 +268,8 @@ def make_programs(
     def of_distinct(state, distinct, *arguments):
       return lifted(state, whole(distinct), *arguments)
 
-    return jax.jit(of_distinct, donate_argnums=0, out_shardings=(shardings, None))
+    compiled = parallel.on_mesh(mesh, of_distinct)
+    return jax.jit(compiled, donate_argnums=0, out_shardings=(shardings, None))
 
   if not task.rewards:
     score = make_score_fn(models.reward_model)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from klrl import completions, ops
+from klrl import completions, ops, parallel
 from klrl.sampling import Rollout
 
 
@@ -34,8 +34,8 @@ def informative_groups(rollout: Rollout, scores, config):
   uniform = groups.max(axis=-1) == groups.min(axis=-1)
   kept = jnp.argsort(uniform, stable=True)[: config.batch_size // config.group_size]
   rows = (kept[:, None] * config.group_size + jnp.arange(config.group_size)[None]).reshape(-1)
-  rollout = jax.tree.map(lambda x: x[rows], rollout)
-  return rollout, scores[rows], 1.0 - uniform.mean()
+  rollout, scores = parallel.split_rows(jax.tree.map(lambda x: x[rows], (rollout, scores)))
+  return rollout, scores, 1.0 - uniform.mean()
 
 
 def rescored(config, policy, params, rollout: Rollout, hypers) -> Rollout:
