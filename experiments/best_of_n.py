@@ -147,7 +147,7 @@ def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts:
     make_sample_fn(
       models.policy,
       max_completion_len=task.max_completion_len,
-      eos_id=models.tokenizer.eos_id,
+      eos_id=models.tokenizer.eos_ids,
       pad_id=models.tokenizer.pad_id,
     )
   )
@@ -289,7 +289,8 @@ def bandit_figures(sizes: list[int]) -> list[dict]:
 
 def enumerable(models: inputs.Models, task: inputs.Task) -> bool:
   """Returns whether there are few enough completions, and a reward model and answers for all."""
-  few = models.policy.config.vocab_size**task.max_completion_len <= MAX_ENUMERATED
+  few = models.policy.config.num_tokens**task.max_completion_len <= MAX_ENUMERATED
+  few &= len(models.tokenizer.eos_ids) == 1  # What a tree has.
   return few and models.reward_model is not None and task.held_out.answers is not None
 
 
@@ -298,7 +299,7 @@ def exact_figures(config: Config, models: inputs.Models, prompts: data.Prompts, 
 
   The frontier has the most score for its KL: `ref * exp(score / beta) / Z` at each of `BETAS`.
   """
-  tree = oracle.make_tree(models.policy.config.vocab_size, horizon, eos_id=models.tokenizer.eos_id)
+  tree = oracle.make_tree(models.policy.config.num_tokens, horizon, eos_id=models.tokenizer.eos_id)
   logits_fn = jax.jit(lambda x: oracle.decoder_logits(models.policy, models.policy_params, tree, x))
   score = jax.jit(models.reward_model.scores)
   gold_fn = jax.jit(arithmetic.accuracy, static_argnames="pad_id")

@@ -16,9 +16,6 @@ from klrl import inputs, judging, ops, parallel, progress
 from klrl.models import (
   Policy,
   TokenizerInfo,
-  check_tokenizer,
-  load_policy,
-  load_tokenizer,
   policy_model,
 )
 from klrl.sampling import make_sample_fn
@@ -99,9 +96,7 @@ def in_chunks(f, num_rows: int, size: int):
 
 def own_start(config) -> Start:
   """Returns the model and the pairs that the config names; judged by prompts of held-out pairs."""
-  model_config, params = inputs.computing(config, load_policy(config.policy))
-  tokenizer = load_tokenizer(config.policy)
-  check_tokenizer(tokenizer, model_config)
+  model_config, params, tokenizer = inputs.load_start(config, config.policy)
   policy = policy_model(model_config)
   pairs, arrays = encode_pairs(config, tokenizer, context=model_config.max_len)
   both = make_pairs(config, policy, params, arrays)
@@ -154,7 +149,7 @@ def embedded_start(config) -> Start:
   sample = make_sample_fn(
     models.policy,
     max_completion_len=task.max_completion_len,
-    eos_id=models.tokenizer.eos_id,
+    eos_id=models.tokenizer.eos_ids,
     pad_id=models.tokenizer.pad_id,
   )
   draw = functools.partial(jax.jit(sample), models.policy_params, temperature=1.0)

@@ -39,7 +39,13 @@ from experiments.estimators_page import (
 from experiments.shared_flags import setting
 from klrl import evaluation, ops, progress
 from klrl.errors import UserError
-from klrl.models import check_tokenizer, load_policy, load_tokenizer, policy_model
+from klrl.models import (
+  check_tokenizer,
+  load_policy,
+  load_tokenizer,
+  policy_model,
+  shared_tokens,
+)
 from klrl.sampling import make_sample_fn, top_k_logits
 from klrl.tasks import arithmetic, data
 
@@ -273,8 +279,8 @@ def measure_policies(config: Config, policy_dir: str, reference_dir: str) -> lis
   )
   tokenizer = load_tokenizer(policy_dir)
   check_tokenizer(tokenizer, model_config)
-  vocabularies = [info.tokenizer.get_vocab() for info in (tokenizer, load_tokenizer(reference_dir))]
-  if model_config != reference_config or vocabularies[0] != vocabularies[1]:
+  num_shared = shared_tokens(tokenizer, load_tokenizer(reference_dir))
+  if model_config != reference_config or num_shared != tokenizer.num_tokens:
     raise UserError(
       f"{policy_dir} and {reference_dir} hold models of different shape or vocabulary; there is no "
       "straight line between their parameters."
@@ -284,11 +290,11 @@ def measure_policies(config: Config, policy_dir: str, reference_dir: str) -> lis
     tokenizer,
     max_prompt_len=model_config.max_len - arithmetic.MAX_COMPLETION_LEN,
   )
-  model = policy_model(model_config)
+  model = policy_model(dataclasses.replace(model_config, num_tokens=tokenizer.num_tokens))
   sample = make_sample_fn(
     model,
     max_completion_len=arithmetic.MAX_COMPLETION_LEN,
-    eos_id=tokenizer.eos_id,
+    eos_id=tokenizer.eos_ids,
     pad_id=tokenizer.pad_id,
   )
   tokens, mask = (

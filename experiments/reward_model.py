@@ -27,9 +27,6 @@ from klrl import inputs, parallel, processes, progress
 from klrl.errors import UserError
 from klrl.models import (
   add_lora,
-  check_tokenizer,
-  load_policy,
-  load_tokenizer,
   merge_lora,
   save_scalar,
   scalar_model,
@@ -99,14 +96,13 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   mesh = parallel.make_mesh(config.mesh)
   parallel.check_batch_size(mesh, config.batch_size)
   directory = config.policy or str(run_sft_stage(config))
-  model_config, policy_params = load_policy(directory)
-  tokenizer = load_tokenizer(directory)
-  check_tokenizer(tokenizer, model_config)
+  model_config, policy_params, tokenizer = inputs.load_start(config, directory)
   training, held_out = _pairs(config, tokenizer, model_config.max_len)
   create_workdir(workdir, "reward_model", config)
 
   model_config, params, frozen = add_lora(
-    *inputs.computing(config, (model_config, scalar_params_from(policy_params))),
+    model_config,
+    scalar_params_from(policy_params),
     jax.random.key(config.init_seed),
     rank=config.lora_rank,
   )

@@ -25,9 +25,6 @@ from klrl.models import (
   DecoderConfig,
   Policy,
   add_lora,
-  check_tokenizer,
-  load_policy,
-  load_tokenizer,
   merge_lora,
   policy_model,
   save_policy,
@@ -98,7 +95,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   parallel.check_batch_size(mesh, config.batch_size)
   *model, tokenizer = _model(config)
   model_config, params, frozen = add_lora(
-    *inputs.computing(config, model), jax.random.key(config.init_seed), rank=config.lora_rank
+    *model, jax.random.key(config.init_seed), rank=config.lora_rank
   )
   policy = policy_model(model_config)
   training, held_out, more = _examples(config, policy, tokenizer)
@@ -168,11 +165,9 @@ def fresh_decoder(config: Config, tokenizer) -> tuple[DecoderConfig, dict]:
 def _model(config: Config):
   if not config.policy:
     tokenizer = arithmetic.make_tokenizer()
-    return *fresh_decoder(config, tokenizer), tokenizer
-  model_config, params = load_policy(config.policy)
-  tokenizer = load_tokenizer(config.policy)
-  check_tokenizer(tokenizer, model_config)
-  return model_config, params, tokenizer
+    fresh = fresh_decoder(config, tokenizer)
+    return *inputs.computing(config, fresh, tokenizer.num_tokens), tokenizer
+  return inputs.load_start(config, config.policy)
 
 
 def _examples(config: Config, policy: Policy, tokenizer):

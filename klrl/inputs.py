@@ -25,6 +25,7 @@ from klrl.models import (
   policy_model,
   scalar_model,
   scalar_params_from,
+  shared_tokens,
   uniform_policy,
 )
 from klrl.tasks import arithmetic, data, math_answers, rewards, tree
@@ -103,21 +104,14 @@ def load_models(config, *, policy: str, reward_model: str, loaders: Loaders = _F
   Raises:
     UserError: a directory that does not hold what it should, or tokenizers that differ.
   """
-  base_config, base_params = computing(config, loaders.policy(policy))
-  tokenizer = loaders.tokenizer(policy)
-  check_tokenizer(tokenizer, base_config)
+  others = (config.reference, reward_model, config.value_model)
+  tokenizer, num_tokens = _vocabulary(policy, others, loaders.tokenizer)
 
   def loaded(load, directory):
-    model_config, params = computing(config, load(directory))
-    theirs = loaders.tokenizer(directory).tokenizer.get_vocab()
-    same_tokens = theirs == tokenizer.tokenizer.get_vocab()
-    if not same_tokens or model_config.vocab_size != base_config.vocab_size:
-      raise UserError(
-        f"The model in {directory} has another vocabulary than the policy; all models of a run "
-        "read the same tokens."
-      )
-    return model_config, params
+    return computing(config, load(directory), num_tokens)
 
+  base_config, base_params = loaded(loaders.policy, policy)
+  check_tokenizer(tokenizer, base_config)
   policy_key, value_key = jax.random.split(jax.random.key(config.init_seed))
   policy_config, policy_params, frozen = add_lora(
     base_config, base_params, policy_key, rank=config.lora_rank
@@ -126,7 +120,7 @@ def load_models(config, *, policy: str, reward_model: str, loaders: Loaders = _F
   reference = reference_params = scorer = reward_params = value_model = value_params = None
   if config.kl_placement != "none" or config.kl_every:
     if config.reference == UNIFORM:
-      reference, reference_params = uniform_policy(base_config.vocab_size, base_config.max_len), {}
+      reference, reference_params = uniform_policy(num_tokens, base_config.max_len), {}
     elif config.reference:
       reference_config, reference_params = loaded(loaders.policy, config.reference)
       reference = policy_model(reference_config)
@@ -167,10 +161,57 @@ def load_models(config, *, policy: str, reward_model: str, loaders: Loaders = _F
   )
 
 
-def computing(config, model):
-  """Returns (model's config with the `dtype` and `remat` of the run's config, params)."""
+def _vocabulary(policy, others, load) -> tuple[TokenizerInfo, int]:
+  """Returns the policy's tokenizer, and how many of its tokens all models of a run know.
+
+  Raises:
+    UserError: another model has another vocabulary.
+  """
+  tokenizer = load(policy)
+  num_tokens = tokenizer.num_tokens
+  for directory in others:
+    if directory in ("", UNIFORM, policy):
+      continue
+    num_shared = shared_tokens(tokenizer, load(directory))
+    if num_shared is None:
+      raise UserError(
+        f"The model in {directory} has another vocabulary than the policy; all models of a run "
+        "read the same tokens."
+      )
+    num_tokens = min(num_tokens, num_shared)
+  if tokenizer.pad_id >= num_tokens:
+    # It is masked wherever it is, so any token will do that all models have a row for.
+    tokenizer = dataclasses.replace(tokenizer, pad_id=tokenizer.eos_id or 0)
+  return tokenizer, num_tokens
+
+
+def computing(config, model, num_tokens: int):
+  """Returns (model's config with the `dtype` and `remat` of the run's config, params).
+
+  Rows beyond `num_tokens`, which only fill a vocabulary up, are never predicted.
+
+  Raises:
+    UserError: the model has fewer rows.
+  """
   model_config, params = model
-  return dataclasses.replace(model_config, dtype=config.dtype, remat=config.remat), params
+  if model_config.vocab_size < num_tokens:
+    raise UserError(
+      f"A model has vocab_size={model_config.vocab_size}, but the tokenizer's ids go up to "
+      f"{num_tokens - 1}: this tokenizer belongs to another model."
+    )
+  settings = {"dtype": config.dtype, "remat": config.remat, "num_tokens": num_tokens}
+  return dataclasses.replace(model_config, **settings), params
+
+
+def load_start(config, directory: str):
+  """Returns the config, params and tokenizer of the language model that a stage starts from.
+
+  Raises:
+    UserError: the directory does not hold what it should.
+  """
+  model, tokenizer = load_policy(directory), load_tokenizer(directory)
+  check_tokenizer(tokenizer, model[0])
+  return *computing(config, model, tokenizer.num_tokens), tokenizer
 
 
 @processes.together
@@ -212,6 +253,12 @@ def load_task(config, models: Models) -> Task:
     data.encode_prompts(part, models.tokenizer, max_prompt_len=context - max_completion_len)
     for part in parts
   )
+  num_tokens = models.policy.config.num_tokens
+  if max(part.tokens.max() for part in (training, held_out)) >= num_tokens > 0:
+    raise UserError(
+      f"{config.prompts}: a prompt holds a token that only the policy has; its id is {num_tokens} "
+      "or more, and another model has no row for it."
+    )
   is_arithmetic = not config.prompts and config.task == "arithmetic"
   if is_arithmetic:
     training, held_out = (

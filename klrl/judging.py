@@ -79,7 +79,7 @@ def make_judge_fn(
   prompts, repeated_prompts = prompts_of(rows), prompts_of(padded)
   limits = {
     "max_completion_len": max_completion_len,
-    "eos_id": tokenizer.eos_id,
+    "eos_id": tokenizer.eos_ids,
     "pad_id": tokenizer.pad_id,
   }
   # What comes out is whole everywhere: each process reads all of it.

@@ -385,9 +385,10 @@ def decoder_logits(policy, params, tree: Tree, prompt) -> jax.Array:
   """
   prompt = jnp.asarray(prompt, jnp.int32)
   chex.assert_rank(prompt, 1)
-  if policy.config.vocab_size != tree.vocab_size:
+  num_tokens = policy.config.num_tokens or policy.config.vocab_size
+  if num_tokens != tree.vocab_size:
     raise UserError(
-      f"The decoder has {policy.config.vocab_size} tokens and the tree {tree.vocab_size}: a policy"
+      f"The decoder has {num_tokens} tokens and the tree {tree.vocab_size}: a policy"
       " of the tree gives every token of the decoder a probability."
     )
   longest = tree.tokens[tree.leaves[tree.levels[-1], 0], :-1]

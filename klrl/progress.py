@@ -1,6 +1,7 @@
 """What a person sees while a run works: a bar on a terminal, a line now and then in a log."""
 
 import contextlib
+import functools
 import re
 import sys
 import time
@@ -36,6 +37,12 @@ def visible(text: str) -> str:
 def warn(message: str) -> None:
   """Says what a person should know of a run that goes on."""
   _say("Warning:", "bold yellow", message)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+  """Warns, unless the same was said before."""
+  warn(message)
 
 
 def fail(message: str) -> None:

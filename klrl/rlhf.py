@@ -73,7 +73,7 @@ def set_up(config, mesh, models: Models, task: Task) -> Setup:
   sample = make_sample_fn(
     models.sampler,
     max_completion_len=task.max_completion_len,
-    eos_id=models.tokenizer.eos_id,
+    eos_id=models.tokenizer.eos_ids,
     pad_id=models.tokenizer.pad_id,
   )
   return Setup(config, models, task, mesh, parallel.put_once(mesh, frozen), sample)

@@ -9,11 +9,12 @@ logits / temperature over the whole vocabulary. `sampler_log_probs` is that of t
 which was really drawn from: the same thing unless top-k or top-p cut it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from klrl.hlo import at_most
 from klrl.models.decoder import Policy
@@ -71,7 +72,7 @@ def make_sample_fn(
   policy: Policy,
   *,
   max_completion_len: int,
-  eos_id: int | None,
+  eos_id: int | Sequence[int] | None,
   pad_id: int,
   top_k: int = 0,
   top_p: float = 1.0,
@@ -79,9 +80,10 @@ def make_sample_fn(
   """Returns `sample(params, prompts [B, P], prompt_mask [B, P], key, *, temperature) -> Rollout`.
 
   `temperature` may be traced and must be positive. `top_k=0` and `top_p=1.0` cut nothing; top-k
-  acts first. `eos_id=None` never ends early. The draws at token t come from `fold_in(key, t)`, so
-  the same key repeats and a row does not depend on what other rows hold. The work ends when every
-  row has ended, and its cost follows the tokens really drawn.
+  acts first. Any of several `eos_id` ends a completion; None never ends it early. The draws at
+  token t come from `fold_in(key, t)`, so the same key repeats and a row does not depend on what
+  other rows hold. The work ends when every row has ended, and its cost follows the tokens really
+  drawn.
   """
   generate = _make_generate_fn(policy, max_completion_len, eos_id, pad_id)
 
@@ -100,7 +102,7 @@ def make_sample_fn(
 
 
 def make_greedy_fn(
-  policy: Policy, *, max_completion_len: int, eos_id: int | None, pad_id: int
+  policy: Policy, *, max_completion_len: int, eos_id: int | Sequence[int] | None, pad_id: int
 ) -> Callable[..., Rollout]:
   """Returns `greedy(params, prompts [B, P], prompt_mask [B, P]) -> Rollout` of most likely tokens.
 
@@ -146,6 +148,8 @@ class _State(NamedTuple):
 
 
 def _make_generate_fn(policy, max_completion_len, eos_id, pad_id):
+  eos_ids = np.array([] if eos_id is None else eos_id, np.int32).reshape(-1)
+
   def generate(params, prompts, prompt_mask, draw):
     batch_size, prompt_len = prompts.shape
     total_len = prompt_len + max_completion_len
@@ -176,7 +180,7 @@ def _make_generate_fn(policy, max_completion_len, eos_id, pad_id):
       return _State(
         t=state.t + 1,
         last=tokens,
-        finished=state.finished if eos_id is None else state.finished | (tokens == eos_id),
+        finished=state.finished | jnp.isin(tokens, eos_ids),
         tokens=write(state.tokens, tokens),
         mask=write(state.mask, alive),
         log_probs=write(state.log_probs, jnp.where(alive, log_probs, 0)),

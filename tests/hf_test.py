@@ -13,7 +13,7 @@ import safetensors.numpy
 import tokenizers
 
 from klrl.errors import UserError
-from klrl.models import hf
+from klrl.models import TokenizerInfo, check_tokenizer, hf, load_tokenizer
 from klrl.models.decoder import DecoderConfig, policy_model, scalar_model
 from klrl.models.lora import add_lora, join, merge_lora
 
@@ -48,7 +48,7 @@ def tiny_tokenizer(num_tokens=11):
   vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, num_tokens)}
   tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<pad>"))
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-  return hf.TokenizerInfo(tokenizer, bos_id=1, eos_id=2, pad_id=0)
+  return TokenizerInfo(tokenizer, bos_id=1, eos_id=2, pad_id=0)
 
 
 def saved(directory, config=LLAMA):
@@ -90,7 +90,7 @@ def test_logits_of_a_trained_model_equal_those_of_transformers():
   transformers = pytest.importorskip("transformers")
   config, params = hf.load_policy(STORIES)
   text = (SHARED / "data" / "text" / "tinystories.txt").read_text()[:2000]
-  ids = hf.load_tokenizer(STORIES).tokenizer.encode(text).ids[:400]
+  ids = load_tokenizer(STORIES).tokenizer.encode(text).ids[:400]
   assert ids[0] == 1
   model = transformers.AutoModelForCausalLM.from_pretrained(STORIES)
   with torch.no_grad():
@@ -104,7 +104,7 @@ def test_loss_of_a_trained_model_is_near_the_published_one():
   cases = json.loads((SHARED / "facts" / "published_cases.json").read_text())["cases"]
   (case,) = [case for case in cases if case["id"] == "llama2c.stories260K_val_loss"]
   config, params = hf.load_policy(STORIES)
-  tokenizer = hf.load_tokenizer(STORIES).tokenizer
+  tokenizer = load_tokenizer(STORIES).tokenizer
   text = (SHARED / "data" / "text" / "tinystories.txt").read_text()
   # Chosen after measuring: by groups of 25 stories the file gives 1.25, 1.32, 1.86, 1.67, 1.63 and
   # 1.68 nats, so its later part is unlike the validation set, and the first two groups are used.
@@ -239,7 +239,7 @@ def test_a_run_directory_stands_for_the_model_in_it(tmp_path):
   params = saved(tmp_path / "model")
   (tmp_path / "config.json").write_text('{"beta": 0.1}')
   assert_trees_equal(hf.load_policy(tmp_path)[1], params)
-  assert hf.load_tokenizer(tmp_path).eos_id == 2
+  assert load_tokenizer(tmp_path).eos_id == 2
 
 
 def test_a_tied_matrix_stored_twice_and_old_frequencies_are_passed_over(tmp_path):
@@ -263,7 +263,7 @@ def test_a_tied_matrix_stored_twice_and_old_frequencies_are_passed_over(tmp_path
     ({"mlp_bias": True}, "mlp_bias=True"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),
-    ({"hidden_size": None}, "lacks 'hidden_size'"),
+    ({"hidden_size": None}, "has no hidden_size"),
     ({"head_dim": 3}, r"config\.json: head_dim=3 must be even"),
     ({"vocab_size": 12}, r"model\.embed_tokens\.weight has shape \(11, 12\), not \(12, 12\)"),
     ({"intermediate_size": 9}, r"mlp\.down_proj\.weight has shape \(12, 20\), not \(12, 9\)"),
@@ -295,10 +295,10 @@ def test_missing_and_broken_files_are_named(tmp_path):
   with pytest.raises(UserError, match=r"pickle.*convert it to safetensors"):
     hf.load_policy(tmp_path)
   (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}')
-  with pytest.raises(UserError, match="outside the directory"):
+  with pytest.raises(UserError, match=r"weight_map is .*\.safetensors file in the same directory"):
     hf.load_policy(tmp_path)
   (tmp_path / "config.json").write_text("{")
-  with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+  with pytest.raises(UserError, match=r"config\.json is not JSON"):
     hf.load_policy(tmp_path)
 
 
@@ -317,29 +317,29 @@ def test_special_tokens_come_from_their_names_then_from_ids(tmp_path):
   file = tmp_path / "tokenizer_config.json"
   file.write_text(json.dumps({"eos_token": {"content": "w7"}}))
   edit_config(tmp_path, bos_token_id=4, eos_token_id=[9, 2], pad_token_id=None)
-  info = hf.load_tokenizer(tmp_path)
+  info = load_tokenizer(tmp_path)
   assert (info.bos_id, info.eos_id, info.pad_id) == (4, 7, 7)
   file.unlink()
-  assert hf.load_tokenizer(tmp_path).eos_id == 9
+  assert load_tokenizer(tmp_path).eos_id == 9
   edit_config(tmp_path, eos_token_id=None)
-  assert (hf.load_tokenizer(tmp_path).eos_id, hf.load_tokenizer(tmp_path).pad_id) == (None, 0)
+  assert (load_tokenizer(tmp_path).eos_id, load_tokenizer(tmp_path).pad_id) == (None, 0)
   file.write_text(json.dumps({"bos_token": "<absent>"}))
   with pytest.raises(UserError, match="bos_token '<absent>'"):
-    hf.load_tokenizer(tmp_path)
+    load_tokenizer(tmp_path)
   (tmp_path / "tokenizer.json").write_text("{}")
   with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
-    hf.load_tokenizer(tmp_path)
+    load_tokenizer(tmp_path)
   (tmp_path / "tokenizer.json").unlink()
   with pytest.raises(UserError, match=r"no tokenizer\.json"):
-    hf.load_tokenizer(tmp_path)
+    load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused():
-  hf.check_tokenizer(tiny_tokenizer(11), LLAMA)
+  check_tokenizer(tiny_tokenizer(11), LLAMA)
   with pytest.raises(UserError, match="ids go up to 11, but the model has vocab_size=11"):
-    hf.check_tokenizer(tiny_tokenizer(12), LLAMA)
+    check_tokenizer(tiny_tokenizer(12), LLAMA)
   with pytest.raises(UserError, match="ids go up to 40"):
-    hf.check_tokenizer(dataclasses.replace(tiny_tokenizer(), eos_id=40), LLAMA)
+    check_tokenizer(dataclasses.replace(tiny_tokenizer(), eos_id=40), LLAMA)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -353,13 +353,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   with pytest.raises(OSError, match="disk full"):
     saved(tmp_path, UNTIED)
   assert (tmp_path / "model.safetensors").read_bytes() == before
-
-
-def test_a_tokenizer_that_closes_prompts_with_eos_is_refused():
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
-  tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-    single="$A </s>", special_tokens=[("</s>", 1)]
-  )
-  info = hf.TokenizerInfo(tokenizer, None, 1, 1)
-  with pytest.raises(UserError, match="ends every text with its EOS"):
-    hf.check_tokenizer(info, LLAMA)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl.models import hf
+from klrl.models import hf, load_tokenizer
 from klrl.models.decoder import DecoderConfig, Policy, policy_model
 from klrl.sampling import (
   make_greedy_fn,
@@ -284,6 +284,6 @@ def test_greedy_text_of_a_trained_model_is_the_published_one():
     pad_id=0,
   )
   rollout = jax.jit(greedy)(params, np.array([[case["inputs"]["bos_id"]]]), np.ones((1, 1), bool))
-  text = hf.load_tokenizer(directory).tokenizer.decode(rollout.tokens[0].tolist())
+  text = load_tokenizer(directory).tokenizer.decode(rollout.tokens[0].tolist())
   assert text == case["expected"]
   assert np.all(rollout.sampler_log_probs == 0) and np.all(rollout.old_log_probs < 0)

@@ -21,7 +21,9 @@ class DecoderConfig:
 
   `dtype` is what activations are computed in, `param_dtype` what fresh parameters are stored in.
   `attention_bias` puts a bias on queries, keys and values (Qwen2). `max_len` bounds prompt plus
-  completion. `lora_rank` > 0 gives every linear map of the layers an adapter (see `AdaptedLinear`).
+  completion. `num_tokens` > 0 says that only so many of the `vocab_size` rows are tokens: the rest
+  fill the matrix up and are never predicted. `lora_rank` > 0 gives every linear map of the layers
+  an adapter (see `AdaptedLinear`).
   """
 
   vocab_size: int
@@ -40,6 +42,7 @@ class DecoderConfig:
   param_dtype: str = "float32"
   remat: bool = False
   lora_rank: int = 0
+  num_tokens: int = 0
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
@@ -48,6 +51,8 @@ class DecoderConfig:
       )
     if self.head_dim % 2:
       raise ValueError(f"head_dim={self.head_dim} must be even: the rotation works on pairs.")
+    if self.num_tokens > self.vocab_size:
+      raise ValueError(f"num_tokens={self.num_tokens} exceeds vocab_size={self.vocab_size}.")
     if self.lora_rank < 0:
       raise ValueError(f"lora_rank={self.lora_rank} must not be negative; 0 is no adapters.")
 

@@ -64,7 +64,8 @@ def policy_model(config: DecoderConfig) -> Policy:
   * `init(key) -> params`.
   * `hidden(params, tokens [B, S] int32, mask [B, S], segment_ids=None) -> [B, S, D]`, the
     final-normed hidden state in `config.dtype`; `segment_ids` [B, S] int32 name each token's text.
-  * `unembedding(params) -> [D, V]` in `config.dtype`; logits are `hidden @ unembedding`.
+  * `unembedding(params) -> [D, V]` in `config.dtype`; logits are `hidden @ unembedding`. V is
+    `config.num_tokens` where that is given: sampler, scorer and every KL see the same tokens.
   * `prefill(params, tokens [B, P], mask [B, P], cache_len) -> (hidden [B, D] of the last real
     token, cache)`; the prompt fills slots 0 to P-1.
   * `unstack(params) -> params` with the layers in a tuple: do it once before a loop of `decode`.
@@ -93,6 +94,8 @@ def policy_model(config: DecoderConfig) -> Policy:
       table = params["decoder"]["embed"]["embedding"].T
     else:
       table = params["unembedding"]
+    if 0 < config.num_tokens < config.vocab_size:
+      table = table[:, : config.num_tokens]
     return table.astype(config.dtype)
 
   def prefill(params, tokens, mask, cache_len):

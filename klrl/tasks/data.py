@@ -18,6 +18,10 @@ import numpy as np
 
 from klrl.errors import UserError
 from klrl.models import TokenizerInfo
+from klrl.tasks.texts import Encoded as Encoded
+from klrl.tasks.texts import completion_texts as completion_texts
+from klrl.tasks.texts import decode_continuation as decode_continuation
+from klrl.tasks.texts import encode_texts as encode_texts
 
 
 class Prompts(NamedTuple):
@@ -36,13 +40,6 @@ class Examples(NamedTuple):
   mask: np.ndarray  # [N, S] bool, real tokens
   completion_mask: np.ndarray  # [N, S] bool, tokens of the completion with its end-of-sequence
   segment_ids: np.ndarray  # [N, S] int32, which text of the row a token is of, from 1; 0 at padding
-
-
-class Encoded(NamedTuple):
-  """One text as tokens."""
-
-  tokens: list[int]
-  num_prompt_tokens: int  # the first ones; the others are the completion with its end-of-sequence
 
 
 class Pair(NamedTuple):
@@ -198,7 +195,7 @@ def encode_prompts(
   Raises:
     UserError: a prompt has no token, or more than `max_prompt_len`.
   """
-  rows = [tokenizer.tokenizer.encode(record["prompt"]).ids for record in records]
+  rows = [row.ids for row in tokenizer.encode_batch(record["prompt"] for record in records)]
   for number, row in enumerate(rows, start=1):
     if not row:
       raise UserError(f"Prompt {number} is empty and the tokenizer adds no beginning-of-sequence.")
@@ -217,35 +214,13 @@ def short_prompts(
   records: list[dict[str, Any]], tokenizer: TokenizerInfo, *, max_prompt_len: int
 ) -> list[dict[str, Any]]:
   """Returns the records whose prompt has at most `max_prompt_len` tokens; UserError without any."""
-  encoded = tokenizer.tokenizer.encode_batch([record["prompt"] for record in records])
+  encoded = tokenizer.encode_batch(record["prompt"] for record in records)
   kept = [
-    record for record, row in zip(records, encoded, strict=True) if len(row) <= max_prompt_len
+    record for record, row in zip(records, encoded, strict=True) if len(row.ids) <= max_prompt_len
   ]
   if not kept:
     raise UserError(f"--max_prompt_len={max_prompt_len}: every prompt is longer. Raise it.")
   return kept
-
-
-def encode_texts(texts: Sequence[tuple[str, str]], tokenizer: TokenizerInfo) -> list[Encoded]:
-  """Returns (prompt, completion) texts as tokens, each closed with end-of-sequence.
-
-  The text is encoded as a whole and split by character offsets, so that a completion has the same
-  tokens as when the model writes it.
-
-  Raises:
-    UserError: the tokenizer has no EOS.
-  """
-  if tokenizer.eos_id is None:
-    raise UserError("The tokenizer names no EOS token; completions could not be closed.")
-  encodings = tokenizer.tokenizer.encode_batch(
-    [prompt + completion for prompt, completion in texts]
-  )
-  return [
-    Encoded(
-      [*encoding.ids, tokenizer.eos_id], sum(end <= len(prompt) for _, end in encoding.offsets)
-    )
-    for (prompt, _), encoding in zip(texts, encodings, strict=True)
-  ]
 
 
 def row_len(max_len: int, context: int) -> int:
@@ -370,31 +345,3 @@ def batch_rows(seed: int, iteration: int, batch_size: int, num_rows: int) -> np.
   return np.array(
     [orders[epoch][p % num_rows] for epoch, p in zip(epochs, position, strict=True)], np.int32
   )
-
-
-def completion_texts(tokenizer: TokenizerInfo, rollout) -> list[str]:
-  """Returns the text of each completion of a rollout (host arrays), without special tokens.
-
-  Prompt and completion are decoded together and then cut: decoders treat the first token of a text
-  differently (SentencePiece ones drop its space).
-  """
-  prompt_len = rollout.prompt_mask.shape[1]
-  texts = []
-  for tokens, prompt_mask, completion_mask in zip(
-    np.asarray(rollout.tokens),
-    np.asarray(rollout.prompt_mask),
-    np.asarray(rollout.completion_mask),
-    strict=True,
-  ):
-    prompt = tokens[:prompt_len][prompt_mask].tolist()
-    completion = tokens[prompt_len:][completion_mask].tolist()
-    texts.append(decode_continuation(tokenizer, prompt, completion))
-  return texts
-
-
-def decode_continuation(tokenizer: TokenizerInfo, prompt: list[int], completion: list[int]) -> str:
-  """Returns the text that `completion` adds to `prompt`."""
-  decode = tokenizer.tokenizer.decode
-  before, whole = decode(prompt), decode(prompt + completion)
-  # A prompt that ends inside a multi-byte character decodes differently once it is complete.
-  return whole[len(before) :] if whole.startswith(before) else decode(completion)

@@ -1,0 +1,152 @@
+"""A tokenizer with its special tokens: which ids a text has, and which text ids have.
+
+Texts are encoded as `transformers` encodes them, but for two things: what begins with the BOS gets
+no other, and no EOS is put behind a text.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from klrl.errors import UserError
+from klrl.models.blocks import DecoderConfig
+
+
+class Tokens(NamedTuple):
+  """One text as tokens; `ends` has how many of its characters are done after each of them."""
+
+  ids: list[int]
+  ends: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerInfo:
+  """A tokenizer and its special tokens; `bos_id` and `eos_id` are None where there is none.
+
+  `eos_id` closes the texts that are trained on; it and `other_eos_ids` end a completion. `pad_id`
+  fills what is masked. `files` are those of the directory that the tokenizer was read from, with
+  the `*_token_id` fields of its config.json; a tokenizer made in code has none.
+  """
+
+  tokenizer: tokenizers.Tokenizer = dataclasses.field(repr=False)
+  bos_id: int | None
+  eos_id: int | None
+  pad_id: int
+  other_eos_ids: tuple[int, ...] = ()
+  cleans_up: bool = False
+  files: Mapping[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
+  config_ids: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
+
+  @property
+  def eos_ids(self) -> tuple[int, ...]:
+    """The ids that end a completion."""
+    return () if self.eos_id is None else (self.eos_id, *self.other_eos_ids)
+
+  @functools.cached_property
+  def num_tokens(self) -> int:
+    """The largest id, plus one."""
+    return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of a text, with the BOS where the tokenizer puts one."""
+    return self.encode_batch([text])[0].ids
+
+  def encode_batch(self, texts: Iterable[str]) -> list[Tokens]:
+    """Returns the tokens of texts, each with the BOS where the tokenizer puts one.
+
+    A text that begins with it has it once. An EOS that the tokenizer puts behind each text is left
+    out: a prompt that ends leaves nothing to complete.
+
+    Raises:
+      UserError: the tokenizer fails at a text.
+    """
+    texts = list(texts)
+    before, after = self._around()
+    with refusals("The tokenizer cannot encode a text"):
+      encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+    encoded = []
+    for text, encoding in zip(texts, encodings, strict=True):
+      ids = encoding.ids
+      start = [] if ids[: len(before)] == before else before
+      ends = [0] * len(start) + [end for _, end in encoding.offsets] + [len(text)] * len(after)
+      encoded.append(Tokens([*start, *ids, *after], ends))
+    return encoded
+
+  def _around(self) -> tuple[list[int], list[int]]:
+    """Returns the ids that the tokenizer puts before and behind a text, without the EOS."""
+    try:
+      encoding = self.tokenizer.encode("a")
+    except Exception:  # A vocabulary of words without the unknown one.
+      encoding = self.tokenizer.encode("")
+    mask = encoding.special_tokens_mask
+    num_before = mask.index(0) if 0 in mask else len(mask)
+    num_after = mask[::-1].index(0) if 0 in mask else 0
+    after = encoding.ids[len(mask) - num_after :]
+    while after and after[-1] in self.eos_ids:
+      after.pop()
+    return encoding.ids[:num_before], after
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Returns the text of ids, without the special tokens."""
+    text = self.tokenizer.decode(ids)
+    if self.cleans_up:
+      # As transformers does, whose list this is.
+      for mark in (" .", " ?", " !", " ,"):
+        text = text.replace(mark, mark[1:])
+      text = text.replace(" ' ", "'")
+      for ending in ("n't", "'m", "'s", "'ve", "'re"):
+        text = text.replace(f" {ending}", ending)
+    return text
+
+
+def check_tokenizer(info: TokenizerInfo, config: DecoderConfig) -> None:
+  """Raises UserError if the tokenizer does not fit: it has ids without an embedding."""
+  special_ids = [i for i in (info.bos_id, info.pad_id, *info.eos_ids) if i is not None]
+  largest = max([info.num_tokens - 1, *special_ids])
+  if largest >= config.vocab_size:
+    raise UserError(
+      f"the tokenizer's ids go up to {largest}, but the model has vocab_size={config.vocab_size}:"
+      " this tokenizer belongs to another model."
+    )
+
+
+def shared_tokens(ours: TokenizerInfo, theirs: TokenizerInfo) -> int | None:
+  """Returns how many ids, from 0 on, both tokenizers know; None where their vocabularies differ.
+
+  Equal ids must be equal tokens. Beyond them `theirs` may have further added tokens, which then
+  never occur, and `ours` its pad token.
+  """
+  vocabularies = [
+    {token_id: token for token, token_id in info.tokenizer.get_vocab().items()}
+    for info in (ours, theirs)
+  ]
+  num_shared = min(info.num_tokens for info in (ours, theirs))
+  beyond = [{i for i in vocabulary if i >= num_shared} for vocabulary in vocabularies]
+  known = [
+    {i: token for i, token in vocabulary.items() if i < num_shared} for vocabulary in vocabularies
+  ]
+  # An added token that only one names may also lie between the others.
+  added = theirs.tokenizer.get_added_tokens_decoder()
+  same = (
+    known[0] == known[1]
+    and beyond[0] <= {ours.pad_id} - set(ours.eos_ids)
+    and beyond[1] <= set(added)
+  )
+  return num_shared if same else None
+
+
+@contextlib.contextmanager
+def refusals(what: str):
+  """Turns what the tokenizers library raises into a UserError that begins with `what`."""
+  try:
+    yield
+  except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    raise
+  except (
+    BaseException
+  ) as error:  # The library raises no class of its own, and panics are no Exception.
+    raise UserError(f"{what}: {str(error)[:200]}") from error

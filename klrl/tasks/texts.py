@@ -1,0 +1,89 @@
+"""Texts as tokens and completions as texts, prompt and completion always taken together.
+
+The first token of a text differs from the same word's further on, both ways: tokenizers drop or add
+a blank there. So a completion is encoded and decoded behind its prompt.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from klrl import progress
+from klrl.errors import UserError
+from klrl.models import TokenizerInfo
+
+
+class Encoded(NamedTuple):
+  """One text as tokens."""
+
+  tokens: list[int]
+  num_prompt_tokens: int  # the first ones; the others are the completion with its end-of-sequence
+
+
+def encode_texts(texts: Sequence[tuple[str, str]], tokenizer: TokenizerInfo) -> list[Encoded]:
+  """Returns (prompt, completion) texts as tokens, each closed with end-of-sequence.
+
+  The text is encoded as a whole and split by character offsets, so that a completion has the same
+  tokens as when the model writes it. What closes it is the tokenizer's own EOS; a completion whose
+  text ends with an EOS, whichever, is closed already. Where a prompt alone has other tokens than
+  before its completion, it is said on the console: the policy will be asked to complete those.
+
+  Raises:
+    UserError: the tokenizer has no EOS, or fails at a text.
+  """
+  if tokenizer.eos_id is None:
+    raise UserError("The tokenizer names no EOS token; completions could not be closed.")
+  whole = tokenizer.encode_batch(prompt + completion for prompt, completion in texts)
+  encoded = []
+  for (prompt, _), (ids, ends) in zip(texts, whole, strict=True):
+    num_prompt_tokens = sum(end <= len(prompt) for end in ends)
+    is_closed = ids[num_prompt_tokens:][-1:] and ids[-1] in tokenizer.eos_ids
+    encoded.append(Encoded(ids if is_closed else [*ids, tokenizer.eos_id], num_prompt_tokens))
+  _warn_of_other_tokens([prompt for prompt, _ in texts], encoded, tokenizer)
+  return encoded
+
+
+def _warn_of_other_tokens(prompts, encoded, tokenizer) -> None:
+  """Says how many prompts have other tokens alone than before their completions."""
+  alone = {prompt: None for prompt in prompts if prompt}
+  alone = dict(zip(alone, tokenizer.encode_batch(alone), strict=True))
+  other = [
+    prompt
+    for prompt, (ids, num_prompt_tokens) in zip(prompts, encoded, strict=True)
+    if prompt and alone[prompt].ids != ids[:num_prompt_tokens]
+  ]
+  if other:
+    progress.warn_once(
+      f"{len(other)} of {len(prompts)} prompts have other tokens alone than before a completion,"
+      f" such as the one that ends {other[0][-20:]!r}. A model that is asked to complete them sees"
+      " what it was not trained on. Begin the completion with the blank that ends the prompt."
+    )
+
+
+def completion_texts(tokenizer: TokenizerInfo, rollout) -> list[str]:
+  """Returns the text of each completion of a rollout (host arrays), without special tokens.
+
+  Prompt and completion are decoded together and then cut: decoders treat the first token of a text
+  differently (SentencePiece ones drop its space).
+  """
+  prompt_len = rollout.prompt_mask.shape[1]
+  texts = []
+  for tokens, prompt_mask, completion_mask in zip(
+    np.asarray(rollout.tokens),
+    np.asarray(rollout.prompt_mask),
+    np.asarray(rollout.completion_mask),
+    strict=True,
+  ):
+    prompt = tokens[:prompt_len][prompt_mask].tolist()
+    completion = tokens[prompt_len:][completion_mask].tolist()
+    texts.append(decode_continuation(tokenizer, prompt, completion))
+  return texts
+
+
+def decode_continuation(tokenizer: TokenizerInfo, prompt: list[int], completion: list[int]) -> str:
+  """Returns the text that `completion` adds to `prompt`."""
+  decode = tokenizer.decode
+  before, whole = decode(prompt), decode(prompt + completion)
+  # A prompt that ends inside a multi-byte character decodes differently once it is complete.
+  return whole[len(before) :] if whole.startswith(before) else decode(completion)
