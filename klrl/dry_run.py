@@ -156,9 +156,7 @@ def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
   if "iterate" in programs:
     report, _ = _report("iterate", programs["iterate"], mesh, state, frozen, *prompts, rows, texts)
     return [report]
-  sampling, (_, rollout) = _report(
-    "rollout", programs["rollout"], mesh, state, frozen, *prompts, rows
-  )
+  sampling, rollout = _report("rollout", programs["rollout"], mesh, state, frozen, *prompts, rows)
   shape = rollout.finished.shape
   by_rows = parallel.by_rows(mesh, members=len(shape) > 1)
   scores = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_rows)

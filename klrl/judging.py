@@ -16,7 +16,7 @@ import numpy as np
 from klrl import completions, evaluation, parallel, processes
 from klrl.models import Policy, ScalarModel, TokenizerInfo
 from klrl.sampling import make_greedy_fn, make_sample_fn
-from klrl.tasks import data, rewards
+from klrl.tasks import data, reward_calls, rewards
 from klrl.tasks.verifier import Verifier, right
 
 
@@ -161,8 +161,10 @@ def make_completion_score_fn(
     if weighted:
       # There may be fewer texts than rows.
       model_scores = model_scores[: len(texts)] if reads_model else None
+      ids = data.token_ids(jax.device_get(rollout))
+      ids = reward_calls.Ids(*(rows[: len(texts)] for rows in ids))
       weigh = processes.on_writer(rewards.weighted_scores)
-      return weigh(weighted, records, texts, model_scores)[0]
+      return weigh(weighted, records, texts, model_scores, ids)[0]
     return np.zeros(rollout.finished.shape, np.float32) if model_scores is None else model_scores
 
   return score

@@ -228,9 +228,9 @@ def make_iteration_fn(
   update = make_update_fn(config, max_completion_len, policy, value_model, reference)
 
   def iteration(state, frozen, prompts, prompt_mask, rows, pretraining=None):
-    state, rollout = sample_rollout(sample, state, frozen, prompts, prompt_mask, rows)
+    rollout = sample_rollout(sample, state, frozen, prompts, prompt_mask, rows)
     scores = score(frozen, rollout, rows)
-    state, metrics = update(state, frozen, rollout, scores, pretraining)
+    state, metrics = update(after_sampling(state), frozen, rollout, scores, pretraining)
     if gold is not None:
       metrics["gold/mean"] = (gold(rollout, rows).sum(), jnp.float32(len(rows)))
     return state, metrics
@@ -238,17 +238,25 @@ def make_iteration_fn(
   return iteration
 
 
-def sample_rollout(sample, state: TrainState, frozen, prompts, prompt_mask, rows):
-  """Returns (state with a fresh key, Rollout) of the prompts in `rows [B]`."""
-  key, sample_key = jax.random.split(state.key)
-  rollout = sample(
+def sample_rollout(sample, state: TrainState, frozen, prompts, prompt_mask, rows) -> Rollout:
+  """Returns a rollout of the prompts in `rows [B]`; `after_sampling` is the state that follows.
+
+  The state itself is left as it is, so that it can be saved where the host fails to score.
+  """
+  _, sample_key = jax.random.split(state.key)
+  return sample(
     join(frozen["base"], state.params)["policy"],
     prompts[rows],
     prompt_mask[rows],
     sample_key,
     temperature=state.hypers.temperature,
   )
-  return state._replace(key=key), rollout
+
+
+def after_sampling(state: TrainState) -> TrainState:
+  """Returns the state with a key that `sample_rollout` has not used."""
+  key, _ = jax.random.split(state.key)
+  return state._replace(key=key)
 
 
 class _Reference(NamedTuple):

@@ -36,7 +36,7 @@ from klrl.optimizer import copy
 from klrl.report import write_report
 from klrl.sampling import Rollout, make_sample_fn
 from klrl.summary import write_summary
-from klrl.tasks import arithmetic, data, rewards
+from klrl.tasks import arithmetic, data, reward_calls, rewards
 from klrl.workdir import write_text
 
 _SLOW_REWARD_SHARE = 0.5
@@ -241,10 +241,10 @@ def _alone(fn: Callable, in_axes) -> Callable:
 def make_programs(
   setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn
 ) -> dict[str, Callable]:
-  """Returns the compiled functions that change the state, which they donate.
+  """Returns the compiled functions of an iteration; those that change the state donate it.
 
   `iterate(state, frozen, prompts, prompt_mask, rows, pretraining) -> (state, metrics)` alone, or
-  where the host scores `rollout(state, frozen, prompts, prompt_mask, rows) -> (state, rollout)` and
+  where the host scores `rollout(state, frozen, prompts, prompt_mask, rows) -> rollout` and
   `update(state, frozen, rollout, scores, pretraining) -> (state, metrics)`. `frozen` are the
   distinct arrays in that of `setup`.
 
@@ -261,26 +261,34 @@ def make_programs(
   parts = (config, task.max_completion_len, models.policy, models.value_model, reference)
   _, whole = parallel.distinct(frozen)
 
-  def jit(fn, in_axes):
-    lifted = lift(guard(fn), in_axes)
+  def lifted(fn, in_axes):
+    of_whole = lift(guard(fn), in_axes)
 
     @functools.wraps(fn)
     def of_distinct(state, distinct, *arguments):
-      return lifted(state, whole(distinct), *arguments)
+      return of_whole(state, whole(distinct), *arguments)
 
-    compiled = parallel.on_mesh(mesh, of_distinct)
-    return jax.jit(compiled, donate_argnums=0, out_shardings=(shardings, None))
+    return parallel.on_mesh(mesh, of_distinct)
+
+  jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
 
   if not task.rewards:
     score = make_score_fn(models.reward_model)
     gold = make_gold_fn(task.training, models.tokenizer)
     iterate = learner.make_iteration_fn(*parts, sample, score, gold)
-    return {"iterate": jit(iterate, (0, None, None, None, None, None))}
-  rollout = functools.partial(learner.sample_rollout, sample)
-  functools.update_wrapper(rollout, learner.sample_rollout)
+    return {"iterate": jit(lifted(iterate, (0, None, None, None, None, None)))}
+  update = learner.make_update_fn(*parts)
+
+  def rollout(state, *arguments):
+    return state, learner.sample_rollout(sample, state, *arguments)
+
+  def update_after_sampling(state, *arguments):
+    return update(learner.after_sampling(state), *arguments)
+
+  sampling = lifted(rollout, (0, None, None, None, None))
   return {
-    "rollout": jit(rollout, (0, None, None, None, None)),
-    "update": jit(learner.make_update_fn(*parts), (0, None, 0, 0, None)),
+    "rollout": jax.jit(lambda *arguments: sampling(*arguments)[1]),
+    "update": jit(lifted(update_after_sampling, (0, None, 0, 0, None))),
   }
 
 
@@ -325,7 +333,7 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
     rows = rows_of(iteration)
     began = time.monotonic()
     device_rows = parallel.put(rows, rows_sharding)
-    state, rollout = programs["rollout"](state, distinct, prompts, prompt_mask, device_rows)
+    rollout = programs["rollout"](state, distinct, prompts, prompt_mask, device_rows)
     # One call scores everything: rows of all members beneath each other.
     shape = rollout.finished.shape
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), parallel.fetch(rollout))
@@ -336,7 +344,8 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
     if reads_model:
       model_scores = parallel.fetch(score(frozen, rollout, device_rows)).reshape(-1)
     weighted = processes.on_writer(rewards.weighted_scores)
-    scores, each = weighted(task.rewards, records, texts, model_scores)
+    ids = reward_calls.Ids(*data.token_ids(flat))
+    scores, each = weighted(task.rewards, records, texts, model_scores, ids)
     scored = time.monotonic()
     scores = parallel.put(scores.reshape(shape), parallel.by_rows(mesh, members=len(shape) > 1))
     state, pairs = programs["update"](state, distinct, rollout, scores, pretraining_of(iteration))

@@ -1,13 +1,19 @@
 """Tests of rewards: how they load, how they add up, and each way of being wrong."""
 
+import asyncio
+import itertools
+import pickle
+import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from klrl.errors import UserError
 from klrl.tasks import math_answers
-from klrl.tasks.rewards import load_rewards, scores, weighted_scores
+from klrl.tasks.reward_calls import Ids, scores
+from klrl.tasks.rewards import load_rewards, weighted_scores
 
 RECORDS = [{"prompt": "first"}, {"prompt": "second"}]
 
@@ -57,9 +63,15 @@ def test_any_sequence_of_numbers_will_do(returned):
     ("reward.py", "def g(): pass", "reward.py:f", r"--reward=.*: the file defines no function 'f'"),
     ("reward.py", "f = 3", "reward.py:f", "defines no function 'f'"),
     ("reward.py", "f = 3", "reward.py:", "defines no function ''"),
-    ("reward.py", "\n1 / 0", "reward.py:f", r"fails: ZeroDivisionError.*\(reward\.py line 2\)"),
-    ("reward.py", "import no_such_module", "reward.py:f", "fails: ModuleNotFoundError.*no_such"),
-    ("reward.py", "def f(:", "reward.py:f", r"fails: SyntaxError.*reward\.py, line 1"),
+    ("reward.py", "\n1 / 0", "reward.py:f", r"failed: ZeroDivisionError.*\(reward\.py line 2\)"),
+    ("reward.py", "import no_such_module", "reward.py:f", "failed: ModuleNotFoundError.*no_such"),
+    ("reward.py", "exit(3)", "reward.py:f", r"failed: SystemExit: 3, which would end the run"),
+    (
+      "reward.py",
+      "def f(:",
+      "reward.py:f",
+      r"failed: SyntaxError.*reward\.py, line 1",
+    ),
   ],
 )
 def test_a_file_that_cannot_be_used_is_one_clear_error(tmp_path, name, source, function, message):
@@ -78,7 +90,8 @@ def test_a_function_that_raises_is_named_with_its_line(tmp_path):
   ("returned", "message"),
   [
     ([1.0], "returned 1 scores for 2 completions"),
-    ([1.0, 2.0, 3.0], "returned 3 scores for 2 completions"),
+    ([1.0, 2.0, 3.0], "returned more scores for 2 completions"),
+    (itertools.count(), "returned more scores for 2 completions"),
     ([], "returned 0 scores for 2 completions"),
     (None, "failed: TypeError: 'NoneType' object is not iterable"),
     (1.0, "failed: TypeError: 'float' object is not iterable"),
@@ -90,7 +103,7 @@ def test_a_function_that_raises_is_named_with_its_line(tmp_path):
     ([float("-inf"), 1.0], "returned -inf for completion 'aaa' of prompt 'first'"),
     # Finite numbers that no float32 holds.
     ([1.0, 1e39], r"returned 1e\+39 for completion 'bbb'"),
-    ([1.0, 10**400], "returned 10+, not a number"),
+    ([1.0, 10**400], r"returned 10+\.\.\.0+, not a number"),
   ],
 )
 def test_each_wrong_answer_is_one_clear_error(returned, message):
@@ -128,6 +141,143 @@ def test_it_is_called_by_keyword_so_that_the_order_of_arguments_is_free(tmp_path
   np.testing.assert_array_equal(
     scores(lambda completions, **_: [1, 2], RECORDS, ["", ""], "f"), [1, 2]
   )
+
+
+class Unprintable(BaseException):
+  def __repr__(self):
+    raise RuntimeError("no words")
+
+  __str__ = __repr__
+
+
+def _raise(error):
+  raise error
+
+
+@pytest.mark.parametrize(
+  ("error", "message"),
+  [
+    (SystemExit(0), r"reward f failed: SystemExit: 0, which would end the run; raise an error"),
+    (SystemExit(), "reward f failed: SystemExit"),
+    (GeneratorExit("gone"), "reward f failed: GeneratorExit: gone"),
+    (BaseException("gone"), "reward f failed: BaseException: gone"),
+    (Unprintable(), r"failed: Unprintable: \(its message cannot be made\)"),
+    (ValueError("x" * 10**6), "failed: ValueError: x{1000} "),
+  ],
+  ids=lambda value: type(value).__name__,
+)
+def test_whatever_a_function_raises_is_one_message(error, message):
+  with pytest.raises(UserError, match=message):
+    scores(lambda prompts, completions: _raise(error), RECORDS, ["a", "b"], "f")
+
+
+def test_ctrl_c_inside_a_function_stays_ctrl_c():
+  with pytest.raises(KeyboardInterrupt):
+    scores(lambda prompts, completions: _raise(KeyboardInterrupt), RECORDS, ["a", "b"], "f")
+
+
+def test_a_score_that_cannot_be_printed_is_named():
+  with pytest.raises(UserError, match=r"reward f returned .*Unprintable.*, not a number"):
+    scores(lambda prompts, completions: [1.0, Unprintable()], RECORDS, ["a", "b"], "f")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_arrays_of_any_library_will_do(dtype, shape):
+  torch = pytest.importorskip("torch")
+  tensor = torch.tensor([0.5, -2.0], dtype=getattr(torch, dtype), requires_grad=True)
+  for returned in (
+    tensor.reshape(shape),
+    list(tensor.reshape(shape)),
+    jnp.array([0.5, -2.0], dtype).reshape(shape),
+    list(jnp.array([0.5, -2.0], dtype).reshape(shape)),
+  ):
+    own = scores(lambda prompts, completions, own=returned: own, RECORDS, ["a", "b"], "f")
+    np.testing.assert_array_equal(own, np.float32([0.5, -2.0]))
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (1, 2), (2, 1, 1)])
+def test_an_array_of_another_shape_is_refused(shape):
+  with pytest.raises(UserError, match=r"not a number|returned 1 scores"):
+    scores(lambda prompts, completions: np.ones(shape), RECORDS, ["a", "b"], "f")
+
+
+def test_coroutines_share_one_event_loop():
+  loops = []
+
+  async def lengths(prompts, completions):
+    loops.append(asyncio.get_running_loop())
+    await asyncio.sleep(0)
+    return [len(completion) for completion in completions]
+
+  async def broken(prompts, completions):
+    raise ConnectionError("server gone")
+
+  for _ in range(2):
+    np.testing.assert_array_equal(scores(lengths, RECORDS, ["aaaa", ""], "f"), [4, 0])
+  assert loops[0] is loops[1]
+  with pytest.raises(UserError, match="reward f failed: ConnectionError: server gone"):
+    scores(broken, RECORDS, ["a", "b"], "f")
+
+
+def test_what_a_function_changes_is_its_own_copy():
+  def vandal(prompts, completions, tags, completion_ids):
+    for tag, ids in zip(tags, completion_ids, strict=True):
+      tag.append("seen")
+      ids.clear()
+    prompts[:] = completions[:] = ["gone", "gone"]
+    return [1.0, 1.0]
+
+  records = [{"prompt": "p", "tags": ["a"]}, {"prompt": "q", "tags": []}]
+  texts, ids = ["  Once", "There"], Ids([[1], [2]], [[3], [4, 5]])
+  for _ in range(2):
+    scores(vandal, records, texts, "vandal", ids)
+  assert records == [{"prompt": "p", "tags": ["a"]}, {"prompt": "q", "tags": []}]
+  assert texts == ["  Once", "There"]
+  assert ids == Ids([[1], [2]], [[3], [4, 5]])
+
+
+def test_tokens_are_given_to_whoever_asks_by_name_alone():
+  ids = Ids([[1], [2]], [[3], [4, 5]])
+  seen = []
+
+  def asks(completions, completion_ids, *, prompt_ids, **columns):
+    seen.append((completion_ids, prompt_ids, set(columns)))
+    return [0.0, 0.0]
+
+  def takes_anything(**columns):
+    seen.append(set(columns))
+    return [0.0, 0.0]
+
+  for fn in (asks, takes_anything):
+    scores(fn, RECORDS, ["a", "b"], "f", ids)
+  assert seen == [([[3], [4, 5]], [[1], [2]], {"prompts"}), {"prompts", "completions"}]
+  with pytest.raises(ValueError, match="pass ids"):
+    scores(asks, RECORDS, ["a", "b"], "f")
+  records = [{"prompt": "p", "prompt_ids": [7]}] * 2
+  with pytest.raises(UserError, match="have a column 'prompt_ids'"):
+    scores(asks, records, ["a", "b"], "f", ids)
+
+
+def test_a_file_may_import_what_lies_beside_it_and_start_workers(tmp_path):
+  write(tmp_path, "NUMBER = 7\n", "lies_beside.py")
+  path = write(
+    tmp_path,
+    "import lies_beside\n"
+    "def f(prompts, completions): return [lies_beside.NUMBER] * len(completions)\n",
+    "with_neighbour.py",
+  )
+  fn = only(f"{path}:f")
+  assert fn([], ["a"]) == [7]
+  # A worker process is handed the function's name and the search path.
+  worker = f"import pickle, sys; sys.path[:] = {sys.path}; pickle.loads({pickle.dumps(fn)})"
+  subprocess.run([sys.executable, "-c", worker], check=True)
+
+
+def test_a_file_of_a_taken_name_does_not_hide_the_module_of_that_name(tmp_path):
+  path = write(tmp_path, "def f(prompts, completions): return [1.0]\n", "json.py")
+  assert only(f"{path}:f")([], ["a"]) == [1.0]
+  assert sys.modules["json"].loads("3") == 3
 
 
 STYLE = (
@@ -179,7 +329,8 @@ def test_one_reward_of_weight_one_is_its_own_total(style):
 
 
 def test_a_file_of_two_rewards_is_run_once(style):
-  load_rewards(f"{style}:length,{style.parent}/./style.py:huge")
+  for _ in range(2):  # when flags are checked, and when the run begins
+    load_rewards(f"{style}:length,{style.parent}/./style.py:huge")
   assert style.with_suffix(".runs").read_text() == "."
 
 

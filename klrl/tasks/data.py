@@ -22,6 +22,7 @@ from klrl.tasks.texts import Encoded as Encoded
 from klrl.tasks.texts import completion_texts as completion_texts
 from klrl.tasks.texts import decode_continuation as decode_continuation
 from klrl.tasks.texts import encode_texts as encode_texts
+from klrl.tasks.texts import token_ids as token_ids
 
 
 class Prompts(NamedTuple):
@@ -101,9 +102,10 @@ def read_prompts(path: str | pathlib.Path, template: str = "{prompt}") -> list[d
   if not columns:
     raise UserError(f"--prompt_template={template!r} names no column. {advice}")
   template = template.replace("\\n", "\n")
-  return [
-    {**record, "prompt": template.format_map(record)} for record in read_records(path, columns)
-  ]
+  records = read_records(path, columns)
+  # A column that only some lines have is None on the others, in every batch of them.
+  all_columns = dict.fromkeys(column for record in records for column in record)
+  return [{**all_columns, **record, "prompt": template.format_map(record)} for record in records]
 
 
 # What opens the assistant's turns in HH-RLHF (Y. Bai et al., "Training a Helpful and Harmless

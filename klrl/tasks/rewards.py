@@ -1,17 +1,15 @@
 """Where scores come from: a weighted sum of Python functions, the maths verifier, a reward model.
 
 A function of the user's is `f(prompts, completions, **columns) -> list of float`. `columns` are the
-other columns of the prompt file, one list each. The function may be slow; what it raises or returns
-wrongly becomes one message that names the reward and the completion.
+other columns of the prompt file, one list each. `reward_calls` calls it.
 """
 
+import functools
 import importlib.util
 import math
 import pathlib
 import sys
-import traceback
 from collections import Counter
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -19,12 +17,9 @@ import numpy as np
 
 from klrl.errors import UserError
 from klrl.tasks import math_answers
-
-RewardFn = Callable[..., list[float]]
+from klrl.tasks.reward_calls import LARGEST, Ids, RewardFn, checked, scores
 
 MATH, MODEL = "math", "model"  # sources that are no file
-
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Reward(NamedTuple):
@@ -40,13 +35,12 @@ def load_rewards(spec: str) -> list[Reward]:
 
   A SOURCE is `FILE.py:FUNCTION`, `math` (klrl.tasks.math_answers) or `model` (the reward model). A
   reward is named after its function; where two would have one name, after file and function. A file
-  is the user's own code and is run, once for all of its functions.
+  is the user's own code and is run, once in a process; it may import what lies beside it.
 
   Raises:
     UserError: an item that is none of these, has a weight that is 0 or not finite, or is there
       twice; a file that fails; math-verify is missing.
   """
-  files = {}
   sources, rewards = [], []
   for item in spec.split(","):
     weight, source = _weight_and_source(item.strip())
@@ -57,9 +51,7 @@ def load_rewards(spec: str) -> list[Reward]:
       reward = Reward(MODEL, weight, None)
     else:
       source = path, name = _path_and_name(source)
-      if path not in files:
-        files[path] = _run_file(path, item)
-      reward = Reward(name, weight, _function(files[path], name, item))
+      reward = Reward(name, weight, _function(_run_file(path), name, item))
     if source in sources:
       raise UserError(f"--reward={spec}: {item} is there twice; give it once, with one weight.")
     sources.append(source)
@@ -83,6 +75,7 @@ def weighted_scores(
   records: list[dict[str, Any]],
   completions: list[str],
   model_scores: np.ndarray | None = None,
+  ids: Ids | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Returns the weighted sum [B] float32 of the rewards, and each one before its weight, by name.
 
@@ -91,9 +84,10 @@ def weighted_scores(
     records: B rows of the prompt file.
     completions: B texts.
     model_scores: [B], what the reward model says; needed where it is one of the rewards.
+    ids: the tokens of the same rows, for functions that ask for them.
 
   Raises:
-    UserError: as `scores`; the sum is not a finite float32.
+    UserError: as `reward_calls.scores`; the sum is not a finite float32.
     ValueError: `model_scores` is missing.
   """
   if model_scores is None and any(reward.fn is None for reward in rewards):
@@ -101,59 +95,18 @@ def weighted_scores(
   by_name = {
     name: np.asarray(model_scores, np.float32)
     if fn is None
-    else scores(fn, records, completions, name)
+    else scores(fn, records, completions, name, ids)
     for name, _, fn in rewards
   }
   total = sum(weight * by_name[name].astype(np.float64) for name, weight, _ in rewards)
-  if not (np.abs(total) <= _LARGEST).all():
-    worst = int(np.argmin(np.abs(total) <= _LARGEST))
+  if not (np.abs(total) <= LARGEST).all():
+    worst = int(np.argmin(np.abs(total) <= LARGEST))
     terms = ", ".join(f"{name} {values[worst]:g}" for name, values in by_name.items())
     raise UserError(
       f"The weighted sum of the rewards is {total[worst]:g} for completion "
       f"{completions[worst][:80]!r}: {terms}. Scores and their sum must be finite."
     )
   return total.astype(np.float32), by_name
-
-
-def scores(
-  reward_fn: RewardFn, records: list[dict[str, Any]], completions: list[str], name: str
-) -> np.ndarray:
-  """Returns [B] float32, what `reward_fn`, called `name`, says of the completions of `records`.
-
-  Raises:
-    UserError: it raises, returns another number of scores, or one that is not a finite float32.
-  """
-  prompts = [record["prompt"] for record in records]
-  columns = {
-    column: [record.get(column) for record in records]
-    for column in sorted({column for record in records for column in record} - {"prompt"})
-  }
-  for taken in ("prompts", "completions"):
-    if taken in columns:
-      raise UserError(
-        f"The prompts have a column {taken!r}, which reward {name} gets from the run; rename it."
-      )
-  try:
-    returned = list(reward_fn(prompts=prompts, completions=completions, **columns))
-  except UserError:
-    raise
-  except Exception as error:
-    raise UserError(f"The reward {name} failed: {_last_frame(error)}") from error
-  if len(returned) != len(completions):
-    raise UserError(
-      f"The reward {name} returned {len(returned)} scores for {len(completions)} completions."
-    )
-  for i, score in enumerate(returned):
-    try:
-      is_finite = math.fabs(score) <= _LARGEST
-    except (TypeError, OverflowError) as error:
-      raise UserError(f"The reward {name} returned {score!r}, not a number.") from error
-    if not is_finite:
-      raise UserError(
-        f"The reward {name} returned {score} for completion {completions[i][:80]!r} of prompt "
-        f"{prompts[i][:80]!r}. Return a finite number for every completion."
-      )
-  return np.array(returned, np.float32)
 
 
 def _weight_and_source(item: str) -> tuple[float, str]:
@@ -181,26 +134,30 @@ def _path_and_name(source: str) -> tuple[pathlib.Path, str]:
   return pathlib.Path(path).resolve(), name
 
 
-def _run_file(path: pathlib.Path, source: str) -> ModuleType:
-  module_spec = importlib.util.spec_from_file_location(f"reward_of_{path.stem}", path)
+@functools.cache
+def _run_file(path: pathlib.Path) -> ModuleType:
+  folder = str(path.parent)
+  if folder not in sys.path:
+    sys.path.append(folder)  # The last, so that a file of the user's hides no package.
+  module_spec = importlib.util.spec_from_file_location(_module_name(path), path)
   module = importlib.util.module_from_spec(module_spec)
   # Dataclasses and pickles in the file look their module up by name.
   sys.modules[module_spec.name] = module
-  try:
-    module_spec.loader.exec_module(module)
-  except Exception as error:
-    raise UserError(f"--reward={source}: the file fails: {_last_frame(error)}") from error
+  checked(f"file {path}", lambda: module_spec.loader.exec_module(module))
   return module
+
+
+def _module_name(path: pathlib.Path) -> str:
+  """Returns a name under which a worker process that a reward starts finds the file, if it can."""
+  try:
+    found = path.stem.isidentifier() and importlib.util.find_spec(path.stem)
+  except ValueError:  # What is running, `__main__`, has no file.
+    found = None
+  is_it = found and found.origin and pathlib.Path(found.origin).resolve() == path
+  return path.stem if is_it else f"reward_of_{path.stem}"
 
 
 def _function(module: ModuleType, name: str, source: str) -> RewardFn:
   if not callable(getattr(module, name, None)):
     raise UserError(f"--reward={source}: the file defines no function {name!r}.")
   return getattr(module, name)
-
-
-def _last_frame(error: Exception) -> str:
-  frame = traceback.extract_tb(error.__traceback__)[-1]
-  return (
-    f"{type(error).__name__}: {error} ({pathlib.Path(frame.filename).name} line {frame.lineno})"
-  )

@@ -67,18 +67,18 @@ def completion_texts(tokenizer: TokenizerInfo, rollout) -> list[str]:
   Prompt and completion are decoded together and then cut: decoders treat the first token of a text
   differently (SentencePiece ones drop its space).
   """
-  prompt_len = rollout.prompt_mask.shape[1]
-  texts = []
-  for tokens, prompt_mask, completion_mask in zip(
-    np.asarray(rollout.tokens),
-    np.asarray(rollout.prompt_mask),
-    np.asarray(rollout.completion_mask),
-    strict=True,
-  ):
-    prompt = tokens[:prompt_len][prompt_mask].tolist()
-    completion = tokens[prompt_len:][completion_mask].tolist()
-    texts.append(decode_continuation(tokenizer, prompt, completion))
-  return texts
+  pairs = zip(*token_ids(rollout), strict=True)
+  return [decode_continuation(tokenizer, prompt, completion) for prompt, completion in pairs]
+
+
+def token_ids(rollout) -> tuple[list[list[int]], list[list[int]]]:
+  """Returns (prompts, completions) of a rollout (host arrays) as tokens, without padding."""
+  prompt_mask, completion_mask = map(np.asarray, (rollout.prompt_mask, rollout.completion_mask))
+  prompts, completions = np.split(np.asarray(rollout.tokens), [prompt_mask.shape[1]], axis=1)
+  return tuple(
+    [row[mask].tolist() for row, mask in zip(tokens, masks, strict=True)]
+    for tokens, masks in ((prompts, prompt_mask), (completions, completion_mask))
+  )
 
 
 def decode_continuation(tokenizer: TokenizerInfo, prompt: list[int], completion: list[int]) -> str:

@@ -1,0 +1,158 @@
+"""Calling a user's reward function: what it is handed, and what it may hand back.
+
+The function is `f(prompts, completions, **columns)`, plain or `async`. It gets copies, so that what
+it changes reaches neither the samples nor the next reward. It may ask by name for `prompt_ids` and
+`completion_ids`. It may return a list, or an array or tensor of any library, on any device.
+"""
+
+import asyncio
+import atexit
+import copy
+import functools
+import inspect
+import itertools
+import math
+import pathlib
+import reprlib
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from klrl.errors import UserError
+
+RewardFn = Callable[..., list[float]]
+
+LARGEST = float(np.finfo(np.float32).max)
+_LONGEST_MESSAGE = 1000
+
+
+class Ids(NamedTuple):
+  """The tokens of prompts and completions, without padding."""
+
+  prompt_ids: list[list[int]]
+  completion_ids: list[list[int]]
+
+
+def scores(
+  reward_fn: RewardFn,
+  records: list[dict[str, Any]],
+  completions: list[str],
+  name: str,
+  ids: Ids | None = None,
+) -> np.ndarray:
+  """Returns [B] float32, what `reward_fn`, called `name`, says of the completions of `records`.
+
+  Args:
+    reward_fn: the user's function.
+    records: B rows of the prompt file.
+    completions: B texts.
+    name: what messages call the reward.
+    ids: the tokens of the same B rows; needed where the function asks for them.
+
+  Raises:
+    UserError: it raises or exits, returns another number of scores, or one that is not a finite
+      float32.
+  """
+  prompts = [record["prompt"] for record in records]
+  columns = {
+    column: [copy.deepcopy(record.get(column)) for record in records]
+    for column in sorted({column for record in records for column in record} - {"prompt"})
+  }
+  given = {"prompts": list(prompts), "completions": list(completions)}
+  asked_for = [field for field in Ids._fields if field in _parameters(reward_fn)]
+  if asked_for and ids is None:
+    raise ValueError(f"The reward {name} asks for {', '.join(asked_for)}; pass ids.")
+  given |= {field: copy.deepcopy(getattr(ids, field)) for field in asked_for}
+  for taken in given:
+    if taken in columns:
+      raise UserError(
+        f"The prompts have a column {taken!r}, which reward {name} gets from the run; rename it."
+      )
+  returned = checked(name, lambda: _as_list(reward_fn(**given, **columns), len(completions)))
+  if len(returned) != len(completions):
+    number = "more" if len(returned) > len(completions) else len(returned)
+    raise UserError(
+      f"The reward {name} returned {number} scores for {len(completions)} completions."
+    )
+  return np.array(
+    [_finite(name, *row) for row in zip(returned, completions, prompts, strict=True)],
+    np.float32,
+  )
+
+
+def checked(name: str, call: Callable) -> Any:
+  """Returns `call()`, a piece of the user's code; what it raises becomes one message.
+
+  Raises:
+    UserError: the reward `name` raises anything but Ctrl-C, `sys.exit` included.
+  """
+  try:
+    return call()
+  except (UserError, KeyboardInterrupt):
+    raise
+  except BaseException as error:
+    raise UserError(f"The reward {name} failed: {last_frame(error)}") from error
+
+
+def last_frame(error: BaseException) -> str:
+  """Returns what was raised, and where, in one line."""
+  try:
+    text = str(error)
+  except Exception:
+    text = "(its message cannot be made)"
+  if isinstance(error, SystemExit):
+    text += ", which would end the run; raise an error instead"
+  frame = traceback.extract_tb(error.__traceback__)[-1]
+  where = f"{pathlib.Path(frame.filename).name} line {frame.lineno}"
+  return f"{type(error).__name__}: {text[:_LONGEST_MESSAGE]} ({where})"
+
+
+def _parameters(fn: Callable) -> set[str]:
+  """Returns the names that `fn` asks for; `**columns` asks for nothing by name."""
+  try:
+    return set(inspect.signature(fn).parameters)
+  except (TypeError, ValueError):  # Some functions of C have no signature.
+    return set()
+
+
+@functools.cache
+def _event_loop() -> asyncio.Runner:
+  # One for the whole run: clients that a reward opens in one call belong to it in the next.
+  runner = asyncio.Runner()
+  atexit.register(runner.close)
+  return runner
+
+
+def _as_list(returned, num_scores: int) -> list:
+  """Returns what a reward returned as a list, of a longer one not more than shows that it is."""
+  if inspect.isawaitable(returned):
+
+    async def awaited():
+      return await returned
+
+    returned = _event_loop().run(awaited())
+  if not hasattr(returned, "tolist"):
+    return list(itertools.islice(returned, num_scores + 1))
+  # Arrays and tensors of any library, whatever their dtype, device and gradient.
+  return [_one(row) for row in list(returned.tolist())]
+
+
+def _one(row):
+  """Returns the number in a row of an array [B, 1], and anything else as it is."""
+  return row[0] if isinstance(row, list) and len(row) == 1 else row
+
+
+def _finite(name: str, score, completion: str, prompt: str) -> float:
+  try:
+    value = _one(score.tolist()) if hasattr(score, "tolist") else score
+    magnitude, number = math.fabs(value), float(value)  # The first takes no text for a number.
+  except Exception as error:
+    raise UserError(f"The reward {name} returned {reprlib.repr(score)}, not a number.") from error
+  if not magnitude <= LARGEST:
+    raise UserError(
+      f"The reward {name} returned {number} for completion {completion[:80]!r} of prompt "
+      f"{prompt[:80]!r}. Return a finite number for every completion."
+    )
+  return number
