@@ -269,9 +269,9 @@ def test_own_rewards_score_all_members_in_one_call(monkeypatch):
   config = make_config(**REWARDED, sweep="beta=0,0.3", seeds=2)
   calls, real = [], rlhf.rewards.weighted_scores
 
-  def counted(weighted, records, texts, model_scores):
+  def counted(weighted, records, texts, *others):
     calls.append(len(texts))
-    return real(weighted, records, texts, model_scores)
+    return real(weighted, records, texts, *others)
 
   monkeypatch.setattr(rlhf.rewards, "weighted_scores", counted)
   _, state, found = swept(config)
