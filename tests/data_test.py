@@ -67,7 +67,8 @@ def test_prompts_are_a_template_filled_from_the_text_columns(tmp_path):
   template = "{{Question}}: {question}\\nAnswer: "
   assert data.read_prompts(path, template) == [
     {"question": "1 {x} 2?", "answer": "3", "n": 1, "prompt": "{Question}: 1 {x} 2?\nAnswer: "},
-    {"question": "é", "prompt": "{Question}: é\nAnswer: "},
+    # A column that some lines lack is None there.
+    {"question": "é", "answer": None, "n": None, "prompt": "{Question}: é\nAnswer: "},
   ]
 
 
