@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -45,13 +46,42 @@ def test_every_column_is_kept_and_blank_lines_are_skipped(tmp_path):
     ('{"prompt": "p", "completion": "c"}\n\n{"prompt": ', r"a\.jsonl line 3 is not JSON"),
     ('{"prompt": "p"}', "line 1 has no text column 'completion'"),
     ('{"prompt": "p", "completion": 3}', "line 1 has no text column 'completion'"),
-    ('["prompt", "completion"]', "line 1 has no text column 'prompt'"),
+    ('\n["prompt", "completion"]', "line 2 has no text column 'prompt'"),
+    ('[{"prompt": "p"}]', r"a\.jsonl is a JSON array\. Write its objects as lines"),
+    (b"PAR1\x15\x04", r"a\.jsonl is a Parquet file\. Export it as JSON lines"),
+    ('{"prompt": "p"}'.encode("utf-16"), r"a\.jsonl is UTF-16\. Save it as UTF-8"),
+    ('{"prompt": "p", "completion": "\\ud83d"}', "line 1 holds half a character"),
+    ('\n{"prompt": ' + "[" * 200_000, "line 2 is nested deeper than 100"),
+    ('{"prompt": "' + "a" * 2**20 + '"}', "line 1 has more than 1048576 bytes"),
     ('{"prompt": "p", "completion": "c"}\n{"prompt": "\xe9"}'.encode("latin-1"), "line 2 is not"),
   ],
 )
 def test_a_broken_file_is_one_clear_error(tmp_path, content, message):
   with pytest.raises(UserError, match=message):
     data.read_records(write(tmp_path / "a.jsonl", content), ("prompt", "completion"))
+
+
+def test_gigabytes_that_a_small_file_unpacks_to_are_not_kept(tmp_path):
+  zeros = b"\0" * 2**24
+  path = tmp_path / "zeros.jsonl.gz"
+  path.write_bytes(gzip.compress(zeros, 1))
+  tracemalloc.start()
+  with pytest.raises(UserError, match="line 1 has more than 1048576 bytes"):
+    data.read_records(path, ("prompt",))
+  assert tracemalloc.get_traced_memory()[1] < len(zeros) / 2
+  tracemalloc.stop()
+
+
+def test_more_plain_text_than_is_read_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(data, "MAX_TEXT", 10)
+  assert data.read_documents(write(tmp_path / "a.txt", "ten\n\nbytes")) == ["ten", "bytes"]
+  with pytest.raises(UserError, match=r"b\.txt holds more than 10 bytes"):
+    data.read_documents(write(tmp_path / "b.txt", "eleven\n\nbyte"))
+
+
+def test_a_name_that_no_file_can_have_is_named(tmp_path):
+  with pytest.raises(UserError, match=r"cannot be read: .*name too long"):
+    data.read_records(tmp_path / ("x" * 5000), ("prompt",))
 
 
 def test_a_missing_file_is_named_with_what_it_should_hold(tmp_path):
@@ -281,7 +311,11 @@ def test_pairs_may_have_margins(tmp_path):
     ([{"prompt": "p", "chosen": "a"}], "line 1 has no text column 'rejected'"),
     (
       [{"chosen": "a", "rejected": "b", "prompt": "", "margin": x} for x in (1, "2")],
-      "pair 2: the margin '2' is no finite number",
+      "pair 2: margin is '2', but must be a finite number",
+    ),
+    (
+      [{"chosen": "a", "rejected": "b", "prompt": "", "margin": 10**400}],
+      "pair 1: margin is 1000.*, but must be a finite number",
     ),
     (
       [

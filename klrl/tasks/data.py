@@ -5,17 +5,19 @@ its completion, are right-padded. Every text ends with the tokenizer's end-of-se
 whose name ends in .gz is decompressed.
 """
 
+import contextlib
 import gzip
-import json
+import itertools
 import pathlib
 import re
 import string
 import zlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from klrl import schema
 from klrl.errors import UserError
 from klrl.models import TokenizerInfo
 from klrl.tasks.texts import Encoded as Encoded
@@ -23,6 +25,16 @@ from klrl.tasks.texts import completion_texts as completion_texts
 from klrl.tasks.texts import decode_continuation as decode_continuation
 from klrl.tasks.texts import encode_texts as encode_texts
 from klrl.tasks.texts import token_ids as token_ids
+
+MAX_LINE = 2**20  # A line of 10 MB took a tokenizer 1.4 GiB.
+MAX_TEXT = 2**28
+# How files begin that are taken for JSON lines.
+_NO_LINES = {
+  b"[": "is a JSON array. Write its objects as lines, one on each.",
+  b"PAR1": "is a Parquet file. Export it as JSON lines, one object on each.",
+  b"\xff\xfe": "is UTF-16. Save it as UTF-8.",
+  b"\xfe\xff": "is UTF-16. Save it as UTF-8.",
+}
 
 
 class Prompts(NamedTuple):
@@ -56,23 +68,19 @@ def read_records(path: str | pathlib.Path, required: Sequence[str]) -> list[dict
   """Returns the objects of a JSON-lines file, each with the `required` string columns.
 
   Raises:
-    UserError: no such file, no line in it, or a line that is broken or lacks a column (its number
-      is in the message).
+    UserError: no such file, no line in it, or a line that is broken, has more than `MAX_LINE` bytes
+      or lacks a column (its number is in the message).
   """
   path = pathlib.Path(path)
   what = f"JSON lines with {', '.join(required)}"
   records = []
-  for number, line in enumerate(_read(path, what).split(b"\n"), start=1):
-    if not line.strip():
-      continue
-    try:
-      record = json.loads(line)
-    except ValueError as error:  # JSON or UTF-8
-      raise UserError(f"{path} line {number} is not JSON: {error}.") from error
-    for column in required:
-      if not isinstance(record, dict) or not isinstance(record.get(column), str):
-        raise UserError(f"{path} line {number} has no text column {column!r}.")
-    records.append(record)
+  with _opened(path, what) as file:
+    for number, line in _lines(file, path):
+      record = schema.parse(line, f"{path} line {number}")
+      for column in required:
+        if not isinstance(record, dict) or not isinstance(record.get(column), str):
+          raise UserError(f"{path} line {number} has no text column {column!r}.")
+      records.append(record)
   if not records:
     raise UserError(f"{path} is empty; expected {what}.")
   return records
@@ -131,8 +139,7 @@ def read_pairs(path: str | pathlib.Path) -> list[Pair]:
     margin = record.get("margin", 1.0)
     if ("margin" in record) != ("margin" in records[0]):
       raise UserError(f"{where}: give every line a margin, or none.")
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not np.isfinite(margin):
-      raise UserError(f"{where}: the margin {margin!r} is no finite number.")
+    schema.check(record, {"margin": schema.number()}, where)
     prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
     if chosen == rejected:
       continue
@@ -165,11 +172,15 @@ def read_documents(path: str | pathlib.Path) -> list[str]:
   They are separated by `<|endoftext|>` where the file has it, by blank lines otherwise.
 
   Raises:
-    UserError: no such file, nothing in it, or not UTF-8.
+    UserError: no such file, nothing in it, more than `MAX_TEXT` bytes, or not UTF-8.
   """
   path = pathlib.Path(path)
+  with _opened(path, "plain text") as file:
+    content = file.read(MAX_TEXT + 1)
+  if len(content) > MAX_TEXT:
+    raise UserError(f"{path} holds more than {MAX_TEXT} bytes of text; take a part of it.")
   try:
-    text = _read(path, "plain text").decode()
+    text = content.decode()
   except UnicodeDecodeError as error:
     raise UserError(f"{path} is not UTF-8: {error}.") from error
   separator = re.escape("<|endoftext|>") if "<|endoftext|>" in text else r"\n\s*\n"
@@ -180,13 +191,34 @@ def read_documents(path: str | pathlib.Path) -> list[str]:
   return documents
 
 
-def _read(path: pathlib.Path, what: str) -> bytes:
-  if not path.is_file():
-    raise UserError(f"There is no file {path}; expected {what}.")
+@contextlib.contextmanager
+def _opened(path: pathlib.Path, what: str) -> Iterator[BinaryIO]:
+  """Yields the file, decompressed as it is read; a small one may hold gigabytes of zeros."""
   try:
-    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if not path.is_file():
+      raise UserError(f"There is no file {path}; expected {what}.")
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+      yield file
   except (OSError, EOFError, zlib.error) as error:
     raise UserError(f"{path} cannot be read: {error}.") from error
+
+
+def _lines(file: BinaryIO, path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+  """Yields (number, line) of all lines that are not blank."""
+  for number in itertools.count(1):
+    line = file.readline(MAX_LINE + 1)
+    if not line:
+      return
+    if number == 1:
+      for beginning, advice in _NO_LINES.items():
+        if line.lstrip().startswith(beginning):
+          raise UserError(f"{path} {advice}")
+    if len(line) > MAX_LINE:
+      raise UserError(
+        f"{path} line {number} has more than {MAX_LINE} bytes, more than any model reads. Cut it."
+      )
+    if line.strip():
+      yield number, line
 
 
 def encode_prompts(
