@@ -353,3 +353,30 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   with pytest.raises(OSError, match="disk full"):
     saved(tmp_path, UNTIED)
   assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["other", "same", "only"])
+def test_an_unembedding_where_the_config_says_tied_is_read_as_transformers_reads_it(
+  change, tmp_path, capsys
+):
+  params = saved(tmp_path)
+  table = params["decoder"]["embed"]["embedding"]
+
+  def add(tensors):
+    tensors["lm_head.weight"] = table[::-1].copy() if change == "other" else table.copy()
+    if change == "only":
+      del tensors["model.embed_tokens.weight"]
+
+  edit_tensors(tmp_path, add)
+  config, loaded = hf.load_policy(tmp_path)
+  assert config.tie_embeddings == (change != "other")
+  assert ("lm_head.weight is another matrix" in capsys.readouterr().out) == (change == "other")
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 9))
+  peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+  with torch.no_grad():
+    expected = peer(torch.tensor(tokens)).logits.numpy()
+  np.testing.assert_allclose(logits(config, loaded, tokens), expected, atol=1e-4)
+  hf.save_policy(tmp_path / "again", config, loaded, tiny_tokenizer())
+  assert_trees_equal(hf.load_policy(tmp_path / "again")[1], loaded)

@@ -116,8 +116,13 @@ def save_scalar(
   path: str | os.PathLike, config: DecoderConfig, params: Params, tokenizer: TokenizerInfo
 ) -> None:
   """Writes a directory that `load_scalar` and `AutoModelForSequenceClassification` open."""
-  one_label = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
-  _save(path, config, params, tokenizer, "ForSequenceClassification", one_label)
+  fields = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+  # Transformers finds a row's last token by its padding, and would take an EOS for that.
+  if (
+    tokenizer.pad_id not in tokenizer.eos_ids and config_ids(tokenizer).get("pad_token_id") is None
+  ):
+    fields["pad_token_id"] = tokenizer.pad_id
+  _save(path, config, params, tokenizer, "ForSequenceClassification", fields)
 
 
 def _hf_config(config: DecoderConfig, tokenizer: TokenizerInfo, dtype: str) -> dict[str, Any]:

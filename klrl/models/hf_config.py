@@ -128,6 +128,7 @@ def decoder_config(directory: pathlib.Path) -> DecoderConfig:
       f"{file}: hidden_size={width} is no multiple of num_attention_heads={num_heads}, and there is"
       " no head_dim."
     )
+  rope_theta = _rope_theta(raw, file)
   try:
     return DecoderConfig(
       vocab_size=raw["vocab_size"],
@@ -138,7 +139,7 @@ def decoder_config(directory: pathlib.Path) -> DecoderConfig:
       head_dim=raw.get("head_dim") or width // num_heads,
       mlp_dim=raw["intermediate_size"],
       max_len=raw["max_position_embeddings"],
-      rope_theta=_rope_theta(raw, file),
+      rope_theta=rope_theta,
       norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
       tie_embeddings=raw.get("tie_word_embeddings", False),
       attention_bias=is_qwen2,
@@ -154,7 +155,9 @@ def _rope_theta(raw, file) -> float:
   rope = raw.get(name) or {}
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind != "default":
-    raise UserError(f"{file}: rope_scaling of type {str(kind)[:100]!r} is not supported.")
+    raise UserError(
+      f"{file}: rope_scaling of type {str(kind)[:100]!r} is not supported, in {name}."
+    )
   where = f"{file}, {name}"
   _refuse(rope, {key: () for key in rope if key not in _ROPE_KEYS}, where)
   _refuse(rope, {"partial_rotary_factor": (1.0,)}, where)

@@ -1,0 +1,279 @@
+"""Special tokens and vocabularies: what ends, what begins, what is kept, and which models agree."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import types
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from hf_test import LLAMA, edit_config, random_params, saved, tiny_tokenizer
+
+from klrl import inputs
+from klrl.errors import UserError
+from klrl.models import hf, load_tokenizer, policy_model, scalar_model, shared_tokens
+from klrl.sampling import make_greedy_fn, make_sample_fn
+from klrl.tasks import data
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared"
+STORIES = SHARED / "models" / "stories260K"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared model")
+FIXED = {"strategy": {"Fixed": 60}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+
+
+@pytest.fixture
+def stories(tmp_path):
+  """Returns a copy of the shared model that may be changed."""
+  if not SHARED.is_dir():
+    pytest.skip("needs the shared model")
+  directory = tmp_path / "stories"
+  directory.mkdir()
+  for file in STORIES.iterdir():
+    shutil.copyfile(file, directory / file.name)
+  return directory
+
+
+def edit(file, **changes):
+  before = json.loads(file.read_text()) if file.is_file() else {}
+  file.write_text(json.dumps(before | changes))
+
+
+@pytest.mark.parametrize(
+  ("name", "section"),
+  [
+    (
+      "truncation",
+      {"direction": "Right", "max_length": 6, "strategy": "LongestFirst", "stride": 0},
+    ),
+    ("padding", FIXED | {"pad_type_id": 0, "pad_token": "<unk>"}),
+    ("dropout", 0.5),
+  ],
+)
+def test_what_cuts_pads_or_shakes_texts_is_switched_off_and_said_once(
+  name, section, stories, capsys
+):
+  text = "Once upon a time, there was a little girl named Lily. She loved to play outside."
+  expected = load_tokenizer(STORIES).encode(text)
+  content = json.loads((stories / "tokenizer.json").read_text())
+  if name == "dropout":
+    content["model"][name] = section
+  else:
+    content[name] = section
+  (stories / "tokenizer.json").write_text(json.dumps(content))
+  tokenizer = load_tokenizer(stories)
+  load_tokenizer(stories)
+  said = capsys.readouterr().out
+  assert said.count("switched off") == 1 and name in said
+  prompts = data.encode_prompts([{"prompt": text}], tokenizer, max_prompt_len=448)
+  assert prompts.tokens[0].tolist() == expected
+  (example,) = data.encode_texts([(text, " The end.")], tokenizer)
+  assert example.tokens[: len(expected)] == expected
+
+
+def test_whatever_names_an_eos_ends_a_completion(tmp_path):
+  saved(tmp_path)
+  edit_config(tmp_path, eos_token_id=[9, 2])
+  edit(tmp_path / "generation_config.json", eos_token_id=[4, 9])
+  edit(tmp_path / "tokenizer_config.json", eos_token="w7")
+  info = load_tokenizer(tmp_path)
+  assert (info.eos_id, info.eos_ids) == (7, (7, 9, 2, 4))
+  (example,) = data.encode_texts([("w5", " w3")], info)
+  assert example == ([5, 3, 7], 1)
+  # Any of them closes a text that ends with it.
+  (example,) = data.encode_texts([("w5", " w3 w9")], info)
+  assert example == ([5, 3, 9], 1)
+  # A prompt's last word closes nothing.
+  (example,) = data.encode_texts([("w5 w9", "")], info)
+  assert example == ([5, 9, 7], 2)
+
+
+@needs_shared
+def test_greedy_completions_end_where_generate_ends(stories):
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  edit(stories / "generation_config.json", eos_token_id=[2, 410, 431])
+  tokenizer = load_tokenizer(stories)
+  model = transformers.AutoModelForCausalLM.from_pretrained(stories)
+  rows = [tokenizer.encode(text) for text in ("Once upon a time", "Lily", "The dog")]
+  expected = [
+    len(model.generate(torch.tensor([row]), max_new_tokens=30, do_sample=False)[0]) - len(row)
+    for row in rows
+  ]
+  assert min(expected) < 20
+  config, params = hf.load_policy(stories)
+  limits = {"max_completion_len": 30, "eos_id": tokenizer.eos_ids, "pad_id": tokenizer.pad_id}
+  tokens, mask = data.pad(rows, tokenizer.pad_id, left=True)
+  rollout = jax.jit(make_greedy_fn(policy_model(config), **limits))(params, tokens, mask)
+  assert rollout.completion_mask.sum(axis=1).tolist() == expected
+  ends = [
+    rollout.tokens[i, tokens.shape[1] + n - 1] in (2, 410, 431) for i, n in enumerate(expected)
+  ]
+  assert rollout.finished.tolist() == ends
+
+
+def test_a_text_that_brings_its_bos_has_it_once(tmp_path):
+  saved(tmp_path)
+  content = json.loads((tmp_path / "tokenizer.json").read_text())
+  template = tokenizers.processors.TemplateProcessing(
+    single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+  )
+  content["post_processor"] = json.loads(template.__getstate__())
+  (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+  info = load_tokenizer(tmp_path)
+  # No EOS of the tokenizer's own either: there would be nothing to complete.
+  assert info.encode("w5 w3") == info.encode("<s> w5 w3") == [1, 5, 3]
+  assert info.encode("w5 <s>") == [1, 5, 1]
+  assert info.encode("") == [1]
+  assert data.encode_texts([("<s> w5", " w3 </s>"), ("w5", " w3")], info) == [
+    ([1, 5, 3, 2], 2),
+    ([1, 5, 3, 2], 2),
+  ]
+
+
+def test_a_prompt_with_other_tokens_alone_is_named(capsys):
+  tokenizer = tiny_tokenizer()
+  data.encode_texts([("w5", " w3"), ("w4 ", "w5")], tokenizer)
+  assert not capsys.readouterr().out
+  data.encode_texts([("w5", " w3"), ("one w", "3")], tokenizer)
+  said = capsys.readouterr().out
+  assert "1 of 2 prompts" in said and "'one w'" in said
+
+
+def test_special_tokens_that_only_their_names_mark_are_no_text(tmp_path):
+  saved(tmp_path)
+  assert json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"] == []
+  info = load_tokenizer(tmp_path)
+  assert info.decode([1, 5, 2]) == "w5"
+  assert data.decode_continuation(info, [1, 5], [3, 2]) == " w3"
+
+
+def test_a_token_named_beyond_the_vocabulary_takes_a_row_that_fills_it_up(tmp_path):
+  saved(tmp_path, dataclasses.replace(LLAMA, vocab_size=13))
+  edit(tmp_path / "tokenizer_config.json", pad_token="<fill>", extra_special_tokens=["a", "b"])
+  info = load_tokenizer(tmp_path)
+  # There are two rows.
+  assert (info.pad_id, info.num_tokens, info.tokenizer.token_to_id("b")) == (11, 13, None)
+
+
+KEPT = {
+  "generation_config.json": b'{"eos_token_id": [2, 9],\n "temperature": 0.6}',
+  "chat_template.jinja": b"{% for message in messages %}{{ message }}{% endfor %}\n",
+  "special_tokens_map.json": b'{"eos_token": "</s>"}',
+}
+
+
+def test_saving_keeps_the_files_and_the_ids_as_they_were(tmp_path):
+  old, new = tmp_path / "old", tmp_path / "new"
+  params = saved(old)
+  for name, content in KEPT.items():
+    (old / name).write_bytes(content)
+  edit_config(old, bos_token_id=None, eos_token_id=[2, 9], pad_token_id=-1)
+  edit(old / "tokenizer_config.json", model_max_length=7, pad_token=None, bos_token=None)
+  info = load_tokenizer(old)
+  assert (info.bos_id, info.eos_ids, info.pad_id) == (None, (2, 9), 2)
+  hf.save_policy(new, LLAMA, params, info)
+  names = {file.name for file in old.iterdir()}
+  assert names == {file.name for file in new.iterdir()}
+  for name in names - {"config.json"}:
+    assert (new / name).read_bytes() == (old / name).read_bytes(), name
+  ids = [json.loads((d / "config.json").read_text()) for d in (old, new)]
+  ids = [{k: v for k, v in config.items() if k.endswith("token_id")} for config in ids]
+  assert ids[0] == ids[1] == {"eos_token_id": [2, 9], "pad_token_id": -1}
+  again = load_tokenizer(new)
+  assert again.eos_ids == info.eos_ids and again.encode("w5 w3") == [5, 3]
+
+
+def test_a_saved_reward_model_pads_with_what_is_no_eos(tmp_path):
+  saved(tmp_path)
+  edit_config(tmp_path, pad_token_id=None)
+  params = random_params(scalar_model(LLAMA))
+  for pad, expected in (("<pad>", 0), (None, None)):
+    edit(tmp_path / "tokenizer_config.json", pad_token=pad)
+    hf.save_scalar(tmp_path / "reward", LLAMA, params, load_tokenizer(tmp_path))
+    config = json.loads((tmp_path / "reward" / "config.json").read_text())
+    assert config.get("pad_token_id") == expected
+
+
+def with_tokens(*added, num_tokens=11):
+  info = tiny_tokenizer(num_tokens)
+  info.tokenizer.add_special_tokens(list(added))
+  return info
+
+
+def test_vocabularies_that_differ_in_what_never_occurs_are_the_same():
+  ours = with_tokens()
+  assert shared_tokens(ours, with_tokens()) == 11
+  assert shared_tokens(ours, with_tokens("<fill>", "<x>")) == 11
+  padded = dataclasses.replace(with_tokens("<fill>"), pad_id=11)
+  assert shared_tokens(padded, with_tokens()) == 11
+  # Its own tokens must have rows in the other model, and words are no padding.
+  assert shared_tokens(with_tokens("<x>"), with_tokens()) is None
+  assert shared_tokens(dataclasses.replace(padded, eos_id=11), with_tokens()) is None
+  assert shared_tokens(ours, with_tokens(num_tokens=12)) is None
+  other = tokenizers.models.WordLevel({f"x{i}": i for i in range(11)}, unk_token="x0")
+  renamed = dataclasses.replace(ours, tokenizer=tokenizers.Tokenizer(other))
+  assert shared_tokens(ours, renamed) is None
+
+
+# What `load_models` reads of a run's config.
+RUN = {
+  "value_model": "",
+  "value_trunk": "separate",
+  "value_init": "reward_model",
+  "advantage": "gae",
+  "kl_placement": "reward",
+  "kl_every": 0,
+  "init_seed": 0,
+  "lora_rank": 0,
+  "task": "arithmetic",
+  "dtype": "float32",
+  "remat": False,
+  "sampler_dtype": "trainer",
+}
+
+
+def test_models_of_one_run_predict_the_tokens_that_all_of_them_know(tmp_path):
+  def save(name, save_model, make_model, vocab_size, info):
+    config = dataclasses.replace(LLAMA, vocab_size=vocab_size)
+    save_model(tmp_path / name, config, random_params(make_model(config)), info)
+    return str(tmp_path / name)
+
+  padded = dataclasses.replace(with_tokens("<fill>"), pad_id=11)
+  policy = save("policy", hf.save_policy, policy_model, 16, padded)
+  reward = save("reward", hf.save_scalar, scalar_model, 11, with_tokens())
+  reference = save("reference", hf.save_policy, policy_model, 12, with_tokens("<y>"))
+  config = types.SimpleNamespace(**RUN, reference=reference)
+  with pytest.raises(UserError, match="reference has another vocabulary than the policy"):
+    inputs.load_models(config, policy=policy, reward_model=reward)
+  reference = save("reference", hf.save_policy, policy_model, 13, with_tokens("<fill>", "<y>"))
+  models = inputs.load_models(config, policy=policy, reward_model=reward)
+  for model, params in (
+    (models.policy, models.policy_params),
+    (models.reference, models.reference_params),
+    (models.sampler, models.policy_params),
+  ):
+    assert model.unembedding(params).shape == (12, 11)
+  assert models.tokenizer.pad_id == 2  # The reward model has no row for the pad token.
+  assert models.policy.config.vocab_size == 16
+  assert models.policy_params["decoder"]["embed"]["embedding"].shape == (16, 12)
+
+
+def test_only_tokens_are_drawn_and_their_probabilities_sum_to_one():
+  config = dataclasses.replace(LLAMA, vocab_size=16, num_tokens=5, num_layers=1)
+  policy, params = policy_model(config), random_params(policy_model(config))
+  sample = make_sample_fn(policy, max_completion_len=20, eos_id=None, pad_id=0)
+  prompts = np.full((64, 1), 3)
+  rollout = jax.jit(sample)(params, prompts, prompts > 0, jax.random.key(0), temperature=1.0)
+  assert set(np.unique(rollout.tokens)) == set(range(5))
+
+  @jax.jit
+  def score(params, tokens):
+    return policy.hidden(params, tokens, tokens >= 0) @ policy.unembedding(params)
+
+  log_probs = np.asarray(jax.nn.log_softmax(score(params, rollout.tokens)))
+  assert log_probs.shape[-1] == 5
+  expected = np.take_along_axis(log_probs[:, :-1], np.asarray(rollout.tokens)[:, 1:, None], 2)
+  np.testing.assert_allclose(rollout.old_log_probs, expected[..., 0], atol=1e-4)
