@@ -250,6 +250,7 @@ def run(main, config_class, *, prepare=lambda: None) -> None:
   def call(arguments):
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # Orbax tells of every step of a save.
+    status = 0
     try:
       processes.join()
       prepare()
@@ -261,13 +262,16 @@ def run(main, config_class, *, prepare=lambda: None) -> None:
     except UserError as error:
       fail(str(error))
       processes.leave(str(error))
-      sys.exit(1)
+      status = 1
     except Interrupted as stop:
       console.print(str(stop), soft_wrap=True)
-      sys.exit(130)
+      status = 130
     except KeyboardInterrupt:  # Outside the loop, or a second Ctrl-C inside it.
       console.print("Interrupted. The same command goes on from what was saved.")
       sys.stdout.flush()
       os._exit(130)  # An orderly exit crashes where XLA is compiling.
+    if processes.is_alone():
+      processes.leave_threads(status)
+    sys.exit(status)
 
   app.run(call)

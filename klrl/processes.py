@@ -20,6 +20,8 @@ from klrl.errors import UserError
 
 # A process that has ended waits this long for the others, which then are ended too.
 _SECONDS_TO_FOLLOW = 60
+# Threads that outlive the program get this long, for what a tracker may have to send.
+_SECONDS_FOR_THREADS = 10
 _OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 
 
@@ -73,6 +75,31 @@ def leave(why: str) -> None:
   alone.start()
   jax.distributed.shutdown()
   alone.cancel()
+
+
+def leave_threads(status: int) -> None:
+  """Ends this process with `status` soon after its program, though threads of a reward's go on.
+
+  To be called last, in a process that is alone.
+  """
+
+  def end():
+    if threading.main_thread().is_alive():  # The program has not ended.
+      return
+    names = sorted(thread.name for thread in threading.enumerate() if not thread.daemon)
+    left = ", ".join(name for name in names if name != threading.main_thread().name)
+    print(
+      f"All is saved. What still runs, perhaps of the reward, is left behind: {left}.",
+      file=sys.stderr,
+      flush=True,
+    )
+    sys.stdout.flush()
+    os._exit(status)
+
+  # The interpreter waits for all threads but such a one.
+  timer = threading.Timer(_SECONDS_FOR_THREADS, end)
+  timer.daemon = True
+  timer.start()
 
 
 def is_writer() -> bool:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -226,3 +228,61 @@ def test_main_gets_the_config_and_an_interruption_has_its_own_status(monkeypatch
 
 def test_a_whole_number_is_the_same_setting_as_its_float():
   assert config_hash(ppo.Config(beta=1)) == config_hash(ppo.Config(beta=1.0))
+
+
+PROGRAM = """
+import sys, threading
+from experiments import shared_flags
+from klrl import processes
+from klrl.progress import console
+
+def main(config):
+  for i in range(config.batch_size):
+    console.print(f"line {i} " + "." * 1000, soft_wrap=True)
+  if config.seed:
+    processes._SECONDS_FOR_THREADS = 1
+    threading.Thread(target=threading.Event().wait, name="of the reward").start()
+
+shared_flags.run(main, shared_flags.RunConfig)
+"""
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+  path = tmp_path_factory.mktemp("program") / "program.py"
+  path.write_text(PROGRAM)
+  return [sys.executable, str(path)]
+
+
+ROOT = pathlib.Path(shared_flags.__file__).parents[1]
+HERE = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_output_that_nobody_reads_ends_the_program_with_one_message(program):
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+  with subprocess.Popen([*program, "--batch_size=5000"], **pipes, text=True, env=HERE) as process:
+    assert process.stdout.readline().startswith("line 0")
+    process.stdout.close()
+    said = process.stderr.read()
+  assert process.returncode == 1
+  assert said.startswith("Nobody reads what is printed any more, so this ends.")
+  assert len(said.splitlines()) == 1
+
+
+def test_output_that_a_full_disk_takes_no_more_of_is_one_message(program):
+  with open("/dev/full", "w") as full:
+    done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, env=HERE)
+  assert done.returncode
+  assert done.stderr.startswith("Error: No space left on device")
+  assert "Traceback" not in done.stderr
+
+
+def test_a_thread_that_never_ends_is_left_behind(program):
+  done = subprocess.run(
+    [*program, "--seed=1", "--batch_size=1"], capture_output=True, text=True, env=HERE, timeout=60
+  )
+  assert done.returncode == 0
+  assert done.stdout.startswith("line 0")
+  assert done.stderr == (
+    "All is saved. What still runs, perhaps of the reward, is left behind: of the reward.\n"
+  )
