@@ -6,6 +6,7 @@ whoever iterates decides what to print.
 
 import contextlib
 import functools
+import os
 import pathlib
 import signal
 import threading
@@ -220,6 +221,8 @@ def _deferred_signals():
     del frame
     received.append(number)
     signal.signal(number, previous[number])
+    # Not by the console, which may be at work where the signal arrives.
+    os.write(2, b"\nStopping after this iteration, which is saved. Once more stops at once.\n")
 
   try:
     for number in (signal.SIGINT, signal.SIGTERM):

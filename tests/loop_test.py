@@ -104,7 +104,7 @@ def test_nan_stops_the_run_and_names_the_first_bad_figure(tmp_path):
   assert [done for done, _, _ in run(tmp_path)] == [5, 6]
 
 
-def test_second_signal_is_not_swallowed(tmp_path):
+def test_second_signal_is_not_swallowed(tmp_path, capfd):
   before = signal.getsignal(signal.SIGINT)
 
   def impatient(state, iteration):
@@ -117,6 +117,7 @@ def test_second_signal_is_not_swallowed(tmp_path):
 
   with pytest.raises(KeyboardInterrupt):
     run(tmp_path, step=impatient)
+  assert capfd.readouterr().err.count("Once more stops at once") == 1
 
 
 def test_handlers_are_put_back(tmp_path):
