@@ -57,6 +57,7 @@ class Config(shared_flags.LabConfig, shared_flags.TaskFields, shared_flags.Stage
   temperature: float = setting(1.0, "of sampling", minimum=1e-3)
   init_seed: int = setting(0, "seed of the stages before", minimum=0)
   data_seed: int = setting(0, "seed of what is held out", minimum=0)
+  accept_changed_inputs: bool = shared_flags.ACCEPT_CHANGED_INPUTS
 
   def __post_init__(self):
     super().__post_init__()

@@ -38,12 +38,13 @@ from experiments.dpo_pairs import (
   completion_log_probs,
   embedded_start,
   own_start,
+  stages_config,
 )
 from experiments.shared_flags import setting
-from klrl import evaluation, judging, ops, parallel, processes, progress
+from klrl import evaluation, judging, lock, ops, parallel, progress
 from klrl.errors import UserError
 from klrl.models import Policy, add_lora, join, merge_lora, policy_model, save_policy
-from klrl.summary import read_summary
+from klrl.summary import finished
 from klrl.supervised import train
 from klrl.workdir import create_workdir, find_workdir, write_text
 
@@ -89,14 +90,12 @@ class Config(shared_flags.RunConfig, shared_flags.EvaluationFields, shared_flags
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is not run again."""
   workdir = find_workdir("dpo", config, root=root)
-  summary = processes.on_writer(read_summary)(workdir)
+  summary = finished(workdir, config)
   if summary:
     progress.console.print(f"{config.loss.upper()}: finished before, in {workdir}", soft_wrap=True)
   else:
-    parallel.check_batch_size(parallel.make_mesh(config.mesh), config.batch_size)
-    start = (own_start if config.data else embedded_start)(config)
-    create_workdir(workdir, "dpo", config)
-    summary = run(config, workdir, start)
+    with lock.held(workdir, wait=not config.workdir):
+      summary = finished(workdir, config) or _train(config, workdir)
   rl.show_summary(summary, config.loss.upper())
   progress.console.print(
     f"Agrees with {summary['held_out_accuracy']:.1%} of held-out labels, implicit reward margin "
@@ -105,6 +104,14 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   )
   progress.console.print(f"Report: {workdir}/report.html", soft_wrap=True)
   return workdir
+
+
+def _train(config: Config, workdir: pathlib.Path) -> dict:
+  parallel.check_batch_size(parallel.make_mesh(config.mesh), config.batch_size)
+  start = (own_start if config.data else embedded_start)(config)
+  stages = {} if config.policy else rl.model_directories(stages_config(config))
+  create_workdir(workdir, "dpo", config, read=stages.values())
+  return run(config, workdir, start)
 
 
 def run(config: Config, workdir: pathlib.Path, start: Start) -> dict:

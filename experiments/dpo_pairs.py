@@ -132,9 +132,9 @@ def encode_pairs(config, tokenizer: TokenizerInfo, *, context: int):
   return pairs, [np.stack(np.split(x, 2), axis=1) for x in arrays]
 
 
-def embedded_start(config) -> Start:
-  """Returns the embedded task, with pairs of which the SFT policy drew both completions."""
-  embedded = rl.RLConfig(
+def stages_config(config) -> rl.RLConfig:
+  """Returns the settings of the embedded stages and task."""
+  return rl.RLConfig(
     max_completion_len=config.max_completion_len,
     sft_iterations=config.sft_iterations,
     reward_model_iterations=config.reward_model_iterations,
@@ -143,6 +143,11 @@ def embedded_start(config) -> Start:
     dtype=config.dtype,
     remat=config.remat,
   )
+
+
+def embedded_start(config) -> Start:
+  """Returns the embedded task, with pairs of which the SFT policy drew both completions."""
+  embedded = stages_config(config)
   models = inputs.load_models(embedded, **rl.model_directories(embedded))
   task = inputs.load_task(embedded, models)
   score = judging.make_completion_score_fn(None, models.reward_model, models.reward_params)

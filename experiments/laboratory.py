@@ -8,7 +8,8 @@ import pathlib
 import time
 from collections.abc import Callable
 
-from klrl import progress
+from klrl import lock, progress, schema
+from klrl.errors import UserError
 from klrl.summary import environment
 from klrl.workdir import create_workdir, find_workdir, write_text
 
@@ -39,13 +40,18 @@ def run(
   if path.exists():
     progress.console.print(f"{name}: finished before, in {workdir}", soft_wrap=True)
   else:
-    began = time.monotonic()
-    results = compute(workdir)
-    create_workdir(workdir, name, config)  # Now, so that what cannot work leaves nothing behind.
-    results = results | {"seconds": round(time.monotonic() - began, 3), **environment()}
-    write_text(path, json.dumps(results, indent=1) + "\n")
+    with lock.held(workdir, wait=not config.workdir):
+      if not path.exists():
+        began = time.monotonic()
+        results = compute(workdir)
+        create_workdir(workdir, name, config)  # Now, so that a failure leaves nothing behind.
+        results = results | {"seconds": round(time.monotonic() - began, 3), **environment()}
+        write_text(path, json.dumps(results, indent=1) + "\n")
   # Read again, so that a page never shows what the file does not hold.
-  results = json.loads(path.read_text(encoding="utf-8"))
+  try:
+    results = schema.read(path)
+  except UserError as error:
+    raise UserError(f"{error} Remove it: the same command makes it anew.") from error
   write_text(workdir / "report.html", report(results))
   show(results)
   progress.console.print(f"Report: {workdir}/report.html", soft_wrap=True)

@@ -23,7 +23,7 @@ import numpy as np
 
 from experiments import sft, shared_flags
 from experiments.shared_flags import setting
-from klrl import inputs, parallel, processes, progress
+from klrl import inputs, lock, parallel, progress
 from klrl.errors import UserError
 from klrl.models import (
   add_lora,
@@ -32,7 +32,7 @@ from klrl.models import (
   scalar_model,
   scalar_params_from,
 )
-from klrl.summary import read_summary
+from klrl.summary import finished
 from klrl.supervised import train
 from klrl.tasks import arithmetic, data
 from klrl.workdir import create_workdir, find_workdir
@@ -90,15 +90,22 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   if config.data and not config.policy:
     raise UserError("--data needs --policy=DIR, the model whose trunk the reward model takes over.")
   workdir = find_workdir("reward_model", config, root=root)
-  if processes.on_writer(read_summary)(workdir):
-    progress.console.print(f"Reward model: finished before, in {workdir}", soft_wrap=True)
-    return workdir
+  if not finished(workdir, config):
+    with lock.held(workdir, wait=not config.workdir):
+      if not finished(workdir, config):
+        _train(config, workdir)
+        return workdir
+  progress.console.print(f"Reward model: finished before, in {workdir}", soft_wrap=True)
+  return workdir
+
+
+def _train(config: Config, workdir: pathlib.Path) -> None:
   mesh = parallel.make_mesh(config.mesh)
   parallel.check_batch_size(mesh, config.batch_size)
   directory = config.policy or str(run_sft_stage(config))
   model_config, policy_params, tokenizer = inputs.load_start(config, directory)
   training, held_out = _pairs(config, tokenizer, model_config.max_len)
-  create_workdir(workdir, "reward_model", config)
+  create_workdir(workdir, "reward_model", config, read=[directory])
 
   model_config, params, frozen = add_lora(
     model_config,
@@ -150,7 +157,6 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
     f"model in {workdir}/model",
     soft_wrap=True,
   )
-  return workdir
 
 
 def run_sft_stage(config: Config) -> pathlib.Path:
@@ -161,7 +167,7 @@ def run_sft_stage(config: Config) -> pathlib.Path:
     init_seed=config.init_seed,
     mesh=config.mesh,
   )
-  return sft.main(stage, root="runs/stages")
+  return sft.main(stage, root=shared_flags.STAGES)
 
 
 def preference_loss(chosen, rejected, margins, *, margin, label_smoothing, centring_coef):

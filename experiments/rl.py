@@ -14,6 +14,7 @@ from rich.table import Table
 from experiments import reward_model, sft
 from experiments.kl_flags import KLConfig
 from experiments.shared_flags import (
+  STAGES,
   DryRunFields,
   EvaluationFields,
   StageFields,
@@ -25,6 +26,7 @@ from klrl import (
   epochs,
   history,
   inputs,
+  lock,
   objective,
   ops,
   parallel,
@@ -38,7 +40,7 @@ from klrl.figures_table import repeated_rows
 from klrl.models import scalar_params_from
 from klrl.optimizer import SCHEDULES
 from klrl.report import write_report
-from klrl.summary import read_summary
+from klrl.summary import finished
 from klrl.tasks import arithmetic, tree
 from klrl.tasks.rewards import reads_model
 from klrl.workdir import create_workdir, find_workdir
@@ -244,26 +246,37 @@ def run(config: RLConfig, name: str, title: str, *, root: str) -> pathlib.Path:
     dry_run.show(reports)
     dry_run.write(workdir, reports)
     return workdir
-  summary = processes.on_writer(read_summary)(workdir)
-  if summary:
+  summary = finished(workdir, config)
+  if not summary:
+    with lock.held(workdir, wait=not config.workdir):
+      summary = finished(workdir, config) or _train(config, workdir, name, title)
+  else:
     progress.console.print(f"{title}: finished before, in {workdir}", soft_wrap=True)
     processes.on_writer(write_report)(workdir)
-  else:
-    # What can be wrong is looked at before the stages take their time.
-    parallel.check_batch_size(parallel.make_mesh(config.mesh), config.batch_size)
-    inputs.check_inputs(config)
-    models = inputs.load_models(config, **model_directories(config))
-    task = inputs.load_task(config, models)
-    create_workdir(workdir, name, config)
-    progress.console.print(
-      f"{title}: {len(task.training.tokens)} prompts, {len(task.held_out.tokens)} held out; "
-      f"results go to {workdir}",
-      soft_wrap=True,
-    )
-    summary = rlhf.run(config, workdir, models, task, title=title)
   show_summary(summary, title)
   progress.console.print(f"Report: {workdir}/report.html", soft_wrap=True)
   return workdir
+
+
+def _train(config: RLConfig, workdir: pathlib.Path, name: str, title: str) -> dict:
+  # What can be wrong is looked at before the stages take their time.
+  parallel.check_batch_size(parallel.make_mesh(config.mesh), config.batch_size)
+  inputs.check_inputs(config)
+  directories = model_directories(config)
+  models = inputs.load_models(config, **directories)
+  task = inputs.load_task(config, models)
+  create_workdir(workdir, name, config, read=stages_of(config, directories))
+  progress.console.print(
+    f"{title}: {len(task.training.tokens)} prompts, {len(task.held_out.tokens)} held out; "
+    f"results go to {workdir}",
+    soft_wrap=True,
+  )
+  return rlhf.run(config, workdir, models, task, title=title)
+
+
+def stages_of(config: RLConfig, directories: dict[str, str]) -> list[str]:
+  """Returns those of the models' directories that trained stages left."""
+  return [] if config.task == "tree" else [path for path in directories.values() if path]
 
 
 def shapes_of_inputs(config: RLConfig) -> tuple[inputs.Models, inputs.Task]:
@@ -314,7 +327,9 @@ def model_directories(config: RLConfig) -> dict[str, str]:
     return {"policy": config.policy, "reward_model": config.reward_model}
   if config.task == "tree":
     write = processes.on_writer(tree.write_policy)
-    directory = write(pathlib.Path("runs/stages"), config.init_seed)
+    root = pathlib.Path(STAGES)
+    with lock.held(root / "tree", wait=True):
+      directory = write(root, config.init_seed)
     return {"policy": str(directory), "reward_model": ""}
   stages = reward_model.Config(
     num_iterations=config.reward_model_iterations,
@@ -326,7 +341,7 @@ def model_directories(config: RLConfig) -> dict[str, str]:
   sft_dir = reward_model.run_sft_stage(stages)
   if not _reads_reward_model(config):
     return {"policy": str(sft_dir), "reward_model": ""}
-  reward_dir = config.reward_model or reward_model.main(stages, root="runs/stages")
+  reward_dir = config.reward_model or reward_model.main(stages, root=STAGES)
   return {"policy": str(sft_dir), "reward_model": str(reward_dir)}
 
 

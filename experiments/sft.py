@@ -19,7 +19,7 @@ import jax
 
 from experiments import shared_flags
 from experiments.shared_flags import setting
-from klrl import inputs, ops, parallel, processes, progress
+from klrl import inputs, lock, ops, parallel, progress
 from klrl.errors import UserError
 from klrl.models import (
   DecoderConfig,
@@ -29,7 +29,7 @@ from klrl.models import (
   policy_model,
   save_policy,
 )
-from klrl.summary import read_summary
+from klrl.summary import finished
 from klrl.supervised import train
 from klrl.tasks import arithmetic, data, demonstrations, packing
 from klrl.workdir import create_workdir, find_workdir
@@ -88,9 +88,16 @@ class Config(shared_flags.RunConfig):
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is not run again."""
   workdir = find_workdir("sft", config, root=root)
-  if processes.on_writer(read_summary)(workdir):
-    progress.console.print(f"SFT: finished before, in {workdir}", soft_wrap=True)
-    return workdir
+  if not finished(workdir, config):
+    with lock.held(workdir, wait=not config.workdir):
+      if not finished(workdir, config):
+        _train(config, workdir)
+        return workdir
+  progress.console.print(f"SFT: finished before, in {workdir}", soft_wrap=True)
+  return workdir
+
+
+def _train(config: Config, workdir: pathlib.Path) -> None:
   mesh = parallel.make_mesh(config.mesh)
   parallel.check_batch_size(mesh, config.batch_size)
   *model, tokenizer = _model(config)
@@ -124,7 +131,6 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
     + f"model in {workdir}/model",
     soft_wrap=True,
   )
-  return workdir
 
 
 def make_cross_entropy_fn(policy):

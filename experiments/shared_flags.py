@@ -53,6 +53,12 @@ def setting(
   return dataclasses.field(default=default, metadata=metadata)
 
 
+STAGES = "runs/stages"  # where the embedded stages leave their models
+ACCEPT_CHANGED_INPUTS = setting(
+  False, "go on where prompts, reward, tokenizer or weights are not what they were at the start"
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabConfig:
   """The fields of every experiment. Constructing one checks all ranges (UserError)."""
@@ -107,6 +113,7 @@ class RunConfig(LabConfig):
   mesh: str = setting("", "devices, e.g. data=4,fsdp=2; default: all of them on data")
   save_every: int = setting(50, "iterations between checkpoints", minimum=1)
   keep: int = setting(2, "checkpoints that are kept", minimum=1)
+  accept_changed_inputs: bool = ACCEPT_CHANGED_INPUTS
   profile: bool = setting(False, "write a trace of a few iterations to WORKDIR/profile")
   tensorboard: bool = setting(False, "write event files to WORKDIR/tensorboard")
 

@@ -39,7 +39,7 @@ from rich.table import Table
 from experiments import best_of_n, distill, grpo, ppo, reinforce, rl, shared_flags
 from experiments.shared_flags import LabConfig, setting
 from experiments.sweep_page import write_page
-from klrl import dry_run, inputs, parallel, processes, progress, sweep
+from klrl import dry_run, fingerprints, inputs, lock, parallel, processes, progress, sweep
 from klrl.errors import UserError
 from klrl.workdir import NOT_PART_OF_THE_RESULT, create_workdir, find_workdir
 
@@ -86,6 +86,12 @@ def main(config, *, root: str = "runs") -> pathlib.Path:
   workdir = find_workdir("sweep", config, root=root)
   if config.dry_run:
     return _dry_run(config, workdir, members)
+  with lock.held(workdir, wait=not config.workdir):
+    _run(config, workdir, members, root)
+  return workdir
+
+
+def _run(config, workdir: pathlib.Path, members: list[sweep.Member], root: str) -> None:
   beside = best_of_n_config(config, members, workdir)
   if beside:
     find_workdir("best_of_n", beside)  # A run of other models or prompts there is an error.
@@ -105,7 +111,11 @@ def main(config, *, root: str = "runs") -> pathlib.Path:
     members = [
       member._replace(config=distill.with_teacher(member.config, train)) for member in members
     ]
-  create_workdir(workdir, "sweep", config)
+  read = {path for member in members for path in fingerprints.paths_of(member.config)}
+  for group in sweep.group_members(workdir, members):
+    member = group[0].config
+    read |= {*rl.stages_of(member, rl.model_directories(member))}
+  create_workdir(workdir, "sweep", config, read=read)
   progress.console.print(f"Sweep of {config.experiment}: results go to {workdir}", soft_wrap=True)
   found = sweep.run(
     workdir,
@@ -122,7 +132,6 @@ def main(config, *, root: str = "runs") -> pathlib.Path:
     page = write_page(workdir, best_of_n=True)
   show_frontier(found)
   progress.console.print(f"Report: {page}", soft_wrap=True)
-  return workdir
 
 
 def best_of_n_config(config, members, workdir: pathlib.Path) -> best_of_n.Config | None:

@@ -4,12 +4,10 @@ All of it is pytrees of arrays that the training state holds, so that a resumed 
 bit.
 """
 
-import hashlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from klrl.sampling import Rollout
 
@@ -88,17 +86,3 @@ def moved_reference(config, reference, params, hypers, iteration):
     return jax.tree.map(lambda ref, x: decay * ref + (1 - decay) * x, reference, params)
   due = (iteration + 1) % config.reference_every == 0
   return jax.tree.map(lambda ref, x: jnp.where(due, x, ref), reference, params)
-
-
-def fingerprint(params) -> np.ndarray:
-  """Returns [2] uint32, a hash of the values in a pytree that is on the host.
-
-  It is 0 for None, and while shapes alone are computed, where there are no values.
-  """
-  leaves = jax.tree.leaves(params)
-  if params is None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-    return np.zeros(2, np.uint32)
-  digest = hashlib.blake2b(digest_size=8)
-  for leaf in leaves:
-    digest.update(np.ascontiguousarray(leaf))
-  return np.frombuffer(digest.digest(), np.uint32)

@@ -67,7 +67,6 @@ class TrainState(NamedTuple):
   score_stats: history.ScoreStats
   reference: dict | None = None  # as params["policy"], where the reference moves
   replay: history.Replay | None = None  # where rollouts are trained on late
-  fingerprint: jax.Array | None = None  # of what is frozen, so that another one is noticed
 
 
 def hypers_from_config(config) -> Hypers:

@@ -29,7 +29,6 @@ from klrl import (
   progress,
 )
 from klrl.epochs import value_params
-from klrl.errors import UserError
 from klrl.inputs import Models, Task
 from klrl.models import ScalarModel, TokenizerInfo, join, merge_lora, save_policy, save_scalar
 from klrl.optimizer import copy
@@ -90,7 +89,6 @@ def init_state(setup: Setup) -> learner.TrainState:
   return state._replace(
     reference=None if config.reference_update == "frozen" else copy(state.params["policy"]),
     replay=replay or None,
-    fingerprint=jnp.asarray(history.fingerprint((models.base, models.reference_params))),
   )
 
 
@@ -108,7 +106,8 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str
   setup = set_up(config, parallel.make_mesh(config.mesh), models, task)
   state = init_state(setup)
   shardings = parallel.state_shardings(setup.mesh, state)
-  start, state = restored(setup, workdir, parallel.put(state, shardings))
+  state = parallel.put(state, shardings)
+  start, state = loop.restore_or_init(workdir, state, keep=config.keep)
   judge = make_judge_fn(setup)
   before = judge_start(setup, judge, start)
   step = make_step_fn(setup, shardings)
@@ -135,22 +134,6 @@ def announce(config) -> dict[str, Any]:
   for warning in warnings:
     progress.warn(warning)
   return {"kl_penalty": description} | ({"warnings": warnings} if warnings else {})
-
-
-def restored(setup: Setup, workdir: pathlib.Path, state):
-  """Returns (iterations done, state), of the newest checkpoint in `workdir` if there is one.
-
-  Raises:
-    UserError: the checkpoint was made with another reference.
-  """
-  fingerprint = parallel.fetch(state.fingerprint)
-  start, state = loop.restore_or_init(workdir, state, keep=setup.config.keep)
-  if (parallel.fetch(state.fingerprint) != fingerprint).any():
-    raise UserError(
-      f"The reference, or what adapters are added to, is not the one that {workdir} began with, so "
-      "beta would pull elsewhere. Put its files back, or start anew with another --workdir."
-    )
-  return start, state
 
 
 def make_judge_fn(setup: Setup) -> Callable[..., judging.Judgement]:

@@ -2,12 +2,14 @@
 
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 
 import jax
 
-from klrl import metrics, processes
+from klrl import metrics, processes, schema
+from klrl.errors import UserError
 from klrl.workdir import write_text
 
 _PACKAGES = ("klrl", "jax", "flax", "optax", "orbax-checkpoint", "chex")
@@ -40,13 +42,13 @@ def write_summary(workdir: pathlib.Path, figures: dict) -> dict:
   """Writes `summary.json`, which marks the run as finished, and returns its content."""
   timing = processes.on_writer(metrics.read_lines)(workdir / "timing.jsonl")
   # The first iteration compiles; a rate that includes it says nothing about the machine.
-  rates = sorted(line["tokens_per_second"] or 0.0 for line in timing[1:])
+  rates = sorted(line.get("tokens_per_second") or 0.0 for line in timing[1:])
   summary = {
     **dict.fromkeys(_ALWAYS),
     **figures,
-    "wall_seconds": timing[-1]["elapsed_seconds"] if timing else 0.0,
+    "wall_seconds": timing[-1].get("elapsed_seconds", 0.0) if timing else 0.0,
     "tokens_per_second": (rates[len(rates) // 2] or None) if rates else None,
-    "num_iterations": len(timing),
+    "num_iterations": timing[-1]["iteration"] + 1 if timing else 0,
     **environment(),
   }
   write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -54,6 +56,26 @@ def write_summary(workdir: pathlib.Path, figures: dict) -> dict:
 
 
 def read_summary(workdir: pathlib.Path) -> dict | None:
-  """Returns the content of `summary.json`, None where the run has not finished."""
+  """Returns the content of `summary.json`, None where the run has not finished.
+
+  Raises:
+    UserError: the file is damaged.
+  """
   path = workdir / "summary.json"
-  return json.loads(path.read_text()) if path.exists() else None
+  if not os.path.lexists(path):
+    return None
+  try:
+    return schema.check(schema.read(path), {}, path)
+  except UserError as error:
+    raise UserError(
+      f"{error} Remove it: the same command then makes it anew from the last checkpoint."
+    ) from error
+
+
+@processes.on_writer
+def finished(workdir: pathlib.Path, config) -> dict | None:
+  """Returns the summary of a run that has done all iterations of `config`, else None."""
+  summary = read_summary(workdir)
+  done = summary and summary.get("num_iterations")
+  is_short = schema.integer().holds(done) and done < config.num_iterations
+  return None if is_short else summary

@@ -72,10 +72,6 @@ class SweepState(NamedTuple):
   run: learner.TrainState
   diverged_at: jax.Array  # [M] int32, the iteration, from 1, that was not finite; 0: none was
 
-  @property
-  def fingerprint(self):
-    return self.run.fingerprint
-
 
 def run(
   workdir: pathlib.Path,
@@ -177,7 +173,7 @@ def _run_group(
   configs = [member.config for member in members]
   configs += configs[-1:] * (num_places - len(members))
   state, shardings = init_state(setup, configs)
-  start, state = rlhf.restored(setup, group_dir, state)
+  start, state = loop.restore_or_init(group_dir, state, keep=config.keep)
 
   @functools.cache
   def judge_at(temperature):

@@ -10,15 +10,17 @@ import json
 import pathlib
 import secrets
 
-from klrl import processes
+from klrl import checkpoint, fingerprints, lock, processes, schema
 from klrl.errors import UserError
 
 DRY_RUN = "dry_run.json"
-_SETTINGS = ("config.json", "flags.txt", DRY_RUN)
+_SETTINGS = ("config.json", "flags.txt", fingerprints.FILE, DRY_RUN)
+# What a command that was killed, or is at work, may leave; a file without content for a run.
+_LEFT = (".shared-*", "*.partial", lock.FILE)
 # Fields that change no figure of a run or of a sweep's member: the same folder serves any value.
 NOT_PART_OF_THE_RESULT = (
   *("workdir", "save_every", "keep", "profile", "tensorboard"),
-  *("sweep", "seeds", "best_of_n", "dry_run", "topology"),
+  *("sweep", "seeds", "best_of_n", "dry_run", "topology", "accept_changed_inputs"),
 )
 
 
@@ -41,33 +43,73 @@ def find_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path
       configuration; the fields are named.
   """
   directory = pathlib.Path(config.workdir or f"{root}/{experiment}-{config_hash(config)}")
+  directory = directory.absolute()  # A reward may go to another folder.
   theirs = _read_config(directory / "config.json")
-  # A folder that holds settings alone is of a command that failed before it began.
-  if theirs and any(_shows_a_beginning(path) for path in directory.iterdir()):
+  if theirs and _has_begun(directory):
     ours = {"experiment": experiment, **_result_fields(config)}
     differing = [
-      f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+      name
       for name in sorted(ours.keys() | (theirs.keys() - set(NOT_PART_OF_THE_RESULT)))
       if theirs.get(name) != ours.get(name)
     ]
-    if differing:
+    if differing and not (
+      differing == ["num_iterations"] and _is_longer(directory, theirs["num_iterations"], config)
+    ):
+      listed = (f"{x} is {theirs.get(x)!r} there and {ours.get(x)!r} here" for x in differing)
       raise UserError(
-        f"{directory} holds a run with another configuration: {'; '.join(differing)}. "
+        f"{directory} holds a run with another configuration: {'; '.join(listed)}. "
         "Choose another --workdir, or leave it out."
       )
+    fingerprints.check(directory, accept=getattr(config, "accept_changed_inputs", False))
+  elif not theirs and any((directory / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+    raise UserError(
+      f"{directory} holds a run, but its config.json is missing or damaged, so that nobody knows "
+      "whether this command is the same. Put it back from a copy, or choose another --workdir."
+    )
   elif directory.is_file() or (directory.exists() and not theirs and _holds_other(directory)):
     raise UserError(f"{directory} is no empty folder and holds no run. Choose another --workdir.")
   return directory
 
 
-def create_workdir(directory: pathlib.Path, experiment: str, config) -> None:
-  """Writes `config.json` and `flags.txt` into what `find_workdir` returned.
+def _is_longer(directory: pathlib.Path, before: int, config) -> bool:
+  """Returns whether `config` goes on where the run of `before` iterations in `directory` ends.
+
+  Raises:
+    UserError: it would, but what was done depends on where it ends.
+  """
+  if not (schema.integer(1).holds(before) and before < config.num_iterations):
+    return False
+  if not checkpoint.saved_iterations(directory / "checkpoints"):
+    return False
+  for name in ("learning_rate_schedule", "controller"):
+    value = getattr(config, name, None)
+    if value in ("linear", "cosine"):
+      raise UserError(
+        f"--{name}={value} has led the run in {directory} towards its end after {before} "
+        f"iterations. One of {config.num_iterations} differs from the first iteration on: choose "
+        "another --workdir for it."
+      )
+  return True
+
+
+def create_workdir(directory: pathlib.Path, experiment: str, config, *, read=()) -> None:
+  """Writes `config.json`, `flags.txt` and `inputs.json` into what `find_workdir` returned.
 
   To be called when all inputs are loaded, so that a command that cannot work leaves nothing behind.
+
+  Args:
+    directory: of the run.
+    experiment: name of the experiment.
+    config: its settings.
+    read: paths of files or models that were read, beside those that fields of `config` name.
+
+  Raises:
+    UserError: an input is not what it was when the run began, and that is not accepted.
   """
   processes.wait_for_all("looked at")  # Nobody finds what another has begun.
   directory.mkdir(parents=True, exist_ok=True)
   _check_is_shared(directory)
+  write_text(directory / fingerprints.FILE, _inputs(directory, config, read) + "\n")
   fields = dataclasses.asdict(config)
   write_text(
     directory / "config.json", json.dumps({"experiment": experiment, **fields}, indent=2) + "\n"
@@ -82,11 +124,24 @@ def create_workdir(directory: pathlib.Path, experiment: str, config) -> None:
   )
 
 
+@processes.on_writer
+def _inputs(directory: pathlib.Path, config, read) -> str:
+  changed = []
+  if _has_begun(directory):
+    changed = fingerprints.check(directory, accept=getattr(config, "accept_changed_inputs", False))
+  else:
+    (directory / fingerprints.FILE).unlink(missing_ok=True)
+  paths = {*fingerprints.paths_of(config), *read}
+  return fingerprints.record(directory, paths, changed=changed)
+
+
 def _check_is_shared(directory: pathlib.Path) -> None:
   """Raises UserError where a process does not see what the writer leaves in `directory`."""
 
   @processes.on_writer
   def leave_mark():
+    for left in directory.glob(".shared-*"):  # by a command that was killed
+      left.unlink(missing_ok=True)
     # A name that nobody has asked for, so that no network file system remembers its absence.
     path = directory / f".shared-{secrets.token_hex(4)}"
     path.touch()
@@ -117,23 +172,31 @@ def is_read(config, field: dataclasses.Field) -> bool:
   return other is None or getattr(config, other) in values
 
 
+def _is_left(path: pathlib.Path) -> bool:
+  return any(path.match(pattern) for pattern in _LEFT)
+
+
 def _holds_other(directory: pathlib.Path) -> bool:
-  return any(path.name != DRY_RUN for path in directory.iterdir())
+  return any(path.name != DRY_RUN and not _is_left(path) for path in directory.iterdir())
 
 
 def _read_config(path: pathlib.Path) -> dict | None:
   """Returns the configuration of a run of ours; a model's config.json is none."""
   try:
-    config = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError):
+    config = schema.read(path)
+  except UserError:
     return None
   return config if isinstance(config, dict) and "experiment" in config else None
 
 
-def _shows_a_beginning(path: pathlib.Path) -> bool:
+def _has_begun(directory: pathlib.Path) -> bool:
   """Returns whether a run has saved something; one that failed at once leaves an empty folder."""
-  empty = path.is_dir() and not any(path.iterdir())
-  return path.name not in _SETTINGS and not empty
+
+  def shows_it(path):
+    empty = path.is_dir() and not any(path.iterdir())
+    return path.name not in _SETTINGS and not _is_left(path) and not empty
+
+  return directory.is_dir() and any(map(shows_it, directory.iterdir()))
 
 
 def _result_fields(config) -> dict:

@@ -1,4 +1,4 @@
-"""Tests of what a run remembers: running statistics, late rollouts, references, fingerprints."""
+"""Tests of what a run remembers: running statistics, late rollouts and references."""
 
 import types
 
@@ -62,12 +62,3 @@ def test_a_reference_follows_by_average_or_by_reset():
   reset = types.SimpleNamespace(reference_update="reset", reference_every=3)
   kept = [history.moved_reference(reset, old, new, hypers, i)["w"][0] for i in range(6)]
   assert kept == [0, 0, 1, 0, 0, 1]
-
-
-def test_a_fingerprint_is_of_the_values():
-  params = {"a": np.arange(6.0).reshape(2, 3), "b": np.ones(2)}
-  same = history.fingerprint(jax.tree.map(np.copy, params))
-  np.testing.assert_array_equal(history.fingerprint(params), same)
-  params["a"][1, 2] += 1e-6
-  assert (history.fingerprint(params) != same).any()
-  np.testing.assert_array_equal(history.fingerprint(None), [0, 0])
