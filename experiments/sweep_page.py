@@ -6,7 +6,6 @@ the sweep made. Members of an enumerated task have optimum.json, the exact front
 policies. The sweep's command, given again, makes the page anew.
 """
 
-import json
 import pathlib
 
 import numpy as np
@@ -14,9 +13,9 @@ import numpy as np
 from experiments import sweep_pictures
 from experiments.sweep_answer import answer, exact_answer, standing
 from experiments.sweep_pictures import BEST_OF_N, OPTIMUM, Setting
-from klrl import metrics
+from klrl import metrics, schema
+from klrl.frontier import EXACT
 from klrl.page import ABSENT, Html, digits, element, note, page, paragraph, table
-from klrl.sweep import EXACT
 from klrl.workdir import write_text
 
 KL_NAMES = ("kl_ref_exact", "kl_ref_k1")
@@ -37,22 +36,27 @@ def write_page(workdir: pathlib.Path, *, best_of_n: bool = False) -> pathlib.Pat
 
   `best_of_n` says whether the run of best-of-n in the folder belongs beside the members.
   """
-  found = json.loads((workdir / "frontier.json").read_text(encoding="utf-8"))
-  config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+  found, config = (schema.read(workdir / name) for name in ("frontier.json", "config.json"))
   names = [record["name"] for record in found["members"]]
   series, samples = (
     {name: metrics.read_lines(workdir / "members" / name / file) for name in names}
     for file in ("metrics.jsonl", "samples.jsonl")
   )
   path = workdir / "best_of_n" / "best_of_n.json"
-  beside = json.loads(path.read_text(encoding="utf-8")) if best_of_n else None
+  beside = schema.read(path) if best_of_n else None
   optimum = workdir / "members" / names[0] / "optimum.json"
-  optimum = json.loads(optimum.read_text()) if optimum.exists() else None
+  optimum = _read_optimum(optimum) if optimum.exists() else None
   if optimum:
     found["before"] |= {"score": optimum["score"][0], "score_stderr": None}
   path = workdir / "report.html"
   write_text(path, report(found, config["experiment"], series, samples, beside, optimum))
   return path
+
+
+def _read_optimum(path: pathlib.Path) -> dict:
+  numbers = schema.list_of(schema.number(), min_len=1)
+  rules = {"kl": numbers, "score": numbers}
+  return schema.check(schema.read(path), rules, path, required=rules)
 
 
 def settings_of(found: dict) -> list[Setting]:

@@ -46,7 +46,7 @@ def append_line(path: pathlib.Path, record: dict) -> None:
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
-  """Returns the records of a file of lines, without those that are broken; [] without a file."""
+  """Returns the objects of a file of lines, without lines that are broken; [] without a file."""
   return [record for _, record in _lines(path) if record is not None]
 
 
@@ -62,8 +62,8 @@ def truncate(path: pathlib.Path, num_iterations: int) -> None:
     return
   lines = _lines(path)
   # The last one of a file may have been cut off while it was written.
-  num_broken = sum(record is None for _, record in lines[:-1])
-  before = [pair for pair in lines if pair[1] and pair[1]["iteration"] < num_iterations]
+  num_broken = sum("iteration" not in (record or {}) for _, record in lines[:-1])
+  before = [pair for pair in lines if (pair[1] or {}).get("iteration", math.inf) < num_iterations]
   kept = {record["iteration"]: line for line, record in before}
   found = {
     "broken": num_broken,
@@ -97,7 +97,7 @@ def _lines(path: pathlib.Path) -> list[tuple[bytes, dict | None]]:
 def _record(line: bytes) -> dict | None:
   try:
     if line.endswith(b"\n"):
-      return schema.check(schema.parse(line, ""), _RECORD, "", required=("iteration",))
+      return schema.check(schema.parse(line, ""), _RECORD, "")
   except UserError:
     pass
   return None

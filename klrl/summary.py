@@ -48,7 +48,7 @@ def write_summary(workdir: pathlib.Path, figures: dict) -> dict:
     **figures,
     "wall_seconds": timing[-1].get("elapsed_seconds", 0.0) if timing else 0.0,
     "tokens_per_second": (rates[len(rates) // 2] or None) if rates else None,
-    "num_iterations": timing[-1]["iteration"] + 1 if timing else 0,
+    "num_iterations": timing[-1].get("iteration", len(timing) - 1) + 1 if timing else 0,
     **environment(),
   }
   write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")

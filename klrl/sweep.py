@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from klrl import learner, loop, metrics, parallel, processes, progress, rlhf
+from klrl import learner, loop, metrics, parallel, processes, progress, rlhf, schema
 from klrl.errors import UserError
+from klrl.frontier import frontier
 from klrl.inputs import Models, Task
 from klrl.summary import read_summary
 from klrl.workdir import create_workdir, write_text
@@ -31,12 +32,6 @@ TRACED = (*learner.Hypers._fields, "trust_region_beta", "seed")
 # Fields of TrainState that members do not begin with in common.
 _OWN = ("controller", "trust_region", "hypers", "key")
 
-# Figures of a judgement that a frontier holds, with their standard errors where they have one.
-FIGURES = (
-  *("score", "gold", "kl_ref_exact", "kl_ref_k1", "kl_ref_forward", "entropy", "nll", "length"),
-)
-# Of an enumerated task, without error.
-EXACT = ("objective_gap", "tv_to_optimum")
 _WATCHED = (("score/mean", "score"), ("gold/mean", "gold"), ("kl/ref_k1", "KL, nats/sequence"))
 _SHOWN = (
   *(
@@ -46,6 +41,10 @@ _SHOWN = (
   ),
   ("sweep/diverged", "diverged"),
 )
+
+
+# What members.json holds: which members go on together, on how many places.
+_MEMBERS = {"members": schema.list_of(schema.text()), "places": schema.integer(1)}
 
 
 class Member(NamedTuple):
@@ -130,7 +129,7 @@ def group_members(workdir: pathlib.Path, members: list[Member]) -> list[list[Mem
   pending = {member.name: member for member in unfinished_of(workdir, members)}
   groups = []
   for path in sorted(workdir.glob("groups/*/members.json")):
-    names = json.loads(path.read_text())["members"]
+    names = _members_in(path)["members"]
     if by_name.keys() >= set(names) and pending.keys() & set(names):
       groups.append([by_name[name] for name in names])
       pending = {name: member for name, member in pending.items() if name not in names}
@@ -253,7 +252,16 @@ def init_state(setup: rlhf.Setup, configs: list) -> tuple[SweepState, SweepState
 
 def _places_of(group_dir: pathlib.Path) -> int | None:
   path = group_dir / "members.json"
-  return json.loads(path.read_text())["places"] if path.exists() else None
+  return _members_in(path)["places"] if path.exists() else None
+
+
+def _members_in(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return schema.check(schema.read(path), _MEMBERS, path, required=_MEMBERS)
+  except UserError as error:
+    raise UserError(
+      f"{error} Remove {path.parent}: its members begin anew, those that have finished stay."
+    ) from error
 
 
 def make_params_fn(mesh: jax.sharding.Mesh, params) -> Callable:
@@ -329,67 +337,3 @@ def _over_members(each: list[dict[str, float | None]], num_diverged: int) -> dic
       for which, reduce in (("median", np.median), ("least", min), ("most", max)):
         found[f"{key}_{which}"] = (reduce(values), 1)
   return found
-
-
-def frontier(workdir: pathlib.Path, members: list[Member]) -> dict[str, Any]:
-  """Returns what the finished members reached, and where they started, from their summaries.
-
-  The members are those in the folder, whichever command ran them, in the order of their values;
-  where two have the same values one counts. `members` are the present ones, whose fields come
-  first.
-
-  Each record has the `values` of the fields that members differ in, `FIGURES` with `_stderr` where
-  there is one, `diverged_at` (null or an iteration), and `pareto`: no other member that stayed
-  finite has a better gold score (score, where nothing is gold) at no more exact KL(pi || pi_ref),
-  nor as good a one at less. Of an enumerated task it has `EXACT` too, and score and KL are exact.
-  """
-  folders = [*(member.folder(workdir) for member in members), *sorted(workdir.glob("members/*"))]
-  names = [part.partition("=")[0] for folder in folders for part in folder.name.split(",")]
-  names = [*dict.fromkeys(name for name in names if name != "seed"), "seed"]
-  found = {}
-  for folder in folders:
-    if (summary := read_summary(folder)) is not None:
-      config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-      values = {name: config[name] for name in names}
-      found.setdefault(tuple(values.values()), (folder.name, values, summary))
-  found = [found[key] for key in sorted(found)]
-  records = [
-    {
-      "name": name,
-      "values": values,
-      **_figures(summary, "after"),
-      "diverged_at": summary["diverged_at"],
-    }
-    for name, values, summary in found
-  ]
-  gain = "gold" if any(record["gold"] is not None for record in records) else "score"
-  for record in records:
-    record["pareto"] = _is_pareto(record, records, gain)
-  return {"gain": gain, "before": _figures(found[0][-1], "before"), "members": records}
-
-
-def _figures(summary: dict, when: str) -> dict[str, float | None]:
-  figures = {
-    f"{name}{suffix}": summary[f"{name}_{when}{suffix}"]
-    for name in FIGURES
-    for suffix in ("", "_stderr")
-    if f"{name}_{when}{suffix}" in summary
-  }
-  if when == "after" and "exact_score" in summary:
-    figures |= {name: summary[name] for name in EXACT}
-    figures |= {"score": summary["exact_score"], "kl_ref_exact": summary["exact_kl"]}
-    figures |= {"score_stderr": None, "kl_ref_exact_stderr": None}
-  return figures
-
-
-def _is_pareto(record, records, gain: str) -> bool:
-  def place(record):
-    return -record[gain], record.get("kl_ref_exact")
-
-  comparable = [
-    x for x in records if not x["diverged_at"] and None not in (x[gain], x.get("kl_ref_exact"))
-  ]
-  return record in comparable and not any(
-    other != place(record) and all(a <= b for a, b in zip(other, place(record), strict=True))
-    for other in map(place, comparable)
-  )

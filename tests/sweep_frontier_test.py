@@ -2,7 +2,7 @@
 
 import json
 
-from klrl import sweep
+from klrl import frontier, sweep
 
 
 def test_pareto_optimal_members_are_marked():
@@ -10,10 +10,10 @@ def test_pareto_optimal_members_are_marked():
     return {"gold": gold, "kl_ref_exact": kl, "diverged_at": diverged_at}
 
   records = [record(0.5, 1), record(0.6, 1), record(0.6, 2), record(0.7, 3), record(0.9, 0, 4)]
-  marks = [sweep._is_pareto(x, records, "gold") for x in records]
+  marks = [frontier._is_pareto(x, records, "gold") for x in records]
   assert marks == [False, True, False, True, False]
   unmeasured = [record(0.5, None), record(0.6, None), record(None, 1)]
-  assert not any(sweep._is_pareto(x, unmeasured, "gold") for x in unmeasured)
+  assert not any(frontier._is_pareto(x, unmeasured, "gold") for x in unmeasured)
 
 
 def write_member(workdir, name, values, **summary):
@@ -41,7 +41,7 @@ def test_the_frontier_has_all_members_of_the_folder(tmp_path):
   members("learning_rate", (0.001, 0.8, 1.0), (0.01, 0.6, 2.0))
   write_member(tmp_path, "learning_rate=0.1,seed=0", {"learning_rate": 0.1})
   present = members("beta", (2.0, 0.7, 0.5), (0.5, 0.7, 1.0))
-  found = sweep.frontier(tmp_path, present)
+  found = frontier.frontier(tmp_path, present)
   assert [list(record["values"].items()) for record in found["members"]] == [
     [("beta", 0.5), ("learning_rate", 0.001), ("seed", 0)],
     [("beta", 0.5), ("learning_rate", 0.01), ("seed", 0)],
@@ -63,7 +63,7 @@ def test_of_an_enumerated_task_exact_figures_are_compared(tmp_path):
     )
     for i, (score, exact_score) in enumerate([(1.0, 1.0), (2.0, 0.5)])
   ]  # fmt: skip
-  found = sweep.frontier(tmp_path, members)["members"]
+  found = frontier.frontier(tmp_path, members)["members"]
   assert [record["pareto"] for record in found] == [True, False]
   assert [record["score"] for record in found] == [1.0, 0.5]
   assert found[0]["kl_ref_exact"] == 2.0 and found[0]["score_stderr"] is None

@@ -23,6 +23,7 @@ from experiments import ppo, rl
 from experiments import sweep as experiment
 from klrl import inputs, loop, metrics, parallel, rlhf, sweep
 from klrl.errors import UserError
+from klrl.frontier import FIGURES
 from klrl.models import policy_model, save_policy, save_scalar, scalar_model
 from klrl.tasks import arithmetic
 from klrl.workdir import create_workdir, find_workdir
@@ -327,7 +328,7 @@ def test_a_sweep_leaves_what_its_single_runs_leave_and_grows(caplog, capsys):
   assert [record["values"]["beta"] for record in found["members"]] == [0.1, 0.5, 0.5]
   assert [record["diverged_at"] for record in found["members"]] == [None, None, 1]
   summary = json.loads((good / "summary.json").read_text())
-  for name in sweep.FIGURES:
+  for name in FIGURES:
     assert found["members"][1][name] == summary[f"{name}_after"], name
     assert found["before"][name] == summary[f"{name}_before"], name
   assert found["members"][1]["kl_ref_exact_stderr"] == summary["kl_ref_exact_stderr"]

@@ -110,12 +110,73 @@ def test_the_folder_of_a_model_is_refused_and_left_as_it_is(tmp_path):
     find_workdir("ppo", ppo.Config(workdir=str(tmp_path)))
 
 
+@pytest.mark.parametrize("left", [".shared-f10f49f4", "config.json.partial", ".lock"])
+def test_what_a_killed_command_left_blocks_no_folder(tmp_path, left):
+  (tmp_path / left).touch()
+  open_workdir("ppo", ppo.Config(workdir=str(tmp_path)))
+  (tmp_path / left).touch()
+  open_workdir("ppo", ppo.Config(workdir=str(tmp_path), beta=0.7))  # It has not begun.
+  assert not list(tmp_path.glob(".shared-*"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\0" * 9, b"[" * 10**5])
+def test_a_run_without_its_configuration_is_named(tmp_path, content):
+  config = ppo.Config(workdir=str(tmp_path))
+  (open_workdir("ppo", config) / "metrics.jsonl").touch()
+  (tmp_path / "config.json").unlink()
+  if content is not None:
+    (tmp_path / "config.json").write_bytes(content)
+  with pytest.raises(UserError, match=r"holds a run, but its config\.json is missing or damaged"):
+    find_workdir("ppo", config)
+
+
+def test_a_folder_is_found_wherever_the_program_goes(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert find_workdir("ppo", ppo.Config(workdir="run")) == tmp_path / "run"
+
+
+def begun(tmp_path, **settings):
+  config = ppo.Config(workdir=str(tmp_path), num_iterations=12, **settings)
+  directory = open_workdir("ppo", config)
+  (directory / "checkpoints/12").mkdir(parents=True)
+  write_text(directory / "summary.json", '{"num_iterations": 12}')
+  return config
+
+
+def test_a_run_can_be_made_longer(tmp_path):
+  config = begun(tmp_path)
+  assert summary.finished(tmp_path, config)
+  longer = dataclasses.replace(config, num_iterations=20)
+  open_workdir("ppo", longer)
+  assert not summary.finished(tmp_path, longer)
+  with pytest.raises(UserError, match="num_iterations is 20 there and 12 here"):
+    find_workdir("ppo", config)
+  with pytest.raises(UserError, match=r"beta is .*; num_iterations is"):
+    find_workdir("ppo", dataclasses.replace(longer, num_iterations=30, beta=0.7))
+
+
+@pytest.mark.parametrize(
+  ("name", "value"), [("learning_rate_schedule", "cosine"), ("controller", "linear")]
+)
+def test_but_not_where_it_was_led_to_its_end(tmp_path, name, value):
+  config = begun(tmp_path, **{name: value})
+  with pytest.raises(UserError, match=f"--{name}={value} has led the run in .* after 12 iterat"):
+    find_workdir("ppo", dataclasses.replace(config, num_iterations=20))
+
+
+def test_nor_without_a_checkpoint_to_go_on_from(tmp_path):
+  config = begun(tmp_path)
+  (tmp_path / "checkpoints/12").rmdir()
+  with pytest.raises(UserError, match="num_iterations is 12 there and 20 here"):
+    find_workdir("ppo", dataclasses.replace(config, num_iterations=20))
+
+
 def test_hash_follows_everything_that_can_change_a_result():
   base = config_hash(ppo.Config())
   for change in ({"seed": 1}, {"init_seed": 1}, {"beta": 0.7}, {"mesh": "data=1"}):
     assert config_hash(ppo.Config(**change)) != base, change
   free = {"workdir": "w", "save_every": 7, "keep": 7, "profile": True, "tensorboard": True}
-  free |= {"dry_run": True, "topology": "v5e:2x2"}
+  free |= {"dry_run": True, "topology": "v5e:2x2", "accept_changed_inputs": True}
   fields = {field.name for field in dataclasses.fields(ppo.Config)}
   assert set(free) == set(NOT_PART_OF_THE_RESULT) & fields
   assert config_hash(ppo.Config(**free)) == base
@@ -144,6 +205,19 @@ def test_summary_has_every_promised_figure_and_marks_the_run_as_finished(tmp_pat
   expected |= {"tokens_per_second": 20.0, "wall_seconds": 8.0, "num_iterations": 4}
   assert {name: written[name] for name in expected} == expected
   assert written["versions"]["jax"] and written["device"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"score_after": 0.', b"[]", b"\0", b"[" * 10**5])
+def test_a_damaged_summary_is_named_with_what_to_do(tmp_path, content):
+  (tmp_path / "summary.json").write_bytes(content)
+  with pytest.raises(UserError, match=r"summary\.json.*Remove it: the same command"):
+    summary.read_summary(tmp_path)
+
+
+def test_a_summary_that_is_no_file_is_named(tmp_path):
+  (tmp_path / "summary.json").symlink_to("summary.json")
+  with pytest.raises(UserError, match=r"summary\.json"):
+    summary.read_summary(tmp_path)
 
 
 def test_summary_of_a_run_without_iterations(tmp_path):
