@@ -72,6 +72,7 @@ RUN = {
   "mesh": Case("data=2"),
   "save_every": Case(1, shows_in="files"),
   "keep": Case(1, shows_in="files"),
+  "accept_changed_inputs": Case(True),  # edited inputs are in fingerprints_test.py
   "profile": Case(True, shows_in="files"),
   "tensorboard": Case(True, shows_in="files"),
   "policy": Case("other"),
@@ -249,6 +250,7 @@ WALK = [
   pytest.param(experiment, field, id=f"{experiment} {field}")
   for experiment in EXPERIMENTS
   for field in fields_of(experiment)
+  if field != "accept_changed_inputs"
 ]
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments import ppo, sft
+from experiments import best_of_n, ppo, sft
 from klrl import summary
 from klrl.errors import UserError
 from klrl.metrics import append_line
@@ -128,6 +128,20 @@ def test_a_run_without_its_configuration_is_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
   with pytest.raises(UserError, match=r"holds a run, but its config\.json is missing or damaged"):
     find_workdir("ppo", config)
+
+
+@pytest.mark.parametrize("module", [ppo, sft, best_of_n])
+def test_edited_inputs_are_refused_unless_a_flag_accepts_them(tmp_path, module):
+  (tmp_path / "p.jsonl").write_text("prompts")
+  name = "data" if module is sft else "prompts"
+  reward = {} if module is sft else {"reward": "math"}
+  settings = {name: str(tmp_path / "p.jsonl"), "policy": "policy", **reward}
+  config = module.Config(workdir=str(tmp_path / "run"), **settings)
+  (open_workdir("x", config) / "metrics.jsonl").touch()
+  (tmp_path / "p.jsonl").write_text("other prompts")
+  with pytest.raises(UserError, match=r"p\.jsonl is not what it was"):
+    open_workdir("x", config)
+  open_workdir("x", dataclasses.replace(config, accept_changed_inputs=True))
 
 
 def test_a_folder_is_found_wherever_the_program_goes(tmp_path, monkeypatch):
