@@ -93,7 +93,7 @@ def checked(name: str, call: Callable) -> Any:
   except (UserError, KeyboardInterrupt):
     raise
   except BaseException as error:
-    raise UserError(f"The reward {name} failed: {last_frame(error)}") from error
+    raise UserError(f"The reward {name} failed: {last_frame(error)}.") from error
 
 
 def last_frame(error: BaseException) -> str:
