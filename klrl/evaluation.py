@@ -183,6 +183,7 @@ def samples(
     pieces = [
       decode_continuation(tokenizer, prompt + ids[:t], ids[t : t + 1])
       or tokenizer.tokenizer.id_to_token(ids[t])
+      or f"<{ids[t]}>"
       for t in range(len(ids))
     ]
     kl = None if evaluation.kl_exact is None else np.asarray(evaluation.kl_exact[i])[mask].tolist()

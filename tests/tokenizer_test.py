@@ -158,6 +158,15 @@ def test_a_token_named_beyond_the_vocabulary_takes_a_row_that_fills_it_up(tmp_pa
   assert (info.pad_id, info.num_tokens, info.tokenizer.token_to_id("b")) == (11, 13, None)
 
 
+def test_an_id_without_a_token_may_end_a_completion_and_is_said(tmp_path, capsys):
+  saved(tmp_path, dataclasses.replace(LLAMA, vocab_size=16))
+  edit_config(tmp_path, eos_token_id=13)
+  edit(tmp_path / "tokenizer_config.json", eos_token=None)
+  info = load_tokenizer(tmp_path)
+  assert (info.eos_ids, info.num_tokens) == ((13,), 14)
+  assert "3 of the ids below 14 have no token" in " ".join(capsys.readouterr().out.split())
+
+
 KEPT = {
   "generation_config.json": b'{"eos_token_id": [2, 9],\n "temperature": 0.6}',
   "chat_template.jinja": b"{% for message in messages %}{{ message }}{% endfor %}\n",

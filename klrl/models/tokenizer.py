@@ -48,8 +48,9 @@ class TokenizerInfo:
 
   @functools.cached_property
   def num_tokens(self) -> int:
-    """The largest id, plus one."""
-    return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    """The largest id of a token or EOS, plus one: a model predicts no other."""
+    vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+    return 1 + max([*vocabulary.values(), *self.eos_ids], default=-1)
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, with the BOS where the tokenizer puts one."""

@@ -90,7 +90,7 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
     first[kind] = list(dict.fromkeys(ids))
   eos_id, *other_eos_ids = first["eos"] or [None]
   pad_id = next(iter(first["pad"]), 0 if eos_id is None else eos_id)
-  return TokenizerInfo(
+  info = TokenizerInfo(
     tokenizer,
     next(iter(first["bos"]), None),
     eos_id,
@@ -102,6 +102,13 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
     files=files,
     config_ids={name: value for name, value in config.items() if name.endswith("_token_id")},
   )
+  num_holes = info.num_tokens - len(set(tokenizer.get_vocab().values()))
+  if num_holes:
+    progress.warn_once(
+      f"{directory / _TOKENIZER}: {num_holes} of the ids below {info.num_tokens} have no token. The"
+      " model may draw them; they decode to nothing."
+    )
+  return info
 
 
 def config_ids(info: TokenizerInfo) -> dict[str, Any]:
