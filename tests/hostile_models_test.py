@@ -199,7 +199,7 @@ def test_a_special_token_that_is_no_text_is_refused(token, model):
   ):
     before = (model / name).read_bytes() if (model / name).is_file() else b"{}"
     (model / name).write_text(json.dumps(json.loads(before) | {field: token}))
-    refusal(model, ".json")
+    refusal(model, name)
     (model / name).write_bytes(before)
 
 
@@ -207,6 +207,7 @@ def test_a_special_token_that_is_no_text_is_refused(token, model):
   ("field", "value"),
   [
     ("added_tokens_decoder", {"x": {"content": "a"}}),
+    ("added_tokens_decoder", {"1" * 5000: {"content": "a"}}),
     ("added_tokens_decoder", {"1": {"content": "a", "lstrip": "no"}}),
     ("added_tokens_decoder", [1]),
     ("extra_special_tokens", 3),

@@ -8,6 +8,7 @@ pads texts, or makes encoding random (BPE's dropout), is switched off.
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import tokenizers
@@ -187,9 +188,6 @@ def _content(token) -> str | None:
 
 def _named(parsed, directory, config) -> dict[str, Any]:
   """Returns what tokenizer_config.json says, after checking what is read of it."""
-  named = parsed(_NAMES)
-  if "added_tokens_decoder" not in named:  # Files that have it need no map, which may be stale.
-    named = named | parsed(_MAP)
   rules = dict.fromkeys(_NAMED, schema.optional(_TOKEN))
   lists = schema.optional(schema.either(schema.list_of(_TOKEN), schema.object_of(_TOKEN)))
   rules |= dict.fromkeys(_EXTRA, lists)
@@ -197,10 +195,11 @@ def _named(parsed, directory, config) -> dict[str, Any]:
     "tokenizer_class": schema.optional(schema.text(200)),
     "added_tokens_decoder": schema.object_of(_TOKEN),
   }
-  file = directory / _NAMES
-  schema.check(named, rules, file)
-  if not all(key.isascii() and key.isdigit() for key in named.get("added_tokens_decoder", {})):
-    raise UserError(f"{file}: the names in added_tokens_decoder must be ids.")
+  named, in_map = (schema.check(parsed(name), rules, directory / name) for name in (_NAMES, _MAP))
+  if not all(re.fullmatch("[0-9]{1,9}", key) for key in named.get("added_tokens_decoder", {})):
+    raise UserError(f"{directory / _NAMES}: the names in added_tokens_decoder must be ids.")
+  if "added_tokens_decoder" not in named:  # Files that have it need no map, which may be stale.
+    named = named | in_map
   if named.get("tokenizer_class") is None:
     schema.check(config, {"tokenizer_class": rules["tokenizer_class"]}, directory / CONFIG)
     named["tokenizer_class"] = config.get("tokenizer_class")
