@@ -5,9 +5,11 @@ writer (`on_writer`), or by each with a word to the others when it fails (`toget
 waits for a process that has gone another way. With one process all of it is nothing.
 """
 
+import contextlib
 import functools
 import os
 import pickle
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -20,6 +22,8 @@ from klrl.errors import UserError
 
 # A process that has ended waits this long for the others, which then are ended too.
 _SECONDS_TO_FOLLOW = 60
+# The others may start later: when to say who is missing, and when to end.
+_SECONDS_TO_WONDER, _SECONDS_TO_MEET = 20, 300
 # Threads that outlive the program get this long, for what a tracker may have to send.
 _SECONDS_FOR_THREADS = 10
 _OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
@@ -40,14 +44,19 @@ def join() -> None:
   try:
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
       given = "JAX_NUM_PROCESSES" in os.environ or _OPEN_MPI[0] not in os.environ
-      count, index = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if given else _OPEN_MPI
-      jax.distributed.initialize(
-        num_processes=int(os.environ[count]),
-        process_id=int(os.environ[index]),
-        shutdown_timeout_seconds=_SECONDS_TO_FOLLOW,
-      )
+      names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if given else _OPEN_MPI
+      count, index = _count_and_index(*names)
+      _check_address(os.environ["JAX_COORDINATOR_ADDRESS"])
+      told = {"num_processes": count, "process_id": index}
     else:
-      jax.distributed.initialize(shutdown_timeout_seconds=_SECONDS_TO_FOLLOW)
+      told = {}
+    with _told_while_waiting():
+      jax.distributed.initialize(
+        **told,
+        shutdown_timeout_seconds=_SECONDS_TO_FOLLOW,
+        # It ends in an abort, so it has to come after our own.
+        initialization_timeout=2 * _SECONDS_TO_MEET,
+      )
   except KeyError as error:
     raise UserError(f"JAX_COORDINATOR_ADDRESS is set, but not {error}.") from error
   except ValueError as error:
@@ -59,6 +68,61 @@ def join() -> None:
         "Open MPI started several processes, and JAX finds them by itself with its version 4 only. "
         "Say where process 0 runs: mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT ..."
       ) from error
+
+
+def _count_and_index(count_name: str, index_name: str) -> tuple[int, int]:
+  texts = {name: os.environ[name] for name in (count_name, index_name)}
+  if all(text.isdecimal() for text in texts.values()):
+    count, index = map(int, texts.values())
+    if index < count:
+      return count, index
+  given = " and ".join(f"{name}={text}" for name, text in texts.items())
+  raise UserError(f"{given}: must be a number of processes, and an index from 0 to below it.")
+
+
+def _check_address(address: str) -> None:
+  host, _, port = address.rpartition(":")
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise UserError(
+      f"JAX_COORDINATOR_ADDRESS={address}: write HOST:PORT of process 0, as in 10.0.0.1:1234."
+    )
+  try:
+    socket.getaddrinfo(host.strip("[]"), int(port))
+  except OSError as error:
+    raise UserError(
+      f"JAX_COORDINATOR_ADDRESS={address}: the host is not known here ({error.strerror})."
+    ) from error
+
+
+@contextlib.contextmanager
+def _told_while_waiting():
+  """Says whom this process waits for, and ends it with a message where nobody comes.
+
+  JAX waits in silence, and then aborts.
+  """
+  address = os.environ.get("JAX_COORDINATOR_ADDRESS", "the address that the cluster gives")
+
+  def say(text):
+    text = f"This process has waited {text} for the others at {address}. Have all been started, is "
+    text += "process 0 there, and is that port reachable and free?"
+    print(text, file=sys.stderr, flush=True)
+
+  def give_up():
+    say(f"{_SECONDS_TO_MEET} s, too long,")
+    os._exit(1)  # The main thread is in JAX and hears nothing.
+
+  timers = [
+    threading.Timer(_SECONDS_TO_WONDER, say, [f"{_SECONDS_TO_WONDER} s"]),
+    threading.Timer(_SECONDS_TO_MEET, give_up),
+  ]
+  for timer in timers:
+    timer.daemon = True
+    timer.start()
+  try:
+    yield
+  finally:
+    for timer in timers:
+      timer.cancel()
 
 
 def leave(why: str) -> None:

@@ -15,6 +15,8 @@ import pytest
 from quick_compilation import QUICK
 from small_decoders import arithmetic_decoder
 
+from klrl import processes
+from klrl.errors import UserError
 from klrl.models import policy_model, save_policy, save_scalar, scalar_model
 from klrl.tasks import arithmetic
 
@@ -111,17 +113,21 @@ def one(folder, command, *, devices):
   return finished(start(folder, [sys.executable, "-m", *command], devices=devices))
 
 
-def two(folder, command, *, status=0, folders=None, **settings):
-  """Returns what each of two processes printed."""
+def free_port():
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
+    return free.getsockname()[1]
+
+
+def two(folder, command, *, status=0, folders=None, **settings):
+  """Returns what each of two processes printed."""
+  address = f"127.0.0.1:{free_port()}"
   several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-  processes = [
+  started = [
     start(own, [sys.executable, *command], **several, JAX_PROCESS_ID=str(i), **settings)
     for i, own in enumerate(folders or [folder] * 2)
   ]
-  return [finished(process, status) for process in processes]
+  return [finished(process, status) for process in started]
 
 
 def results(folder):
@@ -201,6 +207,47 @@ def test_open_mpi_that_jax_does_not_see_is_refused(tmp_path):
   code = "from klrl import processes; processes.join()"
   process = start(tmp_path, [sys.executable, "-c", code], OMPI_COMM_WORLD_SIZE="2")
   assert "mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT" in finished(process, 1)
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1"}, "write HOST:PORT of process 0"),
+    ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:high"}, "write HOST:PORT of process 0"),
+    ({"JAX_COORDINATOR_ADDRESS": "no.such.host.invalid:1234"}, "the host is not known here"),
+    ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two and JAX_PROCESS_ID=1: must be a number"),
+    ({"JAX_PROCESS_ID": "2"}, "an index from 0 to below it"),
+  ],
+)
+def test_a_start_that_cannot_work_is_refused_at_once(monkeypatch, settings, message):
+  told = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1234"}
+  told |= {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+  for name, value in (told | settings).items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(UserError, match=message):
+    processes.join()
+
+
+# Nobody else is started.
+MISSED = """
+from klrl import processes
+processes._SECONDS_TO_WONDER, processes._SECONDS_TO_MEET = 0.5, 2
+processes.join()
+"""
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_nobody_joins_says_so_and_ends_with_a_message(tmp_path, index):
+  process = start(
+    tmp_path,
+    [sys.executable, "-c", MISSED],
+    JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{free_port()}",
+    JAX_NUM_PROCESSES="2",
+    JAX_PROCESS_ID=str(index),
+  )
+  printed = finished(process, 1)
+  assert "has waited 0.5 s for the others at 127.0.0.1" in printed
+  assert "has waited 2 s, too long, for the others" in printed and "Abort" not in printed
 
 
 @pytest.mark.parametrize(
