@@ -256,7 +256,8 @@ def run(main, config_class, *, prepare=lambda: None) -> None:
 
   def call(arguments):
     if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # Orbax tells of every step of a save.
+      # Orbax tells of every step of a save, and in 300 lines of what it raises as well.
+      logging.set_verbosity(logging.FATAL)
     status = 0
     try:
       processes.join()

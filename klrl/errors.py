@@ -13,16 +13,19 @@ class UserError(ValueError):
   """
 
 
-# What a disk may refuse, in the words that Orbax and TensorStore repeat.
-_DISK = {
-  errno.ENOSPC: "No space left on device",
-  errno.EDQUOT: "Disk quota exceeded",
-  errno.EROFS: "Read-only file system",
-  errno.EACCES: "Permission denied",
-  errno.EPERM: "Operation not permitted",
-  errno.EIO: "Input/output error",
-  errno.ESTALE: "Stale file handle",
-}
+_FULL = "Make room, for files as for bytes, or choose another --workdir."
+_REFUSED = "See to it that this can be read and written, or choose another --workdir."
+# What a disk may refuse: its number, the words that Orbax and TensorStore repeat, and what to do.
+_DISK = (
+  (errno.ENOSPC, "No space left on device", _FULL),
+  (errno.EDQUOT, "Disk quota exceeded", _FULL),
+  (errno.EROFS, "Read-only file system", _REFUSED),
+  (errno.EACCES, "Permission denied", _REFUSED),
+  (errno.EPERM, "Operation not permitted", _REFUSED),
+  (errno.EIO, "Input/output error", _REFUSED),
+  (errno.ESTALE, "Stale file handle", _REFUSED),
+  (errno.ELOOP, "Too many levels of symbolic links", _REFUSED),
+)
 
 
 @contextlib.contextmanager
@@ -42,15 +45,15 @@ def troubles_told():
 def _disk_message(error: BaseException | None) -> str | None:
   while error is not None:
     code = error.errno if isinstance(error, OSError) else None
-    found = [words for number, words in _DISK.items() if number == code or words in str(error)]
-    if found:
-      place = re.search(r"/[^\s'\":]+", str(error))  # TensorStore names the file in its text.
-      where = getattr(error, "filename", None) or (place and place[0])
-      at = f" at {where}" if where else ""
-      return (
-        f"{found[0]}{at}. Make room, for files as for bytes, or choose another --workdir. What was "
-        "saved before is whole, and the same command goes on from it."
-      )
+    for number, words, advice in _DISK:
+      if number == code or words in str(error):
+        place = re.search(r"/[^\s'\":]+", str(error))  # TensorStore names the file in its text.
+        where = getattr(error, "filename", None) or (place and place[0])
+        at = f" at {where}" if where else ""
+        return (
+          f"{words}{at}. {advice} What was saved before is whole, and the same command goes on "
+          "from it."
+        )
     error = error.__cause__ or error.__context__
   return None
 

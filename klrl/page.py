@@ -105,7 +105,12 @@ def element(name: str, *children: object, **attributes: object) -> Html:
 
 def number(value: object) -> float | None:
   """Returns a JSON number as float, NaN included; None for null and for all that is no number."""
-  return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+  if not isinstance(value, int | float) or isinstance(value, bool):
+    return None
+  try:
+    return float(value)
+  except OverflowError:  # an integer of 400 digits
+    return math.inf if value > 0 else -math.inf
 
 
 def digits(value: object, stderr: object = None) -> str:

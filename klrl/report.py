@@ -17,6 +17,8 @@ import pathlib
 
 import numpy as np
 
+from klrl import fingerprints, schema
+from klrl.errors import UserError
 from klrl.figures_table import figures_table
 from klrl.page import Html, digits, duration, element, note, number, page
 from klrl.plots import INK, MAX_POINTS, SERIES, Line, curves
@@ -70,41 +72,54 @@ def _has_beta(config: dict) -> bool:
   return config.get("beta") is not None and config.get("kl_placement") != "none"
 
 
-def _read_object(path: pathlib.Path, gaps: list[str]) -> dict:
+def _read_text(path: pathlib.Path, gaps: list[str]) -> str | None:
   try:
-    value = json.loads(path.read_text("utf-8", "replace"))
+    return path.read_text("utf-8", "replace")
   except FileNotFoundError:
     gaps.append(f"{path.name} is missing.")
-    return {}
-  except ValueError:
-    value = None
-  if not isinstance(value, dict):
+  except OSError as error:
+    gaps.append(f"{path.name} cannot be read: {error.strerror}.")
+  return None
+
+
+def _parsed(text: str) -> dict | None:
+  """Returns the JSON object in `text`, None where there is none; half characters may be in it."""
+  try:
+    value = json.loads(text)
+  except (ValueError, RecursionError):
+    return None
+  return value if isinstance(value, dict) and not schema.is_deep(value, text) else None
+
+
+def _read_object(path: pathlib.Path, gaps: list[str]) -> dict:
+  text = _read_text(path, gaps)
+  value = {} if text is None else _parsed(text)
+  if value is None:
     gaps.append(f"{path.name} holds no JSON object; it is left out.")
-    return {}
-  return value
+  return value or {}
 
 
 def _read_lines(path: pathlib.Path, gaps: list[str]) -> list[dict]:
-  if not path.exists():
-    gaps.append(f"{path.name} is missing.")
+  text = _read_text(path, gaps)
+  if text is None:
     return []
-  records, bad = [], []
-  for position, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
-    if line.strip():
-      try:
-        record = json.loads(line)
-      except ValueError:
-        record = None
-      if isinstance(record, dict):
-        records.append(record)
-      else:
-        bad.append(str(position))
+  lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+  records = {i: _parsed(line) for i, line in lines}
+  bad = [str(i) for i, record in records.items() if record is None]
   if bad:
     shown = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
     gaps.append(f"{path.name}: left out what is no JSON object, in line {shown}.")
   elif not records:
     gaps.append(f"{path.name} is empty.")
-  return records
+  return [record for record in records.values() if record is not None]
+
+
+def _read_accepted(workdir: pathlib.Path, gaps: list[str]) -> list[str]:
+  try:
+    return [f"{text}." for text in fingerprints.read(workdir)["accepted"]]
+  except UserError as error:
+    gaps.append(str(error))
+    return []
 
 
 def _series(records: list[dict]) -> dict[str, dict[float, float]]:
@@ -320,7 +335,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   timing = _series(_read_lines(workdir / "timing.jsonl", gaps))
   supervised = config.get("experiment") in ("sft", "reward_model")  # These draw no samples.
   samples = [] if supervised else _read_lines(workdir / "samples.jsonl", gaps)
-  flags = workdir / "flags.txt"
+  flags = (_read_text(workdir / "flags.txt", []) or "").strip()
   for name, values in series.items():
     if bad := [i for i in values if not math.isfinite(values[i])]:
       gaps.append(f"{name} is not finite in {len(bad)} iterations, first in {bad[0]:g}.")
@@ -328,6 +343,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
 
   warnings = summary.pop("warnings", None) or []
   warnings = warnings if isinstance(warnings, list) else [warnings]
+  warnings = warnings + _read_accepted(workdir, gaps)
   versions, penalty = summary.pop("versions", None), summary.pop("kl_penalty", "")
   figures = _flat(summary)
   facts = [text(x) for name, text in FACTS if (x := number(figures.get(name))) and math.isfinite(x)]
@@ -343,10 +359,12 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     element("h2", "Curves"), *_curves(series),
     element("h2", "Samples"), *_samples(samples),
     element("h2", "The run"),
-    *_run(config, figures, versions if isinstance(versions, dict) else {},
-          flags.read_text("utf-8", "replace").strip() if flags.exists() else ""),
+    *_run(config, figures, versions if isinstance(versions, dict) else {}, flags),
   ]  # fmt: skip
   path, partial = workdir / "report.html", workdir / "report.html.partial"
-  partial.write_text(page(title, *body), "utf-8", "replace")  # a model may emit half a character
-  partial.replace(path)
+  try:
+    partial.write_text(page(title, *body), "utf-8", "replace")  # a model may emit half a character
+    partial.replace(path)
+  except OSError as error:
+    raise UserError(f"{path} cannot be written: {error.strerror}.") from error
   return path

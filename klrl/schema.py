@@ -116,7 +116,7 @@ def parse(content: str | bytes, where: str | pathlib.Path) -> Any:
     value = json.loads(content)
     if isinstance(content, bytes):  # UTF-8, UTF-16 or UTF-32, as its first bytes say.
       content = content.decode(json.detect_encoding(content))
-    if content.count("[") + content.count("{") > MAX_DEPTH and _is_deep(value):
+    if is_deep(value, content):
       raise RecursionError
     # Two escapes make a character beyond the first 65,536; one alone is none.
     if "\\ud" in content.lower():
@@ -190,8 +190,9 @@ def _is_finite(value) -> bool:
     return False
 
 
-def _is_deep(value) -> bool:
-  level = [value]
+def is_deep(value, content: str) -> bool:
+  """Returns whether a value, which is that of a JSON text, is nested deeper than `MAX_DEPTH`."""
+  level = [value] if content.count("[") + content.count("{") > MAX_DEPTH else []
   for _ in range(MAX_DEPTH):
     children = [item.values() if isinstance(item, dict) else item for item in level]
     level = [child for some in children for child in some if isinstance(child, dict | list)]

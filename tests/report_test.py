@@ -3,6 +3,8 @@
 import html.parser
 import json
 import math
+import time
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -225,6 +227,45 @@ def test_broken_files_are_named(tmp_path):
     assert words in shown.text
 
 
+KINDS = {
+  "empty": "",
+  "zeros": "\0" * 99,
+  "deep": "[" * 200_000,
+  "deep object": '{"a": ' * 500 + "1" + "}" * 500,
+  "other types": '{"iteration": {}, "score/mean": "x", "experiment": [1], "beta": {}, '
+  '"warnings": 3, "versions": [], "index": {}, "tokens": [[]], "kl_ref": [{}], "when": []}',
+  "many digits": f'{{"iteration": {10**400}, "score/mean": {10**400}, "num_iterations": {10**400},'
+  f' "score_before": -{10**400}, "score_after": 1e400, "kl_ref": [{10**400}], "tokens": [1]}}',
+  "too many digits": f'{{"score/mean": {"9" * 5000}}}',
+}
+FILES = ("config.json", "summary.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl")
+FILES += ("inputs.json", "flags.txt")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "a directory", "a loop"])
+def test_whatever_a_file_holds_the_report_is_written(tmp_path, kind):
+  write_run(tmp_path)
+  for name in FILES:
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    if kind == "a directory":
+      path.mkdir()
+    elif kind == "a loop":
+      path.symlink_to(name)
+    else:
+      path.write_text(KINDS[kind])
+    shown = Page(write_report(tmp_path))
+    if kind != "other types" and name not in ("flags.txt", "inputs.json"):
+      assert ("Not complete" in shown.text and name in shown.text) or "digits" in kind
+
+
+def test_inputs_that_were_changed_during_a_run_are_warned_of(tmp_path):
+  write_run(tmp_path)
+  accepted = {"files": {}, "accepted": ["r.py was changed after the run had begun"]}
+  (tmp_path / "inputs.json").write_text(json.dumps(accepted))
+  assert "r.py was changed after the run had begun." in Page(write_report(tmp_path)).text
+
+
 def test_an_interrupted_run_is_judged_by_its_iterations(tmp_path):
   shown = Page(write_report(write_run(tmp_path, summary__json=None)))
   verdict = "In training, the score rose from 0 to 0.4, at 4.4 nats per sequence of KL"
@@ -244,8 +285,8 @@ def test_supervised_run_with_only_a_loss(tmp_path):
 def test_runs_too_short_for_a_line(tmp_path, num_iterations):
   shown = Page(write_report(write_run(tmp_path, num_iterations=num_iterations)))
   assert shown.count("svg") == 4 * num_iterations
-  # A single value is a dot: in each picture one marker is used.
-  assert shown.count("use") >= 4 * num_iterations
+  # A single value is a dot.
+  assert shown.count("circle") >= 4 * num_iterations
   assert ("metrics.jsonl is empty." in shown.text) == (num_iterations == 0)
 
 
@@ -329,6 +370,39 @@ def test_long_runs_stay_small_and_keep_their_spikes(tmp_path):
   shown = Page(path)
   assert "more than 300 points" in shown.text
   assert f"{MAX_SAMPLES} of {MAX_SAMPLES + 5} prompts" in shown.text
+
+
+def test_a_thousand_figures_are_drawn_in_two_seconds(tmp_path):
+  names = [f"group/{i}" for i in range(1000)]
+  rows = np.random.default_rng(0).normal(size=(60, len(names)))
+  records = [
+    json.dumps({"iteration": i} | dict(zip(names, row.tolist(), strict=True)))
+    for i, row in enumerate(rows)
+  ]
+  began = time.process_time()
+  path = write_report(write_run(tmp_path, metrics__jsonl="\n".join(records)))
+  assert time.process_time() - began < 2
+  assert Page(path).count("svg") == 1001
+
+
+def test_a_curve_has_gaps_lone_dots_dashes_and_bars():
+  x, y = np.arange(6.0), np.array([0.0, 1.0, np.nan, 5.0, np.nan, -1e300])
+  svg = plots.curves(
+    [
+      plots.Line(x, y, np.array([0.5, np.nan, 1, 1, 1, 1]), plots.SERIES[0], "-"),
+      plots.Line(x, y[::-1], None, plots.SERIES[1], "--"),
+      plots.Line(x, y, np.full(6, 2.0), plots.INK, "o"),
+    ]
+  )
+  root = ElementTree.fromstring(svg)
+  paths = [path for path in root if "var(--first)" in path.get("style")]
+  line = next(path for path in paths if "stroke: var" in path.get("style") and path.get("d"))
+  assert line.get("d").count("M") == 2 and line.get("d").count("L") == 1
+  dots = [mark for mark in root if mark.tag == "circle"]
+  assert [mark.get("style").split(": ")[1] for mark in dots].count("currentColor") == 3
+  assert any("dasharray" in path.get("style") for path in root)
+  bars = next(path for path in root if "V" in path.get("d", ""))
+  assert bars.get("d").count("V") == 3
 
 
 def test_stretches():
