@@ -14,7 +14,14 @@ from hf_test import LLAMA, edit_config, random_params, saved, tiny_tokenizer
 
 from klrl import inputs
 from klrl.errors import UserError
-from klrl.models import hf, load_tokenizer, policy_model, scalar_model, shared_tokens
+from klrl.models import (
+  TokenizerInfo,
+  hf,
+  load_tokenizer,
+  policy_model,
+  scalar_model,
+  shared_tokens,
+)
 from klrl.sampling import make_greedy_fn, make_sample_fn
 from klrl.tasks import data
 
@@ -131,6 +138,20 @@ def test_a_text_that_brings_its_bos_has_it_once(tmp_path):
     ([1, 5, 3, 2], 2),
     ([1, 5, 3, 2], 2),
   ]
+
+
+def test_what_is_put_around_a_text_is_known_where_a_letter_has_no_token():
+  for model in (
+    tokenizers.models.WordLevel({"one": 0, "<s>": 1, "</s>": 2}, unk_token="nowhere"),
+    tokenizers.models.BPE({"o": 0, "<s>": 1, "</s>": 2}, []),
+  ):
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+      single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    info = TokenizerInfo(tokenizer, 1, 2, 0)
+    assert info.encode("one" if "one" in tokenizer.get_vocab() else "o") == [1, 0]
+    assert info.encode("") == [1]
 
 
 def test_a_prompt_with_other_tokens_alone_is_named(capsys):

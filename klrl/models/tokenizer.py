@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from klrl import schema
 from klrl.errors import UserError
 from klrl.models.blocks import DecoderConfig
 
@@ -66,9 +67,14 @@ class TokenizerInfo:
       UserError: the tokenizer fails at a text.
     """
     texts = list(texts)
-    before, after = self._around()
-    with refusals("The tokenizer cannot encode a text"):
+    before, after = self._around
+    try:
       encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+    except Exception:  # Of several texts the library does not say which it was.
+      for number, text in enumerate(texts, start=1):
+        with refusals(f"The tokenizer cannot encode text {number}, {schema.show(text)}"):
+          self.tokenizer.encode(text, add_special_tokens=False)
+      raise
     encoded = []
     for text, encoding in zip(texts, encodings, strict=True):
       ids = encoding.ids
@@ -77,19 +83,30 @@ class TokenizerInfo:
       encoded.append(Tokens([*start, *ids, *after], ends))
     return encoded
 
+  @functools.cached_property
   def _around(self) -> tuple[list[int], list[int]]:
-    """Returns the ids that the tokenizer puts before and behind a text, without the EOS."""
-    try:
-      encoding = self.tokenizer.encode("a")
-    except Exception:  # A vocabulary of words without the unknown one.
-      encoding = self.tokenizer.encode("")
+    """The ids that the tokenizer puts before and behind a text, without the EOS."""
+    encoding = self._an_encoding()
     mask = encoding.special_tokens_mask
-    num_before = mask.index(0) if 0 in mask else len(mask)
-    num_after = mask[::-1].index(0) if 0 in mask else 0
-    after = encoding.ids[len(mask) - num_after :]
+    first, last = (mask.index(0), mask[::-1].index(0)) if 0 in mask else (len(mask), 0)
+    after = encoding.ids[len(mask) - last :]
     while after and after[-1] in self.eos_ids:
       after.pop()
-    return encoding.ids[:num_before], after
+    return encoding.ids[:first], after
+
+  def _an_encoding(self) -> tokenizers.Encoding:
+    """Returns an encoding with more in it than what is put around a text, where there is one."""
+
+    def texts():
+      yield "a"
+      yield from self.tokenizer.get_vocab()  # One may not know the letter; all know their tokens.
+
+    for text in texts():
+      with contextlib.suppress(Exception):  # of a vocabulary without its unknown token
+        encoding = self.tokenizer.encode(text)
+        if 0 in encoding.special_tokens_mask:
+          return encoding
+    return self.tokenizer.encode("")
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of ids, without the special tokens."""
@@ -130,11 +147,11 @@ def shared_tokens(ours: TokenizerInfo, theirs: TokenizerInfo) -> int | None:
   known = [
     {i: token for i, token in vocabulary.items() if i < num_shared} for vocabulary in vocabularies
   ]
-  # An added token that only one names may also lie between the others.
   added = theirs.tokenizer.get_added_tokens_decoder()
   same = (
     known[0] == known[1]
-    and beyond[0] <= {ours.pad_id} - set(ours.eos_ids)
+    and beyond[0] <= {ours.pad_id}
+    and all(eos_id < num_shared for eos_id in ours.eos_ids)
     and beyond[1] <= set(added)
   )
   return num_shared if same else None
