@@ -232,6 +232,14 @@ def test_a_field_of_the_tokenizer_of_another_type_is_refused(field, value, model
     {"added_tokens": [{"id": 11, "content": "new", "special": "x"}]},
     {"added_tokens": 3},
     {"post_processor": {"type": "TemplateProcessing", "single": 3}},
+    {
+      "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "absent", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+      }
+    },
   ],
 )
 def test_a_tokenizer_that_does_not_work_is_named(changes, model):

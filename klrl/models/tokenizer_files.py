@@ -103,6 +103,8 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
     files=files,
     config_ids={name: value for name, value in config.items() if name.endswith("_token_id")},
   )
+  with refusals(f"{directory / _TOKENIZER} does not encode"):
+    info.encode_batch([])  # What it puts around a text may be tokens that it does not have.
   num_holes = info.num_tokens - len(set(tokenizer.get_vocab().values()))
   if num_holes:
     progress.warn_once(
