@@ -63,8 +63,10 @@ def _memory_message(error: BaseException) -> str | None:
   if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
     return None
   said = text.strip().splitlines()[0][:200].rstrip(".") if text.strip() else "out of memory"
+  number = re.search(r"(\d{8,}) bytes", text)
+  size = f" ({int(number[1]) / 2**30:.1f} GiB at once)" if number else ""
   return (
-    f"The memory does not hold this: {said}. --accumulation=K and --remat take less with the same "
-    "result, as does --mesh=fsdp=N over more devices; a smaller --batch_size or completion, "
+    f"The memory does not hold this: {said}{size}. --accumulation=K and --remat take less with the "
+    "same result, as does --mesh=fsdp=N over more devices; a smaller --batch_size or completion, "
     "--dtype=bfloat16 and --lora_rank take less with another. --dry_run says what a run needs."
   )

@@ -313,7 +313,10 @@ def test_figures_without_a_checkpoint_are_told_and_begun_anew(tmp_path, capsys):
   [
     (OSError(28, "No space left on device", "runs/x"), "No space left on device at runs/x. Make"),
     (ValueError("INTERNAL: [OS error 30: Read-only file system]"), "Read-only file system"),
-    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."), "--accumulation"),
+    (
+      RuntimeError(f"RESOURCE_EXHAUSTED: Out of memory allocating {2**31} bytes."),
+      r"2\.0 GiB at once.*--acc",
+    ),
     (MemoryError(), "The memory does not hold this: out of memory"),
   ],
 )
