@@ -14,9 +14,10 @@ from klrl.errors import UserError
 from klrl.models.blocks import DecoderConfig
 from klrl.models.directory import CONFIG
 
+MAX_TOKENS = 10**7
 _ROPE = schema.object_of(schema.Rule("anything", lambda value: True))
 _RULES = {
-  "vocab_size": schema.integer(1, 10**7),
+  "vocab_size": schema.integer(1, MAX_TOKENS),
   "hidden_size": schema.integer(1, 10**6),
   "intermediate_size": schema.integer(1, 10**7),
   "num_hidden_layers": schema.integer(1, 10**4),
@@ -98,11 +99,12 @@ _HARMLESS = """
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
-def read_config(directory: pathlib.Path) -> dict[str, Any]:
-  """Returns config.json, an object whose fields are of the types that they must have.
+def decoder_config(directory: pathlib.Path) -> DecoderConfig:
+  """Returns the decoder's config of a model directory.
 
   Raises:
-    UserError: a field is not, or one that every model has is missing.
+    UserError: a field of config.json is missing or of another type, or it names something that the
+      decoder does not compute.
   """
   file = directory / CONFIG
   raw = schema.check(schema.read(file), {"model_type": schema.text(100)}, file)
@@ -110,16 +112,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
     raise UserError(
       f"{file}: model_type {raw['model_type']!r} is not supported; llama and qwen2 are."
     )
-  return schema.check(raw, _RULES, file, required=_REQUIRED)
-
-
-def decoder_config(directory: pathlib.Path) -> DecoderConfig:
-  """Returns the decoder's config of a model directory.
-
-  Raises:
-    UserError: as `read_config`, or the decoder does not compute something that config.json names.
-  """
-  raw, file = read_config(directory), directory / CONFIG
+  schema.check(raw, _RULES, file, required=_REQUIRED)
   is_qwen2 = raw["model_type"] == "qwen2"
   _refuse_what_is_not_computed(raw, file, is_qwen2)
   width, num_heads = raw["hidden_size"], raw["num_attention_heads"]

@@ -16,7 +16,7 @@ import tokenizers
 from klrl import progress, schema
 from klrl.errors import UserError
 from klrl.models.directory import CONFIG, model_dir, write, write_json
-from klrl.models.hf_config import read_config
+from klrl.models.hf_config import MAX_TOKENS
 from klrl.models.tokenizer import TokenizerInfo, refusals
 
 _TOKENIZER = "tokenizer.json"
@@ -64,9 +64,11 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
     file = directory / name
     return schema.check(schema.parse(files.get(name, b"{}"), file), {}, file)
 
-  config = read_config(directory)
-  config_ids = _ids(config, directory / CONFIG, config["vocab_size"])
-  generation_ids = _ids(parsed(_GENERATION), directory / _GENERATION, config["vocab_size"])
+  file, rule = directory / CONFIG, schema.integer(1, MAX_TOKENS)
+  config = schema.check(schema.read(file), {"vocab_size": rule}, file)
+  num_rows = config.get("vocab_size", MAX_TOKENS)
+  config_ids = _ids(config, file, num_rows)
+  generation_ids = _ids(parsed(_GENERATION), directory / _GENERATION, num_rows)
   named = _named(parsed, directory, config)
   content = parsed(_TOKENIZER)
   if (named.get("tokenizer_class") or "").removesuffix("Fast") == "LlamaTokenizer":
@@ -74,7 +76,7 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
   _without_chance(content, directory / _TOKENIZER)
   with refusals(f"{directory / _TOKENIZER} is not a tokenizer"):
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-  _add_named_tokens(tokenizer, named, content, config["vocab_size"])
+  _add_named_tokens(tokenizer, named, content, num_rows)
   tokenizer.encode_special_tokens = named.get("split_special_tokens") is True
 
   first = {}
@@ -157,9 +159,9 @@ def _bytes(file) -> bytes:
   return content
 
 
-def _ids(config, file, vocab_size: int) -> dict[str, list[int]]:
+def _ids(config, file, num_rows: int) -> dict[str, list[int]]:
   """Returns the ids of each kind that a configuration lists; it may be one or, of EOS, several."""
-  token_id = schema.integer(0, vocab_size - 1)
+  token_id = schema.integer(0, num_rows - 1)
   none = schema.Rule("-1 for none", lambda value: type(value) is int and value == -1)
   rules = {
     "bos": schema.optional(schema.either(token_id, none)),
@@ -271,7 +273,7 @@ def _without_chance(content, file) -> None:
     )
 
 
-def _add_named_tokens(tokenizer, named, content, vocab_size: int) -> None:
+def _add_named_tokens(tokenizer, named, content, num_rows: int) -> None:
   """Adds the tokens that are named beside tokenizer.json, as transformers does.
 
   Those of the vocabulary keep their ids and are special from then on; others follow the last id
@@ -303,7 +305,7 @@ def _add_named_tokens(tokenizer, named, content, vocab_size: int) -> None:
     if tokenizer.token_to_id(token.content) is None:
       if next_id is None:
         next_id = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-      if next_id >= vocab_size:
+      if next_id >= num_rows:
         continue
       next_id += 1
     tokenizer.add_tokens([token])
