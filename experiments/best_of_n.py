@@ -30,7 +30,7 @@ from experiments import laboratory, rl, shared_flags
 from experiments.best_of_n_page import COLUMNS, report, row_cells, verdict
 from experiments.dpo_pairs import in_chunks
 from experiments.shared_flags import setting
-from klrl import bandits, completions, inputs, judging, ops, oracle, progress, rlhf
+from klrl import bandits, completions, inputs, judging, ops, oracle, parallel, progress, rlhf
 from klrl.errors import UserError
 from klrl.sampling import make_sample_fn
 from klrl.summary import read_summary
@@ -144,15 +144,18 @@ def first_prompts(prompts: data.Prompts, num: int) -> data.Prompts:
 
 def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts: data.Prompts):
   """Returns scores and gold scores [P, N] of N completions of each prompt; gold may be None."""
-  sample = jax.jit(
-    make_sample_fn(
-      models.policy,
-      max_completion_len=task.max_completion_len,
-      eos_id=models.tokenizer.eos_ids,
-      pad_id=models.tokenizer.pad_id,
-    )
+  mesh = parallel.make_mesh("")
+  sample = make_sample_fn(
+    models.policy,
+    max_completion_len=task.max_completion_len,
+    eos_id=models.tokenizer.eos_ids,
+    pad_id=models.tokenizer.pad_id,
   )
-  score = judging.make_completion_score_fn(task.rewards, models.reward_model, models.reward_params)
+  sample = jax.jit(parallel.on_mesh(mesh, sample), out_shardings=parallel.replicated(mesh))
+  params = parallel.put_once(mesh, models.policy_params)
+  score = judging.make_completion_score_fn(
+    mesh, task.rewards, models.reward_model, models.reward_params
+  )
   gold = rlhf.make_gold_fn(prompts, models.tokenizer)
   num_prompts, size = len(prompts.tokens), config.completions_per_prompt
   key = jax.random.key(config.seed)
@@ -160,7 +163,7 @@ def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts:
   def chunk(rows):
     of = rows // size
     rollout = sample(
-      models.policy_params,
+      params,
       prompts.tokens[of],
       prompts.mask[of],
       jax.random.fold_in(key, rows[0]),

@@ -150,14 +150,17 @@ def embedded_start(config) -> Start:
   embedded = stages_config(config)
   models = inputs.load_models(embedded, **rl.model_directories(embedded))
   task = inputs.load_task(embedded, models)
-  score = judging.make_completion_score_fn(None, models.reward_model, models.reward_params)
+  mesh = parallel.make_mesh(config.mesh)
+  score = judging.make_completion_score_fn(mesh, None, models.reward_model, models.reward_params)
   sample = make_sample_fn(
     models.policy,
     max_completion_len=task.max_completion_len,
     eos_id=models.tokenizer.eos_ids,
     pad_id=models.tokenizer.pad_id,
   )
-  draw = functools.partial(jax.jit(sample), models.policy_params, temperature=1.0)
+  sample = jax.jit(parallel.on_mesh(mesh, sample), out_shardings=parallel.replicated(mesh))
+  params = parallel.put_once(mesh, models.policy_params)
+  draw = functools.partial(sample, params, temperature=1.0)
   arrays = draw_pairs(task.training, draw, score, num_pairs=config.num_pairs, seed=config.seed)
   pairs = make_pairs(config, models.policy, models.policy_params, arrays)
   return Start(

@@ -3,7 +3,8 @@
     shapes of models -> shapes of the state -> compile for a mesh -> memory, work, traffic, time
 
 No parameter is made, so a model of any size fits, and no weights have to be on the disk. The judge
-before and after, and reward functions on the host, are left out.
+is two programs, one draw for each of its rows and what the models say of them; a run computes each
+a few times. Reward functions on the host are left out.
 """
 
 import functools
@@ -16,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from klrl import hlo, inputs, parallel, progress, rlhf, sweep
+from klrl import hlo, inputs, judging, parallel, progress, rlhf, sweep
 from klrl.errors import UserError
-from klrl.models import load_config, policy_model, scalar_model
+from klrl.models import join, load_config, policy_model, scalar_model
 from klrl.workdir import DRY_RUN, write_text
 
 
@@ -152,19 +153,44 @@ def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
   num_rows = config.oversampling * config.batch_size
   rows = jax.ShapeDtypeStruct((num_rows,), jnp.int32, sharding=by_rows)
   texts = jax.tree.map(lambda x: shape_of(x, by_rows, config.batch_size), setup.task.pretraining)
+  judge = _judge_reports(setup)
   programs = make()
   if "iterate" in programs:
     report, _ = _report("iterate", programs["iterate"], mesh, state, frozen, *prompts, rows, texts)
-    return [report]
+    return [report, *judge]
   sampling, rollout = _report("rollout", programs["rollout"], mesh, state, frozen, *prompts, rows)
   shape = rollout.finished.shape
   by_rows = parallel.by_rows(mesh, members=len(shape) > 1)
   scores = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_rows)
   update, _ = _report("update", programs["update"], mesh, state, frozen, rollout, scores, texts)
-  return [sampling, update]
+  return [sampling, update, *judge]
 
 
-def _report(name: str, program, mesh, *arguments) -> tuple[dict[str, Any], Any]:
+def _judge_reports(setup) -> list[dict[str, Any]]:
+  """Returns what the programs of the judge would cost; of a sweep's, for one of the members."""
+  models, task, mesh = setup.models, setup.task, setup.mesh
+  tokenizer, horizon = models.tokenizer, task.max_completion_len
+  programs = judging.make_programs(mesh, models.policy, models.reference, tokenizer, horizon)
+  trained = parallel.put_once(mesh, {"policy": models.policy_params})
+  params = join(setup.frozen["base"], trained)["policy"]
+  shape = setup.config.num_eval_rows, task.held_out.tokens.shape[1]
+  prompts, mask = (
+    jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.replicated(mesh))
+    for dtype in (jnp.int32, jnp.bool_)
+  )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  temperature = setup.config.temperature
+  draw, rollout = _report(
+    "judge_draw", programs.sample, mesh, params, prompts, mask, key, temperature=temperature
+  )
+  reference = setup.frozen["reference"]
+  evaluate, _ = _report(
+    "judge_evaluate", programs.evaluate, mesh, params, reference, rollout, temperature=temperature
+  )
+  return [draw, evaluate]
+
+
+def _report(name: str, program, mesh, *arguments, **named) -> tuple[dict[str, Any], Any]:
   """Returns (what `program` costs one device in one run, the shapes that it returns).
 
   Bytes, floating-point operations and seconds. Time is that of a roofline: the work at the chip's
@@ -173,7 +199,7 @@ def _report(name: str, program, mesh, *arguments) -> tuple[dict[str, Any], Any]:
   """
   began = time.monotonic()
   try:
-    compiled = program.lower(*arguments).compile()
+    compiled = program.lower(*arguments, **named).compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -218,7 +244,7 @@ def _report(name: str, program, mesh, *arguments) -> tuple[dict[str, Any], Any]:
       "interconnect": sum(found.collectives.values()) / chip.links,
     }
     report["seconds"] = {**parts, "at_least": max(parts.values())}
-  made = jax.eval_shape(program, *arguments)
+  made = jax.eval_shape(program, *arguments, **named)
   return report, jax.tree.map(
     lambda x, sharding: x.update(sharding=sharding), made, compiled.output_shardings
   )

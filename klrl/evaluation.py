@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from klrl import completions, ops
+from klrl import completions, ops, parallel
 from klrl.errors import UserError
 from klrl.sampling import Rollout
 from klrl.tasks.data import decode_continuation
@@ -30,20 +30,24 @@ def make_evaluate_fn(policy, reference):
   """
 
   def evaluate(params, reference_params, rollout, *, temperature):
-    log_probs, entropy = completions.log_probs_and_entropy(
-      policy, params, rollout, temperature=temperature
+    rollout = parallel.split_rows(rollout)
+    # One pass of each model for all of it: devices that share parameters would compute two.
+    hidden = completions.completion_hidden(policy, params, rollout)
+    tokens, unembedding = completions.completion_tokens(rollout), policy.unembedding(params)
+    log_probs, entropy = ops.token_log_probs_and_entropy_from_hidden(
+      hidden, unembedding, tokens, temperature=temperature
     )
     if reference is None:
       return Evaluation(rollout, log_probs, entropy, None, None)
-    return Evaluation(
-      rollout,
-      log_probs,
-      entropy,
-      completions.log_probs(reference, reference_params, rollout, temperature=temperature),
-      completions.exact_kl(
-        policy, params, reference, reference_params, rollout, temperature=temperature
-      ),
+    ref_hidden = completions.completion_hidden(reference, reference_params, rollout)
+    ref_unembedding = reference.unembedding(reference_params)
+    ref_log_probs = ops.token_log_probs_from_hidden(
+      ref_hidden, ref_unembedding, tokens, temperature=temperature
     )
+    kl_exact = ops.exact_kl_from_hidden(
+      hidden, unembedding, ref_hidden, ref_unembedding, temperature=temperature
+    )
+    return Evaluation(rollout, log_probs, entropy, ref_log_probs, kl_exact)
 
   return evaluate
 

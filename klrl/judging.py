@@ -6,7 +6,6 @@ verifier, `eval_completions` ones of as many prompts as make no more rows; and, 
 row from the reference, for the KL in the other direction.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +25,47 @@ class Judgement(NamedTuple):
   evaluation: evaluation.Evaluation  # one completion of each row
   figures: dict[str, float | None]
   samples: list[dict[str, Any]]  # records for `samples.jsonl`
+
+
+class Programs(NamedTuple):
+  """What a judge has compiled; each device computes its share of the rows, and all get the whole.
+
+  `sample`, `greedy` and `evaluate` are those of `sampling` and `evaluation` for the policy,
+  `sample_reference` and `evaluate_reference` have policy and reference exchanged.
+  """
+
+  sample: Callable
+  greedy: Callable
+  evaluate: Callable
+  sample_reference: Callable | None
+  evaluate_reference: Callable | None
+
+
+def make_programs(
+  mesh, policy: Policy, reference: Policy | None, tokenizer: TokenizerInfo, max_completion_len: int
+) -> Programs:
+  """Returns the programs of a judge; arguments as in `make_judge_fn`."""
+  limits = {
+    "max_completion_len": max_completion_len,
+    "eos_id": tokenizer.eos_ids,
+    "pad_id": tokenizer.pad_id,
+  }
+
+  def jit(fn):
+    # What comes out is whole everywhere: each process reads all of it.
+    return jax.jit(parallel.on_mesh(mesh, fn), out_shardings=parallel.replicated(mesh))
+
+  sample = jit(make_sample_fn(policy, **limits))
+  greedy = jit(make_greedy_fn(policy, **limits))
+  evaluate = jit(evaluation.make_evaluate_fn(policy, reference))
+  if reference is None:
+    return Programs(sample, greedy, evaluate, None, None)
+  # Models of one shape take their parameters in either place.
+  if reference.config == policy.config:
+    return Programs(sample, greedy, evaluate, sample, evaluate)
+  sample_reference = jit(make_sample_fn(reference, **limits))
+  evaluate_reference = jit(evaluation.make_evaluate_fn(reference, policy))
+  return Programs(sample, greedy, evaluate, sample_reference, evaluate_reference)
 
 
 def make_judge_fn(
@@ -77,21 +117,9 @@ def make_judge_fn(
     return [held_out.records[row] for row in rows]
 
   prompts, repeated_prompts = prompts_of(rows), prompts_of(padded)
-  limits = {
-    "max_completion_len": max_completion_len,
-    "eos_id": tokenizer.eos_ids,
-    "pad_id": tokenizer.pad_id,
-  }
-  # What comes out is whole everywhere: each process reads all of it.
-  jit = functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
-  sample = jit(make_sample_fn(policy, **limits))
-  greedy = jit(make_greedy_fn(policy, **limits))
-  evaluate = jit(evaluation.make_evaluate_fn(policy, reference))
+  programs = make_programs(mesh, policy, reference, tokenizer, max_completion_len)
+  sample, greedy, evaluate, sample_reference, evaluate_reference = programs
   if reference is not None:
-    # Models of one shape take their parameters in either place.
-    alike = reference.config == policy.config
-    sample_reference = sample if alike else jit(make_sample_fn(reference, **limits))
-    evaluate_reference = evaluate if alike else jit(evaluation.make_evaluate_fn(reference, policy))
     of_reference = sample_reference(
       reference_params, *prompts, jax.random.fold_in(key, 1), temperature=temperature
     )
@@ -140,16 +168,21 @@ def make_judge_fn(
 
 
 def make_completion_score_fn(
-  weighted: list[rewards.Reward], reward_model: ScalarModel | None, reward_params
+  mesh, weighted: list[rewards.Reward], reward_model: ScalarModel | None, reward_params
 ) -> Callable[..., np.ndarray]:
   """Returns score(rollout, texts, records) -> [B], the weighted sum of rewards.
 
   Without any it is the reward model's score, and 0 without that. The texts are read by the rewards
-  alone.
+  alone. The devices of `mesh` share the rows of a rollout.
   """
+
+  def model_score(params, rollout):
+    return completions.reward_model_scores(reward_model, params, parallel.split_rows(rollout))
+
   model_score = jax.jit(
-    lambda params, rollout: completions.reward_model_scores(reward_model, params, rollout)
+    parallel.on_mesh(mesh, model_score), out_shardings=parallel.replicated(mesh)
   )
+  reward_params = parallel.put_once(mesh, reward_params)
   reads_model = reward_model is not None and (
     not weighted or any(reward.fn is None for reward in weighted)
   )

@@ -1,6 +1,5 @@
 """The optimizer of every experiment."""
 
-import jax
 import optax
 
 # How the learning rate falls after the warm-up, to this share of its peak at the last iteration.
@@ -39,7 +38,7 @@ def make_optimizer(learning_rate, max_grad_norm) -> optax.GradientTransformation
 
 
 def init_optimizer(params) -> optax.OptState:
-  """Returns the optimizer's state at zero."""
+  """Returns the optimizer's state at zero; the moments of sharded `params` are sharded alike."""
   return make_optimizer(0.0, 1.0).init(params)
 
 
@@ -48,8 +47,3 @@ def apply_gradients(params, opt_state, gradients, *, learning_rate, max_grad_nor
   optimizer = make_optimizer(learning_rate, max_grad_norm)
   updates, opt_state = optimizer.update(gradients, opt_state, params)
   return optax.apply_updates(params, updates), opt_state, optax.tree.norm(gradients)
-
-
-def copy(tree):
-  """Returns the same arrays in buffers of their own: donating one must not delete the other."""
-  return jax.tree.map(lambda leaf: leaf.copy(), tree)

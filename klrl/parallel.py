@@ -265,6 +265,8 @@ def put(tree, shardings):
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       data = place(jax.random.key_data(leaf), NamedSharding(sharding.mesh, PartitionSpec()))
       return jax.random.wrap_key_data(data)
+    if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+      return leaf
     array = fetch(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
@@ -284,6 +286,16 @@ def put_once(mesh: Mesh, tree):
     return placed[id(leaf)]
 
   return jax.tree.map(put_leaf, tree, state_shardings(mesh, tree))
+
+
+def put_own(mesh: Mesh, tree):
+  """Returns `tree` on the devices, sharded by `state_shardings`, in buffers of its own.
+
+  Donating them deletes nothing else. What is made like one of these arrays, as an optimizer's
+  moments are, is made in shards too.
+  """
+  shardings = state_shardings(mesh, tree)
+  return jax.tree.map(lambda leaf, sharding: put(leaf, sharding).copy(), tree, shardings)
 
 
 def distinct(tree) -> tuple[list, Callable[[list], Any]]:

@@ -31,7 +31,6 @@ from klrl import (
 from klrl.epochs import value_params
 from klrl.inputs import Models, Task
 from klrl.models import ScalarModel, TokenizerInfo, join, merge_lora, save_policy, save_scalar
-from klrl.optimizer import copy
 from klrl.report import write_report
 from klrl.sampling import Rollout, make_sample_fn
 from klrl.summary import write_summary
@@ -79,17 +78,22 @@ def set_up(config, mesh, models: Models, task: Task) -> Setup:
 
 
 def init_state(setup: Setup) -> learner.TrainState:
-  """Returns the state before the first iteration; its buffers are its own."""
+  """Returns the state before the first iteration, on the devices, by `parallel.state_shardings`.
+
+  Its buffers are its own, and no device ever holds more of parameters and moments than its shard.
+  """
   config, models = setup.config, setup.models
   params = {"policy": models.policy_params}
   if models.value_model is not None:
     params["value"] = models.value_params
-  state = learner.init_state(config, copy(params), jax.random.key(config.seed))
+  own = functools.partial(parallel.put_own, setup.mesh)
+  state = learner.init_state(config, own(params), jax.random.key(config.seed))
   replay = config.staleness and history.empty_replay(_rollout_shapes(setup), config.staleness)
-  return state._replace(
-    reference=None if config.reference_update == "frozen" else copy(state.params["policy"]),
+  state = state._replace(
+    reference=None if config.reference_update == "frozen" else own(params["policy"]),
     replay=replay or None,
   )
+  return parallel.put(state, parallel.state_shardings(setup.mesh, state))
 
 
 def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str) -> dict[str, Any]:
@@ -106,7 +110,6 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str
   setup = set_up(config, parallel.make_mesh(config.mesh), models, task)
   state = init_state(setup)
   shardings = parallel.state_shardings(setup.mesh, state)
-  state = parallel.put(state, shardings)
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
   judge = make_judge_fn(setup)
   before = judge_start(setup, judge, start)
@@ -140,7 +143,7 @@ def make_judge_fn(setup: Setup) -> Callable[..., judging.Judgement]:
   """Returns judge(params, *, when) of trained parameters that are on the devices."""
   config, models, task, mesh, frozen, _ = setup
   score = judging.make_completion_score_fn(
-    task.rewards, models.reward_model, frozen["reward_model"]
+    mesh, task.rewards, models.reward_model, frozen["reward_model"]
   )
   judge = judging.make_judge_fn(
     config,
@@ -306,7 +309,8 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
 
     return step
 
-  score = jax.jit(lift(make_score_fn(models.reward_model), (None, 0, None)))
+  score = lift(make_score_fn(models.reward_model), (None, 0, None))
+  score = jax.jit(parallel.on_mesh(mesh, score))
   gold = make_gold_fn(task.training, models.tokenizer)
   gold = gold and jax.jit(lift(gold, (0, None)))
   reads_model = any(reward.fn is None for reward in task.rewards)

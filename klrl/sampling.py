@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from klrl import parallel
 from klrl.hlo import at_most
 from klrl.models.decoder import Policy
 
@@ -163,6 +164,7 @@ def _make_generate_fn(policy, max_completion_len, eos_id, pad_id):
         f"prompt length {prompt_len} + max_completion_len={max_completion_len} exceed the model's"
         f" max_len={policy.config.max_len}; shorten one of them."
       )
+    prompts, prompt_mask = parallel.split_rows((prompts, prompt_mask))
     unembedding = policy.unembedding(params)
     step_params = policy.unstack(params)
     prompt_counts = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)

@@ -5,6 +5,7 @@ batch is some rows of a named tuple of arrays, so that the same code serves any 
 coefficients are traced scalars that a run holds in its state.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -18,7 +19,7 @@ from klrl import loop, parallel, processes, progress
 from klrl.gradients import gradients_of
 from klrl.models import join
 from klrl.ops import divide
-from klrl.optimizer import apply_gradients, copy, init_optimizer, make_schedule
+from klrl.optimizer import apply_gradients, init_optimizer, make_schedule
 from klrl.report import write_report
 from klrl.summary import write_summary
 from klrl.tasks import data
@@ -79,6 +80,21 @@ def make_supervised_step(loss_fn, config):
   return step
 
 
+def make_programs(mesh, loss_fn, config, shardings) -> tuple[Callable, Callable]:
+  """Returns compiled (step(state, frozen, batch) as above, which donates the state, measure).
+
+  `measure(params, batch, coefficients) -> metrics` is of all parameters. The devices of `mesh`
+  share the rows of a batch, however many there are. `shardings` are those of the state.
+  """
+
+  def measure(params, batch, coefficients):
+    return loss_fn(params, parallel.split_rows(batch), **coefficients)[1]
+
+  step = parallel.on_mesh(mesh, make_supervised_step(loss_fn, config))
+  step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+  return step, jax.jit(parallel.on_mesh(mesh, measure))
+
+
 def train(
   config,
   workdir: pathlib.Path,
@@ -113,13 +129,11 @@ def train(
     more: all params -> further figures for the summary, called once at the end.
   """
   mesh = parallel.make_mesh(config.mesh)
-  state = init_supervised_state(copy(params), config, coefficients)
+  state = init_supervised_state(parallel.put_own(mesh, params), config, coefficients)
   shardings = parallel.state_shardings(mesh, state)
   state = parallel.put(state, shardings)
   frozen = parallel.put(frozen or {}, parallel.state_shardings(mesh, frozen or {}))
-  train_step = jax.jit(
-    make_supervised_step(loss_fn, config), donate_argnums=0, out_shardings=(shardings, None)
-  )
+  train_step, measure = make_programs(mesh, loss_fn, config, shardings)
 
   def step(state, iteration):
     rows = data.batch_rows(config.seed, iteration, config.batch_size, len(training[0]))
@@ -132,7 +146,7 @@ def train(
     iterations, state, title=title, start=start, total=config.num_iterations, keys=keys
   )
   params = join(frozen, state.params)
-  metrics = jax.jit(lambda params, batch: loss_fn(params, batch, **state.coefficients)[1])
+  metrics = functools.partial(measure, coefficients=state.coefficients)
   pairs = held_out_metrics(metrics, params, held_out, mesh, batch_size=config.batch_size)
   figures = {name: float(divide(*pairs[metric])) for name, metric in summary.items()}
   figures |= more(params)

@@ -369,8 +369,8 @@ def make_fake_evaluate_fn(policy, reference):
   return evaluate
 
 
-def make_fake_score_fn(weighted, reward_model, reward_params):
-  del weighted, reward_model, reward_params
+def make_fake_score_fn(mesh, weighted, reward_model, reward_params):
+  del mesh, weighted, reward_model, reward_params
   return lambda rollout, texts, records: np.asarray(rollout.tokens[:, -1], np.float32)
 
 

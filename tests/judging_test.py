@@ -37,6 +37,8 @@ COPIES = data.Prompts(
   PROMPTS.records[:1] * ROWS,
 )
 
+MESH = parallel.make_mesh("data=1")
+
 
 @functools.cache
 def make_params(model, seed):
@@ -56,7 +58,7 @@ def make_judge_fn(
   settings = {"seed": 0, "num_eval_rows": 16, "num_samples": 2, "eval_completions": 4, **changes}
   return judging.make_judge_fn(
     types.SimpleNamespace(**settings),
-    parallel.make_mesh("data=1"),
+    MESH,
     POLICY,
     reference,
     None if reference is None else make_params(reference, REFERENCE_SEEDS[reference.config.width]),
@@ -189,17 +191,19 @@ def test_a_completion_is_scored_by_function_else_by_model_else_0(judge):
     return [float(text) for text in completions]
 
   own = rewards.Reward("own", 2.0, reward_fn)
-  of_function = judging.make_completion_score_fn([own], model, params)
+  of_function = judging.make_completion_score_fn(MESH, [own], model, params)
   np.testing.assert_array_equal(of_function(rollout, texts, records), 2 * np.arange(16))
-  of_model = judging.make_completion_score_fn([], model, params)(rollout, None, None)
+  of_model = judging.make_completion_score_fn(MESH, [], model, params)(rollout, None, None)
   mask = np.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)
   np.testing.assert_allclose(of_model, model.scores(params, rollout.tokens, mask), rtol=1e-5)
   assert np.ptp(of_model) > 0
   both = [own, rewards.Reward(rewards.MODEL, -1.0, None)]
-  of_both = judging.make_completion_score_fn(both, model, params)(rollout, texts, records)
+  of_both = judging.make_completion_score_fn(MESH, both, model, params)(rollout, texts, records)
   np.testing.assert_allclose(of_both, 2 * np.arange(16) - of_model, rtol=1e-5)
   # The greedy completions of a few prompts are fewer than the rows that they are padded to.
-  of_few = judging.make_completion_score_fn(both, model, params)(rollout, texts[:5], records[:5])
+  of_few = judging.make_completion_score_fn(MESH, both, model, params)(
+    rollout, texts[:5], records[:5]
+  )
   np.testing.assert_allclose(of_few, of_both[:5], rtol=1e-5)
-  of_nothing = judging.make_completion_score_fn([], None, None)(rollout, None, None)
+  of_nothing = judging.make_completion_score_fn(MESH, [], None, None)(rollout, None, None)
   np.testing.assert_array_equal(of_nothing, np.zeros(16))

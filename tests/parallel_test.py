@@ -184,6 +184,29 @@ def test_a_real_state_can_be_put_there():
   np.testing.assert_array_equal(leaf, kernel["layers"]["mlp"]["down"]["kernel"])
 
 
+def test_own_arrays_survive_the_donation_of_those_they_were_made_of():
+  mesh = parallel.make_mesh("fsdp=2")
+  theirs = parallel.put_once(mesh, {"a": jnp.arange(8.0).reshape(4, 2), "b": np.arange(3.0)})
+  own = parallel.put_own(mesh, theirs)
+  jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(theirs)
+  assert theirs["a"].is_deleted()
+  np.testing.assert_array_equal(own["a"], np.arange(8.0).reshape(4, 2))
+  assert own["a"].sharding == parallel.state_shardings(mesh, own)["a"]
+  assert {shard.data.shape for shard in own["a"].addressable_shards} == {(2, 2)}
+
+
+def test_rows_are_split_by_the_mesh_in_scope_alone():
+  x = jnp.arange(6.0)
+  assert parallel.split_rows(x) is x
+  one, mesh = parallel.make_mesh("data=1"), parallel.make_mesh("data=2,fsdp=2")
+  program = jax.jit(parallel.on_mesh(one, parallel.split_rows))
+  assert "sharding_constraint" not in program.lower(x).as_text()
+  # Four devices do not divide six rows: two devices have two, and values are those of one.
+  program = jax.jit(parallel.on_mesh(mesh, lambda x: (parallel.split_rows(x) ** 2).sum()))
+  assert "sharding_constraint" in program.lower(x).as_text()
+  assert program(x) == (np.arange(6.0) ** 2).sum()
+
+
 def test_an_axis_named_twice_is_refused():
   with pytest.raises(UserError, match="at most once"):
     parallel.make_mesh("data=2,data=1")

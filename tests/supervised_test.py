@@ -166,11 +166,3 @@ def test_steps_are_those_of_adam_behind_clipping_for_traced_coefficients():
   # Clipping joins the parameters: it changes where they go, not only how fast.
   assert not np.allclose(found[0], found[1], rtol=0.05)
   assert step._cache_size() == 1
-
-
-def test_a_copy_survives_the_donation_of_the_original():
-  tree = {"a": jnp.arange(4.0)}
-  copy = optimizer.copy(tree)
-  jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(tree)
-  assert tree["a"].is_deleted()
-  np.testing.assert_array_equal(copy["a"], np.arange(4.0))

@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from klrl import parallel
 from klrl.models.blocks import INIT, Block, DecoderConfig, Ends, rotation_of
 
 Array = jax.Array
@@ -141,16 +143,15 @@ def scalar_model(config: DecoderConfig) -> ScalarModel:
 
 
 def scalar_params_from(params: Params) -> Params:
-  """Returns value or reward params that start from another model's.
+  """Returns value or reward params that start from another model's, as the same arrays.
 
-  The decoder is copied, array by array: a shared buffer could not be donated. The head is copied
-  where `params` has one (a value model from a reward model) and is zero otherwise (from a policy).
+  The head is that of `params` where it has one (a value model from a reward model), and otherwise
+  zeros on the host (from a policy). Who trains and donates them takes `parallel.put_own`.
   """
-  decoder = jax.tree.map(jnp.array, params["decoder"])
   if "head" in params:
-    return {"decoder": decoder, "head": jnp.array(params["head"])}
-  scale = decoder["final_norm"]["scale"]
-  return {"decoder": decoder, "head": jnp.zeros((scale.shape[0], 1), scale.dtype)}
+    return {"decoder": params["decoder"], "head": params["head"]}
+  scale = params["decoder"]["final_norm"]["scale"]
+  return {"decoder": params["decoder"], "head": np.zeros((scale.shape[0], 1), scale.dtype)}
 
 
 class _Decoder(NamedTuple):
@@ -193,12 +194,13 @@ def _decoder(config):
 
     def step(x, layer):
       x, keys_values = nnx.merge(block_graph, layer)(x, rotation, attended)
-      return x, keep(keys_values)
+      return parallel.split_rows(x), keep(keys_values)
 
     if config.remat:
       step = jax.checkpoint(step)
     # A few layers are faster side by side, and compile as fast; many would take minutes to compile.
-    x, kept = jax.lax.scan(step, ends.embed(tokens), layers, unroll=config.num_layers <= 8)
+    x = parallel.split_rows(ends.embed(tokens))
+    x, kept = jax.lax.scan(step, x, layers, unroll=config.num_layers <= 8)
     return ends.final_norm(x), kept
 
   def hidden(params, tokens, mask, segment_ids=None):
