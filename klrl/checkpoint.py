@@ -9,6 +9,7 @@ held against them: storage that changes a bit says nothing of it.
 import math
 import operator
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def saved_iterations(directory: pathlib.Path) -> list[int]:
   if not directory.is_dir():
     return []
   names = [path.name for path in directory.iterdir() if path.is_dir()]
-  return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+  return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True)
 
 
 def restore(directory: pathlib.Path, iteration: int, state):
