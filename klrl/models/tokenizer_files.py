@@ -88,7 +88,7 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
       if ids[0] is None:
         raise UserError(
           f"{kind}_token {token!r} of {directory / _NAMES} is not in {directory / _TOKENIZER}, and"
-          f" the model has no row for another token."
+          " the model has no row for another token."
         )
     first[kind] = list(dict.fromkeys(ids))
   eos_id, *other_eos_ids = first["eos"] or [None]
@@ -299,13 +299,13 @@ def _add_named_tokens(tokenizer, named, content, num_rows: int) -> None:
     if token is not None and _content(token) not in tokens and _content(token) not in known:
       tokens[_content(token)] = added_token(token, special=True)
   special = {_content(named.get(name)) for name in _NAMED}
-  next_id = None
+  next_id = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+  fitting = []
   for token in tokens.values():
     token.special = token.special or token.content in special
     if tokenizer.token_to_id(token.content) is None:
-      if next_id is None:
-        next_id = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
       if next_id >= num_rows:
         continue
       next_id += 1
-    tokenizer.add_tokens([token])
+    fitting.append(token)
+  tokenizer.add_tokens(fitting)
