@@ -8,6 +8,7 @@ from klrl import objective, ops
 from klrl.errors import UserError
 
 _ADAPTIVE = ("doubling", "proportional", "dual_ascent")
+_MULTIPLYING = ("doubling", "proportional")
 _SCHEDULED = ("linear", "cosine")
 PENALISED = ("reward", "loss", "both")
 
@@ -71,6 +72,19 @@ class KLConfig(RunConfig):
   kl_step_size: float = setting(
     0.01, "step of dual ascent", minimum=0.0, read_when=("controller", ("dual_ascent",))
   )
+  beta_min: float = setting(
+    1e-4,
+    "smallest beta of a rule that multiplies it, reward per nat; dual ascent may end at 0",
+    minimum=1e-9,
+    read_when=("controller", _MULTIPLYING),
+  )
+  beta_max: float = setting(
+    100.0,
+    "largest beta of an adaptive rule, reward per nat",
+    minimum=1e-9,
+    maximum=1e9,
+    read_when=("controller", _ADAPTIVE),
+  )
   beta_final: float = setting(
     0.0, "beta at the end of a schedule", minimum=0.0, read_when=("controller", _SCHEDULED)
   )
@@ -78,5 +92,21 @@ class KLConfig(RunConfig):
   def __post_init__(self):
     super().__post_init__()
     objective.warnings_of(self)  # raises where the penalty is refused
-    if self.beta == 0 and self.controller in ("doubling", "proportional"):
+    if self.beta == 0 and self.controller in _MULTIPLYING:
       raise UserError(f"--controller={self.controller} multiplies beta, and --beta=0 stays 0.")
+    lowest = self.beta_min if self.controller in _MULTIPLYING else 0.0
+    if self.controller in _ADAPTIVE and not lowest <= self.beta <= self.beta_max:
+      name, bound = ("min", "below") if self.beta < lowest else ("max", "above")
+      raise UserError(
+        f"--beta={self.beta} is {bound} --beta_{name}={getattr(self, f'beta_{name}')}, where "
+        f"--controller={self.controller} would keep it: give another --beta or --beta_{name}."
+      )
+
+  def check_horizon(self) -> None:
+    """Raises UserError where one step of the proportional rule could take all of beta, or more."""
+    if self.controller == "proportional" and self.kl_horizon <= self.batch_size / 5:
+      raise UserError(
+        f"--kl_horizon={self.kl_horizon:g}: the proportional rule multiplies beta by "
+        "1 - batch_size / kl_horizon / 5 where the KL is small, which must be positive. Write "
+        f"--kl_horizon={self.batch_size} or more; 10000 is the published one."
+      )

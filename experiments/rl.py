@@ -224,7 +224,7 @@ class SurrogateConfig(RLConfig):
   )
   trust_region_adaptive: bool = setting(
     False,
-    "double or halve trust_region_beta by PPO's rule",
+    "double or halve trust_region_beta by PPO's rule, from 0.0001 to 10000",
     read_when=("trust_region", _KL_TRUST_REGIONS),
   )
   trust_region_target: float = setting(
@@ -240,6 +240,7 @@ class SurrogateConfig(RLConfig):
 
 def run(config: RLConfig, name: str, title: str, *, root: str) -> pathlib.Path:
   """Runs an experiment and returns its folder; a finished one is shown, not run again."""
+  config.check_horizon()
   workdir = find_workdir(name, config, root=root)
   if config.dry_run:
     reports = dry_run.of_run(config, *shapes_of_inputs(config))

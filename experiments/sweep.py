@@ -195,6 +195,7 @@ def members_of(config) -> list[sweep.Member]:
       member_name = ",".join(f"{name}={_text(value)}" for name, value in values.items())
       try:
         member = experiment.Config(**common | values)
+        member.check_horizon()
       except UserError as error:
         raise UserError(f"Member {member_name}: {error}") from error
       if member_name in members:

@@ -67,7 +67,8 @@ def advantages_of(
   )
   if config.whiten_advantages:
     mean, std = ops.mean_and_std(advantages, mask)
-  return Advantages((advantages - mean) / std, returns, mean, std)
+    advantages = ops.whiten(advantages, mask)
+  return Advantages(advantages, returns, mean, std)
 
 
 def _grouped(config, penalty, scores, kl, mask, *, beta):
@@ -92,4 +93,4 @@ def group_deviation(config, scores) -> jax.Array:
   Beta times it is what a KL term in the loss weighs against the score itself, reward per nat.
   """
   groups = scores.reshape(-1, config.group_size)
-  return jnp.std(groups, axis=-1, ddof=1).mean()
+  return ops.deviation(groups, axis=-1, ddof=1).mean()

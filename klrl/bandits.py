@@ -178,7 +178,7 @@ def standardised(probs, scores) -> jax.Array:
 
   What `ops.group_relative` tends to as the group grows.
   """
-  centred = scores - scores.max()  # so that equal scores are 0 and not their rounding
+  _, centred = ops.mean_and_deviations(scores)
   centred = centred - (probs * centred).sum()
   return ops.divide(centred, jnp.sqrt((probs * centred**2).sum()))
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from klrl import ops
 from klrl.sampling import Rollout
 
 
@@ -29,19 +30,20 @@ def normalised(stats: ScoreStats, scores) -> tuple[ScoreStats, jax.Array, jax.Ar
   """Returns (statistics with `scores` [B], (scores - mean) / std, std) over all scores so far.
 
   Tony Chan, Gene Golub and Randall LeVeque, "Updating Formulae and a Pairwise Algorithm for
-  Computing Sample Variances", 1979. Where all scores are equal, up to rounding, the deviation is
-  taken to be 1.
+  Computing Sample Variances", 1979. Where all scores so far are equal, up to rounding, the
+  normalised ones are exactly 0 and the deviation is taken to be 1.
   """
   number = jnp.float32(scores.shape[0])
   count = stats.count + number
-  shift = scores.mean() - stats.mean
-  mean = stats.mean + shift * number / count
-  squares = stats.squares + ((scores - scores.mean()) ** 2).sum()
-  squares += shift**2 * stats.count * number / count
+  batch_mean, deviations = ops.mean_and_deviations(scores)
+  shift = batch_mean.reshape(()) - stats.mean
+  mean = stats.mean + shift * (number / count)
+  squares = stats.squares + (deviations**2).sum()
+  squares += shift**2 * stats.count * (number / count)
   std = jnp.sqrt(squares / count)
-  # The mean of equal scores is rounded, and so is not quite their value.
-  std = jnp.where(std > 1e-6 * jnp.abs(mean), std, 1.0)
-  return ScoreStats(count, mean, squares), (scores - mean) / std, std
+  equal = ops.within_rounding(std, jnp.abs(mean))
+  normal = jnp.where(equal, 0.0, scores - mean) / jnp.where(equal, 1.0, std)
+  return ScoreStats(count, mean, squares), normal, jnp.where(equal, 1.0, std)
 
 
 class Replay(NamedTuple):

@@ -26,35 +26,38 @@ class TokenTerms(NamedTuple):
   old_exact_kl: jax.Array | None = None  # the old policy's
 
 
-def _weights(penalty: KLPenalty, terms: TokenTerms, prefix_cap):
-  """Returns (log weight of each token's loss term, its value before the cap)."""
+# A weight above exp(60) is measured as that, so that what a cap takes away stays finite.
+MEASURED_LOG_WEIGHT = 60.0
+
+
+def _log_prefix_weight(penalty: KLPenalty, terms: TokenTerms):
+  """Returns [..., T] the log-ratio pi / old of the tokens before each, where it is a weight."""
   log_ratio = ops.zero_padding(terms.log_probs - terms.old_log_probs, terms.mask)
-  if penalty.correction == "none":
-    log_weight = jnp.zeros_like(log_ratio)
-  elif penalty.correction == "token":
-    log_weight = log_ratio
-  else:
-    before = jnp.cumsum(log_ratio, axis=-1) - log_ratio
-    if penalty.credit == "token":
-      before = jax.lax.stop_gradient(before)
-    # The exact KL is summed over the choice at t already; a sampled one needs that ratio too.
-    log_weight = before if penalty.estimator == "exact" else before + log_ratio
-  if penalty.estimator == "k2":  # its derivative alone has the right mean; its value has not
-    log_weight = jax.lax.stop_gradient(log_weight)
   if penalty.correction != "prefix":
-    return log_weight, log_weight
-  # The cap bounds the weight's value; the gradient of its logarithm, the credit, stays.
-  capped = jnp.minimum(log_weight, jnp.log(prefix_cap))
-  return log_weight + jax.lax.stop_gradient(capped - log_weight), log_weight
+    return jnp.zeros_like(log_ratio)
+  before = jnp.cumsum(log_ratio, axis=-1) - log_ratio
+  return jax.lax.stop_gradient(before) if penalty.credit == "token" else before
 
 
-def _loss_estimate(penalty: KLPenalty, terms: TokenTerms):
+def _weighted_estimate(penalty: KLPenalty, terms: TokenTerms, log_cap):
+  """Returns [..., T] the estimate times its weight; the cap bounds the weight's value alone."""
+  log_weight = _log_prefix_weight(penalty, terms)
   if penalty.estimator == "exact":
-    return ops.zero_padding(terms.exact_kl, terms.mask)
-  log_probs, ref_log_probs = (
-    ops.zero_padding(x, terms.mask) for x in (terms.log_probs, terms.ref_log_probs)
+    # The exact KL is summed over the choice at t already; a sampled one needs that ratio too.
+    capped = jnp.minimum(log_weight, log_cap)
+    log_weight += jax.lax.stop_gradient(capped - log_weight)
+    return ops.weighted(log_weight, ops.zero_padding(terms.exact_kl, terms.mask))
+  log_probs, old_log_probs, ref_log_probs = (ops.zero_padding(x, terms.mask) for x in terms[:3])
+  if penalty.correction == "none":
+    return ops.KL_ESTIMATORS[penalty.estimator](log_probs, ref_log_probs)
+  return ops.weighted_estimate(
+    penalty.estimator,
+    log_probs,
+    old_log_probs,
+    ref_log_probs,
+    log_prefix_weight=log_weight,
+    log_cap=log_cap,
   )
-  return ops.KL_ESTIMATORS[penalty.estimator](log_probs, ref_log_probs)
 
 
 def kl_loss(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap=jnp.inf) -> jax.Array:
@@ -71,20 +74,23 @@ def kl_loss(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap=jnp.inf) -> jax
     prefix_cap: scalar, may be traced: largest weight of a prefix. Below inf it biases the gradient;
       `prefix_cap_effect` says by how much.
   """
-  log_weight, _ = _weights(penalty, terms, prefix_cap)
-  return jnp.exp(log_weight) * _loss_estimate(penalty, terms)
+  is_prefix = penalty.correction == "prefix"
+  return _weighted_estimate(penalty, terms, jnp.log(prefix_cap) if is_prefix else jnp.inf)
 
 
 def prefix_cap_effect(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap):
   """Returns ([..., T] 1 where the cap bites, [..., T] the KL it takes away, nats); no gradient.
 
-  A weight above exp(60) counts as that, so that what is measured stays finite.
+  A weight above exp(MEASURED_LOG_WEIGHT) counts as that.
   """
-  terms = jax.lax.stop_gradient(terms)
-  log_weight, uncapped = _weights(penalty, terms, prefix_cap)
-  lost_weight = jnp.exp(jnp.minimum(uncapped, 60.0)) - jnp.exp(log_weight)
-  lost = lost_weight * _loss_estimate(penalty, terms)
-  return (terms.mask & (uncapped > log_weight)).astype(lost.dtype), lost
+  terms, log_cap = jax.lax.stop_gradient(terms), jnp.log(prefix_cap)
+  log_weight = _log_prefix_weight(penalty, terms)
+  if penalty.estimator != "exact":
+    log_weight += ops.zero_padding(terms.log_probs - terms.old_log_probs, terms.mask)
+  bites = terms.mask & (log_weight > log_cap)
+  uncapped = _weighted_estimate(penalty, terms, jnp.maximum(log_cap, MEASURED_LOG_WEIGHT))
+  lost = uncapped - _weighted_estimate(penalty, terms, log_cap)
+  return bites.astype(lost.dtype), jnp.where(bites, lost, 0.0)
 
 
 def reward_kl(penalty: KLPenalty, log_probs, ref_log_probs, exact_kl=None) -> jax.Array:

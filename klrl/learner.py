@@ -48,6 +48,8 @@ class Hypers(NamedTuple):
   prefix_cap: jax.Array
   kl_target: jax.Array
   trust_region_target: jax.Array
+  beta_min: jax.Array
+  beta_max: jax.Array
   beta_final: jax.Array
   kl_horizon: jax.Array
   kl_step_size: jax.Array
@@ -118,32 +120,36 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
     hypers, base = state.hypers, frozen["base"]
     models = join(base, state.params)
     metrics = measures.rollout_metrics(rollout, scores)
-    scores = shaped_scores(scores, rollout, max_completion_len, hypers)
     rollout = rescored(config, policy, models["policy"], rollout, hypers)
     if config.staleness:
       replay, rollout, scores = history.exchanged(state.replay, rollout, scores, state.iteration)
       state = state._replace(replay=replay)
+    reference_params = frozen["reference"]
+    if state.reference is not None:
+      reference_params = join(base, {"policy": state.reference})["policy"]
+    # Of all that was sampled: the groups that are trained on are no draw of the policy's.
+    ref, kl_metrics = _measured_reference(
+      config, policy, reference, state, models["policy"], reference_params, rollout
+    )
+    beta = state.controller.beta
+    if penalty.placement != "none":
+      kl_sum, num_sequences = kl_metrics["kl/ref_k1"]
+      metrics["objective/mean"] = (scores.sum() - beta * kl_sum, num_sequences)
+    scores = shaped_scores(scores, rollout, max_completion_len, hypers)
     score_std = jnp.float32(1.0)
     if config.normalise_scores:
       score_stats, scores, score_std = history.normalised(state.score_stats, scores)
       state = state._replace(score_stats=score_stats)
     if config.oversampling > 1:
-      rollout, scores, share = informative_groups(rollout, scores, config)
+      (rollout, ref), scores, share = informative_groups((rollout, ref), scores, config)
       metrics["rollout/informative_groups"] = (share, 1.0)
     mask = rollout.completion_mask
     key, epochs_key = jax.random.split(state.key)
     weights, sampler_metrics = sampler_weights(config, rollout, hypers)
-    reference_params = frozen["reference"]
-    if state.reference is not None:
-      reference_params = join(base, {"policy": state.reference})["policy"]
-    ref, kl_metrics = _measured_reference(
-      config, policy, reference, state, models["policy"], reference_params, rollout
-    )
     old_values = jnp.zeros_like(rollout.old_log_probs)
     if value_model is not None:
       old_values = completions.values(value_model, value_params(config, models), rollout)
     kl = kl_terms.reward_kl(penalty, rollout.old_log_probs, ref.log_probs, ref.exact_kl)
-    beta = state.controller.beta
     advantages, returns, mean, std = advantages_of(
       config, penalty, scores, kl, old_values, mask, hypers=hypers, beta=beta
     )
@@ -186,17 +192,18 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
       metrics["controller/effective_beta"] = (beta * score_std, 1.0)
     controller, trust_region = state.controller, state.trust_region
     if penalty.placement != "none":
-      kl_sum, num_sequences = metrics["kl/ref_k1"]
-      metrics["objective/mean"] = (scores.sum() - beta * kl_sum, num_sequences)
       controller = next_controller(controller, ops.divide(*metrics["kl/ref_k1"]), hypers)
+    if config.controller in ("doubling", "proportional", "dual_ascent"):
+      lowest = 0.0 if config.controller == "dual_ascent" else hypers.beta_min
+      metrics["controller/at_bound"] = _one_if(
+        ops.at_bound(controller, minimum=lowest, maximum=hypers.beta_max)
+      )
     if config.trust_region in ("kl_old_new", "kl_new_old"):
       metrics["controller/trust_region_beta"] = (trust_region.beta, 1.0)
     if config.trust_region_adaptive:
-      trust_region = ops.doubling(
-        trust_region,
-        ops.divide(*metrics["kl/old_k3"]),
-        target_kl=hypers.trust_region_target,
-      )
+      measured = ops.divide(*metrics["kl/old_k3"])
+      trust_region = ops.doubling(trust_region, measured, target_kl=hypers.trust_region_target)
+      metrics["controller/trust_region_at_bound"] = _one_if(ops.at_bound(trust_region))
     if state.reference is not None:
       moved = history.moved_reference(
         config, state.reference, params["policy"], hypers, state.iteration
@@ -317,6 +324,11 @@ def _measured_reference(config, policy, reference, state, params, reference_para
   return _Reference(log_probs, None, hidden), metrics
 
 
+def _one_if(condition):
+  """Returns the (sum, count) pair of a yes or no."""
+  return condition.astype(jnp.float32), 1.0
+
+
 def _at_cadence(config, state, measure):
   """Returns `measure()` every `kl_every` iterations, and pairs with count 0 otherwise."""
   if not config.kl_every:
@@ -338,16 +350,24 @@ def _make_controller(config):
 
   rules = {
     "fixed": lambda state, kl, hypers: ops.fixed(state, kl),
-    "doubling": lambda state, kl, hypers: ops.doubling(state, kl, target_kl=hypers.kl_target),
+    "doubling": lambda state, kl, hypers: ops.doubling(
+      state, kl, target_kl=hypers.kl_target, minimum=hypers.beta_min, maximum=hypers.beta_max
+    ),
     "proportional": lambda state, kl, hypers: ops.proportional(
       state,
       kl,
       target_kl=hypers.kl_target,
       num_samples=config.batch_size,
       horizon=hypers.kl_horizon,
+      minimum=hypers.beta_min,
+      maximum=hypers.beta_max,
     ),
     "dual_ascent": lambda state, kl, hypers: ops.dual_ascent(
-      state, kl, target_kl=hypers.kl_target, step_size=hypers.kl_step_size
+      state,
+      kl,
+      target_kl=hypers.kl_target,
+      step_size=hypers.kl_step_size,
+      maximum=hypers.beta_max,
     ),
     "linear": schedule(ops.linear_schedule),
     "cosine": schedule(ops.cosine_schedule),

@@ -20,7 +20,9 @@ def sequence_stats(name: str, per_token, mask):
   sums = jnp.where(mask, per_token, 0.0).sum(axis=1)
   num_sequences = jnp.float32(sums.shape[0])
   # One sequence says nothing about spread: not measured.
-  stderr = (jnp.std(sums, ddof=1) / jnp.sqrt(num_sequences), 1.0) if len(sums) > 1 else (0.0, 0.0)
+  stderr = (
+    (ops.deviation(sums, ddof=1) / jnp.sqrt(num_sequences), 1.0) if len(sums) > 1 else (0.0, 0.0)
+  )
   return {
     name: (sums.sum(), num_sequences),
     f"{name}_stderr": stderr,
@@ -34,7 +36,7 @@ def rollout_metrics(rollout: Rollout, scores):
   num_tokens = rollout.completion_mask.sum().astype(jnp.float32)
   return {
     "score/mean": (scores.sum(), num_rows),
-    "score/std": (jnp.std(scores), 1.0),
+    "score/std": (ops.deviation(scores), 1.0),
     "rollout/length": (num_tokens, num_rows),
     "rollout/finished_fraction": (rollout.finished.sum().astype(jnp.float32), num_rows),
     "rollout/tokens": (num_tokens, 1.0),

@@ -46,6 +46,7 @@ _SHOWN = (
   ("gold/mean", "gold"),
   ("kl/ref_k1", "KL to reference, nats/sequence"),
   ("controller/beta", "beta"),
+  ("controller/at_bound", "beta held at a bound"),
   ("rollout/length", "length"),
 )
 

@@ -31,7 +31,7 @@ def informative_groups(rollout: Rollout, scores, config):
   with a fixed amount of oversampling instead of sampling until the batch is full.
   """
   groups = scores.reshape(-1, config.group_size)
-  uniform = groups.max(axis=-1) == groups.min(axis=-1)
+  uniform = ops.deviation(groups, axis=-1) == 0
   kept = jnp.argsort(uniform, stable=True)[: config.batch_size // config.group_size]
   rows = (kept[:, None] * config.group_size + jnp.arange(config.group_size)[None]).reshape(-1)
   rollout, scores = parallel.split_rows(jax.tree.map(lambda x: x[rows], (rollout, scores)))

@@ -9,6 +9,7 @@ from klrl.ops.advantages import mean_and_std as mean_and_std
 from klrl.ops.advantages import vtrace as vtrace
 from klrl.ops.advantages import whiten as whiten
 from klrl.ops.controllers import ControllerState as ControllerState
+from klrl.ops.controllers import at_bound as at_bound
 from klrl.ops.controllers import cosine_schedule as cosine_schedule
 from klrl.ops.controllers import doubling as doubling
 from klrl.ops.controllers import dual_ascent as dual_ascent
@@ -17,6 +18,7 @@ from klrl.ops.controllers import linear_schedule as linear_schedule
 from klrl.ops.controllers import proportional as proportional
 from klrl.ops.importance import SAMPLER_CORRECTIONS as SAMPLER_CORRECTIONS
 from klrl.ops.importance import sampler_weights as sampler_weights
+from klrl.ops.importance import weighted as weighted
 from klrl.ops.kl import KL_ESTIMATORS as KL_ESTIMATORS
 from klrl.ops.kl import exact_jsd as exact_jsd
 from klrl.ops.kl import exact_jsd_from_hidden as exact_jsd_from_hidden
@@ -27,6 +29,7 @@ from klrl.ops.kl import k2 as k2
 from klrl.ops.kl import k3 as k3
 from klrl.ops.kl import kl_new_old as kl_new_old
 from klrl.ops.kl import kl_old_new as kl_old_new
+from klrl.ops.kl import weighted_estimate as weighted_estimate
 from klrl.ops.log_probs import entropy as entropy
 from klrl.ops.log_probs import token_log_probs as token_log_probs
 from klrl.ops.log_probs import (
@@ -50,10 +53,13 @@ from klrl.ops.losses import sequence_mean_token_sum as sequence_mean_token_sum
 from klrl.ops.losses import token_mean as token_mean
 from klrl.ops.losses import value_loss as value_loss
 from klrl.ops.masking import at_least_float32 as at_least_float32
+from klrl.ops.masking import deviation as deviation
 from klrl.ops.masking import divide as divide
 from klrl.ops.masking import first_true_index as first_true_index
 from klrl.ops.masking import masked_mean as masked_mean
 from klrl.ops.masking import masked_sum_count as masked_sum_count
 from klrl.ops.masking import masked_var as masked_var
+from klrl.ops.masking import mean_and_deviations as mean_and_deviations
+from klrl.ops.masking import within_rounding as within_rounding
 from klrl.ops.masking import zero_padding as zero_padding
 from klrl.ops.rewards import shaped_rewards as shaped_rewards

@@ -12,7 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from klrl.ops.masking import at_least_float32, masked_mean, masked_var, zero_padding
+from klrl.ops.masking import deviation, masked_var, mean_and_deviations, zero_padding
 
 # Under the root, as in the code that published whitening for RLHF (see `whiten`).
 WHITEN_EPS = 1e-8
@@ -79,8 +79,9 @@ def vtrace(
     bootstrap_values: [...].
   """
   chex.assert_equal_shape([log_probs, old_log_probs, rewards])
-  ratio = jnp.exp(zero_padding(log_probs, mask) - zero_padding(old_log_probs, mask))
-  weights = jnp.minimum(ratio, max_ratio)
+  log_ratio = zero_padding(log_probs, mask) - zero_padding(old_log_probs, mask)
+  # The bound is on the exponent, so that a ratio beyond float32 has gradient 0 and not NaN.
+  weights = jnp.exp(jnp.minimum(log_ratio, jnp.log(max_ratio)))
   return _walk_back(rewards, values, mask, weights, gamma, gae_lambda, bootstrap_values)
 
 
@@ -118,24 +119,21 @@ def _walk_back(rewards, values, mask, weights, gamma, gae_lambda, bootstrap_valu
 
 
 def group_relative(scores: jax.Array, *, eps=1e-4) -> jax.Array:
-  """Returns [..., G] `(score - mean) / (std + eps)` of the group; 0 for a group of one.
+  """Returns [..., G] `(score - mean) / (std + eps)` of the group; 0 for a group of one or of equals.
 
   In standard deviations, so beta's effective size becomes beta times the group's. The standard
   deviation is the sample's (divisor G - 1), which the paper leaves open and the common code takes.
   Zhihong Shao et al., "DeepSeekMath", 2024, section 4.1.2.
   """
-  centred = group_centred(scores)
-  var = (centred**2).sum(axis=-1, keepdims=True) / max(1, scores.shape[-1] - 1)
-  return centred / (jnp.sqrt(var) + eps)
+  return group_centred(scores) / (deviation(scores, axis=-1, ddof=1, keepdims=True) + eps)
 
 
 def group_centred(scores: jax.Array) -> jax.Array:
-  """Returns [..., G] `score - mean` of the group.
+  """Returns [..., G] `score - mean` of the group; exactly 0 where all are equal up to rounding.
 
   Zichen Liu et al., "Understanding R1-Zero-Like Training: A Critical Perspective" (Dr. GRPO), 2025.
   """
-  scores = at_least_float32(scores)
-  return scores - scores.mean(axis=-1, keepdims=True)
+  return mean_and_deviations(scores, axis=-1)[1]
 
 
 def leave_one_out(scores: jax.Array) -> jax.Array:
@@ -153,18 +151,17 @@ def mean_and_std(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 
   The variance is the population's, plus 1e-8 so that nothing is divided by zero.
   """
-  x = zero_padding(x, mask)
-  return masked_mean(x, mask), jnp.sqrt(masked_var(x, mask) + WHITEN_EPS)
+  mean, _ = mean_and_deviations(x, mask)
+  return mean.reshape(()), jnp.sqrt(masked_var(x, mask) + WHITEN_EPS)
 
 
 def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True) -> jax.Array:
   """Returns `x` [...] scaled to unit variance over all real tokens, zero in the padding.
 
-  The mean becomes 0, or stays with `shift_mean=False`. A single token gives 0 (or itself), no token
-  gives zeros. Daniel Ziegler et al., "Fine-Tuning Language Models from Human Preferences", 2019,
+  The mean becomes 0, or stays with `shift_mean=False`. Equal tokens give exactly 0 (or themselves),
+  no token gives zeros. Daniel Ziegler et al., "Fine-Tuning Language Models from Human Preferences", 2019,
   code: rewards keep their mean, advantages do not.
   """
-  x = zero_padding(x, mask)
   mean, std = mean_and_std(x, mask)
-  whitened = (x - mean) / std
+  whitened = mean_and_deviations(x, mask)[1] / std
   return zero_padding(whitened if shift_mean else whitened + mean, mask)

@@ -3,6 +3,10 @@
 Each is a pure, branch-free function `(state, measured_kl, *, coefficients) -> state`. `measured_kl`
 is a KL of whole sequences, nats per sequence, as is `target_kl`. All coefficients may be traced, so
 a sweep over them is one program. The dtypes of the state are kept.
+
+What is measured moves the first three without an end, so each keeps beta within `minimum` and
+`maximum`. The bounded beta is all that is remembered: however long a bound has held, the first
+measurement on the other side of the target leaves it. `at_bound` says whether one holds.
 """
 
 from typing import NamedTuple
@@ -18,8 +22,18 @@ class ControllerState(NamedTuple):
   iteration: jax.Array  # int32 scalar, how many times the rule was applied
 
 
+# Rules that multiply beta cannot leave 0, nor inf.
+MINIMUM, MAXIMUM = 1e-4, 1e4
+
+
 def _next(state: ControllerState, beta) -> ControllerState:
   return ControllerState(jnp.asarray(beta, state.beta.dtype), state.iteration + 1)
+
+
+def at_bound(state: ControllerState, *, minimum=MINIMUM, maximum=MAXIMUM) -> jax.Array:
+  """Returns a bool scalar, whether beta stands at one of its bounds."""
+  dtype = state.beta.dtype
+  return (state.beta <= jnp.asarray(minimum, dtype)) | (state.beta >= jnp.asarray(maximum, dtype))
 
 
 def fixed(state: ControllerState, measured_kl) -> ControllerState:
@@ -28,17 +42,28 @@ def fixed(state: ControllerState, measured_kl) -> ControllerState:
   return _next(state, state.beta)
 
 
-def doubling(state: ControllerState, measured_kl, *, target_kl) -> ControllerState:
+def doubling(
+  state: ControllerState, measured_kl, *, target_kl, minimum=MINIMUM, maximum=MAXIMUM
+) -> ControllerState:
   """Returns beta halved below `target_kl / 1.5`, doubled above `1.5 * target_kl`, else the same.
 
+  It stays within `minimum`, which is positive, and `maximum`.
   John Schulman et al., "Proximal Policy Optimization Algorithms", 2017, section 4.
   """
   factor = jnp.where(measured_kl > 1.5 * target_kl, 2.0, 1.0)
-  return _next(state, state.beta * jnp.where(measured_kl < target_kl / 1.5, 0.5, factor))
+  beta = state.beta * jnp.where(measured_kl < target_kl / 1.5, 0.5, factor)
+  return _next(state, jnp.clip(beta, minimum, maximum))
 
 
 def proportional(
-  state: ControllerState, measured_kl, *, target_kl, num_samples, horizon
+  state: ControllerState,
+  measured_kl,
+  *,
+  target_kl,
+  num_samples,
+  horizon,
+  minimum=MINIMUM,
+  maximum=MAXIMUM,
 ) -> ControllerState:
   """Returns beta * (1 + error * num_samples / horizon), error = measured / target - 1.
 
@@ -46,26 +71,33 @@ def proportional(
   Ziegler et al., "Fine-Tuning Language Models from Human Preferences", 2019, section 2.2.
 
   Args:
-    state: the state; a beta of 0 stays 0.
+    state: the state.
     measured_kl: nats per sequence.
     target_kl: nats per sequence, positive.
     num_samples: sequences per iteration.
-    horizon: sequences over which a constant error of 1 would act once.
+    horizon: sequences over which a constant error of 1 would act once; above num_samples / 5, since
+      the factor is negative below.
+    minimum: smallest beta, positive.
+    maximum: largest beta.
   """
   error = jnp.clip(measured_kl / target_kl - 1, -0.2, 0.2)
-  return _next(state, state.beta * (1 + error * num_samples / horizon))
+  beta = state.beta * (1 + error * num_samples / horizon)
+  return _next(state, jnp.clip(beta, minimum, maximum))
 
 
-def dual_ascent(state: ControllerState, measured_kl, *, target_kl, step_size) -> ControllerState:
-  """Returns max(0, beta + step_size * (measured_kl - target_kl)).
+def dual_ascent(
+  state: ControllerState, measured_kl, *, target_kl, step_size, maximum=MAXIMUM
+) -> ControllerState:
+  """Returns beta + step_size * (measured_kl - target_kl), within 0 and `maximum`.
 
   Projected gradient ascent on the multiplier of `maximise score subject to KL <= target_kl`: the
   dual is concave in beta with exactly this gradient, and a budget that does not bind ends at 0, as
-  complementary slackness asks (a step in log beta could not get there, nor leave it). Stephen Boyd
-  and Lieven Vandenberghe, "Convex Optimization", 2004, section 5.5. `step_size` is in reward per
-  squared nat.
+  complementary slackness asks (a step in log beta could not get there, nor leave it). A budget that
+  cannot be kept would wind beta up for ever: it ends at `maximum`. Stephen Boyd and Lieven
+  Vandenberghe, "Convex Optimization", 2004, section 5.5. `step_size` is in reward per squared nat.
   """
-  return _next(state, jnp.maximum(0.0, state.beta + step_size * (measured_kl - target_kl)))
+  beta = state.beta + step_size * (measured_kl - target_kl)
+  return _next(state, jnp.clip(beta, 0.0, maximum))
 
 
 def linear_schedule(

@@ -1,4 +1,4 @@
-"""Weights for completions that were drawn from another distribution than the trainer computes.
+"""Importance weights: the product of a ratio and a number, and weights for an inexact sampler.
 
 A sampler in lower precision, with top-k or of another implementation draws from a policy that is
 not quite the trainer's. The ratio of the two, held under a cap, makes up for it; what it does not
@@ -9,6 +9,26 @@ import jax
 import jax.numpy as jnp
 
 from klrl.ops.masking import zero_padding
+
+
+@jax.custom_jvp
+def weighted(log_weight: jax.Array, x: jax.Array) -> jax.Array:
+  """Returns [...] `exp(log_weight) * x`, which is finite wherever the product is.
+
+  A weight beyond float32, or next to 0, and an `x` that makes up for it have a finite product, and
+  0 times any weight is 0. Both arguments carry gradient: that of `log_weight` is the product.
+  """
+  # Half of the exponent at a time: what overflows then overflows in the product.
+  half = jnp.exp(log_weight / 2)
+  return jnp.where(x == 0, 0.0, half * x * half)
+
+
+@weighted.defjvp
+def _weighted_jvp(primals, tangents):
+  log_weight, x = primals
+  product, half = weighted(log_weight, x), jnp.exp(log_weight / 2)
+  return product, product * tangents[0] + half * (half * tangents[1])
+
 
 SAMPLER_CORRECTIONS = ("none", "token", "sequence")
 

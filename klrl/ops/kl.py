@@ -21,6 +21,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from klrl.ops.importance import weighted
 from klrl.ops.log_probs import chunk_rows, matmul, num_chunks_of, unchunk_rows, vocab_log_probs
 from klrl.ops.masking import at_least_float32
 
@@ -65,6 +66,65 @@ def k3(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
+def weighted_estimate(
+  estimator: str,
+  log_probs: jax.Array,
+  old_log_probs: jax.Array,
+  ref_log_probs: jax.Array,
+  *,
+  log_prefix_weight=0.0,
+  log_cap=jnp.inf,
+) -> jax.Array:
+  """Returns [..., T] `min(exp(log_prefix_weight) * pi / old, exp(log_cap)) * estimate`.
+
+  It is finite wherever the product is, and so is its gradient, whose terms are summed before they
+  are exponentiated: that of k1 is weight * (log_ratio + 1), that of k3 weight * log_ratio, whose
+  two terms by the product rule are as large as ref / old and cancel. The weight of k2 is stopped,
+  since its derivative has the right mean and its value has not; so its gradient is
+  weight * log_ratio too. The cap bounds the weight's value and leaves the gradient of its logarithm.
+
+  Args:
+    estimator: k1, k2 or k3 of pi against the reference.
+    log_probs: [..., T] of pi; carries gradient.
+    old_log_probs: [..., T] of the policy that sampled; no gradient, nor in `ref_log_probs`.
+    ref_log_probs: [..., T].
+    log_prefix_weight: [..., T], of what came before the token; carries gradient, but for k2.
+    log_cap: scalar, may be traced.
+  """
+  chex.assert_equal_shape([log_probs, old_log_probs, ref_log_probs])
+  chex.assert_type([log_probs, old_log_probs, ref_log_probs], float)
+  log_probs, old, ref = map(at_least_float32, (log_probs, old_log_probs, ref_log_probs))
+  old, ref = jax.lax.stop_gradient((old, ref))
+  prefix = jnp.broadcast_to(log_prefix_weight, log_probs.shape).astype(log_probs.dtype)
+  if estimator == "k2":
+    prefix = jax.lax.stop_gradient(prefix)
+  log_cap = jnp.asarray(log_cap, log_probs.dtype)
+  return _weighted_estimate(estimator, prefix, log_probs, old, ref, log_cap)
+
+
+# Where ref / pi is above exp(50), k3 is ref / pi but for a relative 1e-20.
+_FAR = 50.0
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _weighted_estimate(estimator, prefix, log_probs, old, ref, log_cap):
+  log_weight, log_ratio = jnp.minimum(prefix + (log_probs - old), log_cap), log_probs - ref
+  if estimator != "k3":
+    return weighted(log_weight, log_ratio if estimator == "k1" else 0.5 * log_ratio**2)
+  near = log_ratio > -_FAR
+  k3_near = jnp.expm1(jnp.where(near, -log_ratio, 0.0)) + jnp.where(near, log_ratio, 0.0)
+  return jnp.where(near, weighted(log_weight, k3_near), jnp.exp(log_weight - log_ratio))
+
+
+@_weighted_estimate.defjvp
+def _weighted_estimate_jvp(estimator, primals, tangents):
+  prefix, log_probs, old, ref, log_cap = primals
+  value = _weighted_estimate(estimator, *primals)
+  log_weight, log_ratio = jnp.minimum(prefix + (log_probs - old), log_cap), log_probs - ref
+  slope = weighted(log_weight, log_ratio + 1 if estimator == "k1" else log_ratio)
+  return value, value * tangents[0] + slope * tangents[1]
+
+
 def kl_old_new(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
   """Returns [..., T] `ratio - 1 - log(ratio)`, ratio = pi / old, not negative.
 
@@ -81,7 +141,8 @@ def kl_new_old(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
   is that of KL(pi || old) at the prefixes that old visits. It is k3 of pi against old, weighted by
   the ratio.
   """
-  return jnp.exp(_log_ratio(log_probs, old_log_probs)) * k3(log_probs, old_log_probs)
+  log_ratio = _log_ratio(log_probs, old_log_probs)
+  return weighted_estimate("k3", log_ratio, jnp.zeros_like(log_ratio), jnp.zeros_like(log_ratio))
 
 
 def exact_kl(logits: jax.Array, ref_logits: jax.Array, *, temperature=1.0) -> jax.Array:

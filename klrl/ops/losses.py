@@ -3,7 +3,8 @@
 A loss is `[..., T]`, to be minimised, zero in the padding; `dpo_loss` and `ipo_loss`, of whole
 completions, are `[...]`. Gradient flows through `log_probs` or `values` (and `kl`, where it is an
 argument) only; everything else is stopped. Bounds on ratio = exp(log_probs - old_log_probs) are put
-on its logarithm, so that a ratio beyond float32 that the clip ignores has gradient 0 and not NaN.
+on its logarithm, and it is multiplied by `importance.weighted`: a ratio beyond float32 that the
+clip ignores or an advantage of 0 annuls has value and gradient 0 and not NaN.
 
 An aggregation takes the loss and the mask and returns (sum, count), which add up over
 micro-batches and devices; `divide(sum, count)` is the loss. A row without a real token is not a
@@ -14,6 +15,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from klrl.ops.importance import weighted
 from klrl.ops.masking import at_least_float32, masked_mean, masked_sum_count, zero_padding
 
 
@@ -50,7 +52,7 @@ def clipped_policy_loss(
     jnp.minimum(log_ratio, upper),
     jnp.clip(log_ratio, lower, jnp.log(dual_clip)),
   )
-  return -jnp.exp(log_ratio) * advantages
+  return -weighted(log_ratio, advantages)
 
 
 def gspo_loss(
@@ -106,8 +108,8 @@ def cispo_loss(
     max_ratio: positive scalar, may be traced.
   """
   log_ratio, advantages = _stopped_inputs(log_probs, old_log_probs, advantages, mask)
-  weights = jnp.exp(jnp.minimum(log_ratio, jnp.log(max_ratio)))
-  return reinforce_loss(log_probs, weights * advantages, mask)
+  log_weights = jnp.minimum(log_ratio, jnp.log(max_ratio))
+  return reinforce_loss(log_probs, weighted(log_weights, advantages), mask)
 
 
 def clip_fraction(
@@ -152,7 +154,7 @@ def kl_penalised_policy_loss(
     trust_region_beta: scalar, may be traced; reward per nat.
   """
   log_ratio, advantages = _stopped_inputs(log_probs, old_log_probs, advantages, mask)
-  return -jnp.exp(log_ratio) * advantages + trust_region_beta * zero_padding(kl, mask)
+  return -weighted(log_ratio, advantages) + trust_region_beta * zero_padding(kl, mask)
 
 
 def reinforce_loss(log_probs: jax.Array, advantages: jax.Array, mask: jax.Array) -> jax.Array:

@@ -42,10 +42,57 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
   return divide(*masked_sum_count(x, mask, axis))
 
 
+# One number may be computed in two ways in a compiled program, whose results are some roundings
+# apart. In float32 it is 4.8e-7 of the size: 1000.7 and 1000.701 are two numbers.
+_ROUNDINGS = 4
+
+
+def within_rounding(spread: jax.Array, size: jax.Array) -> jax.Array:
+  """Returns whether numbers of magnitude `size` that lie `spread` apart are equal but for rounding.
+
+  Never so where `spread` is NaN or infinite: what is not a number is not made one.
+  """
+  eps = jnp.finfo(jnp.result_type(spread, size)).eps
+  return jnp.isfinite(spread) & (spread <= _ROUNDINGS * eps * size)
+
+
+def mean_and_deviations(
+  x: jax.Array, mask: jax.Array | None = None, *, axis=None
+) -> tuple[jax.Array, jax.Array]:
+  """Returns (mean of `x` over real tokens along `axis`, which stays, and `x - mean` [...]).
+
+  The deviations are zero in the padding, and exactly 0 where all numbers are equal up to rounding.
+  The mean of equal numbers is rounded, so that `x - mean` is not: divided by its own size, or
+  behind an optimizer that rescales gradients, that rounding would count as much as any difference.
+  Nothing but the deviations may be divided by a deviation. Without a mask every number is real.
+  """
+  mask = jnp.ones(x.shape, bool) if mask is None else mask
+  x = zero_padding(x, mask)
+  stopped = jax.lax.stop_gradient(x)
+  highest = stopped.max(axis, keepdims=True, where=mask, initial=-jnp.inf)
+  lowest = stopped.min(axis, keepdims=True, where=mask, initial=jnp.inf)
+  equal = within_rounding(highest - lowest, jnp.abs(stopped).max(axis, keepdims=True, initial=0.0))
+  # A zero that is chosen, and not `x - x`: the compiler may round the two differently.
+  shifted = jnp.where(mask & ~equal, x - highest, 0.0)
+  count = mask.sum(axis, keepdims=True, dtype=x.dtype)
+  mean = divide(shifted.sum(axis, keepdims=True), count)
+  return jnp.where(count > 0, highest + mean, 0.0), zero_padding(shifted - mean, mask)
+
+
+def deviation(x: jax.Array, *, axis=None, ddof: int = 0, keepdims: bool = False) -> jax.Array:
+  """Returns the standard deviation of `x` along `axis`, divisor n - `ddof`.
+
+  It is exactly 0, and its gradient too, where all numbers are equal up to rounding.
+  """
+  _, deviations = mean_and_deviations(x, axis=axis)
+  count = x.size if axis is None else x.shape[axis]
+  var = (deviations**2).sum(axis, keepdims=keepdims) / max(1, count - ddof)
+  return jnp.where(var > 0, jnp.sqrt(jnp.where(var > 0, var, 1.0)), var)
+
+
 def masked_var(x: jax.Array, mask: jax.Array) -> jax.Array:
   """Returns the population variance (divisor n) of `x` over all real tokens; 0 if none."""
-  x = zero_padding(x, mask)
-  return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+  return masked_mean(mean_and_deviations(x, mask)[1] ** 2, mask)
 
 
 def first_true_index(mask: jax.Array) -> jax.Array:
