@@ -35,7 +35,9 @@ def _log_prefix_weight(penalty: KLPenalty, terms: TokenTerms):
   log_ratio = ops.zero_padding(terms.log_probs - terms.old_log_probs, terms.mask)
   if penalty.correction != "prefix":
     return jnp.zeros_like(log_ratio)
-  before = jnp.cumsum(log_ratio, axis=-1) - log_ratio
+  # Shifted, rather than the sum less the token's own, whose two gradients would be inf - inf.
+  shifted = jnp.concatenate([jnp.zeros_like(log_ratio[..., :1]), log_ratio[..., :-1]], axis=-1)
+  before = jnp.cumsum(shifted, axis=-1)
   return jax.lax.stop_gradient(before) if penalty.credit == "token" else before
 
 

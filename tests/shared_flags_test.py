@@ -137,6 +137,7 @@ def test_a_flag_that_nothing_reads_is_refused_even_at_its_default():
         controller="doubling",
         kl_target=1 / 3,
         beta=1e-7,
+        beta_min=1e-9,
         max_kl_old=float("inf"),
         trust_region="kl_old_new",
         trust_region_adaptive=True,

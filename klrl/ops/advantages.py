@@ -119,7 +119,7 @@ def _walk_back(rewards, values, mask, weights, gamma, gae_lambda, bootstrap_valu
 
 
 def group_relative(scores: jax.Array, *, eps=1e-4) -> jax.Array:
-  """Returns [..., G] `(score - mean) / (std + eps)` of the group; 0 for a group of one or of equals.
+  """Returns [..., G] `(score - mean) / (std + eps)` of the group; 0 in a group of equals.
 
   In standard deviations, so beta's effective size becomes beta times the group's. The standard
   deviation is the sample's (divisor G - 1), which the paper leaves open and the common code takes.
@@ -158,9 +158,9 @@ def mean_and_std(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True) -> jax.Array:
   """Returns `x` [...] scaled to unit variance over all real tokens, zero in the padding.
 
-  The mean becomes 0, or stays with `shift_mean=False`. Equal tokens give exactly 0 (or themselves),
-  no token gives zeros. Daniel Ziegler et al., "Fine-Tuning Language Models from Human Preferences", 2019,
-  code: rewards keep their mean, advantages do not.
+  The mean becomes 0, or stays with `shift_mean=False`. Equal tokens give exactly 0 (or
+  themselves), no token gives zeros. Daniel Ziegler et al., "Fine-Tuning Language Models from Human
+  Preferences", 2019, code: rewards keep their mean, advantages do not.
   """
   mean, std = mean_and_std(x, mask)
   whitened = mean_and_deviations(x, mask)[1] / std

@@ -81,7 +81,7 @@ def weighted_estimate(
   are exponentiated: that of k1 is weight * (log_ratio + 1), that of k3 weight * log_ratio, whose
   two terms by the product rule are as large as ref / old and cancel. The weight of k2 is stopped,
   since its derivative has the right mean and its value has not; so its gradient is
-  weight * log_ratio too. The cap bounds the weight's value and leaves the gradient of its logarithm.
+  weight * log_ratio too. The cap bounds the weight's value; the gradient of its logarithm stays.
 
   Args:
     estimator: k1, k2 or k3 of pi against the reference.
