@@ -221,6 +221,16 @@ def _cross_entropy(policy, params, batch: Batch):
   return ops.token_mean(-log_probs, mask[:, 1:])
 
 
+def minibatch_rows(config, batch_size: int, key) -> jax.Array:
+  """Returns [num_epochs * num_minibatches, rows] int, the rows of each minibatch, in turn.
+
+  Every epoch has an order of its own, in which each row stands once.
+  """
+  keys = jax.random.split(key, config.num_epochs)
+  orders = jax.vmap(lambda key: jax.random.permutation(key, batch_size))(keys)
+  return orders.reshape(config.num_epochs * config.num_minibatches, -1)
+
+
 def inner_epochs(config, loss_fn, params, opt_state, batch: Batch, context: Context, key):
   """Returns (params, opt_state, metrics) after `num_epochs` over `num_minibatches` minibatches.
 
@@ -231,10 +241,7 @@ def inner_epochs(config, loss_fn, params, opt_state, batch: Batch, context: Cont
   """
   schedule = make_schedule(config)
   batch_size = batch.scores.shape[0]
-  orders = jax.vmap(lambda key: jax.random.permutation(key, batch_size))(
-    jax.random.split(key, config.num_epochs)
-  )
-  minibatches = orders.reshape(config.num_epochs * config.num_minibatches, -1)
+  minibatches = minibatch_rows(config, batch_size, key)
 
   def step(carry, rows):
     params, opt_state = carry

@@ -279,6 +279,17 @@ def make_programs(
   }
 
 
+def prompt_rows(config, iteration: int, num_prompts: int) -> np.ndarray:
+  """Returns which prompt each completion of an iteration continues, int.
+
+  The `group_size` completions of a prompt stand side by side, as `advantages` reads them. `config`
+  is read for data_seed, batch_size, oversampling and group_size.
+  """
+  num_groups = config.oversampling * config.batch_size // config.group_size
+  rows = data.batch_rows(config.data_seed, iteration, num_groups, num_prompts)
+  return np.repeat(rows, config.group_size)
+
+
 def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -> Callable:
   """Returns step(state, iteration) -> (state, metrics) for `loop.run`; arguments as above."""
   config, models, task, mesh, frozen, _ = setup
@@ -290,9 +301,7 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
   )
 
   def rows_of(iteration):
-    num_prompts = config.oversampling * config.batch_size // config.group_size
-    rows = data.batch_rows(config.data_seed, iteration, num_prompts, len(task.training.tokens))
-    return np.repeat(rows, config.group_size)
+    return prompt_rows(config, iteration, len(task.training.tokens))
 
   def pretraining_of(iteration):
     if task.pretraining is None:
