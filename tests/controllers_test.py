@@ -73,6 +73,38 @@ class ControllersTest(chex.TestCase):
       alone = rule(_start(beta), kl, **coefficients)
       np.testing.assert_allclose(swept.beta[index], alone.beta, rtol=1e-6)
 
+  def test_no_rule_leaves_its_bounds_and_each_comes_back_at_once(self):
+    bounds = {"minimum": 0.01, "maximum": 50.0}
+    rules = {
+      "doubling": functools.partial(ops.doubling, target_kl=6.0, **bounds),
+      # A horizon this short takes more than all of beta in one step.
+      "proportional": functools.partial(
+        ops.proportional, target_kl=6.0, num_samples=128, horizon=10.0, **bounds
+      ),
+      "proportional, slow": functools.partial(
+        ops.proportional, target_kl=6.0, num_samples=128, horizon=200.0, **bounds
+      ),
+      "dual_ascent": functools.partial(
+        ops.dual_ascent, target_kl=6.0, step_size=1.0, maximum=bounds["maximum"]
+      ),
+      "by default": functools.partial(ops.doubling, target_kl=6.0),
+    }
+    for name, rule in rules.items():
+      lowest = {"dual_ascent": 0.0, "by default": 1e-4}.get(name, 0.01)
+      highest = 1e4 if name == "by default" else 50.0
+      step = jax.jit(lambda state, kl, rule=rule: (rule(state, kl), state.beta))
+      for kl, bound, other in ((1e4, highest, 0.0), (0.0, lowest, 1e4)):
+        state, betas = jax.lax.scan(step, _start(), jnp.full(3000, kl))
+        self.assertEqual(state.beta, np.float32(bound), name)
+        self.assertTrue((betas > 0).all() or name == "dual_ascent", name)
+        held = functools.partial(ops.at_bound, minimum=lowest, maximum=highest)
+        self.assertTrue(held(state), name)
+        # Nothing was wound up: the first measurement on the other side takes it off the bound.
+        back = rule(state, jnp.float32(other)).beta
+        if name != "proportional":
+          self.assertNotEqual(back, state.beta, name)
+          self.assertEqual(held(state._replace(beta=back)), name == "dual_ascent" and kl == 0, name)
+
   def test_dual_ascent_finds_the_multiplier_of_a_budget(self):
     # Bandit ref * exp(r / beta): the KL at the beta that is found is the budget.
     ref, scores = jnp.array([0.4, 0.3, 0.2, 0.1]), jnp.arange(4.0)

@@ -200,6 +200,18 @@ class LossesTest(chex.TestCase):
     np.testing.assert_array_equal(clipped, mask & (gradient == 0))
     self.assertBetween(clipped.sum(), 1, mask.sum() - 1)
 
+  def test_a_token_that_no_advantage_pushes_is_not_clipped(self):
+    log_ratio, mask = jnp.array([1.0, -1.0, 1.0, -1.0]), jnp.ones(4, bool)
+    clipped = ops.clip_fraction(
+      log_ratio,
+      0 * log_ratio,
+      jnp.array([0.0, 0.0, -1.0, 1.0]),
+      mask,
+      clip_eps_low=0.2,
+      clip_eps_high=0.2,
+    )
+    np.testing.assert_array_equal(clipped, np.zeros(4))
+
   @parameterized.named_parameters(*LOSSES)
   def test_shapes_that_would_broadcast_are_refused(self, loss):
     x, old, target, mask = _batch()

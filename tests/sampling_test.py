@@ -143,6 +143,11 @@ def test_a_step_reads_at_most_twice_the_slots_in_use_plus_the_first_cache():
   assert all(slot < length <= max(2 * slot, 2 + 128) for length, slot in steps)
 
 
+def test_caches_double_so_that_few_loops_are_compiled():
+  _, _, cache_lens = count_up([[1, 2]], max_completion_len=1200, eos_id=None, pad_id=0)
+  assert cache_lens == [130, 260, 520, 1040, 1201]
+
+
 @pytest.mark.parametrize(
   ("max_completion_len", "message"),
   [(510, r"max_completion_len=510.*max_len=512"), (0, "max_completion_len=0")],
@@ -261,6 +266,13 @@ def test_top_p_of_the_published_case(p, kept):
   logits = top_p_logits(PUBLISHED_LOGITS, p)
   np.testing.assert_array_equal(np.flatnonzero(np.isfinite(logits)), kept)
   np.testing.assert_array_equal(np.asarray(logits)[kept], PUBLISHED_LOGITS[kept])
+
+
+def test_a_head_of_exactly_p_stays_whole():
+  logits = jnp.array([0.0, 2.0, 1.0, -1.0])
+  head = float(jnp.cumsum(jax.nn.softmax(-jnp.sort(-logits)))[1])
+  kept = np.isfinite(top_p_logits(logits, head))
+  np.testing.assert_array_equal(kept, [False, True, True, False])
 
 
 def test_bad_truncation_is_refused():
