@@ -123,6 +123,8 @@ RL = {
   "kl_target": Case(3.0, {"controller": "doubling"}),
   "kl_horizon": Case(5.0, {"controller": "proportional"}),
   "kl_step_size": Case(0.5, {"controller": "dual_ascent"}),
+  "beta_min": Case(0.01, {"controller": "doubling"}),
+  "beta_max": Case(2.0, {"controller": "doubling"}),
   "beta_final": Case(0.25, {"controller": "linear"}),
   "reference": Case("other"),
   "reference_update": Case("ema"),

@@ -19,6 +19,7 @@ from experiments import (
   reward_model,
   sft,
   shared_flags,
+  sweep,
 )
 from klrl import processes
 from klrl.errors import UserError
@@ -84,6 +85,11 @@ def test_absl_refuses_what_is_of_another_type(argument):
     ({"beta": float("nan")}, "--beta=nan: must be at least 0"),
     ({"max_kl_old": float("nan")}, "--max_kl_old=nan: must be at least 0"),
     ({"temperature": 0.0}, r"--temperature=0\.0: must be at least 0\.001"),
+    ({"controller": "doubling", "beta": 200.0}, r"--beta=200.0 is above --beta_max=100.0"),
+    ({"controller": "proportional", "beta_min": 1.0}, r"--beta=0.5 is below --beta_min=1.0"),
+    ({"controller": "dual_ascent", "beta_max": 0.1}, r"--beta=0.5 is above --beta_max=0.1"),
+    ({"controller": "dual_ascent", "beta_max": float("inf")}, r"--beta_max=inf"),
+    ({"controller": "doubling", "beta_min": 0.0}, r"--beta_min=0.0"),
     ({"controller": "pid"}, "--controller=pid: must be one of fixed, doubling"),
     ({"kl_placement": ""}, "--kl_placement=: must be one of reward"),
   ],
@@ -91,6 +97,17 @@ def test_absl_refuses_what_is_of_another_type(argument):
 def test_what_is_out_of_range_is_refused_with_the_range(changes, message):
   with pytest.raises(UserError, match=message):
     ppo.Config(**changes)
+
+
+def test_a_horizon_in_which_beta_would_turn_negative_is_refused_before_anything_runs():
+  settings = {"controller": "proportional", "batch_size": 128}
+  message = r"--kl_horizon=25: .*must be positive. Write --kl_horizon=128 or more"
+  with pytest.raises(UserError, match=message):
+    ppo.main(ppo.Config(**settings, kl_horizon=25.0))
+  grid = sweep.config_class("ppo")(**settings, sweep="kl_horizon=25,1000")
+  with pytest.raises(UserError, match=f"Member kl_horizon=25,seed=0: {message}"):
+    sweep.members_of(grid)
+  ppo.Config(**settings, kl_horizon=26.0).check_horizon()
 
 
 def test_bounds_themselves_are_allowed():
