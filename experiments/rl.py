@@ -224,7 +224,9 @@ class SurrogateConfig(RLConfig):
   )
   trust_region_adaptive: bool = setting(
     False,
-    "double or halve trust_region_beta by PPO's rule, from 0.0001 to 10000",
+    "double or halve trust_region_beta by PPO's rule, within {:g} and {:g}".format(
+      *ops.BETA_BOUNDS
+    ),
     read_when=("trust_region", _KL_TRUST_REGIONS),
   )
   trust_region_target: float = setting(
@@ -236,6 +238,15 @@ class SurrogateConfig(RLConfig):
   max_kl_old: float = setting(
     float("inf"), "KL(old || pi), nats per sequence, that ends an iteration's epochs", minimum=0.0
   )
+
+  def __post_init__(self):
+    super().__post_init__()
+    lowest, highest = ops.BETA_BOUNDS
+    if self.trust_region_adaptive and not lowest <= self.trust_region_beta <= highest:
+      raise UserError(
+        f"--trust_region_beta={self.trust_region_beta}: --trust_region_adaptive keeps it from "
+        f"{lowest:g} to {highest:g}. Write a value in between."
+      )
 
 
 def run(config: RLConfig, name: str, title: str, *, root: str) -> pathlib.Path:

@@ -225,7 +225,7 @@ def sequence_surrogate(
       "ratio": capped,
       "stopped_ratio": jax.lax.stop_gradient(capped),
     }[weight]
-    term = jnp.exp(log_weight) * (jax.lax.stop_gradient(kl) if in_reward else kl)
+    term = ops.weighted(log_weight, jax.lax.stop_gradient(kl) if in_reward else kl)
     return jnp.zeros_like(terms.log_probs).at[..., :1].set(term)
 
   return f

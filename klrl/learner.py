@@ -99,7 +99,9 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
   penalty's reward part, then `num_epochs` over `num_minibatches` minibatches. `frozen` holds the
   parameters of the `reference` and, where adapters are trained, those of their `base`.
   `pretraining` is an `epochs.Texts` of B rows, whose log-likelihood is mixed into the loss, or
-  None. Pure; to be compiled by the caller. Metrics are (sum, count) pairs.
+  None. Pure; to be compiled by the caller. Metrics are (sum, count) pairs; `kl/ref_*` and
+  `objective/mean`, the mean of score - beta * k1 with the score as it was given, are of all that
+  was sampled, before scores are shaped and groups dropped.
 
   Args:
     config: frozen; read are the fields of the KL penalty (`objective.penalty_of`), divergence,

@@ -90,6 +90,10 @@ def test_absl_refuses_what_is_of_another_type(argument):
     ({"controller": "dual_ascent", "beta_max": 0.1}, r"--beta=0.5 is above --beta_max=0.1"),
     ({"controller": "dual_ascent", "beta_max": float("inf")}, r"--beta_max=inf"),
     ({"controller": "doubling", "beta_min": 0.0}, r"--beta_min=0.0"),
+    (
+      {"trust_region": "kl_new_old", "trust_region_adaptive": True, "trust_region_beta": 0.0},
+      "--trust_region_beta=0.0: .* from 0.0001 to 10000",
+    ),
     ({"controller": "pid"}, "--controller=pid: must be one of fixed, doubling"),
     ({"kl_placement": ""}, "--kl_placement=: must be one of reward"),
   ],

@@ -8,6 +8,7 @@ from klrl.ops.advantages import leave_one_out as leave_one_out
 from klrl.ops.advantages import mean_and_std as mean_and_std
 from klrl.ops.advantages import vtrace as vtrace
 from klrl.ops.advantages import whiten as whiten
+from klrl.ops.controllers import BETA_BOUNDS as BETA_BOUNDS
 from klrl.ops.controllers import ControllerState as ControllerState
 from klrl.ops.controllers import at_bound as at_bound
 from klrl.ops.controllers import cosine_schedule as cosine_schedule

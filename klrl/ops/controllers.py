@@ -22,15 +22,17 @@ class ControllerState(NamedTuple):
   iteration: jax.Array  # int32 scalar, how many times the rule was applied
 
 
-# Rules that multiply beta cannot leave 0, nor inf.
-MINIMUM, MAXIMUM = 1e-4, 1e4
+# Where nothing else is said: a rule that multiplies beta cannot leave 0, nor inf.
+BETA_BOUNDS = (1e-4, 1e4)
 
 
 def _next(state: ControllerState, beta) -> ControllerState:
   return ControllerState(jnp.asarray(beta, state.beta.dtype), state.iteration + 1)
 
 
-def at_bound(state: ControllerState, *, minimum=MINIMUM, maximum=MAXIMUM) -> jax.Array:
+def at_bound(
+  state: ControllerState, *, minimum=BETA_BOUNDS[0], maximum=BETA_BOUNDS[1]
+) -> jax.Array:
   """Returns a bool scalar, whether beta stands at one of its bounds."""
   dtype = state.beta.dtype
   return (state.beta <= jnp.asarray(minimum, dtype)) | (state.beta >= jnp.asarray(maximum, dtype))
@@ -43,7 +45,7 @@ def fixed(state: ControllerState, measured_kl) -> ControllerState:
 
 
 def doubling(
-  state: ControllerState, measured_kl, *, target_kl, minimum=MINIMUM, maximum=MAXIMUM
+  state: ControllerState, measured_kl, *, target_kl, minimum=BETA_BOUNDS[0], maximum=BETA_BOUNDS[1]
 ) -> ControllerState:
   """Returns beta halved below `target_kl / 1.5`, doubled above `1.5 * target_kl`, else the same.
 
@@ -62,8 +64,8 @@ def proportional(
   target_kl,
   num_samples,
   horizon,
-  minimum=MINIMUM,
-  maximum=MAXIMUM,
+  minimum=BETA_BOUNDS[0],
+  maximum=BETA_BOUNDS[1],
 ) -> ControllerState:
   """Returns beta * (1 + error * num_samples / horizon), error = measured / target - 1.
 
@@ -86,7 +88,7 @@ def proportional(
 
 
 def dual_ascent(
-  state: ControllerState, measured_kl, *, target_kl, step_size, maximum=MAXIMUM
+  state: ControllerState, measured_kl, *, target_kl, step_size, maximum=BETA_BOUNDS[1]
 ) -> ControllerState:
   """Returns beta + step_size * (measured_kl - target_kl), within 0 and `maximum`.
 
