@@ -14,6 +14,9 @@ from klrl.errors import UserError
 from klrl.models import TokenizerInfo
 
 
+_NUM_CHECKED = 1000  # Prompts that are encoded alone too, to warn; the others are like them.
+
+
 class Encoded(NamedTuple):
   """One text as tokens."""
 
@@ -45,17 +48,15 @@ def encode_texts(texts: Sequence[tuple[str, str]], tokenizer: TokenizerInfo) -> 
 
 
 def _warn_of_other_tokens(prompts, encoded, tokenizer) -> None:
-  """Says how many prompts have other tokens alone than before their completions."""
-  alone = {prompt: None for prompt in prompts if prompt}
-  alone = dict(zip(alone, tokenizer.encode_batch(alone), strict=True))
-  other = [
-    prompt
-    for prompt, (ids, num_prompt_tokens) in zip(prompts, encoded, strict=True)
-    if prompt and alone[prompt].ids != ids[:num_prompt_tokens]
+  """Says how many of the first prompts have other tokens alone than before their completions."""
+  pairs = [(prompt, ids[:n]) for prompt, (ids, n) in zip(prompts, encoded, strict=True) if prompt][
+    :_NUM_CHECKED
   ]
+  alone = tokenizer.encode_batch(prompt for prompt, _ in pairs)
+  other = [prompt for (prompt, ids), found in zip(pairs, alone, strict=True) if found.ids != ids]
   if other:
     progress.warn_once(
-      f"{len(other)} of {len(prompts)} prompts have other tokens alone than before a completion,"
+      f"{len(other)} of {len(pairs)} prompts have other tokens alone than before a completion,"
       f" such as the one that ends {other[0][-20:]!r}. A model that is asked to complete them sees"
       " what it was not trained on. Begin the completion with the blank that ends the prompt."
     )
