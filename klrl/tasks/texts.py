@@ -13,7 +13,6 @@ from klrl import progress
 from klrl.errors import UserError
 from klrl.models import TokenizerInfo
 
-
 _NUM_CHECKED = 1000  # Prompts that are encoded alone too, to warn; the others are like them.
 
 
