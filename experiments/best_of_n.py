@@ -30,7 +30,18 @@ from experiments import laboratory, rl, shared_flags
 from experiments.best_of_n_page import COLUMNS, report, row_cells, verdict
 from experiments.dpo_pairs import in_chunks
 from experiments.shared_flags import setting
-from klrl import bandits, completions, inputs, judging, ops, oracle, parallel, progress, rlhf
+from klrl import (
+  bandits,
+  completions,
+  inputs,
+  judging,
+  ops,
+  oracle,
+  parallel,
+  progress,
+  rlhf,
+  schema,
+)
 from klrl.errors import UserError
 from klrl.sampling import make_sample_fn
 from klrl.summary import read_summary
@@ -127,11 +138,15 @@ def run_figures(directory: str) -> dict:
     raise UserError(
       f"--compare={directory} is no finished run with a score and an exact KL in summary.json."
     )
+  names = ("score_before", "score_after", "gold_after", "kl_ref_exact")
+  names += ("score_after_stderr", "gold_after_stderr", "kl_ref_exact_stderr")
+  rules = dict.fromkeys(names, schema.optional(schema.number()))
+  schema.check(summary, rules, pathlib.Path(directory) / "summary.json")
   return {
     "name": pathlib.Path(directory).name,
-    "score_before": summary["score_before"],
+    "score_before": summary.get("score_before"),
     "kl": summary["kl_ref_exact"],
-    "kl_stderr": summary["kl_ref_exact_stderr"],
+    "kl_stderr": summary.get("kl_ref_exact_stderr"),
     **{name: summary.get(f"{name}_after") for name in ("score", "gold")},
     **{f"{name}_stderr": summary.get(f"{name}_after_stderr") for name in ("score", "gold")},
   }

@@ -25,6 +25,9 @@ _DISK = (
   (errno.EIO, "Input/output error", _REFUSED),
   (errno.ESTALE, "Stale file handle", _REFUSED),
   (errno.ELOOP, "Too many levels of symbolic links", _REFUSED),
+  (errno.EISDIR, "Is a directory", _REFUSED),
+  (errno.ENOTDIR, "Not a directory", _REFUSED),
+  (errno.ENAMETOOLONG, "File name too long", _REFUSED),
 )
 
 

@@ -316,6 +316,43 @@ def test_what_fails_in_one_process_fails_in_both(tmp_path):
   assert not [path for folder in folders for path in folder.glob(".shared*")]
 
 
+# A state of which each process holds a half.
+SAVED = """
+import pathlib
+import jax
+import numpy as np
+from klrl import loop, parallel, processes
+
+processes.join()
+mesh = parallel.make_mesh("")
+state = {"x": np.arange(8.0, dtype=np.float32), "key": jax.random.key(0)}
+places = {"x": parallel.by_rows(mesh), "key": parallel.replicated(mesh)}
+state = parallel.put(state, places)
+step = jax.jit(lambda state: {**state, "x": state["x"] + 1}, out_shardings=places)
+start, state = loop.restore_or_init(pathlib.Path("run"), state, keep=2)
+print("start", start, flush=True)
+settings = {"start": start, "num_iterations": 4, "save_every": 2, "keep": 2}
+run = loop.run(lambda x, i: (step(x), {}), state, workdir=pathlib.Path("run"), **settings)
+for _, state, _ in run:
+  pass
+print("ends with", parallel.fetch(state["x"])[[0, 7]].tolist(), flush=True)
+"""
+
+
+def test_a_damaged_checkpoint_is_left_by_both_processes(tmp_path):
+  (tmp_path / "run").mkdir()
+  both = "start 0", "ends with [4.0, 11.0]"
+  for text in two(tmp_path, ["-c", SAVED]):
+    assert all(words in text for words in both), text
+  (tmp_path / "run/checkpoints/4/default/manifest.ocdbt").write_bytes(b"garbage")
+  for index, text in enumerate(two(tmp_path, ["-c", SAVED])):
+    assert "start 2" in text and "ends with [4.0, 11.0]" in text, text
+    assert index or "The checkpoint after iteration 4" in " ".join(text.split())
+  assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
+    *("2", "4", "4.damaged")
+  ]
+
+
 # Process 0 waits for one that has ended; nothing may take longer than that.
 LEFT = """
 from klrl import processes
