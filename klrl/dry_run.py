@@ -153,17 +153,16 @@ def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
   num_rows = config.oversampling * config.batch_size
   rows = jax.ShapeDtypeStruct((num_rows,), jnp.int32, sharding=by_rows)
   texts = jax.tree.map(lambda x: shape_of(x, by_rows, config.batch_size), setup.task.pretraining)
-  judge = _judge_reports(setup)
   programs = make()
   if "iterate" in programs:
     report, _ = _report("iterate", programs["iterate"], mesh, state, frozen, *prompts, rows, texts)
-    return [report, *judge]
+    return [report, *_judge_reports(setup)]
   sampling, rollout = _report("rollout", programs["rollout"], mesh, state, frozen, *prompts, rows)
   shape = rollout.finished.shape
   by_rows = parallel.by_rows(mesh, members=len(shape) > 1)
   scores = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_rows)
   update, _ = _report("update", programs["update"], mesh, state, frozen, rollout, scores, texts)
-  return [sampling, update, *judge]
+  return [sampling, update, *_judge_reports(setup)]
 
 
 def _judge_reports(setup) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl import ops
+from klrl import hlo, ops, parallel
 from klrl.gradients import gradients_of, scalar
 
 PARAMS = {"w": jnp.array([0.5, -1.0, 2.0]), "unused": jnp.ones(2)}
@@ -45,6 +45,23 @@ def test_parts_add_up_to_the_whole(aggregation):
     for name in ("loss", "other"):
       np.testing.assert_allclose(ops.divide(*sums[name]), ops.divide(*metrics[name]), rtol=1e-5)
     assert float(sums["seen"][0]) == num_parts
+
+
+def test_devices_share_the_rows_of_a_part_that_they_do_not_divide():
+  mesh = parallel.make_mesh("data=4")
+  keys = jax.random.split(jax.random.key(0))
+  weights, rows = jax.random.normal(keys[0], (16, 16)), jax.random.normal(keys[1], (24, 16))
+
+  def mean(weights, x):
+    return {"loss": 1.0}, {"loss": (jnp.tanh(x @ weights).sum(), jnp.float32(len(x)))}
+
+  fn = functools.partial(gradients_of, mean, num_parts=4)
+  placed = parallel.put_own(mesh, weights), jax.device_put(rows, parallel.by_rows(mesh))
+  program = jax.jit(parallel.on_mesh(mesh, fn)).lower(*placed).compile()
+  # Of a part's six rows two devices have two, and the others one; padded to two.
+  one_row = 2 * 16 * 16  # of each product, forward and backward
+  assert hlo.costs(program.as_text(), dict(mesh.shape)).flops == 4 * 2 * 2 * one_row
+  chex.assert_trees_all_close(program(*placed)[0], fn(weights, rows)[0], rtol=1e-5)
 
 
 def test_a_mean_of_means_is_another_gradient():

@@ -1,0 +1,105 @@
+"""Tests of where a run's arrays are made."""
+
+import collections
+import dataclasses
+import math
+import sys
+
+import jax
+import numpy as np
+import pytest
+from small_decoders import arithmetic_decoder
+
+from experiments import ppo
+from klrl import inputs, parallel, rlhf, supervised
+from klrl.models import policy_model, scalar_model, scalar_params_from
+from klrl.tasks import arithmetic
+
+# Wide, so that what is never split, norms and biases, is little.
+DECODER = dataclasses.replace(arithmetic_decoder(num_heads=2, mlp_dim=256, max_len=32), width=64)
+MESH = parallel.make_mesh("fsdp=4")
+
+
+def zeros(shapes):
+  """Returns arrays on the host of these shapes, as a model directory gives them."""
+  return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def models():
+  """Returns the models of a run whose policy and value model are trained."""
+  policy, scalar = (
+    zeros(jax.eval_shape(model.init, jax.random.key(0)))
+    for model in (policy_model(DECODER), scalar_model(DECODER))
+  )
+  loaders = inputs.Loaders(
+    lambda path: (DECODER, policy),
+    lambda path: (DECODER, scalar),
+    lambda path: arithmetic.make_tokenizer(),
+  )
+  config = ppo.Config(reference_update="ema", value_init="policy")
+  return config, inputs.load_models(config, loaders=loaders, policy="policy", reward_model="reward")
+
+
+def peaks_of(fn):
+  """Returns (fn(), {device: the most bytes that it held at a time of what `fn` made})."""
+  before = {id(array) for array in jax.live_arrays()}
+  peaks = collections.Counter()
+
+  def look(frame, event, _):
+    if event != "return" or "klrl" not in frame.f_code.co_filename:
+      return
+    held = collections.Counter()
+    for array in jax.live_arrays():
+      if id(array) not in before:
+        shape = array.sharding.shard_shape(array.shape)
+        for device in array.sharding.device_set:
+          held[device] += math.prod(shape) * array.dtype.itemsize
+    for device, size in held.items():
+      peaks[device] = max(peaks[device], size)
+
+  sys.setprofile(look)
+  try:
+    made = fn()
+  finally:
+    sys.setprofile(None)
+  return made, peaks
+
+
+def assert_no_device_held_more_than_its_share(arrays, peaks):
+  leaves = jax.tree.leaves(arrays)
+  assert all(leaf.sharding.mesh == MESH for leaf in leaves)
+  assert len(peaks) == MESH.size
+  share = sum(leaf.nbytes for leaf in leaves) / MESH.size
+  for size in peaks.values():
+    assert share < size < 1.2 * share
+
+
+def test_parameters_moments_and_a_moving_reference_are_made_in_shards(models):
+  config, found = models
+  setup = rlhf.Setup(config, found, None, MESH, {}, None)
+  state, peaks = peaks_of(lambda: rlhf.init_state(setup))
+  policy = state.params["policy"]
+  assert "value" in state.params
+  arrays = state.params, state.opt_state, state.reference
+  assert_no_device_held_more_than_its_share(arrays, peaks)
+  # An update donates both, so they must not be one.
+  for own, reference in zip(jax.tree.leaves(policy), jax.tree.leaves(state.reference), strict=True):
+    buffers = [x.addressable_shards[0].data.unsafe_buffer_pointer() for x in (own, reference)]
+    assert buffers[0] != buffers[1]
+
+
+def test_what_a_supervised_run_starts_with_is_made_in_shards(models):
+  config, found = models
+  params = scalar_params_from(found.policy_params)
+  state, peaks = peaks_of(
+    lambda: supervised.init_supervised_state(parallel.put_own(MESH, params), config)
+  )
+  moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+  assert_no_device_held_more_than_its_share((state.params, moments), peaks)
+
+
+def test_a_head_on_a_policy_copies_nothing_to_a_device(models):
+  _, found = models
+  head, peaks = peaks_of(lambda: scalar_params_from(found.policy_params)["head"])
+  assert head.shape == (64, 1) and not peaks

@@ -1,0 +1,172 @@
+"""Tests that devices share the work: none of them computes what the others compute too.
+
+Counted are the products of matrices of compiled programs, of one device and of what all have to do.
+Nothing is run. Eight devices take a process of their own, which is this file.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+from quick_compilation import QUICK
+from small_decoders import arithmetic_decoder
+
+from experiments import ppo, reward_model, sft
+from klrl import dry_run, epochs, hlo, inputs, parallel, supervised
+from klrl.models import policy_model, scalar_model
+from klrl.tasks import arithmetic, data, rewards
+
+ALONE = ("data=8", "fsdp=8", "data=2,fsdp=4")
+SWEPT = ("sweep=2,data=2,fsdp=2",)
+SUPERVISED_ON = ("data=2,fsdp=4",)  # More take a second each, and were found to be alike.
+JUDGE = ("judge_draw", "judge_evaluate")
+SUPERVISED = ("sft_step", "sft_held_out", "reward_model_step", "reward_model_held_out")
+DECODER = arithmetic_decoder(num_heads=2, mlp_dim=32, max_len=32)
+LOADERS = inputs.Loaders(
+  lambda path: (DECODER, policy_model(DECODER).init(jax.random.key(0))),
+  lambda path: (DECODER, scalar_model(DECODER).init(jax.random.key(0))),
+  lambda path: arithmetic.make_tokenizer(),
+)
+
+
+class Everything(ppo.Config):
+  """A run whose rows are gathered in every way: kept, late, in minibatches and in their parts."""
+
+  group_size: ClassVar[int] = 4
+  oversampling: ClassVar[int] = 2
+
+
+RUN = Everything(
+  batch_size=64,
+  num_minibatches=2,
+  num_epochs=1,
+  accumulation=2,
+  staleness=1,
+  kl_every=0,
+  reference_update="ema",
+  num_eval_rows=64,
+)
+
+
+@functools.cache
+def models_and_task():
+  models = dry_run.shapes_of_models(RUN, LOADERS, policy="policy", reward_model="reward")
+  texts = epochs.Texts(np.zeros((4, 8), np.int32), np.ones((4, 8), bool))
+  own = [rewards.Reward("own", 1.0, len)]  # Of the host, so that rollout and update are apart.
+  return models, inputs.load_task(RUN, models)._replace(pretraining=texts, rewards=own)
+
+
+def reports(spec):
+  """Returns what the dry run says of the run's programs, or of those of two members."""
+  models, task = models_and_task()
+  config = RUN.__class__(**{**vars(RUN), "mesh": spec})
+  if "sweep" not in spec:
+    return dry_run.of_run(config, models, task)
+  return dry_run.of_members([config] * 2, models, task, mesh=spec, members_per_batch=1)
+
+
+def supervised_flops(spec, num_rows):
+  """Returns {program: operations of one device} of supervised runs on `num_rows` rows."""
+  mesh, found = parallel.make_mesh(spec), {}
+  tokens, mask = (
+    jax.ShapeDtypeStruct((num_rows, 16), dtype, sharding=parallel.replicated(mesh))
+    for dtype in (np.int32, bool)
+  )
+  margins = jax.ShapeDtypeStruct((num_rows,), np.float32, sharding=tokens.sharding)
+  policy, scalar = policy_model(DECODER), scalar_model(DECODER)
+  examples = data.Examples(tokens, mask, mask, tokens)
+  pairs = reward_model.Pairs(tokens, mask, tokens, mask, margins)
+  of_pairs = {"margin": 0.0, "label_smoothing": 0.0, "centring_coef": 0.0}
+  runs = {
+    "sft": (sft.Config(), policy.init, sft.make_cross_entropy_fn(policy), examples, {}),
+    "reward_model": (
+      reward_model.Config(),
+      scalar.init,
+      reward_model.make_preference_fn(scalar),
+      pairs,
+      of_pairs,
+    ),
+  }
+  for name, (config, init, loss_fn, batch, coefficients) in runs.items():
+    params = jax.eval_shape(init, jax.random.key(0))
+    state = jax.eval_shape(
+      functools.partial(supervised.init_supervised_state, config=config, coefficients=coefficients),
+      params,
+    )
+    shardings = parallel.state_shardings(mesh, state)
+    state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
+    step, measure = supervised.make_programs(mesh, loss_fn, config, shardings)
+    rows = jax.tree.map(lambda x: x.update(sharding=parallel.by_rows(mesh)), batch)
+    programs = {
+      "step": step.lower(state, {}, rows),
+      "held_out": measure.lower(state.params, batch, state.coefficients),
+    }
+    for what, lowered in programs.items():
+      costs = hlo.costs(lowered.compile().as_text(), dict(mesh.shape))
+      found[f"{name}_{what}"] = costs.flops
+  return found
+
+
+def main():
+  found = {
+    spec: {report["program"]: report["flops"] for report in reports(spec)}
+    for spec in ("data=1", *ALONE, *SWEPT)
+  }
+  for spec in ("data=1", *SUPERVISED_ON):
+    found[spec] |= supervised_flops(spec, 16)
+  json.dump(found, sys.stdout)
+
+
+@pytest.fixture(scope="module")
+def flops():
+  """Returns {mesh: {program: operations of one device}}."""
+  root = pathlib.Path(__file__).parents[1]
+  # The emitters take half of the time of a compilation, and change no product of matrices.
+  flags = f"--xla_force_host_platform_device_count=8 {QUICK} --xla_cpu_use_fusion_emitters=false"
+  path = f"{root}{os.pathsep}{root / 'tests'}"
+  done = subprocess.run(
+    [sys.executable, __file__],
+    env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout)
+
+
+def share(flops, spec, program):
+  """Returns a device's part of the work times the devices of a member; 1 is ideal."""
+  sizes = dict(part.split("=") for part in spec.split(","))
+  num_devices = np.prod([int(size) for axis, size in sizes.items() if axis != "sweep"])
+  return flops[spec][program] / flops["data=1"][program] * num_devices
+
+
+@pytest.mark.parametrize("program", ["rollout", "update"])
+@pytest.mark.parametrize("spec", [*ALONE, *SWEPT])
+def test_the_devices_of_a_run_share_its_work(flops, spec, program):
+  assert 0.9 < share(flops, spec, program) < 1.1
+
+
+@pytest.mark.parametrize("program", JUDGE)
+@pytest.mark.parametrize("spec", [*ALONE, *SWEPT])
+def test_the_devices_of_a_run_share_its_judge(flops, spec, program):
+  # All members' devices judge one member after another.
+  members = 2 if "sweep" in spec else 1
+  assert 0.9 < share(flops, spec, program) * members < 1.1
+
+
+@pytest.mark.parametrize("program", SUPERVISED)
+@pytest.mark.parametrize("spec", SUPERVISED_ON)
+def test_the_devices_of_a_supervised_run_share_its_work(flops, spec, program):
+  assert 0.9 < share(flops, spec, program) < 1.1
+
+
+if __name__ == "__main__":
+  main()
