@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from klrl import frontier, sweep
+from klrl.errors import UserError
 
 
 def test_pareto_optimal_members_are_marked():
@@ -50,6 +53,24 @@ def test_the_frontier_has_all_members_of_the_folder(tmp_path):
   # Of two with the same values that of the present command counts.
   assert found["members"][0]["name"] == "beta=0.5,seed=0"
   assert [record["pareto"] for record in found["members"]] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+  ("file", "content", "words"),
+  [
+    ("config.json", "{", "is not JSON"),
+    ("config.json", "{}", "has no beta"),
+    ("config.json", '{"beta": [1], "seed": 0}', "beta is"),
+    ("summary.json", '{"score_after": 1', "is not JSON"),
+    ("summary.json", '{"score_after": "x", "diverged_at": null}', "score_after is 'x'"),
+    ("summary.json", "{}", "has no diverged_at"),
+  ],
+)
+def test_a_damaged_file_of_a_member_is_named(tmp_path, file, content, words):
+  member = write_member(tmp_path, "beta=1,seed=0", {"beta": 1.0}, gold_after=1.0)
+  (tmp_path / "members/beta=1,seed=0" / file).write_text(content)
+  with pytest.raises(UserError, match=rf"beta=1,seed=0/{file}.*{words}"):
+    frontier.frontier(tmp_path, [member])
 
 
 def test_of_an_enumerated_task_exact_figures_are_compared(tmp_path):

@@ -399,6 +399,16 @@ def test_members_that_began_together_go_on_together(tmp_path):
   assert groups("beta=0.2,0.3,0.1") == [[0.2, 0.3]]
 
 
+@pytest.mark.parametrize(
+  "content", ["", "{", "[]", '{"members": 3, "places": 1}', '{"members": []}', "[" * 10**5]
+)
+def test_a_damaged_file_of_a_group_is_named_with_what_to_do(tmp_path, content):
+  (tmp_path / "groups/some").mkdir(parents=True)
+  (tmp_path / "groups/some/members.json").write_text(content)
+  with pytest.raises(UserError, match=r"members\.json.*Remove .*groups/some: its members begin"):
+    sweep.group_members(tmp_path, experiment.members_of(make_config(sweep="beta=0.1,0.3")))
+
+
 def test_what_began_on_devices_that_are_not_there_is_left_alone():
   config = make_config(sweep="beta=0.15,0.35", members_per_batch=8)
   names = json.dumps([member.name for member in experiment.members_of(config)])
