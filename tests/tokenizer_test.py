@@ -106,12 +106,12 @@ def test_greedy_completions_end_where_generate_ends(stories):
   model = transformers.AutoModelForCausalLM.from_pretrained(stories)
   rows = [tokenizer.encode(text) for text in ("Once upon a time", "Lily", "The dog")]
   expected = [
-    len(model.generate(torch.tensor([row]), max_new_tokens=30, do_sample=False)[0]) - len(row)
+    len(model.generate(torch.tensor([row]), max_new_tokens=20, do_sample=False)[0]) - len(row)
     for row in rows
   ]
   assert min(expected) < 20
   config, params = hf.load_policy(stories)
-  limits = {"max_completion_len": 30, "eos_id": tokenizer.eos_ids, "pad_id": tokenizer.pad_id}
+  limits = {"max_completion_len": 20, "eos_id": tokenizer.eos_ids, "pad_id": tokenizer.pad_id}
   tokens, mask = data.pad(rows, tokenizer.pad_id, left=True)
   rollout = jax.jit(make_greedy_fn(policy_model(config), **limits))(params, tokens, mask)
   assert rollout.completion_mask.sum(axis=1).tolist() == expected
