@@ -343,6 +343,16 @@ def test_a_sweep_leaves_what_its_single_runs_leave_and_grows(caplog, capsys):
   assert not list(workdir.glob("groups/*/checkpoints"))
 
 
+def test_each_member_is_judged_at_its_own_temperature():
+  config = make_config("reinforce", sweep="temperature=0.5,2", num_iterations=1, kl_every=0)
+  members = experiment.main(config) / "members"
+  entropies = [
+    figures_of(members / f"temperature={temperature},seed=0")["entropy_before"]
+    for temperature in (0.5, 2)
+  ]
+  assert entropies[0] < 0.8 * entropies[1]
+
+
 def test_an_interrupted_sweep_goes_on_bit_for_bit_on_other_devices(monkeypatch):
   settings = {
     "mesh": "",
