@@ -240,6 +240,11 @@ def test_a_digest_sees_every_bit_and_place_and_no_device():
   flipped.view(np.uint32)[:, 2, 3] ^= np.uint32(1) << np.arange(32, dtype=np.uint32)
   one_bit = {str(bit): jnp.asarray(array) for bit, array in enumerate(flipped)}
   assert len({*checkpoint.digests(one_bit).values(), found["x"]}) == 33
+  # Larger ones are taken apart.
+  large = np.random.default_rng(0).normal(size=(3, 1, 5, 7000)).astype(np.float32)
+  whole = checkpoint._sums(large, np.uint32(2**32 - 5), (4, 2, 5, 7001))
+  parts = checkpoint._sums_on_host(large, 2**32 - 5, (4, 2, 5, 7001))
+  np.testing.assert_array_equal(parts, whole)
   # A part knows its place, and a device computes what the host does.
   parts = [(x[:2], 0), (x[2:], 10)]
   sums = sum(checkpoint._sums(np.asarray(part), np.uint32(at), (6, 5)) for part, at in parts)
