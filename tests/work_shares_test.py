@@ -49,7 +49,8 @@ RUN = Everything(
   num_epochs=1,
   accumulation=2,
   staleness=1,
-  kl_every=0,
+  kl_placement="both",
+  kl_estimator="exact",  # Each minibatch reads hidden states of the reference.
   reference_update="ema",
   num_eval_rows=64,
 )
