@@ -139,3 +139,14 @@ def test_a_run_says_when_a_bound_of_beta_holds(settings, beta, held):
   assert figures["controller/at_bound"] == held
   if beta is not None:
     assert state.controller.beta == pytest.approx(beta)
+
+
+def test_the_trust_region_is_steered_by_the_kl_after_the_epochs():
+  region = {"trust_region": "kl_old_new", "trust_region_adaptive": True, "learning_rate": 0.05}
+  rollout, scores = make_rollout(BATCH), scores_of(BATCH)
+  _, figures = update(make_config(**region), rollout, scores)
+  # Just below it: the KL within the epochs, which begins at 0, would not double the coefficient.
+  target = figures["kl/old_k3"] / 1.6
+  state, figures = update(make_config(**region, trust_region_target=target), rollout, scores)
+  assert state.trust_region.beta == 2 * figures["controller/trust_region_beta"]
+  assert figures["controller/trust_region_at_bound"] == 0
