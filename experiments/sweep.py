@@ -102,9 +102,12 @@ def _run(config, workdir: pathlib.Path, members: list[sweep.Member], root: str) 
     parallel.check_batch_size(mesh, member.config.batch_size)
     inputs.check_inputs(member.config)
 
-  def load(config):
-    models = inputs.load_models(config, **rl.model_directories(config))
-    return models, inputs.load_task(config, models)
+  def load(member_config):
+    directories = rl.model_directories(member_config)
+    stages = rl.stages_of(member_config, directories)
+    create_workdir(workdir, "sweep", config, read={*read, *stages})
+    models = inputs.load_models(member_config, **directories)
+    return models, inputs.load_task(member_config, models)
 
   if config.experiment == "distill":
     train = distill.make_train_fn(config, root)
@@ -112,9 +115,6 @@ def _run(config, workdir: pathlib.Path, members: list[sweep.Member], root: str) 
       member._replace(config=distill.with_teacher(member.config, train)) for member in members
     ]
   read = {path for member in members for path in fingerprints.paths_of(member.config)}
-  for group in sweep.group_members(workdir, members):
-    member = group[0].config
-    read |= {*rl.stages_of(member, rl.model_directories(member))}
   create_workdir(workdir, "sweep", config, read=read)
   progress.console.print(f"Sweep of {config.experiment}: results go to {workdir}", soft_wrap=True)
   found = sweep.run(
