@@ -41,10 +41,10 @@ from experiments.dpo_pairs import (
   stages_config,
 )
 from experiments.shared_flags import setting
-from klrl import evaluation, judging, lock, ops, parallel, progress
+from klrl import evaluation, judging, ops, parallel, progress
 from klrl.errors import UserError
 from klrl.models import Policy, add_lora, join, merge_lora, policy_model, save_policy
-from klrl.summary import finished
+from klrl.summary import once
 from klrl.supervised import train
 from klrl.workdir import create_workdir, find_workdir, write_text
 
@@ -90,13 +90,9 @@ class Config(shared_flags.RunConfig, shared_flags.EvaluationFields, shared_flags
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is not run again."""
   workdir = find_workdir("dpo", config, root=root)
-  summary = finished(workdir, config)
-  if summary:
-    progress.console.print(f"{config.loss.upper()}: finished before, in {workdir}", soft_wrap=True)
-  else:
-    with lock.held(workdir, wait=not config.workdir):
-      summary = finished(workdir, config) or _train(config, workdir)
-  rl.show_summary(summary, config.loss.upper())
+  title = config.loss.upper()
+  summary = once(workdir, config, title, lambda: _train(config, workdir))
+  rl.show_summary(summary, title)
   progress.console.print(
     f"Agrees with {summary['held_out_accuracy']:.1%} of held-out labels, implicit reward margin "
     f"{summary['held_out_margin']:.3f}",

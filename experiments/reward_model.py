@@ -23,7 +23,7 @@ import numpy as np
 
 from experiments import sft, shared_flags
 from experiments.shared_flags import setting
-from klrl import inputs, lock, parallel, progress
+from klrl import inputs, parallel, progress
 from klrl.errors import UserError
 from klrl.models import (
   add_lora,
@@ -32,7 +32,7 @@ from klrl.models import (
   scalar_model,
   scalar_params_from,
 )
-from klrl.summary import finished
+from klrl.summary import once
 from klrl.supervised import train
 from klrl.tasks import arithmetic, data
 from klrl.workdir import create_workdir, find_workdir
@@ -90,16 +90,11 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   if config.data and not config.policy:
     raise UserError("--data needs --policy=DIR, the model whose trunk the reward model takes over.")
   workdir = find_workdir("reward_model", config, root=root)
-  if not finished(workdir, config):
-    with lock.held(workdir, wait=not config.workdir):
-      if not finished(workdir, config):
-        _train(config, workdir)
-        return workdir
-  progress.console.print(f"Reward model: finished before, in {workdir}", soft_wrap=True)
+  once(workdir, config, "Reward model", lambda: _train(config, workdir))
   return workdir
 
 
-def _train(config: Config, workdir: pathlib.Path) -> None:
+def _train(config: Config, workdir: pathlib.Path) -> dict:
   mesh = parallel.make_mesh(config.mesh)
   parallel.check_batch_size(mesh, config.batch_size)
   directory = config.policy or str(run_sft_stage(config))
@@ -157,6 +152,7 @@ def _train(config: Config, workdir: pathlib.Path) -> None:
     f"model in {workdir}/model",
     soft_wrap=True,
   )
+  return summary
 
 
 def run_sft_stage(config: Config) -> pathlib.Path:

@@ -40,7 +40,7 @@ from klrl.figures_table import repeated_rows
 from klrl.models import scalar_params_from
 from klrl.optimizer import SCHEDULES
 from klrl.report import write_report
-from klrl.summary import finished
+from klrl.summary import once
 from klrl.tasks import arithmetic, tree
 from klrl.tasks.rewards import reads_model
 from klrl.workdir import create_workdir, find_workdir
@@ -258,13 +258,8 @@ def run(config: RLConfig, name: str, title: str, *, root: str) -> pathlib.Path:
     dry_run.show(reports)
     dry_run.write(workdir, reports)
     return workdir
-  summary = finished(workdir, config)
-  if not summary:
-    with lock.held(workdir, wait=not config.workdir):
-      summary = finished(workdir, config) or _train(config, workdir, name, title)
-  else:
-    progress.console.print(f"{title}: finished before, in {workdir}", soft_wrap=True)
-    processes.on_writer(write_report)(workdir)
+  summary = once(workdir, config, title, lambda: _train(config, workdir, name, title))
+  processes.on_writer(write_report)(workdir)  # Also of a finished run, by the present code.
   show_summary(summary, title)
   progress.console.print(f"Report: {workdir}/report.html", soft_wrap=True)
   return workdir

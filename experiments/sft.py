@@ -19,7 +19,7 @@ import jax
 
 from experiments import shared_flags
 from experiments.shared_flags import setting
-from klrl import inputs, lock, ops, parallel, progress
+from klrl import inputs, ops, parallel, progress
 from klrl.errors import UserError
 from klrl.models import (
   DecoderConfig,
@@ -29,7 +29,7 @@ from klrl.models import (
   policy_model,
   save_policy,
 )
-from klrl.summary import finished
+from klrl.summary import once
 from klrl.supervised import train
 from klrl.tasks import arithmetic, data, demonstrations, packing
 from klrl.workdir import create_workdir, find_workdir
@@ -88,16 +88,11 @@ class Config(shared_flags.RunConfig):
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is not run again."""
   workdir = find_workdir("sft", config, root=root)
-  if not finished(workdir, config):
-    with lock.held(workdir, wait=not config.workdir):
-      if not finished(workdir, config):
-        _train(config, workdir)
-        return workdir
-  progress.console.print(f"SFT: finished before, in {workdir}", soft_wrap=True)
+  once(workdir, config, "SFT", lambda: _train(config, workdir))
   return workdir
 
 
-def _train(config: Config, workdir: pathlib.Path) -> None:
+def _train(config: Config, workdir: pathlib.Path) -> dict:
   mesh = parallel.make_mesh(config.mesh)
   parallel.check_batch_size(mesh, config.batch_size)
   *model, tokenizer = _model(config)
@@ -131,6 +126,7 @@ def _train(config: Config, workdir: pathlib.Path) -> None:
     + f"model in {workdir}/model",
     soft_wrap=True,
   )
+  return summary
 
 
 def make_cross_entropy_fn(policy):

@@ -31,7 +31,6 @@ from klrl import (
 from klrl.epochs import value_params
 from klrl.inputs import Models, Task
 from klrl.models import ScalarModel, TokenizerInfo, join, merge_lora, save_policy, save_scalar
-from klrl.report import write_report
 from klrl.sampling import Rollout, make_sample_fn
 from klrl.summary import write_summary
 from klrl.tasks import arithmetic, data, reward_calls, rewards
@@ -98,7 +97,7 @@ def init_state(setup: Setup) -> learner.TrainState:
 
 
 def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str) -> dict[str, Any]:
-  """Trains, evaluates before and after, writes all files of a run and returns the summary.
+  """Trains, evaluates before and after, writes a run's files but the report; returns the summary.
 
   Args:
     config: the experiment's config.
@@ -120,9 +119,7 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str
     iterations, state, title=title, start=start, total=config.num_iterations, keys=_SHOWN
   )
   after = judge(state.params, when="after")
-  summary = write_results(workdir, setup, state.params, before, after, figures)
-  processes.on_writer(write_report)(workdir)
-  return summary
+  return write_results(workdir, setup, state.params, before, after, figures)
 
 
 def announce(config) -> dict[str, Any]:

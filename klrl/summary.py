@@ -5,10 +5,11 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Callable
 
 import jax
 
-from klrl import metrics, processes, schema
+from klrl import lock, metrics, processes, progress, schema
 from klrl.errors import UserError
 from klrl.workdir import write_text
 
@@ -72,8 +73,30 @@ def read_summary(workdir: pathlib.Path) -> dict | None:
     ) from error
 
 
+def once(workdir: pathlib.Path, config, title: str, train: Callable[[], dict]) -> dict:
+  """Returns the summary of the run in `workdir`: of `train()`, unless it was finished before.
+
+  Nobody else works in the folder meanwhile. Without `--workdir` whoever comes second waits and has
+  the same run; with it, it is refused.
+
+  Args:
+    workdir: the run's folder.
+    config: reads `workdir` and `num_iterations`; a run of fewer is not finished.
+    title: what the run is called on the console.
+    train: trains in `workdir` and returns the summary.
+  """
+  summary = _finished(workdir, config)
+  if not summary:
+    with lock.held(workdir, wait=not config.workdir):
+      summary = _finished(workdir, config)
+      if not summary:
+        return train()
+  progress.console.print(f"{title}: finished before, in {workdir}", soft_wrap=True)
+  return summary
+
+
 @processes.on_writer
-def finished(workdir: pathlib.Path, config) -> dict | None:
+def _finished(workdir: pathlib.Path, config) -> dict | None:
   """Returns the summary of a run that has done all iterations of `config`, else None."""
   summary = read_summary(workdir)
   done = summary and summary.get("num_iterations")

@@ -1,12 +1,13 @@
 """Tests of a run's folder: which configuration it holds, and the summary of a run."""
 
+import contextlib
 import dataclasses
 import json
 
 import pytest
 
 from experiments import best_of_n, ppo, sft
-from klrl import summary
+from klrl import lock, summary
 from klrl.errors import UserError
 from klrl.metrics import append_line
 from klrl.workdir import (
@@ -158,11 +159,14 @@ def begun(tmp_path, **settings):
 
 
 def test_a_run_can_be_made_longer(tmp_path):
+  def trained(config):
+    return "trained" in summary.once(tmp_path, config, "PPO", lambda: {"trained": True})
+
   config = begun(tmp_path)
-  assert summary.finished(tmp_path, config)
+  assert not trained(config)
   longer = dataclasses.replace(config, num_iterations=20)
   open_workdir("ppo", longer)
-  assert not summary.finished(tmp_path, longer)
+  assert trained(longer)
   with pytest.raises(UserError, match="num_iterations is 20 there and 12 here"):
     find_workdir("ppo", config)
   with pytest.raises(UserError, match=r"beta is .*; num_iterations is"):
@@ -202,6 +206,22 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path):
   with pytest.raises(UnicodeEncodeError):
     write_text(path, "new \ud800")
   assert path.read_text() == "old"
+
+
+def test_who_waits_for_another_that_trains_has_its_result(tmp_path, monkeypatch, capsys):
+  @contextlib.contextmanager
+  def held(directory, *, wait):
+    assert wait == (not config.workdir)
+    write_text(directory / "summary.json", '{"num_iterations": 12}')  # by the other
+    yield
+
+  monkeypatch.setattr(lock, "held", held)
+  for workdir in ("", str(tmp_path)):
+    config = ppo.Config(workdir=workdir, num_iterations=12)
+    found = summary.once(tmp_path, config, "PPO", lambda: pytest.fail("trained twice"))
+    assert found == {"num_iterations": 12}
+    assert "PPO: finished before" in capsys.readouterr().out
+    (tmp_path / "summary.json").unlink()
 
 
 def test_summary_has_every_promised_figure_and_marks_the_run_as_finished(tmp_path):
