@@ -43,7 +43,6 @@ from klrl import (
   schema,
 )
 from klrl.errors import UserError
-from klrl.sampling import make_sample_fn
 from klrl.summary import read_summary
 from klrl.tasks import arithmetic, data
 
@@ -160,13 +159,9 @@ def first_prompts(prompts: data.Prompts, num: int) -> data.Prompts:
 def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts: data.Prompts):
   """Returns scores and gold scores [P, N] of N completions of each prompt; gold may be None."""
   mesh = parallel.make_mesh("")
-  sample = make_sample_fn(
-    models.policy,
-    max_completion_len=task.max_completion_len,
-    eos_id=models.tokenizer.eos_ids,
-    pad_id=models.tokenizer.pad_id,
+  programs = judging.make_programs(
+    mesh, models.policy, None, models.tokenizer, task.max_completion_len
   )
-  sample = jax.jit(parallel.on_mesh(mesh, sample), out_shardings=parallel.replicated(mesh))
   params = parallel.put_once(mesh, models.policy_params)
   score = judging.make_completion_score_fn(
     mesh, task.rewards, models.reward_model, models.reward_params
@@ -177,7 +172,7 @@ def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts:
 
   def chunk(rows):
     of = rows // size
-    rollout = sample(
+    rollout = programs.sample(
       params,
       prompts.tokens[of],
       prompts.mask[of],

@@ -18,7 +18,6 @@ from klrl.models import (
   TokenizerInfo,
   policy_model,
 )
-from klrl.sampling import make_sample_fn
 from klrl.tasks import arithmetic, data
 from klrl.tasks.verifier import Verifier
 
@@ -152,15 +151,11 @@ def embedded_start(config) -> Start:
   task = inputs.load_task(embedded, models)
   mesh = parallel.make_mesh(config.mesh)
   score = judging.make_completion_score_fn(mesh, None, models.reward_model, models.reward_params)
-  sample = make_sample_fn(
-    models.policy,
-    max_completion_len=task.max_completion_len,
-    eos_id=models.tokenizer.eos_ids,
-    pad_id=models.tokenizer.pad_id,
+  programs = judging.make_programs(
+    mesh, models.policy, None, models.tokenizer, task.max_completion_len
   )
-  sample = jax.jit(parallel.on_mesh(mesh, sample), out_shardings=parallel.replicated(mesh))
   params = parallel.put_once(mesh, models.policy_params)
-  draw = functools.partial(sample, params, temperature=1.0)
+  draw = functools.partial(programs.sample, params, temperature=1.0)
   arrays = draw_pairs(task.training, draw, score, num_pairs=config.num_pairs, seed=config.seed)
   pairs = make_pairs(config, models.policy, models.policy_params, arrays)
   return Start(
