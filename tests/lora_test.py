@@ -122,7 +122,8 @@ def test_fresh_adapters_change_nothing_and_the_base_is_the_reference_in_the_same
       temperature=0.7,
     )
   )
-  np.testing.assert_array_equal(kl(params, frozen), zeros)
+  # Zero but for rounding: the compiler need not round two equal decoders alike.
+  np.testing.assert_allclose(kl(params, frozen), zeros, atol=1e-7)
   assert np.all(np.asarray(kl(trained(), frozen)) > 1e-4)
 
 

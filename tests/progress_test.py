@@ -17,7 +17,7 @@ NASTY = [
 
 @pytest.fixture
 def printed(monkeypatch):
-  monkeypatch.setattr(progress.console, "file", io.StringIO())
+  monkeypatch.setattr(progress.console, "_file", io.StringIO())
   return progress.console.file.getvalue
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick_compilation import BIT_FOR_BIT
 from small_decoders import arithmetic_decoder
 
 from experiments import ppo, rl
@@ -353,7 +354,16 @@ def test_each_member_is_judged_at_its_own_temperature():
   assert entropies[0] < 0.8 * entropies[1]
 
 
-def test_an_interrupted_sweep_goes_on_bit_for_bit_on_other_devices(monkeypatch):
+def test_an_interrupted_sweep_goes_on_bit_for_bit_on_other_devices(monkeypatch, request):
+  if BIT_FOR_BIT not in os.environ:  # In a process of its own, which compiles as a run does.
+    command = [sys.executable, "-m", "pytest", "-n0", f"{__file__}::{request.node.name}"]
+    inherited = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST")}
+    own = inherited | {BIT_FOR_BIT: "1", "XLA_FLAGS": ""}
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("."), done.stdout  # It ran.
+    return
   settings = {
     "mesh": "",
     "reward": "reward.py:sevens",

@@ -129,8 +129,7 @@ def main():
 def flops():
   """Returns {mesh: {program: operations of one device}}."""
   root = pathlib.Path(__file__).parents[1]
-  # The emitters take half of the time of a compilation, and change no product of matrices.
-  flags = f"--xla_force_host_platform_device_count=8 {QUICK} --xla_cpu_use_fusion_emitters=false"
+  flags = f"--xla_force_host_platform_device_count=8 {QUICK}"
   path = f"{root}{os.pathsep}{root / 'tests'}"
   done = subprocess.run(
     [sys.executable, __file__],
