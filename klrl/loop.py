@@ -117,6 +117,7 @@ def run(
     UserError: a figure is NaN or infinite; it is named, and the last checkpoint stays. Or the step
       failed, and what was done before is saved; or the disk or the memory is full.
   """
+  workdir = workdir.absolute()  # A reward may go to another folder.
   with contextlib.ExitStack() as stack:
     stack.enter_context(troubles_told())
     if not start and processes.on_writer(metrics.read_lines)(workdir / "metrics.jsonl"):

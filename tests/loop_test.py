@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import os
+import pathlib
 import shutil
 import signal
 import time
@@ -127,6 +128,20 @@ def test_second_signal_is_not_swallowed(tmp_path, capfd):
   with pytest.raises(KeyboardInterrupt):
     run(tmp_path, step=impatient)
   assert capfd.readouterr().err.count("Once more stops at once") == 1
+
+
+def test_a_step_that_goes_to_another_folder_does_not_move_the_run(tmp_path, monkeypatch):
+  (tmp_path / "elsewhere").mkdir()
+  monkeypatch.chdir(tmp_path)
+
+  def moving(state, iteration):
+    if iteration == 1:
+      os.chdir("elsewhere")
+    return counting_step(state, iteration)
+
+  run(pathlib.Path("run"), step=moving)
+  assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 6
+  assert not any((tmp_path / "elsewhere").iterdir())
 
 
 def test_handlers_are_put_back(tmp_path):
