@@ -37,7 +37,8 @@ def run(
   """
   workdir = find_workdir(name, config, root=root)
   path = workdir / file
-  if path.exists():
+  was_there = path.exists()
+  if was_there:
     progress.console.print(f"{name}: finished before, in {workdir}", soft_wrap=True)
   else:
     with lock.held(workdir, wait=not config.workdir):
@@ -52,7 +53,16 @@ def run(
     results = schema.read(path)
   except UserError as error:
     raise UserError(f"{error} Remove it: the same command makes it anew.") from error
-  write_text(workdir / "report.html", report(results))
+  try:
+    text = report(results)
+  except (LookupError, TypeError, AttributeError, ValueError) as error:
+    if not was_there:
+      raise
+    raise UserError(
+      f"{path} does not hold what its page is made of: {error!r}. Remove it: the same command "
+      "makes it anew."
+    ) from error
+  write_text(workdir / "report.html", text)
   show(results)
   progress.console.print(f"Report: {workdir}/report.html", soft_wrap=True)
   return workdir

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from klrl import processes, schema
-from klrl.errors import UserError
+from klrl.errors import UserError, is_of_the_machine
 
 _ITEM = "default"  # what Orbax calls the one thing that a checkpoint holds
 _METADATA = "_CHECKPOINT_METADATA"
@@ -89,6 +89,11 @@ def restore(directory: pathlib.Path, iteration: int, state):
   """
   folder = directory.absolute() / str(iteration)
   shapes, record = _everywhere(_shapes_and_record)(folder)
+  if record is None:
+    raise UserError(
+      f"The checkpoint {folder} was saved by an older klrl, without what it could be checked by. "
+      "Go on with that, or choose another --workdir."
+    )
   if record["iteration"] != iteration:
     raise Damaged(f"its folder holds the one after iteration {record['iteration']}")
   _check_shapes(directory, shapes, _shapes(jax.eval_shape(lambda: jax.tree.map(_bits, state))))
@@ -199,19 +204,21 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
 
 
 def _everywhere(read):
-  """Returns `read` for all processes to call: where it fails in one, all raise `Damaged`."""
+  """Returns `read` for all processes to call: where one finds damage, all raise `Damaged`.
+
+  What the machine refuses, and not the checkpoint, is raised as it is, or as a UserError elsewhere.
+  """
 
   def call(*arguments, **named):
-    found, reason = None, ""
+    found, reason, refused = None, "", None
     try:
       found = read(*arguments, **named)
-    except PermissionError as error:
-      reason = f"{error.filename} may not be read"
     except Exception as error:  # Orbax and what it is made of raise anything.
-      if "RESOURCE_EXHAUSTED" in str(error):
-        raise
+      refused = error if is_of_the_machine(error) else None
       first_line = str(error).partition("\n")[0].partition(" See full TensorStore")[0]
       reason = first_line[:200].rstrip(".") or type(error).__name__
+    if processes.anywhere(refused is not None):
+      raise refused or UserError("Another process could not read the checkpoint; see what it says.")
     if processes.anywhere(bool(reason)):
       raise Damaged(reason or "another process cannot read it")
     return found
@@ -220,9 +227,10 @@ def _everywhere(read):
 
 
 def _shapes_and_record(folder: pathlib.Path):
-  record = schema.read(folder / _METADATA)
-  record = record.get("custom_metadata") if isinstance(record, dict) else None
-  record = schema.check(record, _RECORD, folder / _METADATA, required=_RECORD)
+  record = schema.check(schema.read(folder / _METADATA), {}, folder / _METADATA)
+  record = record.get("custom_metadata") or None
+  if record is not None:
+    schema.check(record, _RECORD, folder / _METADATA, required=_RECORD)
   return _shapes(ocp.StandardCheckpointHandler().metadata(folder / _ITEM).tree), record
 
 
@@ -249,5 +257,8 @@ def _name(path) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _shapes(tree) -> dict[str, tuple[int, ...]]:
-  return {_name(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
+def _shapes(tree) -> dict[str, str]:
+  return {
+    _name(path): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+    for path, leaf in jax.tree.leaves_with_path(tree)
+  }

@@ -16,7 +16,7 @@ class UserError(ValueError):
 _FULL = "Make room, for files as for bytes, or choose another --workdir."
 _REFUSED = "See to it that this can be read and written, or choose another --workdir."
 # What a disk may refuse: its number, the words that Orbax and TensorStore repeat, and what to do.
-_DISK = (
+_MACHINE = (
   (errno.ENOSPC, "No space left on device", _FULL),
   (errno.EDQUOT, "Disk quota exceeded", _FULL),
   (errno.EROFS, "Read-only file system", _REFUSED),
@@ -24,6 +24,11 @@ _DISK = (
   (errno.EPERM, "Operation not permitted", _REFUSED),
   (errno.EIO, "Input/output error", _REFUSED),
   (errno.ESTALE, "Stale file handle", _REFUSED),
+  (errno.EMFILE, "Too many open files", _REFUSED),
+)
+# What lies where another thing should.
+_LAYOUT = (
+  (errno.EEXIST, "File exists", _REFUSED),
   (errno.ELOOP, "Too many levels of symbolic links", _REFUSED),
   (errno.EISDIR, "Is a directory", _REFUSED),
   (errno.ENOTDIR, "Not a directory", _REFUSED),
@@ -39,19 +44,25 @@ def troubles_told():
   except UserError:
     raise
   except Exception as error:  # JAX, Orbax and TensorStore have no class for it.
-    message = _disk_message(error) or _memory_message(error)
+    message = _disk_message(error, _MACHINE + _LAYOUT) or _memory_message(error)
     if message is None:
       raise
     raise UserError(message) from error
 
 
-def _disk_message(error: BaseException | None) -> str | None:
+def is_of_the_machine(error: Exception) -> bool:
+  """Returns whether a disk or a memory refuses something, whatever the file holds."""
+  return bool(_disk_message(error, _MACHINE) or _memory_message(error))
+
+
+def _disk_message(error: BaseException | None, refusals) -> str | None:
   while error is not None:
     code = error.errno if isinstance(error, OSError) else None
-    for number, words, advice in _DISK:
+    for number, words, advice in refusals:
       if number == code or words in str(error):
-        place = re.search(r"/[^\s'\":]+", str(error))  # TensorStore names the file in its text.
-        where = getattr(error, "filename", None) or (place and place[0])
+        # TensorStore names the file in its text.
+        place = re.search(r"(?:^|[\s'\"])(/[^\s'\":]+)", str(error))
+        where = getattr(error, "filename", None) or (place and place[1])
         at = f" at {where}" if where else ""
         return (
           f"{words}{at}. {advice} What was saved before is whole, and the same command goes on "

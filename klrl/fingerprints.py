@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from klrl import progress, schema
 from klrl.errors import UserError
+from klrl.models.directory import model_dir
 
 FILE = "inputs.json"
 # Fields of a config that name a file or a model's directory.
@@ -62,13 +63,18 @@ def read(directory: pathlib.Path) -> dict:
   path = directory / FILE
   if not path.exists():
     return {"files": {}, "accepted": []}
-  return schema.check(schema.read(path), _RULES, path, required=_RULES)
+  try:
+    return schema.check(schema.read(path), _RULES, path, required=_RULES)
+  except UserError as error:
+    raise UserError(
+      f"{error} Put it back from a copy, or move it away: then edited inputs go unnoticed."
+    ) from error
 
 
 def check(directory: pathlib.Path, *, accept: bool) -> list[str]:
   """Returns which inputs of the run in `directory` are other ones than it was begun with.
 
-  Those that are not there any more are for others to miss.
+  An input that is missing now is reported where it is loaded.
 
   Raises:
     UserError: there are some, and `accept` is false.
@@ -99,7 +105,7 @@ def record(directory: pathlib.Path, paths: Iterable[str], *, changed: list[str])
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
   if not path.is_dir():
     return [path]
-  inside = path / "model" if (path / "model").is_dir() else path
+  inside = model_dir(path)
   return [file for file in sorted(inside.iterdir()) if file.suffix in _SUFFIXES and file.is_file()]
 
 

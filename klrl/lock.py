@@ -24,7 +24,7 @@ _held: set[str] = set()  # by this process
 
 @contextlib.contextmanager
 def held(directory: pathlib.Path, *, wait: bool):
-  """Makes `directory` if need be and holds it for this command; leaves it as it was, if empty.
+  """Makes `directory` if need be and holds it; removes what it made, if nothing else is in there.
 
   All processes of a command enter it, and the writer holds it. A process that holds it already
   passes.
@@ -55,14 +55,17 @@ def held(directory: pathlib.Path, *, wait: bool):
 
 def _hold(directory: pathlib.Path, stack: contextlib.ExitStack) -> str:
   """Returns "" with the lock held until `stack` ends, or who holds it."""
-  path = directory.absolute() / FILE
+  path = directory.resolve() / FILE
   if str(path) in _held:
     return ""
   while True:
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as own:
-      file = own.enter_context(path.open("a+", encoding="utf-8"))
+      try:
+        file = own.enter_context(path.open("a+", encoding="utf-8"))
+      except FileNotFoundError:  # Its holder has just removed the folder.
+        continue
       try:
         # Not flock: what a reward forks would hold it on. This one also goes over NFS.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

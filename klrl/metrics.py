@@ -74,7 +74,7 @@ def truncate(path: pathlib.Path, num_iterations: int) -> None:
     listed = ", ".join(f"{number} {what}" for what, number in found.items() if number)
     progress.warn(
       f"{path} should have one record of each of the {num_iterations} iterations before: {listed}. "
-      "What can be mended is mended; the run itself is not touched by it."
+      "The checkpoint is whole; these figures alone are missing."
     )
   if not os.path.lexists(path):
     return

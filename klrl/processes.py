@@ -153,7 +153,7 @@ def leave_threads(status: int) -> None:
     names = sorted(thread.name for thread in threading.enumerate() if not thread.daemon)
     left = ", ".join(name for name in names if name != threading.main_thread().name)
     print(
-      f"All is saved. What still runs, perhaps of the reward, is left behind: {left}.",
+      f"The program has ended. What still runs, perhaps of the reward, is left behind: {left}.",
       file=sys.stderr,
       flush=True,
     )

@@ -22,6 +22,7 @@ from klrl.errors import UserError
 from klrl.figures_table import figures_table
 from klrl.page import Html, digits, duration, element, note, number, page
 from klrl.plots import INK, MAX_POINTS, SERIES, Line, curves
+from klrl.workdir import write_text
 
 MAX_SAMPLES = 10
 
@@ -261,7 +262,7 @@ def _samples(records: list[dict]) -> list[Html]:
   if not pairs:
     return [note("No samples were kept.")]
   shown = list(pairs.values())[:MAX_SAMPLES]
-  nats = [x for pair in shown for sample in pair.values() for x in _nats(sample) if x > 0]
+  nats = [x for pair in shown for sample in pair.values() for x in _nats(sample) if x > 1e-12]
   most = 0.0
   if nats:
     # One outlier would leave everything else pale.
@@ -361,10 +362,10 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     element("h2", "The run"),
     *_run(config, figures, versions if isinstance(versions, dict) else {}, flags),
   ]  # fmt: skip
-  path, partial = workdir / "report.html", workdir / "report.html.partial"
+  path = workdir / "report.html"
+  text = page(title, *body).encode("utf-8", "replace").decode()  # a model may emit half a character
   try:
-    partial.write_text(page(title, *body), "utf-8", "replace")  # a model may emit half a character
-    partial.replace(path)
+    write_text(path, text)
   except OSError as error:
     raise UserError(f"{path} cannot be written: {error.strerror}.") from error
   return path

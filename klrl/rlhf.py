@@ -203,7 +203,7 @@ def write_results(workdir: pathlib.Path, setup: Setup, params, before, after, fi
     found |= exact.figures(params["policy"], beta=beta, temperature=temperature)
     frontier = exact.frontier(temperature=temperature)
     write_text(workdir / "optimum.json", json.dumps(frontier) + "\n")
-  return write_summary(workdir, found | figures)
+  return write_summary(workdir, found | figures, setup.config.num_iterations)
 
 
 def _rollout_shapes(setup: Setup):

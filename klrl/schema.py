@@ -8,6 +8,7 @@ A rule is what a value must be, in words and as a test. Names without a rule may
 
 import json
 import math
+import os
 import pathlib
 import reprlib
 from collections.abc import Callable, Collection, Mapping
@@ -142,7 +143,8 @@ def read(path: str | pathlib.Path, *, max_bytes: int = MAX_BYTES) -> Any:
   path = pathlib.Path(path)
   try:
     if not path.is_file():
-      raise UserError(f"There is no file {show(str(path))}.")
+      what = "is no file that can be read" if os.path.lexists(path) else "does not exist"
+      raise UserError(f"{show(str(path))} {what}.")
     with path.open("rb") as file:
       content = file.read(max_bytes + 1)
   except OSError as error:
@@ -166,7 +168,7 @@ def check(
       begins with `where` and names the field.
   """
   if not isinstance(value, dict):
-    raise UserError(f"{where} holds {show(value)}, but must hold an object, {{...}}.")
+    raise UserError(f"{where} is {show(value)}; it must be an object, {{...}}.")
   for name, rule in rules.items():
     if name not in value:
       if name in required:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 
-from klrl import lock, metrics, processes, progress, schema
+from klrl import fingerprints, lock, metrics, processes, progress, schema
 from klrl.errors import UserError
 from klrl.workdir import write_text
 
@@ -39,8 +39,8 @@ def environment() -> dict:
   }
 
 
-def write_summary(workdir: pathlib.Path, figures: dict) -> dict:
-  """Writes `summary.json`, which marks the run as finished, and returns its content."""
+def write_summary(workdir: pathlib.Path, figures: dict, num_iterations: int) -> dict:
+  """Writes `summary.json`, which marks the run of so many iterations as finished; returns it."""
   timing = processes.on_writer(metrics.read_lines)(workdir / "timing.jsonl")
   # The first iteration compiles; a rate that includes it says nothing about the machine.
   rates = sorted(line.get("tokens_per_second") or 0.0 for line in timing[1:])
@@ -49,7 +49,7 @@ def write_summary(workdir: pathlib.Path, figures: dict) -> dict:
     **figures,
     "wall_seconds": timing[-1].get("elapsed_seconds", 0.0) if timing else 0.0,
     "tokens_per_second": (rates[len(rates) // 2] or None) if rates else None,
-    "num_iterations": timing[-1].get("iteration", len(timing) - 1) + 1 if timing else 0,
+    "num_iterations": num_iterations,
     **environment(),
   }
   write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -66,7 +66,9 @@ def read_summary(workdir: pathlib.Path) -> dict | None:
   if not os.path.lexists(path):
     return None
   try:
-    return schema.check(schema.read(path), {}, path)
+    summary = schema.check(schema.read(path), {}, path)
+    figures = [name for name in summary if name.endswith(("_before", "_after", "_stderr"))]
+    return schema.check(summary, dict.fromkeys(figures, schema.optional(schema.number())), path)
   except UserError as error:
     raise UserError(
       f"{error} Remove it: the same command then makes it anew from the last checkpoint."
@@ -91,6 +93,8 @@ def once(workdir: pathlib.Path, config, title: str, train: Callable[[], dict]) -
       summary = _finished(workdir, config)
       if not summary:
         return train()
+      # Who waited has looked at the folder before there was anything in it.
+      fingerprints.check(workdir, accept=config.accept_changed_inputs)
   progress.console.print(f"{title}: finished before, in {workdir}", soft_wrap=True)
   return summary
 

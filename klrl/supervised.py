@@ -153,7 +153,7 @@ def train(
   params = parallel.fetch(params)
   processes.on_writer(save)(workdir / "model", params)
   # The summary marks the run as finished, so the model comes before it.
-  content = write_summary(workdir, figures)
+  content = write_summary(workdir, figures, config.num_iterations)
   processes.on_writer(write_report)(workdir)
   return content
 

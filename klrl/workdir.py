@@ -7,6 +7,7 @@ resumes and another command gets a folder of its own.
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import secrets
 
@@ -53,7 +54,8 @@ def find_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path
       if theirs.get(name) != ours.get(name)
     ]
     if differing and not (
-      differing == ["num_iterations"] and _is_longer(directory, theirs["num_iterations"], config)
+      differing == ["num_iterations"]
+      and _is_longer(directory, theirs.get("num_iterations"), config)
     ):
       listed = (f"{x} is {theirs.get(x)!r} there and {ours.get(x)!r} here" for x in differing)
       raise UserError(
@@ -208,6 +210,6 @@ def write_text(path: pathlib.Path, text: str) -> None:
   """Writes a whole file or nothing: an interrupted write leaves what was there."""
   if not processes.is_writer():
     return
-  temporary = path.with_name(path.name + ".partial")
+  temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # Another may write it as well.
   temporary.write_text(text, encoding="utf-8")
   temporary.replace(path)

@@ -225,7 +225,7 @@ def test_the_warning_of_an_allowed_penalty_is_in_the_report(tmp_path):
   settings = {"experiment": "ppo", **config.__dict__}
   (tmp_path / "config.json").write_text(json.dumps(settings))
   (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 0, "score/mean": 0.5}) + "\n")
-  write_summary(tmp_path, {"warnings": warnings})
+  write_summary(tmp_path, {"warnings": warnings}, 0)
   assert json.loads((tmp_path / "summary.json").read_text())["warnings"] == warnings
   write_report(tmp_path)
   text = html.unescape((tmp_path / "report.html").read_text())

@@ -60,7 +60,7 @@ def test_what_a_rule_forbids_is_named_with_file_and_field(field):
 
 @pytest.mark.parametrize("value", [[], "x", None, 3])
 def test_something_else_than_an_object_is_refused(value):
-  with pytest.raises(UserError, match=r"config\.json holds .* must hold an object"):
+  with pytest.raises(UserError, match=r"config\.json is .*; it must be an object"):
     schema.check(value, RULES, "config.json")
 
 
@@ -110,13 +110,15 @@ def test_encodings_that_json_knows_are_read(encoding, tmp_path):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
   loop = tmp_path / "loop.json"
   loop.symlink_to(loop)
-  for path in (tmp_path, tmp_path / "absent.json", loop):
-    with pytest.raises(UserError, match="There is no file"):
+  with pytest.raises(UserError, match=r"absent\.json' does not exist"):
+    schema.read(tmp_path / "absent.json")
+  for path in (tmp_path, loop):
+    with pytest.raises(UserError, match="is no file that can be read"):
       schema.read(path)
   with pytest.raises(UserError, match="cannot be read"):
     schema.read(tmp_path / ("x" * 5000))
   os.mkfifo(tmp_path / "pipe.json")  # Opening it would wait for ever.
-  with pytest.raises(UserError, match="There is no file"):
+  with pytest.raises(UserError, match="is no file that can be read"):
     schema.read(tmp_path / "pipe.json")
 
 

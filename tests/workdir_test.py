@@ -232,7 +232,7 @@ def test_summary_has_every_promised_figure_and_marks_the_run_as_finished(tmp_pat
       tmp_path / "timing.jsonl",
       {"iteration": i, "elapsed_seconds": 2.0 * (i + 1), "tokens_per_second": rate},
     )
-  written = summary.write_summary(tmp_path, {"score_after": 0.5, "extra": 1})
+  written = summary.write_summary(tmp_path, {"score_after": 0.5, "extra": 1}, 4)
   assert summary.read_summary(tmp_path) == written
   expected = {"score_after": 0.5, "extra": 1, "score_before": None, "gold_after": None}
   expected |= {"kl_ref_k1": None, "kl_ref_exact_stderr": None}
@@ -255,6 +255,6 @@ def test_a_summary_that_is_no_file_is_named(tmp_path):
 
 
 def test_summary_of_a_run_without_iterations(tmp_path):
-  written = summary.write_summary(tmp_path, {})
+  written = summary.write_summary(tmp_path, {}, 0)
   assert written["tokens_per_second"] is None
   assert (written["num_iterations"], written["wall_seconds"]) == (0, 0.0)

@@ -67,7 +67,7 @@ class TokenizerInfo:
       UserError: the tokenizer fails at a text.
     """
     texts = list(texts)
-    before, after = self._around
+    before, after = self.around
     try:
       encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
     except Exception:  # Of several texts the library does not say which it was.
@@ -84,7 +84,7 @@ class TokenizerInfo:
     return encoded
 
   @functools.cached_property
-  def _around(self) -> tuple[list[int], list[int]]:
+  def around(self) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and behind a text, without the EOS."""
     encoding = self._an_encoding()
     mask = encoding.special_tokens_mask
@@ -123,7 +123,9 @@ class TokenizerInfo:
 
 def check_tokenizer(info: TokenizerInfo, config: DecoderConfig) -> None:
   """Raises UserError if the tokenizer does not fit: it has ids without an embedding."""
-  special_ids = [i for i in (info.bos_id, info.pad_id, *info.eos_ids) if i is not None]
+  before, after = info.around
+  special_ids = [info.bos_id, info.pad_id, *info.eos_ids, *before, *after]
+  special_ids = [i for i in special_ids if i is not None]
   largest = max([info.num_tokens - 1, *special_ids])
   if largest >= config.vocab_size:
     raise UserError(

@@ -107,10 +107,11 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
   )
   with refusals(f"{directory / _TOKENIZER} does not encode"):
     info.encode_batch([])  # What it puts around a text may be tokens that it does not have.
-  num_holes = info.num_tokens - len(set(tokenizer.get_vocab().values()))
+  num_rows = min(info.num_tokens, config["vocab_size"])
+  num_holes = num_rows - sum(i < num_rows for i in set(tokenizer.get_vocab().values()))
   if num_holes:
     progress.warn_once(
-      f"{directory / _TOKENIZER}: {num_holes} of the ids below {info.num_tokens} have no token. The"
+      f"{directory / _TOKENIZER}: {num_holes} of the ids below {num_rows} have no token. The"
       " model may draw them; they decode to nothing."
     )
   return info

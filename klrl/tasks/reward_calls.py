@@ -7,11 +7,13 @@ it changes reaches neither the samples nor the next reward. It may ask by name f
 
 import asyncio
 import atexit
+import contextlib
 import copy
 import functools
 import inspect
 import itertools
 import math
+import os
 import pathlib
 import reprlib
 import traceback
@@ -89,18 +91,39 @@ def checked(name: str, call: Callable) -> Any:
     UserError: the reward `name` raises anything but Ctrl-C, `sys.exit` included.
   """
   try:
-    return call()
+    with _where_it_left():
+      return call()
   except (UserError, KeyboardInterrupt):
     raise
   except BaseException as error:
     raise UserError(f"The reward {name} failed: {last_frame(error)}.") from error
 
 
+_folder: pathlib.Path | None = None  # where the user's code went, if it did
+
+
+@contextlib.contextmanager
+def _where_it_left():
+  """The user's code may go to another folder, where it is again in its next call; the run stays."""
+  global _folder
+  ours = os.getcwd()
+  if _folder is not None and _folder.is_dir():
+    os.chdir(_folder)
+  try:
+    yield
+  finally:
+    here = os.getcwd()
+    _folder = None if here == ours else pathlib.Path(here)
+    os.chdir(ours)
+
+
 def last_frame(error: BaseException) -> str:
   """Returns what was raised, and where, in one line."""
   try:
     text = str(error)
-  except Exception:
+  except KeyboardInterrupt:
+    raise
+  except BaseException:
     text = "(its message cannot be made)"
   if isinstance(error, SystemExit):
     text += ", which would end the run; raise an error instead"
@@ -148,7 +171,9 @@ def _finite(name: str, score, completion: str, prompt: str) -> float:
   try:
     value = _one(score.tolist()) if hasattr(score, "tolist") else score
     magnitude, number = math.fabs(value), float(value)  # The first takes no text for a number.
-  except Exception as error:
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:
     raise UserError(f"The reward {name} returned {reprlib.repr(score)}, not a number.") from error
   if not magnitude <= LARGEST:
     raise UserError(
