@@ -107,6 +107,6 @@ class KLConfig(RunConfig):
     if self.controller == "proportional" and self.kl_horizon <= self.batch_size / 5:
       raise UserError(
         f"--kl_horizon={self.kl_horizon:g}: the proportional rule multiplies beta by "
-        "1 - batch_size / kl_horizon / 5 where the KL is small, which must be positive. Write "
-        f"--kl_horizon={self.batch_size} or more; 10000 is the published one."
+        "1 - batch_size / kl_horizon / 5 where the KL is small, which must be positive. Write a "
+        f"--kl_horizon above {self.batch_size / 5:g}; 10000 is the published one."
       )

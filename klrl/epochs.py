@@ -176,7 +176,10 @@ def _refreshed(penalty, batch: Batch, context: Context, terms: kl_terms.TokenTer
     gamma=hypers.gamma,
     gae_lambda=hypers.gae_lambda,
   )
-  advantages = (advantages - context.advantage_mean) / context.advantage_std
+  # Equal advantages give exactly 0 here too; whitening in the iteration chose its zeros itself.
+  centred = advantages - context.advantage_mean
+  equal = ops.within_rounding(jnp.abs(centred), jnp.abs(context.advantage_mean))
+  advantages = jnp.where(terms.mask & ~equal, centred, 0.0) / context.advantage_std
   return batch._replace(advantages=advantages, returns=returns)
 
 

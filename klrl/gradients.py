@@ -47,10 +47,6 @@ def gradients_of(loss_fn: Callable, params, batch, *, num_parts: int = 1):
   # Every num_parts-th row, so that the rows that a device holds are spread over all parts.
   parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
-  # A part that the devices do not divide would otherwise be computed whole by each of them.
-  def part_loss(params, part):
-    return loss_fn(params, parallel.split_rows(part))
-
   def counts_of(part):
     weights, metrics = loss_fn(params, part)
     return {name: metrics[name][1] for name in weights}
@@ -59,7 +55,8 @@ def gradients_of(loss_fn: Callable, params, batch, *, num_parts: int = 1):
   counts = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(counts_of)(parts))
 
   def total(params, part):
-    weights, metrics = part_loss(params, part)
+    # A part that the devices do not divide would otherwise be computed whole by each of them.
+    weights, metrics = loss_fn(params, parallel.split_rows(part))
     pairs = {name: (metrics[name][0], counts[name]) for name in weights}
     return _weighted_sum(weights, pairs), metrics
 

@@ -253,12 +253,8 @@ def load_task(config, models: Models) -> Task:
     data.encode_prompts(part, models.tokenizer, max_prompt_len=context - max_completion_len)
     for part in parts
   )
-  num_tokens = models.policy.config.num_tokens
-  if max(part.tokens.max() for part in (training, held_out)) >= num_tokens > 0:
-    raise UserError(
-      f"{config.prompts}: a prompt holds a token that only the policy has; its id is {num_tokens} "
-      "or more, and another model has no row for it."
-    )
+  for part in (training, held_out):
+    _check_tokens(part.tokens, models, config.prompts)
   is_arithmetic = not config.prompts and config.task == "arithmetic"
   if is_arithmetic:
     training, held_out = (
@@ -271,6 +267,8 @@ def load_task(config, models: Models) -> Task:
     )
   row_len = training.tokens.shape[1] + max_completion_len
   pretraining = config.pretrain_data and _pretraining(config, models.tokenizer, row_len)
+  if pretraining:
+    _check_tokens(pretraining.tokens, models, config.pretrain_data)
   weighted = rewards.load_rewards(config.reward) if config.reward else []
   verifier = arithmetic.VERIFIER if is_arithmetic else None
   if any(reward.name == rewards.MATH for reward in weighted):
@@ -297,6 +295,15 @@ def _exact(config, models: Models) -> tree.Exact | None:
   if config.task != "tree" or not known:
     return None
   return tree.Exact(models.policy, models.reference, models.reference_params)
+
+
+def _check_tokens(tokens, models: Models, source: str) -> None:
+  num_tokens = models.policy.config.num_tokens
+  if tokens.max() >= num_tokens > 0:
+    raise UserError(
+      f"{source}: a text holds a token that only the policy has; its id is {num_tokens} or more, "
+      "and another model has no row for it."
+    )
 
 
 def _pretraining(config, tokenizer: TokenizerInfo, row_len: int) -> Texts:

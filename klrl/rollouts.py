@@ -31,7 +31,7 @@ def informative_groups(rollout: Rollout, scores, config):
   with a fixed amount of oversampling instead of sampling until the batch is full.
   """
   groups = scores.reshape(-1, config.group_size)
-  uniform = ops.deviation(groups, axis=-1) == 0
+  uniform = (ops.mean_and_deviations(groups, axis=-1)[1] == 0).all(axis=-1)
   kept = jnp.argsort(uniform, stable=True)[: config.batch_size // config.group_size]
   rows = (kept[:, None] * config.group_size + jnp.arange(config.group_size)[None]).reshape(-1)
   rollout, scores = parallel.split_rows(jax.tree.map(lambda x: x[rows], (rollout, scores)))

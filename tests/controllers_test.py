@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from klrl import ops
@@ -116,6 +117,22 @@ class ControllersTest(chex.TestCase):
 
     _, kls = jax.lax.scan(step, _start(2.0), length=400)
     np.testing.assert_allclose(kls[-1], 0.3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("measured", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+  "rule",
+  [
+    lambda state, kl: ops.doubling(state, kl, target_kl=1.0),
+    lambda state, kl: ops.proportional(state, kl, target_kl=1.0, num_samples=8, horizon=100.0),
+    lambda state, kl: ops.dual_ascent(state, kl, target_kl=1.0, step_size=0.1),
+  ],
+)
+def test_a_measurement_that_is_no_number_leaves_beta_one(rule, measured):
+  state = rule(ops.ControllerState(jnp.float32(0.5), jnp.int32(0)), jnp.float32(measured))
+  assert 0 <= float(state.beta) < float("inf")
+  if measured != measured:
+    assert float(state.beta) == 0.5
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from experiments import (
   reward_model,
   sft,
 )
+from klrl import judging
 from klrl.models import policy_model, save_policy, save_scalar, scalar_model
 from klrl.sampling import Rollout
 from klrl.tasks import arithmetic
@@ -215,7 +216,7 @@ def replace_in_best_of_n(patch, noted):
   patch.setattr(sft, "main", noted(returns=pathlib.Path("policy")))
   patch.setattr(reward_model, "main", noted(returns=Enough))  # the last stage
   patch.setattr(best_of_n, "_CHUNK", 8)
-  patch.setattr(best_of_n, "make_sample_fn", make_fake_sample_fn)
+  patch.setattr(judging, "make_sample_fn", make_fake_sample_fn)
   patch.setattr(best_of_n, "bandit_figures", lambda _: [])
   patch.setattr(best_of_n, "enumerable", lambda *_: True)
   patch.setattr(best_of_n, "exact_figures", noted(returns={}))

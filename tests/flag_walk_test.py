@@ -291,7 +291,7 @@ def workplace(tmp_path_factory):
     for module in (epochs, supervised):
       patch.setattr(module, "apply_gradients", APPLY_GRADIENTS)
     write_inputs()
-    for module in (dpo_pairs, judging, rlhf):
+    for module in (judging, rlhf):
       patch.setattr(module, "make_sample_fn", make_fake_sample_fn)
     patch.setattr(judging, "make_greedy_fn", make_fake_greedy_fn)
     patch.setattr(evaluation, "make_evaluate_fn", make_fake_evaluate_fn)

@@ -4,9 +4,10 @@ Each is a pure, branch-free function `(state, measured_kl, *, coefficients) -> s
 is a KL of whole sequences, nats per sequence, as is `target_kl`. All coefficients may be traced, so
 a sweep over them is one program. The dtypes of the state are kept.
 
-What is measured moves the first three without an end, so each keeps beta within `minimum` and
-`maximum`. The bounded beta is all that is remembered: however long a bound has held, the first
-measurement on the other side of the target leaves it. `at_bound` says whether one holds.
+What is measured moves `doubling`, `proportional` and `dual_ascent` without an end, so each keeps
+beta within `minimum` and `maximum`, and as it is where the measurement is NaN. The bounded beta is
+all that is remembered: however long a bound has held, the first measurement on the other side of
+the target leaves it. `at_bound` says whether one holds.
 """
 
 from typing import NamedTuple
@@ -27,6 +28,8 @@ BETA_BOUNDS = (1e-4, 1e4)
 
 
 def _next(state: ControllerState, beta) -> ControllerState:
+  # What is measured may be NaN, and beta would stay so.
+  beta = jnp.where(jnp.isnan(beta), state.beta, beta)
   return ControllerState(jnp.asarray(beta, state.beta.dtype), state.iteration + 1)
 
 
