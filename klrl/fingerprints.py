@@ -105,7 +105,10 @@ def record(directory: pathlib.Path, paths: Iterable[str], *, changed: list[str])
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
   if not path.is_dir():
     return [path]
-  inside = model_dir(path)
+  try:
+    inside = model_dir(path)
+  except UserError:  # It is refused where it is loaded.
+    inside = path
   return [file for file in sorted(inside.iterdir()) if file.suffix in _SUFFIXES and file.is_file()]
 
 

@@ -1,6 +1,7 @@
 """Tests of what a run was made from: which files count, and what is said of an edited one."""
 
 import dataclasses
+import json
 import pathlib
 
 import pytest
@@ -27,13 +28,21 @@ def inputs(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   pathlib.Path("m/model").mkdir(parents=True)
   for name in ("config.json", "tokenizer.json", "model.safetensors", "notes.md"):
-    pathlib.Path("m/model", name).write_text(name)
+    pathlib.Path("m/model", name).write_text(json.dumps({"model_type": name}))
   pathlib.Path("p.jsonl").write_text("prompts")
   pathlib.Path("r.py").write_text("def f(): pass")
   config = Config(policy="m", prompts="p.jsonl", reward="math, 0.5*r.py:f,model")
   start(config)
   pathlib.Path("run/metrics.jsonl").write_text("")
   return config
+
+
+def test_the_files_that_are_read_are_the_ones_that_count(inputs):
+  # A model's own directory may have a folder of that name as well.
+  pathlib.Path("m/config.json").write_text('{"model_type": "llama"}')
+  assert fingerprints.digests(["m"])["m"].keys() == {"config.json"}
+  pathlib.Path("m/config.json").write_text('{"experiment": "sft"}')
+  assert "model.safetensors" in fingerprints.digests(["m"])["m"]
 
 
 def start(config, read=()):

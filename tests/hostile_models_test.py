@@ -257,6 +257,22 @@ def test_an_added_token_without_a_row_is_refused(model):
   refusal(model, "ids go up to 11", "vocab_size=11")
 
 
+def test_a_token_around_every_text_that_has_no_row_is_refused(model):
+  content = json.loads((model / "tokenizer.json").read_text())
+  special = {"id": "x", "ids": [77], "tokens": ["w5"]}
+  content["post_processor"] = {
+    "type": "TemplateProcessing",
+    "single": [
+      {"SpecialToken": {"id": "x", "type_id": 0}},
+      {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"x": special},
+  }
+  (model / "tokenizer.json").write_text(json.dumps(content))
+  refusal(model, "ids go up to 77", "vocab_size=11")
+
+
 def test_a_word_that_a_vocabulary_cannot_say_is_refused_where_it_occurs(model):
   content = json.loads((model / "tokenizer.json").read_text())
   content["model"]["unk_token"] = "nowhere"

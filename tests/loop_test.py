@@ -1,6 +1,7 @@
 """Tests of the loop: what is written, what is saved, how it stops."""
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -163,6 +164,7 @@ def test_handlers_are_put_back(tmp_path):
     ({"x": jnp.zeros(3)}, r"x is float32\[\] there and float32\[3\] here"),
     ({}, r"x is float32\[\] there and absent here"),
     ({"x": jnp.float32(0), "y": jnp.zeros(2)}, r"y is absent there and float32\[2\] here"),
+    ({"x": jnp.bfloat16(0)}, r"x is float32\[\] there and bfloat16\[\] here"),
   ],
 )
 def test_checkpoint_of_another_model_is_one_clear_error(tmp_path, other, difference):
@@ -301,6 +303,35 @@ def test_a_digest_is_the_same_on_any_devices_and_so_is_what_is_restored(tmp_path
 
 @of_damage
 @pytest.mark.usefixtures("orbax_may_grumble")
+@pytest.mark.parametrize(
+  ("error", "message"),
+  [
+    (MemoryError("Unable to allocate 3. GiB"), "Unable to allocate"),
+    (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+  ],
+)
+def test_what_the_machine_refuses_is_no_damage(tmp_path, monkeypatch, error, message):
+  run(tmp_path)
+
+  def refusing(*_, **__):
+    raise error
+
+  monkeypatch.setattr(checkpoint.ocp.StandardCheckpointHandler, "restore", refusing)
+  with pytest.raises(type(error), match=message):
+    loop.restore_or_init(tmp_path, fresh_state(), keep=2)
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_a_checkpoint_without_a_record_is_refused_and_stays(tmp_path):
+  run(tmp_path)
+  path = tmp_path / "checkpoints/6/_CHECKPOINT_METADATA"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": {}}))
+  with pytest.raises(UserError, match="was saved by an older klrl"):
+    loop.restore_or_init(tmp_path, fresh_state(), keep=2)
+  assert path.exists()
+
+
 def test_where_no_checkpoint_is_whole_all_are_named_and_left(tmp_path):
   run(tmp_path)
   for path in (tmp_path / "checkpoints").iterdir():

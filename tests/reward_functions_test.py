@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 import pickle
 import subprocess
 import sys
@@ -257,6 +258,26 @@ def test_tokens_are_given_to_whoever_asks_by_name_alone():
   records = [{"prompt": "p", "prompt_ids": [7]}] * 2
   with pytest.raises(UserError, match="have a column 'prompt_ids'"):
     scores(asks, records, ["a", "b"], "f", ids)
+
+
+def test_a_function_may_go_to_another_folder_and_the_run_stays(tmp_path, monkeypatch):
+  (tmp_path / "own").mkdir()
+  (tmp_path / "run").mkdir()
+  monkeypatch.chdir(tmp_path / "run")
+  seen = []
+
+  def wandering(prompts, completions):
+    seen.append(os.getcwd())
+    os.chdir(tmp_path / "own")
+    return [1.0, 1.0]
+
+  for _ in range(2):
+    scores(wandering, RECORDS, ["a", "b"], "f")
+    assert os.getcwd() == str(tmp_path / "run")
+  assert seen == [str(tmp_path / "run"), str(tmp_path / "own")]
+  scores(
+    lambda prompts, completions: os.chdir(tmp_path / "run") or [1, 1], RECORDS, ["a", "b"], "f"
+  )
 
 
 def test_a_file_may_import_what_lies_beside_it_and_start_workers(tmp_path):

@@ -241,6 +241,14 @@ def test_summary_has_every_promised_figure_and_marks_the_run_as_finished(tmp_pat
   assert written["versions"]["jax"] and written["device"]
 
 
+@pytest.mark.parametrize("value", ['"x"', "[1]", "{}", "1" + "0" * 400, "true"])
+@pytest.mark.parametrize("name", ["score_before", "kl_ref_k1_after", "kl_ref_k1_stderr"])
+def test_a_figure_that_is_no_number_is_named(tmp_path, name, value):
+  (tmp_path / "summary.json").write_text(f'{{"{name}": {value}}}')
+  with pytest.raises(UserError, match=rf"summary\.json: {name} is .*Remove it: the same command"):
+    summary.read_summary(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b'{"score_after": 0.', b"[]", b"\0", b"[" * 10**5])
 def test_a_damaged_summary_is_named_with_what_to_do(tmp_path, content):
   (tmp_path / "summary.json").write_bytes(content)
