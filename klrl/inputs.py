@@ -108,7 +108,13 @@ def load_models(config, *, policy: str, reward_model: str, loaders: Loaders = _F
   tokenizer, num_tokens = _vocabulary(policy, others, loaders.tokenizer)
 
   def loaded(load, directory):
-    return computing(config, load(directory), num_tokens)
+    model_config, params = load(directory)
+    if model_config.vocab_size < num_tokens:
+      raise UserError(
+        f"The model in {directory} has vocab_size={model_config.vocab_size}, but the tokenizer's "
+        f"ids go up to {num_tokens - 1}: this tokenizer belongs to another model."
+      )
+    return computing(config, (model_config, params), num_tokens)
 
   base_config, base_params = loaded(loaders.policy, policy)
   check_tokenizer(tokenizer, base_config)
@@ -189,16 +195,8 @@ def computing(config, model, num_tokens: int):
   """Returns (model's config with the `dtype` and `remat` of the run's config, params).
 
   Rows beyond `num_tokens`, which only fill a vocabulary up, are never predicted.
-
-  Raises:
-    UserError: the model has fewer rows.
   """
   model_config, params = model
-  if model_config.vocab_size < num_tokens:
-    raise UserError(
-      f"A model has vocab_size={model_config.vocab_size}, but the tokenizer's ids go up to "
-      f"{num_tokens - 1}: this tokenizer belongs to another model."
-    )
   settings = {"dtype": config.dtype, "remat": config.remat, "num_tokens": num_tokens}
   return dataclasses.replace(model_config, **settings), params
 

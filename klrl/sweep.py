@@ -216,7 +216,8 @@ def _run_group(
       progress.warn(
         f"{member.name} was not finite at iteration {diverged_at[i]}; it stays as it was before."
       )
-    processes.on_writer(shutil.copy)(group_dir / "timing.jsonl", member.folder(workdir))
+    if processes.is_writer() and (group_dir / "timing.jsonl").exists():
+      shutil.copy(group_dir / "timing.jsonl", member.folder(workdir))
     after = judge(params, when="after")
     # What diverged may have ended where a forward pass is not finite, though its parameters are.
     known = {name: x if x is None or np.isfinite(x) else None for name, x in after.figures.items()}
