@@ -83,8 +83,8 @@ def kl_loss(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap=jnp.inf) -> jax
 def prefix_cap_effect(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap):
   """Returns ([..., T] 1 where the cap bites, [..., T] the KL it takes away, nats); no gradient.
 
-  A weight above exp(MEASURED_LOG_WEIGHT) counts as that, and a loss above it too, so that a figure
-  that nothing is trained on is never what a finite run fails of.
+  A weight above exp(MEASURED_LOG_WEIGHT) counts as that, and a KL above 1e30 as that, so that a
+  figure that nothing is trained on is never what a finite run fails of.
   """
   terms, log_cap = jax.lax.stop_gradient(terms), jnp.log(prefix_cap)
   log_weight = _log_prefix_weight(penalty, terms)
@@ -93,8 +93,7 @@ def prefix_cap_effect(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap):
   bites = terms.mask & (log_weight > log_cap)
   uncapped = _weighted_estimate(penalty, terms, jnp.maximum(log_cap, MEASURED_LOG_WEIGHT))
   lost = uncapped - _weighted_estimate(penalty, terms, log_cap)
-  most = jnp.exp(jnp.asarray(MEASURED_LOG_WEIGHT, lost.dtype))
-  lost = jnp.nan_to_num(jnp.clip(lost, -most, most), nan=most)  # NaN where both are infinite
+  lost = jnp.nan_to_num(jnp.clip(lost, -1e30, 1e30), nan=1e30)  # NaN where both are infinite
   return bites.astype(lost.dtype), jnp.where(bites, lost, 0.0)
 
 

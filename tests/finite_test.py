@@ -218,6 +218,20 @@ def test_what_a_cap_takes_away_is_finite_up_to_a_weight_of_60_nats(estimator):
     np.testing.assert_array_equal(bites[:, 1], first > np.log(cap))
 
 
+@pytest.mark.parametrize(
+  ("log_probs", "old_log_probs", "ref_log_probs"),
+  [([-30.0, -30.0], [-60.0, -70.0], [0.0, 0.0]), ([0.0, 0.0], [-20.0, -1.0], [100.0, 0.0])],
+)
+def test_what_a_cap_takes_away_is_finite_where_the_loss_is_large(
+  log_probs, old_log_probs, ref_log_probs
+):
+  penalty = KLPenalty("loss", "k3", "prefix", "token")
+  lp, old, ref = (jnp.float32(x) for x in (log_probs, old_log_probs, ref_log_probs))
+  terms = kl_terms.TokenTerms(lp, old, ref, jnp.ones(2, bool))
+  _, lost = kl_terms.prefix_cap_effect(penalty, terms, prefix_cap=10.0)
+  assert jnp.isfinite(lost.sum())
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_divergences_and_entropies_of_extreme_logits_are_finite(scale):
   logits, ref = scale * jax.random.uniform(jax.random.key(0), (2, 50, 6), minval=-1.0)
