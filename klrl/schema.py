@@ -69,13 +69,6 @@ def null() -> Rule:
   return Rule("null", lambda value: value is None)
 
 
-def one_of(*values: str) -> Rule:
-  """Returns the rule of a choice of strings."""
-  return Rule(
-    f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values
-  )
-
-
 def list_of(rule: Rule, *, min_len: int = 0) -> Rule:
   """Returns the rule of a list of at least `min_len` values that `rule` holds for."""
   some = f" at least {min_len}" if min_len else ""
