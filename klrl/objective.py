@@ -91,25 +91,35 @@ class Audit(NamedTuple):
 
 
 _P = KLPenalty
-# Per choice: (gradient on-policy, off-policy) at --kl_refresh=iteration; what is not here has no
-# meaning of its own.
+# Each choice by itself, so that a new estimator claims nothing: the gradient on-policy and
+# off-policy at --kl_refresh=iteration, then whether the value is unbiased on-policy and off-policy.
+# What is not here has no meaning of its own.
 _ROWS = {
-  _P("reward", "k1", "none", "sequence"): (SEQUENCE, NO_DIVERGENCE),
-  _P("reward", "k1", "none", "token"): (TOKEN, STALE_TOKEN),
-  _P("reward", "k2", "none", "sequence"): (NO_DIVERGENCE, NO_DIVERGENCE),
-  _P("reward", "k2", "none", "token"): (NO_DIVERGENCE, NO_DIVERGENCE),
-  _P("reward", "k3", "none", "sequence"): (SEQUENCE_LESS_FORWARD, NO_DIVERGENCE),
-  _P("reward", "k3", "none", "token"): (TOKEN_LESS_FORWARD, NO_DIVERGENCE),
-  _P("reward", "exact", "none", "sequence"): (FUTURE, NO_DIVERGENCE),
-  _P("reward", "exact", "none", "token"): (ZERO, ZERO),
-  _P("loss", "k1", "none", "token"): (ZERO, NO_DIVERGENCE),
-  _P("loss", "k2", "none", "token"): (TOKEN, NO_DIVERGENCE),
-  _P("loss", "k3", "none", "token"): (TOKEN_FORWARD, NO_DIVERGENCE),
-  _P("loss", "exact", "none", "token"): (TOKEN, TOKEN_AT_OLD),
-  **{_P("loss", k, "token", "token"): (TOKEN, TOKEN_AT_OLD) for k in ("k1", "k2", "k3")},
-  **{_P("loss", k, "prefix", "token"): (TOKEN, TOKEN) for k in ESTIMATORS},
-  **{_P("loss", k, "prefix", "sequence"): (SEQUENCE, SEQUENCE) for k in ("k1", "k3", "exact")},
-  **{_P("both", k, "none", "sequence"): (SEQUENCE, NO_DIVERGENCE) for k in ("k2", "k3", "exact")},
+  _P("reward", "k1", "none", "sequence"): (SEQUENCE, NO_DIVERGENCE, True, False),
+  _P("reward", "k1", "none", "token"): (TOKEN, STALE_TOKEN, True, False),
+  _P("reward", "k2", "none", "sequence"): (NO_DIVERGENCE, NO_DIVERGENCE, False, False),
+  _P("reward", "k2", "none", "token"): (NO_DIVERGENCE, NO_DIVERGENCE, False, False),
+  _P("reward", "k3", "none", "sequence"): (SEQUENCE_LESS_FORWARD, NO_DIVERGENCE, True, False),
+  _P("reward", "k3", "none", "token"): (TOKEN_LESS_FORWARD, NO_DIVERGENCE, True, False),
+  _P("reward", "exact", "none", "sequence"): (FUTURE, NO_DIVERGENCE, True, False),
+  _P("reward", "exact", "none", "token"): (ZERO, ZERO, True, False),
+  _P("loss", "k1", "none", "token"): (ZERO, NO_DIVERGENCE, True, False),
+  _P("loss", "k2", "none", "token"): (TOKEN, NO_DIVERGENCE, False, False),
+  _P("loss", "k3", "none", "token"): (TOKEN_FORWARD, NO_DIVERGENCE, True, False),
+  _P("loss", "exact", "none", "token"): (TOKEN, TOKEN_AT_OLD, True, False),
+  _P("loss", "k1", "token", "token"): (TOKEN, TOKEN_AT_OLD, True, False),
+  _P("loss", "k2", "token", "token"): (TOKEN, TOKEN_AT_OLD, False, False),
+  _P("loss", "k3", "token", "token"): (TOKEN, TOKEN_AT_OLD, True, False),
+  _P("loss", "k1", "prefix", "token"): (TOKEN, TOKEN, True, True),
+  _P("loss", "k2", "prefix", "token"): (TOKEN, TOKEN, False, False),
+  _P("loss", "k3", "prefix", "token"): (TOKEN, TOKEN, True, True),
+  _P("loss", "exact", "prefix", "token"): (TOKEN, TOKEN, True, True),
+  _P("loss", "k1", "prefix", "sequence"): (SEQUENCE, SEQUENCE, True, True),
+  _P("loss", "k3", "prefix", "sequence"): (SEQUENCE, SEQUENCE, True, True),
+  _P("loss", "exact", "prefix", "sequence"): (SEQUENCE, SEQUENCE, True, True),
+  _P("both", "k2", "none", "sequence"): (SEQUENCE, NO_DIVERGENCE, True, False),
+  _P("both", "k3", "none", "sequence"): (SEQUENCE, NO_DIVERGENCE, True, False),
+  _P("both", "exact", "none", "sequence"): (SEQUENCE, NO_DIVERGENCE, True, False),
 }
 DEFINED = tuple(_ROWS)
 
@@ -130,7 +140,7 @@ def audit(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> Audit:
   """
   if penalty not in _ROWS:
     raise UserError(_undefined(penalty))
-  gradient, off_policy_gradient = _ROWS[penalty]
+  gradient, off_policy_gradient, unbiased, off_policy_unbiased = _ROWS[penalty]
   if kl_refresh == "minibatch" and penalty == _P("reward", "k1", "none", "token"):
     off_policy_gradient = TOKEN_AT_OLD
   verdict, instead = "refused", None
@@ -149,8 +159,8 @@ def audit(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> Audit:
     verdict=verdict,
     gradient=gradient,
     off_policy_gradient=off_policy_gradient,
-    unbiased_value=penalty.estimator != "k2" or penalty.placement == "both",
-    off_policy_unbiased_value=penalty.correction == "prefix" and penalty.estimator != "k2",
+    unbiased_value=unbiased,
+    off_policy_unbiased_value=off_policy_unbiased,
     fixed_point=_FIXED_POINTS.get(gradient, "not a tilt of the reference"),
     instead=instead,
   )
@@ -213,7 +223,9 @@ def _named(gradient: str) -> str:
 def _undefined(penalty: KLPenalty) -> str:
   if penalty.placement == "none":
     return "Placement none is no KL penalty: there is nothing to say of it."
-  if penalty.placement == "reward":
+  if all(row.estimator != penalty.estimator for row in DEFINED):
+    why = "the audit has no row of this estimator"
+  elif penalty.placement == "reward":
     why = "a reward is weighted by the policy loss's own ratio, not by a correction of the KL"
   elif penalty.placement == "both" and penalty.estimator == "k1":
     why = "a k1 loss term has no gradient, which leaves reward/k1/none/sequence"

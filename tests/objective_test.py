@@ -186,6 +186,13 @@ def test_a_combination_is_defined_or_its_error_names_some_that_are():
       assert (claim.verdict == "exact") == (claim.gradient in objective.KL_GRADIENTS)
 
 
+def test_an_estimator_without_rows_of_its_own_is_claimed_to_be_nothing(monkeypatch):
+  monkeypatch.setattr(objective, "ESTIMATORS", (*objective.ESTIMATORS, "k4"))
+  for placement in objective.PLACEMENTS[:-1]:
+    with pytest.raises(UserError, match="the audit has no row of this estimator"):
+      objective.audit(objective.KLPenalty(placement, "k4", "none", "token"))
+
+
 @pytest.mark.parametrize("placement", [p for p in objective.PLACEMENTS if p != "none"])
 def test_a_config_raises_for_what_is_refused_and_says_which_flags_to_use(placement):
   for penalty in (each for each in PRODUCT if each.placement == placement):
