@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl import UserError, bandits, completions, kl_terms, ops, oracle
+from klrl import bandits, completions, kl_terms, ops, oracle
+from klrl.errors import UserError
 from klrl.models import DecoderConfig, policy_model
 from klrl.objective import KLPenalty
 from klrl.sampling import Rollout
