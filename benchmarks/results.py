@@ -34,11 +34,6 @@ def table() -> str:
     for name, result in load().items()
   ]
   head = "# Measurements\n\nMade by `python -m benchmarks.results` from the files beside it.\n"
-    "# Measurements",
-    "",
-    "Made by `python -m benchmarks.results` from the files beside it.",
-    "",
-  ]
   return "\n".join([head, "| date | file | what | finding |", "|---|---|---|---|", *rows, ""])
 
 
