@@ -43,6 +43,7 @@ from klrl import (
   schema,
 )
 from klrl.errors import UserError
+from klrl.figures import KL
 from klrl.summary import read_summary
 from klrl.tasks import arithmetic, data
 
@@ -133,19 +134,19 @@ def show(results: dict) -> None:
 def run_figures(directory: str) -> dict:
   """Returns the final figures of a finished run: score, gold, exact KL, with standard errors."""
   summary = read_summary(pathlib.Path(directory)) or {}
-  if any(summary.get(name) is None for name in ("score_after", "kl_ref_exact")):
+  if any(summary.get(name) is None for name in ("score_after", KL)):
     raise UserError(
       f"--compare={directory} is no finished run with a score and an exact KL in summary.json."
     )
-  names = ("score_before", "score_after", "gold_after", "kl_ref_exact")
-  names += ("score_after_stderr", "gold_after_stderr", "kl_ref_exact_stderr")
+  names = ("score_before", "score_after", "gold_after", KL)
+  names += ("score_after_stderr", "gold_after_stderr", f"{KL}_stderr")
   rules = dict.fromkeys(names, schema.optional(schema.number()))
   schema.check(summary, rules, pathlib.Path(directory) / "summary.json")
   return {
     "name": pathlib.Path(directory).name,
     "score_before": summary.get("score_before"),
-    "kl": summary["kl_ref_exact"],
-    "kl_stderr": summary.get("kl_ref_exact_stderr"),
+    "kl": summary[KL],
+    "kl_stderr": summary.get(f"{KL}_stderr"),
     **{name: summary.get(f"{name}_after") for name in ("score", "gold")},
     **{f"{name}_stderr": summary.get(f"{name}_after_stderr") for name in ("score", "gold")},
   }

@@ -43,6 +43,7 @@ from experiments.dpo_pairs import (
 from experiments.shared_flags import setting
 from klrl import evaluation, judging, ops, parallel, progress
 from klrl.errors import UserError
+from klrl.figures import labels
 from klrl.models import Policy, add_lora, join, merge_lora, policy_model, save_policy
 from klrl.summary import once
 from klrl.supervised import train
@@ -159,11 +160,7 @@ def run(config: Config, workdir: pathlib.Path, start: Start) -> dict:
     coefficients={name: getattr(config, name) for name in ("beta", "label_smoothing")},
     more=figures,
     title=config.loss.upper(),
-    keys=(
-      (f"loss/{config.loss}", "loss"),
-      ("preference/accuracy", "accuracy"),
-      ("preference/margin", "margin"),
-    ),
+    keys=labels(f"loss/{config.loss}", "preference/accuracy", "preference/margin"),
   )
 
 

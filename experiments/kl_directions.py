@@ -27,6 +27,7 @@ from experiments.kl_directions_page import final_figures, report
 from experiments.shared_flags import setting
 from klrl import ops, progress
 from klrl.errors import UserError
+from klrl.figures import KL
 from klrl.metrics import read_lines
 from klrl.summary import read_summary
 from klrl.workdir import create_workdir
@@ -195,7 +196,7 @@ def run_ppo(config: Config, root: str, name: str, changes: dict) -> dict:
   workdir = ppo.main(ppo.Config(**settings), root=root)
   lines, summary = read_lines(workdir / "metrics.jsonl"), read_summary(workdir)
   keys = ("score/mean", "gold/mean", "kl/ref_exact", "kl/ref_exact_stderr", "kl/old_k3")
-  names = ("score", "gold", "kl_ref_exact", "entropy")
+  names = ("score", "gold", KL, "entropy")
   return {
     "name": name,
     "changes": changes,

@@ -25,6 +25,7 @@ from experiments import sft, shared_flags
 from experiments.shared_flags import setting
 from klrl import inputs, parallel, progress
 from klrl.errors import UserError
+from klrl.figures import labels
 from klrl.models import (
   add_lora,
   merge_lora,
@@ -144,7 +145,7 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
     },
     more=calibration,
     title="Reward model",
-    keys=(("loss/bradley_terry", "loss"), ("loss/accuracy", "accuracy")),
+    keys=labels("loss/bradley_terry", "loss/accuracy"),
   )
   progress.console.print(
     f"Reward model: agrees with {summary['held_out_accuracy']:.1%} of held-out labels "

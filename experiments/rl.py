@@ -36,7 +36,7 @@ from klrl import (
 )
 from klrl.advantages import GROUP_RULES
 from klrl.errors import UserError
-from klrl.figures_table import repeated_rows
+from klrl.figures import before_and_after
 from klrl.models import scalar_params_from
 from klrl.optimizer import SCHEDULES
 from klrl.report import write_report
@@ -357,29 +357,7 @@ def show_summary(summary: dict, title: str) -> None:
   table = Table(title=f"Held-out prompts, before and after {title}", title_justify="left")
   for column, justify in (("", "left"), ("before", "right"), ("after", "right")):
     table.add_column(column, justify=justify)
-  rows = (
-    ("gold accuracy", "gold", "{:.1%}"),
-    ("gold accuracy, greedy", "gold_greedy", "{:.1%}"),
-    *((label, name, "{:.1%}") for label, name in repeated_rows(summary)),
-    ("score", "score", "{:.3f}"),
-    ("KL(pi||ref) k1, nats/sequence", "kl_ref_k1", "{:.3f}"),
-    ("KL(pi||ref) k3, nats/sequence", "kl_ref_k3", "{:.3f}"),
-    ("KL(pi||ref) exact, nats/sequence", "kl_ref_exact", "{:.3f}"),
-    ("KL(ref||pi) exact, nats/sequence", "kl_ref_forward", "{:.3f}"),
-    ("KL(pi||ref) k1, nats/token", "kl_ref_k1_per_token", "{:.4f}"),
-    ("KL(pi||ref) k3, nats/token", "kl_ref_k3_per_token", "{:.4f}"),
-    ("KL(pi||ref) exact, nats/token", "kl_ref_exact_per_token", "{:.4f}"),
-    ("NLL under the reference, nats/token", "nll", "{:.3f}"),
-    ("entropy, nats/token", "entropy", "{:.3f}"),
-    ("length, tokens", "length", "{:.2f}"),
-    ("distinct-2", "distinct_2", "{:.3f}"),
-  )
-  for label, name, form in rows:
-    cells = []
-    for when in ("before", "after"):
-      value, stderr = summary.get(f"{name}_{when}"), summary.get(f"{name}_{when}_stderr")
-      text = "" if value is None else form.format(value)
-      cells.append(f"{text} ± {form.format(stderr)}" if text and stderr is not None else text)
-    if any(cells):
-      table.add_row(label, *cells)
+  for figure, before, after in before_and_after(summary):
+    unit = f", {figure.unit}" if figure.unit else ""
+    table.add_row(f"{figure.label}{unit}", before, after)
   progress.console.print(table)

@@ -21,6 +21,7 @@ from experiments import shared_flags
 from experiments.shared_flags import setting
 from klrl import inputs, ops, parallel, progress
 from klrl.errors import UserError
+from klrl.figures import labels
 from klrl.models import (
   DecoderConfig,
   Policy,
@@ -117,7 +118,7 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
     summary={"held_out_cross_entropy": "loss/cross_entropy"},
     more=more,
     title="SFT",
-    keys=(("loss/cross_entropy", "cross-entropy"), ("gradient/norm", "gradient")),
+    keys=labels("loss/cross_entropy", "gradient/norm"),
   )
   kl = summary.get("held_out_forward_kl")
   progress.console.print(

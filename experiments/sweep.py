@@ -41,6 +41,7 @@ from experiments.shared_flags import LabConfig, setting
 from experiments.sweep_page import write_page
 from klrl import dry_run, fingerprints, inputs, lock, parallel, processes, progress, sweep
 from klrl.errors import UserError
+from klrl.figures import KL, find, shown
 from klrl.workdir import NOT_PART_OF_THE_RESULT, create_workdir, find_workdir
 
 EXPERIMENTS = {"ppo": ppo, "grpo": grpo, "reinforce": reinforce, "distill": distill}
@@ -247,23 +248,16 @@ def _text(value) -> str:
 def show_frontier(found: dict[str, Any]) -> None:
   """Prints the members, sorted by what they differ in."""
   records = sorted(found["members"], key=lambda record: list(record["values"].values()))
-  columns = (
-    ("score", "score", "{:.3f}"),
-    ("gold", "gold", "{:.1%}"),
-    ("kl_ref_exact", "KL(pi||ref)", "{:.3f}"),
-  )
+  columns = ("gold", "score", KL, "objective_gap", "tv_to_optimum")
   names = list(records[0]["values"])
   rows = [(["before", *[""] * (len(names) - 1)], found["before"])]
   rows += [([_text(value) for value in record["values"].values()], record) for record in records]
-  shown = [column for column in columns if any(row.get(column[0]) is not None for _, row in rows)]
+  columns = [name for name in columns if any(row.get(name) is not None for _, row in rows)]
   table = Table(title="Held-out prompts; KL in nats per sequence", title_justify="left")
-  for name in (*names, *(label for _, label, _ in shown), ""):
+  for name in (*names, *(find(name).label for name in columns), ""):
     table.add_column(name, justify="right")
   for cells, row in rows:
-    for name, _, form in shown:
-      value, stderr = row.get(name), row.get(f"{name}_stderr")
-      text = "" if value is None else form.format(value)
-      cells.append(f"{text} ± {form.format(stderr)}" if text and stderr is not None else text)
+    cells += [shown(name, row.get(name), row.get(f"{name}_stderr")) for name in columns]
     diverged_at = row.get("diverged_at")
     mark = "*" if row.get("pareto") else ""
     table.add_row(*cells, f"diverged at {diverged_at}" if diverged_at else mark)

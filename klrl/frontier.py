@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from klrl import schema
+from klrl.figures import KL, KLS
 from klrl.summary import read_summary
 
 # Figures of a judgement that a frontier holds, with their standard errors where they have one.
-FIGURES = (
-  *("score", "gold", "kl_ref_exact", "kl_ref_k1", "kl_ref_forward", "entropy", "nll", "length"),
-)
+FIGURES = (*("score", "gold", *KLS[:2], "kl_ref_forward", "entropy", "nll", "length"),)
 # Of an enumerated task, without error.
 EXACT = ("objective_gap", "tv_to_optimum")
 # Of a field that members differ in.
@@ -75,18 +74,16 @@ def _figures(summary: dict, when: str) -> dict[str, float | None]:
   }
   if when == "after" and "exact_score" in summary:
     figures |= {name: summary[name] for name in EXACT}
-    figures |= {"score": summary["exact_score"], "kl_ref_exact": summary["exact_kl"]}
-    figures |= {"score_stderr": None, "kl_ref_exact_stderr": None}
+    figures |= {"score": summary["exact_score"], KL: summary["exact_kl"]}
+    figures |= {"score_stderr": None, f"{KL}_stderr": None}
   return figures
 
 
 def _is_pareto(record, records, gain: str) -> bool:
   def place(record):
-    return -record[gain], record.get("kl_ref_exact")
+    return -record[gain], record.get(KL)
 
-  comparable = [
-    x for x in records if not x["diverged_at"] and None not in (x[gain], x.get("kl_ref_exact"))
-  ]
+  comparable = [x for x in records if not x["diverged_at"] and None not in (x[gain], x.get(KL))]
   return record in comparable and not any(
     other != place(record) and all(a <= b for a, b in zip(other, place(record), strict=True))
     for other in map(place, comparable)

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from klrl.figures import shown
+
 
 class _Console(Console):
   """Shows every string as it is: no brackets or colons are markup, and a terminal obeys nothing."""
@@ -85,7 +87,9 @@ def watch(
     nonlocal before
     now = time.monotonic()
     seconds, before = now - before, now
-    parts = [f"{label} {figures[key]:.4g}" for key, label in keys if figures.get(key) is not None]
+    parts = [
+      f"{label} {shown(key, figures[key])}" for key, label in keys if figures.get(key) is not None
+    ]
     if figures.get("rollout/tokens"):
       parts.append(f"{figures['rollout/tokens'] / seconds:,.0f} tokens/s")
     return "  ".join(parts)

@@ -29,6 +29,7 @@ from klrl import (
   progress,
 )
 from klrl.epochs import value_params
+from klrl.figures import labels
 from klrl.inputs import Models, Task
 from klrl.models import ScalarModel, TokenizerInfo, join, merge_lora, save_policy, save_scalar
 from klrl.sampling import Rollout, make_sample_fn
@@ -39,14 +40,9 @@ from klrl.workdir import write_text
 _SLOW_REWARD_SHARE = 0.5
 
 
-# Figures shown while a run goes on: metric, label.
-_SHOWN = (
-  ("score/mean", "score"),
-  ("gold/mean", "gold"),
-  ("kl/ref_k1", "KL to reference, nats/sequence"),
-  ("controller/beta", "beta"),
-  ("controller/at_bound", "beta held at a bound"),
-  ("rollout/length", "length"),
+# Figures shown while a run goes on.
+_SHOWN = labels(
+  "score/mean", "gold/mean", "kl/ref_k1", "controller/beta", "controller/at_bound", "rollout/length"
 )
 
 

@@ -11,6 +11,7 @@ import jax
 
 from klrl import fingerprints, lock, metrics, processes, progress, schema
 from klrl.errors import UserError
+from klrl.figures import KLS
 from klrl.workdir import write_text
 
 _PACKAGES = ("klrl", "jax", "flax", "optax", "orbax-checkpoint", "chex")
@@ -20,11 +21,7 @@ _ALWAYS = (
   "score_after",
   "gold_before",
   "gold_after",
-  *(
-    f"{name}{suffix}"
-    for name in ("kl_ref_k1", "kl_ref_k3", "kl_ref_exact")
-    for suffix in ("", "_stderr")
-  ),
+  *(f"{name}{suffix}" for name in KLS for suffix in ("", "_stderr")),
 )
 
 

@@ -22,6 +22,7 @@ from jax.flatten_util import ravel_pytree
 
 from klrl import learner, loop, metrics, parallel, processes, progress, rlhf, schema
 from klrl.errors import UserError
+from klrl.figures import labels
 from klrl.frontier import frontier
 from klrl.inputs import Models, Task
 from klrl.summary import read_summary
@@ -32,14 +33,14 @@ TRACED = (*learner.Hypers._fields, "trust_region_beta", "seed")
 # Fields of TrainState that members do not begin with in common.
 _OWN = ("controller", "trust_region", "hypers", "key")
 
-_WATCHED = (("score/mean", "score"), ("gold/mean", "gold"), ("kl/ref_k1", "KL, nats/sequence"))
+_WATCHED = labels("score/mean", "gold/mean", "kl/ref_k1")
 _SHOWN = (
   *(
     (f"{key}_{which}", text)
     for key, label in _WATCHED
     for which, text in (("median", label), ("least", "from"), ("most", "to"))
   ),
-  ("sweep/diverged", "diverged"),
+  *labels("sweep/diverged"),
 )
 
 

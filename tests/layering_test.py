@@ -12,6 +12,7 @@ MAX_LINES = 400
 LEVELS = {
   "ops": 0,
   "errors": 0,
+  "figures": 0,
   "progress": 0,
   "schema": 0,
   "models": 1,

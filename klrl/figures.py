@@ -1,0 +1,308 @@
+"""Every figure that klrl shows: its key, its label, its unit, and what it means in one sentence.
+
+The console, the pages and docs/figures.md read the tables of this module. `shown` is the one way
+in which a figure is written: three digits, shares as per cent, a KL of nothing as 0.000. Keys with
+a slash are those of `metrics.jsonl`. The others are held-out figures in `summary.json`, where
+`_before`, `_after` and `_stderr` follow the key.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+ABSENT = "\N{EN DASH}"
+PER_SEQUENCE, PER_TOKEN = "nats per sequence", "nats per token"
+# The KLs to the reference, the one to trust first.
+KLS = ("kl_ref_exact", "kl_ref_k1", "kl_ref_k3")
+KL = KLS[0]
+
+
+class Figure(NamedTuple):
+  """One figure; a comma in the label parts what it is from how it is measured."""
+
+  key: str
+  label: str
+  unit: str
+  meaning: str
+  is_share: bool = False  # from 0 to 1, written as per cent
+  brief: str = ""  # the label in a line of several
+
+  @property
+  def is_kl(self) -> bool:
+    return "KL" in self.label
+
+
+# Held out, in the order of the table "Before and after".
+JUDGED = (
+  Figure("gold", "Gold accuracy", "of completions",
+         "Share of sampled completions that an exact check finds right; nothing is trained on it.",
+         True, "gold"),
+  Figure("gold_greedy", "Gold accuracy, greedy", "of prompts",
+         "The same share among the most likely completions, one for each prompt.", True),
+  Figure("pass_at_K", "pass@K", "of prompts",
+         "Share of prompts of which at least one of K sampled completions is right.", True),
+  Figure("majority_at_K", "maj@K", "of prompts",
+         "Share of prompts of which the most frequent answer of K completions is right.", True),
+  Figure("held_out_accuracy", "Agreement with labels", "of pairs",
+         "Share of pairs of which the model prefers the chosen completion; chance has half.", True),
+  Figure("score", "Score", "per completion",
+         "Mean of what is trained on: the reward model's score, or the reward function's.",
+         False, "score"),
+  Figure("objective_gap", "Gap to the best policy", "of what it gains",
+         "What E[score] - beta * KL lacks of its best, as a share of the best policy's gain over "
+         "the reference (--task=tree).", True),
+  Figure("tv_to_optimum", "Total variation to the best policy", "from 0 to 1",
+         "Half the sum of the differences of all probabilities from the best policy's "
+         "(--task=tree)."),
+  Figure("kl_ref_exact", "KL(π‖ref), exact", PER_SEQUENCE,
+         "KL(policy ‖ reference): the exact KL of each next-token distribution, summed over the "
+         "policy's completions.", False, "KL"),
+  Figure("kl_ref_k1", "KL(π‖ref), k1", PER_SEQUENCE,
+         "The same KL, estimated by k1 = log π - log ref of the tokens drawn."),
+  Figure("kl_ref_k3", "KL(π‖ref), k3", PER_SEQUENCE,
+         "The same KL, estimated by k3 = ref/π - 1 + k1 of the tokens drawn."),
+  Figure("kl_ref_forward", "KL(ref‖π), exact", PER_SEQUENCE,
+         "KL(reference ‖ policy), the other direction, along completions of the reference."),
+  Figure("kl_ref_exact_per_token", "KL(π‖ref), exact", PER_TOKEN, "The exact KL for each token."),
+  Figure("kl_ref_k1_per_token", "KL(π‖ref), k1", PER_TOKEN, "k1 for each token."),
+  Figure("kl_ref_k3_per_token", "KL(π‖ref), k3", PER_TOKEN, "k3 for each token."),
+  Figure("held_out_cross_entropy", "Cross-entropy", PER_TOKEN,
+         "Mean of -log π over the completion tokens of held-out examples."),
+  Figure("held_out_forward_kl", "KL(data‖π)", PER_TOKEN,
+         "KL from the known distribution of the embedded demonstrations to the policy."),
+  Figure("held_out_loss", "Preference loss", "per pair",
+         "Mean loss of held-out pairs: Bradley-Terry's, DPO's or IPO's."),
+  Figure("held_out_margin", "Implicit reward margin", "reward",
+         "beta * log(π/ref) of the chosen completion less that of the rejected one."),
+  Figure("held_out_calibration_error", "Calibration error", "from 0 to 1",
+         "How far the reward model's confidence in a pair is from the share that it has right.",
+         True),
+  Figure("entropy", "Entropy", PER_TOKEN, "Mean entropy of the policy's next-token distributions."),
+  Figure("length", "Length", "tokens", "Mean number of tokens of a completion."),
+  Figure("nll", "NLL under the reference", PER_TOKEN,
+         "Mean of -log ref over the tokens that the policy draws."),
+  Figure("distinct_2", "Distinct-2", "of bigrams",
+         "Share of different ones among all neighbouring pairs of words.", True),
+)  # fmt: skip
+# Held out as well, but not in that table.
+MORE = (
+  Figure("score_greedy", "Score, greedy", "per prompt",
+         "Mean score of the most likely completion of each prompt."),
+  Figure("kl_ref_forward_per_token", "KL(ref‖π), exact", PER_TOKEN,
+         "The other direction for each token."),
+  Figure("finished_fraction", "Ended by itself", "of completions",
+         "Share of completions that ended before the limit of tokens.", True),
+  Figure("distinct_1", "Distinct-1", "of words", "Share of different words.", True),
+  Figure("distinct_3", "Distinct-3", "of trigrams",
+         "Share of different ones among all neighbouring triples of words.", True),
+  Figure("held_out_mean_score", "Mean score of a pair", "score",
+         "Mean of the reward model's scores of both completions."),
+  Figure("held_out_examples", "Held-out examples", "", "How many pairs or rows were held out."),
+  Figure("exact_score", "Score, by enumeration", "per completion",
+         "E[score] over all completions (--task=tree)."),
+  Figure("exact_kl", "KL(π‖ref), by enumeration", PER_SEQUENCE,
+         "KL(policy ‖ reference) over all completions (--task=tree)."),
+  Figure("objective", "Score - β KL, by enumeration", "",
+         "E[score] - beta * KL(policy ‖ reference) (--task=tree)."),
+  Figure("optimal_objective", "Score - β KL, of the best policy", "",
+         "The most that any policy has of it (--task=tree)."),
+)  # fmt: skip
+# Of an iteration, in the order of the curves.
+TRAINING = (
+  Figure("score/mean", "Score", "per completion",
+         "Mean score of the completions sampled in an iteration, before any penalty.",
+         False, "score"),
+  Figure("score/std", "Deviation of the scores", "per completion",
+         "Standard deviation of these scores."),
+  Figure("score/NAME", "Score of one reward", "per completion",
+         "Mean of one of several rewards, by its name."),
+  Figure("gold/mean", "Gold accuracy", "of completions",
+         "Share of these completions that an exact check finds right.", True, "gold"),
+  Figure("objective/mean", "Score - β KL", "per completion", "Mean of score - beta * k1."),
+  Figure("kl/ref_k1", "KL to the reference, k1", PER_SEQUENCE,
+         "Mean over completions of k1, summed over tokens.", False, "KL"),
+  Figure("kl/ref_k3", "KL to the reference, k3", PER_SEQUENCE,
+         "Mean over completions of k3, summed over tokens."),
+  Figure("kl/ref_exact", "KL to the reference, exact", PER_SEQUENCE,
+         "Mean over completions of the exact KL, summed over tokens; every --kl_every iterations."),
+  Figure("kl/old_k1", "KL to the old policy, k1", PER_SEQUENCE,
+         "KL(old ‖ new) by k1: how far an iteration's steps went from the policy that sampled."),
+  Figure("kl/old_k3", "KL to the old policy, k3", PER_SEQUENCE, "The same by k3."),
+  Figure("kl/sampler_k1", "KL to the sampler, k1", PER_SEQUENCE,
+         "How far the sampler's log-probs are from the trainer's: rounding, if all is well."),
+  Figure("kl/sampler_k3", "KL to the sampler, k3", PER_SEQUENCE, "The same by k3."),
+  Figure("kl/prefix_cap_fraction", "Capped prefix weights", "of tokens",
+         "Share of tokens whose prefix weight --prefix_cap bounds.", True),
+  Figure("kl/prefix_cap_lost", "KL lost to the cap", PER_SEQUENCE,
+         "What the bounded weights take off the KL."),
+  Figure("loss/cross_entropy", "Cross-entropy", PER_TOKEN,
+         "Mean of -log π over completion tokens.", False, "cross-entropy"),
+  Figure("policy/pretraining_loss", "Cross-entropy, pretraining", PER_TOKEN,
+         "The same over the pretraining texts that are mixed in."),
+  Figure("loss/bradley_terry", "Bradley-Terry loss", "nats per pair",
+         "-log sigmoid(chosen - rejected), without margin and smoothing.", False, "loss"),
+  Figure("loss/dpo", "Preference loss, DPO", "per pair", "What DPO minimises.", False, "loss"),
+  Figure("loss/ipo", "Preference loss, IPO", "per pair", "What IPO minimises.", False, "loss"),
+  Figure("loss/total", "Loss", "per pair", "What the reward model minimises, all terms together."),
+  Figure("loss/accuracy", "Agreement with labels", "of pairs",
+         "Share of the batch's pairs whose chosen text has the higher score; a tie has not.",
+         True, "agreement"),
+  Figure("preference/accuracy", "Agreement with labels", "of pairs",
+         "Share of the batch's pairs whose margin is above 0; at the start all margins are 0.",
+         True, "agreement"),
+  Figure("loss/mean_score", "Mean score of a pair", "score",
+         "Mean of the scores of both completions."),
+  Figure("preference/margin", "Implicit reward margin", "reward",
+         "beta * log(π/ref) of the chosen completion less that of the rejected one.",
+         False, "margin"),
+  Figure("preference/chosen_log_prob", "Log-probability of the pair, chosen",
+         "nats per completion", "Mean log-probability of the chosen completions."),
+  Figure("preference/rejected_log_prob", "Log-probability of the pair, rejected",
+         "nats per completion", "Mean log-probability of the rejected completions."),
+  Figure("policy/loss", "Policy loss", "", "The surrogate that the steps minimise."),
+  Figure("policy/kl_loss", "KL loss", PER_SEQUENCE,
+         "The KL's own term of the loss, before beta; its value need not be a KL."),
+  Figure("policy/entropy", "Entropy", PER_TOKEN, "Mean entropy of the next-token distributions."),
+  Figure("policy/entropy_bonus", "Entropy bonus", "nats",
+         "The same, aggregated as the loss is; --entropy_coef multiplies it."),
+  Figure("policy/clip_fraction", "Clip fraction, policy", "of tokens",
+         "Share of tokens whose ratio is clipped, so that they have no gradient.", True),
+  Figure("value/clip_fraction", "Clip fraction, value", "of tokens",
+         "Share of tokens whose value is clipped.", True),
+  Figure("policy/ratio", "Importance ratio", "", "Mean of π/old over tokens."),
+  Figure("policy/ratio_deviation", "Importance ratio from 1", "", "Mean distance of π/old from 1."),
+  Figure("policy/sampler_weight", "Sampler weight", "",
+         "Mean weight that corrects for the sampler."),
+  Figure("policy/sampler_capped_fraction", "Capped sampler weights", "of tokens",
+         "Share of these weights that --sampler_cap bounds.", True),
+  Figure("policy/num_updates", "Gradient steps", "per iteration", "Steps before --max_kl_old."),
+  Figure("value/loss", "Value loss", "squared reward", "Half the squared error of the values."),
+  Figure("value/explained_variance", "Explained variance", "of the returns",
+         "1 - Var(returns - values) / Var(returns)."),
+  Figure("controller/beta", "Beta", "reward per nat", "The coefficient of the KL.", False, "beta"),
+  Figure("controller/effective_beta", "Effective beta", "score per nat",
+         "Beta in the unit of the scores as they came, where something divides these."),
+  Figure("controller/at_bound", "Beta at a bound", "0 or 1",
+         "Whether the controller is held at --beta_min or --beta_max.", False, "beta at a bound"),
+  Figure("controller/trust_region_beta", "Beta of the trust region", "per nat",
+         "The coefficient of the KL to the old policy."),
+  Figure("controller/trust_region_at_bound", "Beta of the trust region at a bound", "0 or 1",
+         "Whether its rule is held at a bound."),
+  Figure("rollout/length", "Length", "tokens per completion", "Mean number of tokens.",
+         False, "length"),
+  Figure("rollout/finished_fraction", "Ended by itself", "of completions",
+         "Share of completions that ended before the limit.", True),
+  Figure("rollout/informative_groups", "Informative groups", "of groups",
+         "Share of the sampled groups whose scores differ (--oversampling).", True),
+  Figure("rollout/tokens", "Tokens", "per iteration", "Completion tokens sampled."),
+  Figure("gradient/norm", "Gradient norm", "", "Before clipping.", False, "gradient"),
+  Figure("sweep/diverged", "Diverged", "members", "How many are not finite any more.",
+         False, "diverged"),
+  Figure("tokens_per_second", "Speed", "tokens per second", "Completion tokens over all time."),
+)  # fmt: skip
+
+FIGURES = {figure.key: figure for figure in (*JUDGED, *MORE, *TRAINING)}
+# Keys of which a part is chosen by the run.
+_OPEN = {r"(pass_at_)(\d+)": "K", r"(majority_at_)(\d+)": "K", r"(score/)(.+)": "NAME"}
+_SUFFIX = re.compile("_(stderr|before|after|median|least|most)")
+
+
+def find(name: str) -> Figure:
+  """Returns the figure of a name in a file; one that nobody registered has its name for a label."""
+  name = _SUFFIX.sub("", name)
+  if name in FIGURES:
+    return FIGURES[name]
+  stem = name.removesuffix("_per_token")
+  if stem in FIGURES:
+    return FIGURES[stem]._replace(key=name, unit=PER_TOKEN)
+  for pattern, letter in _OPEN.items():
+    if found := re.fullmatch(pattern, name):
+      figure = FIGURES[found[1] + letter]
+      return figure._replace(key=name, label=figure.label.replace(letter, found[2]))
+  return Figure(name, name.replace("_", " "), "", "")
+
+
+def labels(*names: str) -> tuple[tuple[str, str], ...]:
+  """Returns (key, brief label) of each, as `progress.watch` takes them."""
+  return tuple((name, find(name).brief or find(name).label) for name in names)
+
+
+def number(value: object) -> float | None:
+  """Returns a JSON number as float, NaN included; None for null and for all that is no number."""
+  if not isinstance(value, int | float) or isinstance(value, bool):
+    return None
+  try:
+    return float(value)
+  except OverflowError:  # an integer of 400 digits
+    return math.inf if value > 0 else -math.inf
+
+
+def digits(value: object, stderr: object = None) -> str:
+  """Returns a number as text, to the digits that its standard error leaves it; a dash for none."""
+  x, error = number(value), number(stderr)
+  if x is None:
+    return ABSENT
+  if not math.isfinite(x):
+    return "not finite"
+  if error and math.isfinite(error):
+    decimals = max(0, 1 - math.floor(math.log10(abs(error))))
+    text = f"{round(x, decimals) + 0.0:,.{decimals}f} \N{PLUS-MINUS SIGN} {error:,.{decimals}f}"
+  elif 1e3 <= abs(x) < 1e9:
+    text = f"{x:,.0f}"
+  else:
+    text = f"{x:.3g}"
+    # Zeros at the end stay where they were rounded to, not where the figure ends.
+    text = text if float(text) == x else f"{x:#.3g}".rstrip(".")
+  return text.replace("-", "\N{MINUS SIGN}")
+
+
+def shown(name: str, value: object, stderr: object = None) -> str:
+  """Returns a figure as it is written everywhere, with its standard error where it has one."""
+  figure, x, error = find(name), number(value), number(stderr)
+  if x is None or not math.isfinite(x):
+    return digits(x)
+  known = error is not None and math.isfinite(error)
+  if figure.is_share:
+    about = f" \N{PLUS-MINUS SIGN} {100 * error:.1f}" if known else ""
+    return f"{100 * x:.1f}{about}%".replace("-", "\N{MINUS SIGN}")
+  if figure.is_kl and max(abs(x), error if known else 0.0) < 5e-4:  # rounding, of either sign
+    return "0.000 \N{PLUS-MINUS SIGN} 0.000" if known else "0.000"
+  return digits(x, error)
+
+
+def before_and_after(summary: dict[str, object]) -> list[tuple[Figure, str, str]]:
+  """Returns the rows of the table "Before and after": figure, text before, text after.
+
+  A figure that was judged at the end alone stands under "after". What nobody registered comes last.
+  """
+  names = [name.removesuffix("_after") for name in summary if name.endswith("_after")]
+  listed = []
+  for figure in JUDGED:
+    prefix = figure.key.removesuffix("K")
+    repeated = [x for x in names if x.startswith(prefix)] if figure.key.endswith("_K") else []
+    listed += repeated or [figure.key]
+  others = sorted({*names} - {*listed} - {figure.key for figure in MORE})
+  rows = []
+  for name in (*listed, *others):
+    keys = f"{name}_before", f"{name}_after" if f"{name}_after" in summary else name
+    cells = [shown(name, summary.get(key), summary.get(f"{key}_stderr")) for key in keys]
+    if cells != [ABSENT, ABSENT]:
+      rows.append((find(name), *cells))
+  return rows
+
+
+def markdown() -> str:
+  """Returns all figures as the tables of docs/figures.md."""
+
+  def table(title: str, figures: Iterable[Figure]) -> str:
+    rows = [f"| `{x.key}` | {x.label} | {x.unit} | {x.meaning} |" for x in figures]
+    head = f"## {title}\n\n| key | figure | unit | meaning |\n|---|---|---|---|\n"
+    return head + "\n".join(rows) + "\n"
+
+  return "\n".join(
+    (
+      table("On held-out prompts or examples: `summary.json`", (*JUDGED, *MORE)),
+      table("In an iteration: `metrics.jsonl`", TRAINING),
+    )
+  )

@@ -1,0 +1,67 @@
+"""The registry of figures: one name, one label and one way to write each."""
+
+import math
+import pathlib
+
+import pytest
+
+from klrl import figures
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs" / "figures.md"
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "stderr", "text"),
+  [
+    ("gold", 0.4977, None, "49.8%"),
+    ("gold/mean", 0.4977, 0.021, "49.8 ± 2.1%"),
+    ("gold/mean_median", 0.5, None, "50.0%"),
+    ("kl/ref_k1", -6.985e-09, None, "0.000"),
+    ("kl_ref_exact_before", 1.2e-9, 3e-9, "0.000 ± 0.000"),
+    ("kl_ref_k1_per_token", 0.16853, None, "0.169"),
+    ("kl_ref_k1", -0.0002, 0.012, "0.000 ± 0.012"),
+    ("score", 0.20912, 0.0703, "0.209 ± 0.070"),
+    ("policy/entropy", 0.615475614865621, None, "0.615"),
+    ("gradient/norm", 1.5e-05, None, "1.5e\N{MINUS SIGN}05"),
+    ("score", None, None, figures.ABSENT),
+    ("gold", math.nan, None, "not finite"),
+    ("mine/own", 0.5, None, "0.5"),
+  ],
+)
+def test_a_figure_is_written_in_one_way(name, value, stderr, text):
+  assert figures.shown(name, value, stderr) == text
+
+
+def test_parts_of_a_name_that_a_run_chooses_are_found():
+  assert figures.find("pass_at_8_after").label == "pass@8"
+  assert figures.find("majority_at_4").is_share
+  assert figures.find("score/length").key == "score/length"
+  assert figures.find("kl/ref_exact_per_token").unit == figures.PER_TOKEN
+  assert figures.find("mine/own_figure").label == "mine/own figure"
+
+
+def test_the_table_has_what_was_judged_at_the_end_alone_and_what_nobody_registered():
+  summary = {
+    "gold_before": 0.5, "gold_after": 0.75, "gold_after_stderr": 0.01,
+    "pass_at_4_before": 0.5, "pass_at_4_after": 1.0,
+    "held_out_accuracy": 0.9, "score_greedy_after": 1.0, "mine_before": None, "mine_after": 2.0,
+  }  # fmt: skip
+  rows = [(figure.label, *texts) for figure, *texts in figures.before_and_after(summary)]
+  assert rows == [
+    ("Gold accuracy", "50.0%", "75.0 ± 1.0%"),
+    ("pass@4", "50.0%", "100.0%"),
+    ("Agreement with labels", figures.ABSENT, "90.0%"),
+    ("mine", figures.ABSENT, "2"),
+  ]
+
+
+def test_every_figure_has_a_key_of_its_own_and_a_meaning_in_one_sentence():
+  listed = (*figures.JUDGED, *figures.MORE, *figures.TRAINING)
+  assert len(figures.FIGURES) == len(listed)
+  assert all(figure.meaning.endswith(".") and "|" not in figure.meaning for figure in listed)
+
+
+def test_the_list_in_the_docs_is_the_registry():
+  head, _, rest = DOCS.read_text().partition("<!-- figures -->\n")
+  written, _, _ = rest.partition("<!-- end -->")
+  assert head and written == figures.markdown(), "write klrl.figures.markdown() between the marks"
