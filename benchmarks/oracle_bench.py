@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klrl import oracle
+from klrl.exact import oracle
 
 TREES = ((10, 6, None), (11, 6, 0), (2, 20, None), (3, 19, 0))  # vocabulary, horizon, EOS
 

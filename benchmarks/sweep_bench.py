@@ -29,9 +29,10 @@ import time
 
 import jax
 
-from experiments import rl
 from experiments import sweep as experiment
-from klrl import inputs, parallel, rlhf, sweep
+from experiments.settings import rl
+from klrl import inputs, population, rlhf
+from klrl.devices import parallel
 from klrl.models import DecoderConfig, policy_model, save_policy, save_scalar, scalar_model
 from klrl.tasks import arithmetic
 
@@ -112,9 +113,9 @@ class Programs:
     """Returns iterate(), which does one iteration of all members."""
     mesh = parallel.sweep_mesh(mesh, len(self.members))
     setup = rlhf.set_up(self.members[0], mesh, self.models, self.task)
-    state, shardings = sweep.init_state(setup, self.members)
+    state, shardings = population.init_state(setup, self.members)
     lift = functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch)
-    step = rlhf.make_step_fn(setup, shardings, lift=lift, guard=sweep.guarded)
+    step = rlhf.make_step_fn(setup, shardings, lift=lift, guard=population.guarded)
     iteration = 0
 
     def iterate():

@@ -26,25 +26,19 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from experiments import laboratory, rl, shared_flags
-from experiments.best_of_n_page import COLUMNS, report, row_cells, verdict
-from experiments.dpo_pairs import in_chunks
-from experiments.shared_flags import setting
-from klrl import (
-  bandits,
-  completions,
-  inputs,
-  judging,
-  ops,
-  oracle,
-  parallel,
-  progress,
-  rlhf,
-  schema,
-)
+from experiments.lab import laboratory
+from experiments.lab.best_of_n_page import COLUMNS, report, row_cells, verdict
+from experiments.lab.dpo_pairs import in_chunks
+from experiments.settings import common, rl
+from experiments.settings.common import setting
+from klrl import inputs, judging, ops, rlhf, schema
+from klrl.algorithm import completions
+from klrl.devices import parallel
 from klrl.errors import UserError
+from klrl.exact import bandits, oracle
 from klrl.figures import KL
-from klrl.summary import read_summary
+from klrl.run import progress
+from klrl.run.summary import read_summary
 from klrl.tasks import arithmetic, data
 
 MAX_ENUMERATED = 100_000  # completions of one problem
@@ -54,7 +48,7 @@ _CHUNK = 2048  # completions drawn or scored at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(shared_flags.LabConfig, shared_flags.TaskFields, shared_flags.StageFields):
+class Config(common.LabConfig, common.TaskFields, common.StageFields):
   """Settings of best-of-n."""
 
   n: str = setting("1,2,4,8,16,32,64", "draws of which the best is kept, below the pool's size")
@@ -68,7 +62,7 @@ class Config(shared_flags.LabConfig, shared_flags.TaskFields, shared_flags.Stage
   temperature: float = setting(1.0, "of sampling", minimum=1e-3)
   init_seed: int = setting(0, "seed of the stages before", minimum=0)
   data_seed: int = setting(0, "seed of what is held out", minimum=0)
-  accept_changed_inputs: bool = shared_flags.ACCEPT_CHANGED_INPUTS
+  accept_changed_inputs: bool = common.ACCEPT_CHANGED_INPUTS
 
   def __post_init__(self):
     super().__post_init__()
@@ -363,4 +357,4 @@ def _exact_lines(log_probs, scores, gold, sizes: list[int]) -> dict:
 
 
 if __name__ == "__main__":
-  shared_flags.run(main, Config)
+  common.run(main, Config)

@@ -22,10 +22,12 @@ import pathlib
 from collections.abc import Callable
 from typing import ClassVar
 
-from experiments import ppo, rl, shared_flags
-from experiments.kl_flags import PENALISED
-from experiments.shared_flags import setting
-from klrl import inputs, objective
+from experiments import ppo
+from experiments.settings import common, rl
+from experiments.settings.common import setting
+from experiments.settings.kl import PENALISED
+from klrl import inputs
+from klrl.algorithm import objective
 from klrl.errors import UserError
 
 
@@ -102,4 +104,4 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
 
 
 if __name__ == "__main__":
-  shared_flags.run(main, Config)
+  common.run(main, Config)

@@ -31,8 +31,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from experiments import rl, shared_flags
-from experiments.dpo_pairs import (
+from experiments.lab.dpo_pairs import (
   Pairs,
   Start,
   completion_log_probs,
@@ -40,20 +39,23 @@ from experiments.dpo_pairs import (
   own_start,
   stages_config,
 )
-from experiments.shared_flags import setting
-from klrl import evaluation, judging, ops, parallel, progress
+from experiments.settings import common, rl
+from experiments.settings.common import setting
+from klrl import evaluation, judging, ops
+from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.figures import labels
 from klrl.models import Policy, add_lora, join, merge_lora, policy_model, save_policy
-from klrl.summary import once
+from klrl.run import progress
+from klrl.run.summary import once
+from klrl.run.workdir import create_workdir, find_workdir, write_text
 from klrl.supervised import train
-from klrl.workdir import create_workdir, find_workdir, write_text
 
 LOSSES = {"dpo": ops.dpo_loss, "ipo": ops.ipo_loss}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(shared_flags.RunConfig, shared_flags.EvaluationFields, shared_flags.StageFields):
+class Config(common.RunConfig, common.EvaluationFields, common.StageFields):
   """Settings of DPO and IPO."""
 
   num_iterations: int = setting(600, "iterations", minimum=1)
@@ -195,4 +197,4 @@ def make_preference_fn(policy: Policy, loss: str):
 
 
 if __name__ == "__main__":
-  shared_flags.run(main, Config)
+  common.run(main, Config)

@@ -27,8 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from experiments import laboratory, ppo, rl, shared_flags
-from experiments.estimators_page import (
+from experiments import ppo
+from experiments.lab import laboratory
+from experiments.lab.estimators_page import (
   CASE_COLUMNS,
   POLICY_COLUMNS,
   case_rows,
@@ -36,8 +37,9 @@ from experiments.estimators_page import (
   report,
   verdict,
 )
-from experiments.shared_flags import setting
-from klrl import evaluation, ops, progress
+from experiments.settings import common, rl
+from experiments.settings.common import setting
+from klrl import evaluation, ops
 from klrl.errors import UserError
 from klrl.models import (
   check_tokenizer,
@@ -46,6 +48,7 @@ from klrl.models import (
   policy_model,
   shared_tokens,
 )
+from klrl.run import progress
 from klrl.sampling import make_sample_fn, top_k_logits
 from klrl.tasks import arithmetic, data
 
@@ -56,7 +59,7 @@ STEPS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(shared_flags.LabConfig):
+class Config(common.LabConfig):
   """Settings of the comparison of estimators."""
 
   policy: str = setting("", "model directory, embedded task; default: the default PPO run's")
@@ -378,4 +381,4 @@ def show(results: dict) -> None:
 
 
 if __name__ == "__main__":
-  shared_flags.run(main, Config)
+  common.run(main, Config)

@@ -15,10 +15,10 @@ Departures from the paper:
 import dataclasses
 import pathlib
 
-from experiments import rl, shared_flags
-from experiments.kl_flags import PENALISED
-from experiments.shared_flags import setting
-from klrl import advantages, objective
+from experiments.settings import common, rl
+from experiments.settings.common import setting
+from experiments.settings.kl import PENALISED
+from klrl.algorithm import advantage_rules, objective
 from klrl.errors import UserError
 
 
@@ -30,7 +30,7 @@ class Config(rl.SurrogateConfig):
   num_minibatches: int = setting(2, "gradient steps per pass", minimum=1)
   group_size: int = setting(8, "completions of each prompt", minimum=1)
   advantage: str = setting(
-    "group_relative", "the advantage of a completion", choices=advantages.RULES[1:]
+    "group_relative", "the advantage of a completion", choices=advantage_rules.RULES[1:]
   )
   whiten_advantages: bool = setting(
     False,
@@ -65,7 +65,7 @@ class Config(rl.SurrogateConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    within_prompt = self.advantage in advantages.GROUP_RULES and self.advantage != "batch_mean"
+    within_prompt = self.advantage in advantage_rules.GROUP_RULES and self.advantage != "batch_mean"
     if within_prompt and self.group_size < 2:
       raise UserError(
         f"--group_size={self.group_size}: --advantage={self.advantage} compares the completions of "
@@ -83,4 +83,4 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
 
 
 if __name__ == "__main__":
-  shared_flags.run(main, Config)
+  common.run(main, Config)

@@ -21,12 +21,14 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from experiments import kl_audit_page, kl_figures, laboratory, shared_flags
-from experiments.kl_peers import PEERS
-from experiments.shared_flags import setting
-from klrl import kl_terms, objective, progress
+from experiments.lab import kl_audit_page, kl_figures, laboratory
+from experiments.lab.kl_peers import PEERS
+from experiments.settings import common
+from experiments.settings.common import setting
+from klrl.algorithm import kl_terms, objective
+from klrl.algorithm.objective import KLPenalty
 from klrl.errors import UserError
-from klrl.objective import KLPenalty
+from klrl.run import progress
 
 PREFIX_CAPS = (1.2, 2.0)
 UNITS = {
@@ -44,7 +46,7 @@ UNITS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(shared_flags.LabConfig):
+class Config(common.LabConfig):
   """Settings of the audit."""
 
   seed: int = setting(0, "seed of the random trees", minimum=0)
@@ -251,4 +253,4 @@ def show(audit: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-  shared_flags.run(main, Config)
+  common.run(main, Config)

@@ -22,15 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from experiments import laboratory, ppo, shared_flags
-from experiments.kl_directions_page import final_figures, report
-from experiments.shared_flags import setting
-from klrl import ops, progress
+from experiments import ppo
+from experiments.lab import laboratory
+from experiments.lab.kl_directions_page import final_figures, report
+from experiments.settings import common
+from experiments.settings.common import setting
+from klrl import ops
 from klrl.errors import UserError
 from klrl.figures import KL
-from klrl.metrics import read_lines
-from klrl.summary import read_summary
-from klrl.workdir import create_workdir
+from klrl.run import progress
+from klrl.run.metrics import read_lines
+from klrl.run.summary import read_summary
+from klrl.run.workdir import create_workdir
 
 DIRECTIONS = ("kl_old_new", "kl_new_old")
 # Changes to PPO's defaults.
@@ -54,7 +57,7 @@ PENALTIES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(shared_flags.LabConfig):
+class Config(common.LabConfig):
   """Settings of the two studies of PPO; the exact ones have none."""
 
   num_iterations: int = setting(80, "iterations of each PPO run", minimum=1)
@@ -251,4 +254,4 @@ def show(results: dict) -> None:
 
 
 if __name__ == "__main__":
-  shared_flags.run(main, Config)
+  common.run(main, Config)

@@ -27,16 +27,18 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from experiments import laboratory, shared_flags
-from experiments.mode_seeking_gaussian import gaussian_results, make_descent
-from experiments.mode_seeking_page import CLAIMS, FIT_COLUMNS, fit_cells, report, verdict
-from experiments.shared_flags import setting
-from klrl import oracle, progress
+from experiments.lab import laboratory
+from experiments.lab.mode_seeking_gaussian import gaussian_results, make_descent
+from experiments.lab.mode_seeking_page import CLAIMS, FIT_COLUMNS, fit_cells, report, verdict
+from experiments.settings import common
+from experiments.settings.common import setting
+from klrl.exact import oracle
 from klrl.models import DecoderConfig, policy_model
+from klrl.run import progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(shared_flags.LabConfig):
+class Config(common.LabConfig):
   """Settings of the experiment."""
 
   seed: int = setting(0, "seed of the fresh decoders", minimum=0)
@@ -295,4 +297,4 @@ def language_results(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-  shared_flags.run(main, Config)
+  common.run(main, Config)

@@ -22,8 +22,8 @@ import dataclasses
 import pathlib
 from typing import ClassVar
 
-from experiments import rl, shared_flags
-from experiments.shared_flags import setting
+from experiments.settings import common, rl
+from experiments.settings.common import setting
 from klrl.errors import UserError
 
 
@@ -81,4 +81,4 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
 
 
 if __name__ == "__main__":
-  shared_flags.run(main, Config)
+  common.run(main, Config)

@@ -7,16 +7,17 @@
 One gradient step on each rollout; b is the mean R of the rest of the batch (Williams, "Simple
 Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", 1992). Models,
 prompts, scores and the KL penalty are the flags of every RL experiment. To make another algorithm,
-copy this file and change what the class variables say: `klrl.advantages.RULES` has the advantages,
-`klrl.epochs.TRUST_REGIONS` the policy losses, `klrl.ops.AGGREGATIONS` what a loss is divided by.
+copy this file and change what the class variables say: `algorithm.advantage_rules.RULES` has the
+advantages, `algorithm.epochs.TRUST_REGIONS` the policy losses, `ops.AGGREGATIONS` what a loss is
+divided by.
 """
 
 import dataclasses
 import pathlib
 from typing import ClassVar
 
-from experiments import rl, shared_flags
-from experiments.shared_flags import setting
+from experiments.settings import common, rl
+from experiments.settings.common import setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,4 +36,4 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
 
 
 if __name__ == "__main__":
-  shared_flags.run(main, Config)
+  common.run(main, Config)

@@ -21,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import sft, shared_flags
-from experiments.shared_flags import setting
-from klrl import inputs, parallel, progress
+from experiments import sft
+from experiments.settings import common
+from experiments.settings.common import setting
+from klrl import inputs
+from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.figures import labels
 from klrl.models import (
@@ -33,14 +35,15 @@ from klrl.models import (
   scalar_model,
   scalar_params_from,
 )
-from klrl.summary import once
+from klrl.run import progress
+from klrl.run.summary import once
+from klrl.run.workdir import create_workdir, find_workdir
 from klrl.supervised import train
 from klrl.tasks import arithmetic, data
-from klrl.workdir import create_workdir, find_workdir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(shared_flags.RunConfig):
+class Config(common.RunConfig):
   """Settings of reward modelling."""
 
   num_iterations: int = setting(1000, "iterations", minimum=1)
@@ -164,7 +167,7 @@ def run_sft_stage(config: Config) -> pathlib.Path:
     init_seed=config.init_seed,
     mesh=config.mesh,
   )
-  return sft.main(stage, root=shared_flags.STAGES)
+  return sft.main(stage, root=common.STAGES)
 
 
 def preference_loss(chosen, rejected, margins, *, margin, label_smoothing, centring_coef):
@@ -271,4 +274,4 @@ def _pairs(config: Config, tokenizer, context: int) -> tuple[Pairs, Pairs]:
 
 
 if __name__ == "__main__":
-  shared_flags.run(main, Config)
+  common.run(main, Config)

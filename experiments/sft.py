@@ -17,9 +17,10 @@ import pathlib
 
 import jax
 
-from experiments import shared_flags
-from experiments.shared_flags import setting
-from klrl import inputs, ops, parallel, progress
+from experiments.settings import common
+from experiments.settings.common import setting
+from klrl import inputs, ops
+from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.figures import labels
 from klrl.models import (
@@ -30,14 +31,15 @@ from klrl.models import (
   policy_model,
   save_policy,
 )
-from klrl.summary import once
+from klrl.run import progress
+from klrl.run.summary import once
+from klrl.run.workdir import create_workdir, find_workdir
 from klrl.supervised import train
 from klrl.tasks import arithmetic, data, demonstrations, packing
-from klrl.workdir import create_workdir, find_workdir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(shared_flags.RunConfig):
+class Config(common.RunConfig):
   """Settings of supervised fine-tuning."""
 
   num_iterations: int = setting(700, "iterations", minimum=1)
@@ -215,4 +217,4 @@ def _examples(config: Config, policy: Policy, tokenizer):
 
 
 if __name__ == "__main__":
-  shared_flags.run(main, Config)
+  common.run(main, Config)

@@ -36,13 +36,17 @@ from typing import Any
 from absl import flags
 from rich.table import Table
 
-from experiments import best_of_n, distill, grpo, ppo, reinforce, rl, shared_flags
-from experiments.shared_flags import LabConfig, setting
-from experiments.sweep_page import write_page
-from klrl import dry_run, fingerprints, inputs, lock, parallel, processes, progress, sweep
+from experiments import best_of_n, distill, grpo, ppo, reinforce
+from experiments.settings import common, rl
+from experiments.settings.common import LabConfig, setting
+from klrl import inputs, population
+from klrl.cost import dry_run
+from klrl.devices import parallel, processes
 from klrl.errors import UserError
 from klrl.figures import KL, find, shown
-from klrl.workdir import NOT_PART_OF_THE_RESULT, create_workdir, find_workdir
+from klrl.report.of_sweep import write_page
+from klrl.run import fingerprints, lock, progress
+from klrl.run.workdir import NOT_PART_OF_THE_RESULT, create_workdir, find_workdir
 
 EXPERIMENTS = {"ppo": ppo, "grpo": grpo, "reinforce": reinforce, "distill": distill}
 
@@ -92,11 +96,11 @@ def main(config, *, root: str = "runs") -> pathlib.Path:
   return workdir
 
 
-def _run(config, workdir: pathlib.Path, members: list[sweep.Member], root: str) -> None:
+def _run(config, workdir: pathlib.Path, members: list[population.Member], root: str) -> None:
   beside = best_of_n_config(config, members, workdir)
   if beside:
     find_workdir("best_of_n", beside)  # A run of other models or prompts there is an error.
-  running = sum(map(len, sweep.group_members(workdir, members)))
+  running = sum(map(len, population.group_members(workdir, members)))
   mesh = parallel.sweep_mesh(config.mesh, max(1, running))
   # Members of one program have the same inputs.
   for member in {json.dumps(member.structure()): member for member in members}.values():
@@ -118,7 +122,7 @@ def _run(config, workdir: pathlib.Path, members: list[sweep.Member], root: str) 
   read = {path for member in members for path in fingerprints.paths_of(member.config)}
   create_workdir(workdir, "sweep", config, read=read)
   progress.console.print(f"Sweep of {config.experiment}: results go to {workdir}", soft_wrap=True)
-  found = sweep.run(
+  found = population.run(
     workdir,
     members,
     load,
@@ -152,10 +156,10 @@ def best_of_n_config(config, members, workdir: pathlib.Path) -> best_of_n.Config
   return best_of_n.Config(**values, **own)
 
 
-def _dry_run(config, workdir: pathlib.Path, members: list[sweep.Member]) -> pathlib.Path:
+def _dry_run(config, workdir: pathlib.Path, members: list[population.Member]) -> pathlib.Path:
   """Says what each compiled group of members that have not finished would cost a device."""
   reports = []
-  for group in sweep.group_members(workdir, members):
+  for group in population.group_members(workdir, members):
     configs = [member.config for member in group]
     if config.experiment == "distill":
       train = distill.make_train_fn(config, "")
@@ -172,7 +176,7 @@ def _dry_run(config, workdir: pathlib.Path, members: list[sweep.Member]) -> path
   return workdir
 
 
-def members_of(config) -> list[sweep.Member]:
+def members_of(config) -> list[population.Member]:
   """Returns the members of the grid, in its order, the seeds of each beside one another.
 
   Raises:
@@ -187,21 +191,21 @@ def members_of(config) -> list[sweep.Member]:
       raise UserError(f"--sweep={config.sweep}: {name} is swept twice.")
     if getattr(config, name) != fields[name].default:
       raise UserError(f"--{name} and --sweep={config.sweep} both say what {name} is.")
-  common = {name: getattr(config, name) for name in fields}
-  common |= {"workdir": "", "mesh": parallel.without_sweep(config.mesh)}
+  shared = {name: getattr(config, name) for name in fields}
+  shared |= {"workdir": "", "mesh": parallel.without_sweep(config.mesh)}
   members = {}
   for points in itertools.product(*axes):
     for seed in range(config.seed, config.seed + config.seeds):
       values = {name: value for point in points for name, value in point.items()} | {"seed": seed}
       member_name = ",".join(f"{name}={_text(value)}" for name, value in values.items())
       try:
-        member = experiment.Config(**common | values)
+        member = experiment.Config(**shared | values)
         member.check_horizon()
       except UserError as error:
         raise UserError(f"Member {member_name}: {error}") from error
       if member_name in members:
         raise UserError(f"--sweep={config.sweep}: {member_name} is there twice.")
-      members[member_name] = sweep.Member(member_name, values, member)
+      members[member_name] = population.Member(member_name, values, member)
   return list(members.values())
 
 
@@ -280,4 +284,4 @@ def _chosen_experiment(arguments: list[str]) -> str:
 
 if __name__ == "__main__":
   chosen = config_class(_chosen_experiment(sys.argv))
-  shared_flags.run(main, chosen, prepare=parallel.use_every_core)
+  common.run(main, chosen, prepare=parallel.use_every_core)

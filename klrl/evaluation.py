@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from klrl import completions, ops, parallel
+from klrl import ops
+from klrl.algorithm import completions
+from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.sampling import Rollout
 from klrl.tasks.data import decode_continuation

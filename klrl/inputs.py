@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from klrl import processes, progress
-from klrl.epochs import Texts
+from klrl.algorithm.epochs import Texts
+from klrl.devices import processes
 from klrl.errors import UserError
 from klrl.models import (
   Policy,
@@ -28,6 +28,7 @@ from klrl.models import (
   shared_tokens,
   uniform_policy,
 )
+from klrl.run import progress
 from klrl.tasks import arithmetic, data, math_answers, rewards, tree
 from klrl.tasks.verifier import Verifier
 

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from klrl import completions, evaluation, parallel, processes
+from klrl import evaluation
+from klrl.algorithm import completions
+from klrl.devices import parallel, processes
 from klrl.models import Policy, ScalarModel, TokenizerInfo
 from klrl.sampling import make_greedy_fn, make_sample_fn
 from klrl.tasks import data, reward_calls, rewards

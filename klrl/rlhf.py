@@ -16,26 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klrl import (
-  completions,
-  evaluation,
-  history,
-  judging,
-  learner,
-  loop,
-  objective,
-  parallel,
-  processes,
-  progress,
-)
-from klrl.epochs import value_params
+from klrl import evaluation, judging
+from klrl.algorithm import completions, learner, memory, objective
+from klrl.algorithm.epochs import value_params
+from klrl.devices import parallel, processes
 from klrl.figures import labels
 from klrl.inputs import Models, Task
 from klrl.models import ScalarModel, TokenizerInfo, join, merge_lora, save_policy, save_scalar
+from klrl.run import loop, progress
+from klrl.run.summary import write_summary
+from klrl.run.workdir import write_text
 from klrl.sampling import Rollout, make_sample_fn
-from klrl.summary import write_summary
 from klrl.tasks import arithmetic, data, reward_calls, rewards
-from klrl.workdir import write_text
 
 _SLOW_REWARD_SHARE = 0.5
 
@@ -84,7 +76,7 @@ def init_state(setup: Setup) -> learner.TrainState:
     params["value"] = models.value_params
   own = functools.partial(parallel.put_own, setup.mesh)
   state = learner.init_state(config, own(params), jax.random.key(config.seed))
-  replay = config.staleness and history.empty_replay(_rollout_shapes(setup), config.staleness)
+  replay = config.staleness and memory.empty_replay(_rollout_shapes(setup), config.staleness)
   state = state._replace(
     reference=None if config.reference_update == "frozen" else own(params["policy"]),
     replay=replay or None,

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klrl import parallel
-from klrl.hlo import at_most
+from klrl.cost.hlo import at_most
+from klrl.devices import parallel
 from klrl.models.decoder import Policy
 
 Array = jax.Array

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from klrl import loop, parallel, processes, progress
-from klrl.gradients import gradients_of
+from klrl.algorithm.gradients import gradients_of
+from klrl.algorithm.optimizer import apply_gradients, init_optimizer, make_schedule
+from klrl.devices import parallel, processes
 from klrl.models import join
 from klrl.ops import divide
-from klrl.optimizer import apply_gradients, init_optimizer, make_schedule
-from klrl.report import write_report
-from klrl.summary import write_summary
+from klrl.report.of_run import write_report
+from klrl.run import loop, progress
+from klrl.run.summary import write_summary
 from klrl.tasks import data
 
 

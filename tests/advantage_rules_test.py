@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import grpo, ppo, reinforce, shared_flags
-from klrl import advantages, learner, objective, rollouts
+from experiments import grpo, ppo, reinforce
+from experiments.settings import common
+from klrl.algorithm import advantage_rules, learner, objective, preparation
+from klrl.algorithm.objective import KLPenalty
 from klrl.errors import UserError
 from klrl.models import DecoderConfig, policy_model
-from klrl.objective import KLPenalty
 from klrl.sampling import Rollout
 
 SCORES = jnp.array([1.0, 0.0, 0.0, 1.0])
@@ -27,7 +28,7 @@ def rule(name, penalty=NONE, *, group_size=2, whiten=False, beta=0.5):
   config = types.SimpleNamespace(advantage=name, group_size=group_size, whiten_advantages=whiten)
   hypers = types.SimpleNamespace(gamma=1.0, gae_lambda=1.0)
   kl = KL if penalty.in_reward else jnp.zeros_like(KL)
-  found = advantages.advantages_of(
+  found = advantage_rules.advantages_of(
     config, penalty, SCORES, kl, jnp.zeros_like(KL), MASK, hypers=hypers, beta=beta
   )
   return np.where(MASK, found.advantages, 0.0)
@@ -63,7 +64,7 @@ def test_later_kl_is_charged_to_the_token_before_it_and_credit_token_to_its_own(
 
 def test_group_deviation_is_the_mean_of_what_divides_the_scores():
   config = types.SimpleNamespace(group_size=2)
-  found = advantages.group_deviation(config, SCORES)
+  found = advantage_rules.group_deviation(config, SCORES)
   np.testing.assert_allclose(found, np.sqrt(0.5), rtol=1e-6)
 
 
@@ -81,7 +82,7 @@ def test_scores_pay_for_length_and_for_a_missing_end():
   def shaped(**settings):
     hypers = types.SimpleNamespace(overlong_buffer=0.0, missing_eos_penalty=0.0, length_penalty=0.0)
     vars(hypers).update(settings)
-    return rollouts.shaped_scores(SCORES, rollout, 4, hypers)
+    return preparation.shaped_scores(SCORES, rollout, 4, hypers)
 
   np.testing.assert_array_equal(shaped(), SCORES)
   np.testing.assert_allclose(shaped(overlong_buffer=2.0), SCORES - np.array([0, 0.5, 1, 1]))
@@ -93,7 +94,7 @@ def test_groups_of_equal_scores_give_way_to_others():
   config = types.SimpleNamespace(group_size=2, batch_size=4)
   scores = jnp.array([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 2.0, 1.0])
   rollout = rollout_of([4] * 8, [True] * 8)
-  kept, kept_scores, share = rollouts.informative_groups(rollout, scores, config)
+  kept, kept_scores, share = preparation.informative_groups(rollout, scores, config)
   np.testing.assert_array_equal(kept_scores, [0.0, 1.0, 2.0, 1.0])
   np.testing.assert_array_equal(kept.tokens, rollout.tokens[jnp.array([2, 3, 6, 7])])
   assert share == 0.5
@@ -105,10 +106,10 @@ def config_class_of(path):
 
 def config_of_preset(path):
   before = set(flags.FLAGS)
-  shared_flags.define_flags(config_class_of(path))
+  common.define_flags(config_class_of(path))
   try:
     flags.FLAGS(["program", f"--flagfile={path}"])
-    return shared_flags.config_from_flags(config_class_of(path))
+    return common.config_from_flags(config_class_of(path))
   finally:
     for name in set(flags.FLAGS) - before:
       delattr(flags.FLAGS, name)

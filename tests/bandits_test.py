@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl import bandits
+from klrl.exact import bandits
 
 REF, SCORES = np.array([0.4, 0.3, 0.2, 0.1]), np.arange(4.0)
 OPTIMA = {  # beta = 1: probs, multiplier

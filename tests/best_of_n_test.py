@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import best_of_n, best_of_n_page, sft
-from klrl import bandits, inputs
+from experiments import best_of_n, sft
+from experiments.lab import best_of_n_page
+from klrl import inputs
 from klrl.errors import UserError
+from klrl.exact import bandits
 from klrl.models import save_policy, save_scalar, scalar_params_from
 from klrl.tasks import arithmetic
 

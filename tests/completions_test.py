@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl import completions, measures, ops
-from klrl.metrics import finalise
+from klrl import ops
+from klrl.algorithm import completions, diagnostics
 from klrl.models import DecoderConfig, policy_model, scalar_model
+from klrl.run.metrics import finalise
 from klrl.sampling import Rollout
 
 BATCH, PROMPT_LEN, MAX_COMPLETION_LEN, VOCAB, WIDTH = 4, 3, 5, 7, 16
@@ -160,20 +161,20 @@ def test_figures_of_a_sequence_by_hand():
   x = jnp.array([[1.0, 2.0, jnp.nan], [5.0, jnp.nan, jnp.inf]])
   mask = jnp.array([[True, True, False], [True, False, False]])
   # Sums 3 and 5: mean 4, deviation sqrt(2), over sqrt(2) rows; 8 nats on 3 tokens.
-  assert finalise(measures.sequence_stats("kl/ref_k1", x, mask)) == pytest.approx(
+  assert finalise(diagnostics.sequence_stats("kl/ref_k1", x, mask)) == pytest.approx(
     {"kl/ref_k1": 4.0, "kl/ref_k1_stderr": 1.0, "kl/ref_k1_per_token": 8 / 3}
   )
-  assert finalise({"x": measures.per_sequence(x, mask)}) == {"x": 4.0}
+  assert finalise({"x": diagnostics.per_sequence(x, mask)}) == {"x": 4.0}
 
 
 def test_one_sequence_has_no_standard_error():
-  found = finalise(measures.sequence_stats("x", jnp.ones((1, 2)), jnp.ones((1, 2), bool)))
+  found = finalise(diagnostics.sequence_stats("x", jnp.ones((1, 2)), jnp.ones((1, 2), bool)))
   assert found == {"x": 2.0, "x_per_token": 1.0, "x_stderr": None}
 
 
 def test_figures_of_a_rollout_by_hand():
   scores = jnp.array([1.0, 2.0, 3.0, 6.0])
-  assert finalise(measures.rollout_metrics(make_rollout(), scores)) == pytest.approx(
+  assert finalise(diagnostics.rollout_metrics(make_rollout(), scores)) == pytest.approx(
     {
       "score/mean": 3.0,
       "score/std": np.sqrt(3.5),
@@ -189,7 +190,7 @@ def test_explained_variance_of_perfect_constant_and_opposite_values():
   mask = jnp.array([[True, True, False]])
 
   def explained(values, returns=returns):
-    return finalise({"x": measures.explained_variance(values, returns, mask)})["x"]
+    return finalise({"x": diagnostics.explained_variance(values, returns, mask)})["x"]
 
   assert explained(returns) == 1
   assert explained(returns + 3) == 1  # The mean is no variance.
@@ -200,9 +201,9 @@ def test_explained_variance_of_perfect_constant_and_opposite_values():
 
 def test_sums_over_parts_add_up_to_the_whole():
   rollout, found = make_rollout(), said()
-  whole = measures.sequence_stats("kl", found["exact_kl"], rollout.completion_mask)
+  whole = diagnostics.sequence_stats("kl", found["exact_kl"], rollout.completion_mask)
   parts = [
-    measures.sequence_stats("kl", found["exact_kl"][rows], rollout.completion_mask[rows])
+    diagnostics.sequence_stats("kl", found["exact_kl"][rows], rollout.completion_mask[rows])
     for rows in (slice(0, 3), slice(3, 4))
   ]
   for name in ("kl", "kl_per_token"):

@@ -10,11 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import dpo, dpo_pairs, rl, sft
-from experiments.dpo_pairs import Pairs
-from klrl import oracle
+from experiments import dpo, sft
+from experiments.lab import dpo_pairs
+from experiments.lab.dpo_pairs import Pairs
+from experiments.settings import rl
+from klrl.algorithm.gradients import scalar
 from klrl.errors import UserError
-from klrl.gradients import scalar
+from klrl.exact import oracle
 from klrl.models import (
   DecoderConfig,
   load_policy,

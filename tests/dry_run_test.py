@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import ppo, sweep
 from experiments.sweep import config_class
-from klrl import dry_run, hlo, parallel
+from klrl.cost import dry_run, hlo
+from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.models import DecoderConfig, policy_model, save_policy
 from klrl.tasks import arithmetic

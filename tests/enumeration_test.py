@@ -10,9 +10,11 @@ import optax
 import pytest
 
 from experiments import ppo
-from klrl import completions, kl_terms, learner, ops, oracle
+from klrl import ops
+from klrl.algorithm import completions, kl_terms, learner
+from klrl.algorithm.objective import KLPenalty
+from klrl.exact import oracle
 from klrl.models import DecoderConfig, Policy, ScalarModel, policy_model, scalar_model
-from klrl.objective import KLPenalty
 from klrl.sampling import Rollout, make_sample_fn
 
 TREE = oracle.make_tree(3, 3, eos_id=2)

@@ -5,7 +5,8 @@ import types
 import jax
 import numpy as np
 
-from klrl import epochs, rlhf
+from klrl import rlhf
+from klrl.algorithm import epochs
 
 
 def test_every_epoch_reads_each_row_once_in_an_order_of_its_own():

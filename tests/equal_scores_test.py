@@ -14,7 +14,8 @@ import pytest
 from small_decoders import BAG, bag_params
 
 from experiments import grpo, reinforce
-from klrl import history, learner, measures, ops, rollouts
+from klrl import ops
+from klrl.algorithm import diagnostics, learner, memory, preparation
 from klrl.sampling import Rollout
 
 MAX_LEN, VOCAB = 5, 7
@@ -79,9 +80,9 @@ def test_equal_scores_move_no_parameter(name):
 def test_a_difference_of_a_thousandth_is_one_whatever_the_size_of_the_scores():
   @jax.jit
   def found(scores):
-    first, *_, std = history.normalised(history.no_scores(), scores)
+    first, *_, std = memory.normalised(memory.no_scores(), scores)
     whitened = ops.whiten(scores, jnp.ones(4, bool))
-    return ops.group_relative(scores), whitened, std, history.normalised(first, scores)[2]
+    return ops.group_relative(scores), whitened, std, memory.normalised(first, scores)[2]
 
   for score in SCORES:
     scores = score + np.array([0, 1e-3, 2e-3, 1e-3])
@@ -100,9 +101,9 @@ def test_numbers_that_a_program_rounds_in_two_ways_are_equal():
   @jax.jit
   def found(twice):
     varied = jnp.concatenate([twice, twice[0] + jnp.arange(3.0)])
-    _, kept, share = rollouts.informative_groups(make_rollout(6), varied, config)
+    _, kept, share = preparation.informative_groups(make_rollout(6), varied, config)
     rules = ops.group_relative(twice), ops.leave_one_out(twice), ops.whiten(twice, twice == twice)
-    return *rules, history.normalised(history.no_scores(), twice)[1], kept - varied[3:], share - 0.5
+    return *rules, memory.normalised(memory.no_scores(), twice)[1], kept - varied[3:], share - 0.5
 
   for score in SCORES:
     next_to_it = np.nextafter(np.float32(score), np.float32(1e9))
@@ -113,7 +114,7 @@ def test_numbers_that_a_program_rounds_in_two_ways_are_equal():
 def test_what_is_not_a_number_is_not_taken_for_an_equal_one():
   @jax.jit
   def found(scores):
-    normal = history.normalised(history.no_scores(), scores)[1]
+    normal = memory.normalised(memory.no_scores(), scores)[1]
     return ops.group_relative(scores), ops.deviation(scores), normal
 
   for bad in (np.nan, np.inf, -np.inf):
@@ -127,8 +128,8 @@ def test_figures_of_equal_scores_have_no_spread():
   @jax.jit
   def found(score):
     returns = jnp.where(rollout.completion_mask, score, 0.0)
-    explained = measures.explained_variance(0 * returns, returns, rollout.completion_mask)
-    return measures.rollout_metrics(rollout, jnp.full(100, score))["score/std"][0], explained[1]
+    explained = diagnostics.explained_variance(0 * returns, returns, rollout.completion_mask)
+    return diagnostics.rollout_metrics(rollout, jnp.full(100, score))["score/std"][0], explained[1]
 
   for score in SCORES:
     assert found(jnp.float32(score)) == (0, 0), score

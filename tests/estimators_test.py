@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import estimators, estimators_page, sft
+from experiments import estimators, sft
+from experiments.lab import estimators_page
 from klrl.errors import UserError
 from klrl.models import save_policy
 from klrl.tasks import arithmetic

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl import completions, evaluation
+from klrl import evaluation
+from klrl.algorithm import completions
 from klrl.errors import UserError
 from klrl.models import DecoderConfig, load_tokenizer, policy_model
 from klrl.sampling import Rollout, make_sample_fn

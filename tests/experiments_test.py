@@ -10,10 +10,11 @@ import textwrap
 import jax
 import pytest
 
-from experiments import distill, grpo, ppo, reinforce, reward_model, rl, sft
-from klrl import loop
+from experiments import distill, grpo, ppo, reinforce, reward_model, sft
+from experiments.settings import rl
 from klrl.errors import UserError
 from klrl.models import load_policy, load_scalar
+from klrl.run import loop
 from klrl.tasks import arithmetic
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -6,9 +6,9 @@ import pathlib
 
 import pytest
 
-from klrl import fingerprints
 from klrl.errors import UserError
-from klrl.workdir import create_workdir, find_workdir
+from klrl.run import fingerprints
+from klrl.run.workdir import create_workdir, find_workdir
 
 
 @dataclasses.dataclass(frozen=True)

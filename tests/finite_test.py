@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl import kl_terms, objective, ops
-from klrl.objective import KLPenalty
+from klrl import ops
+from klrl.algorithm import kl_terms, objective
+from klrl.algorithm.objective import KLPenalty
 
 HALF = (1e-3, 1.0, 10.0, 50.0, 80.0, 88.0, 89.0, 100.0, 120.0, 200.0, 800.0, 1e4)
 GRID = (*(-x for x in HALF[::-1]), 0.0, *HALF)

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from experiments import ppo
-from klrl import learner, ops, oracle
+from klrl import ops
+from klrl.algorithm import learner
+from klrl.algorithm.objective import KLPenalty
+from klrl.exact import oracle
 from klrl.models import Policy, ScalarModel
-from klrl.objective import KLPenalty
 from klrl.sampling import Rollout
 
 BATCH, NUM_AVERAGED = 1024, 1000

@@ -25,17 +25,17 @@ from experiments import (
   estimators,
   kl_audit,
   kl_directions,
-  laboratory,
   mode_seeking,
   ppo,
   reward_model,
   sft,
 )
+from experiments.lab import laboratory
 from klrl import judging
 from klrl.models import policy_model, save_policy, save_scalar, scalar_model
+from klrl.run.workdir import find_workdir
 from klrl.sampling import Rollout
 from klrl.tasks import arithmetic
-from klrl.workdir import find_workdir
 
 MODULES = (kl_audit, mode_seeking, kl_directions, estimators, best_of_n)
 LANGUAGE = functools.cache(mode_seeking.make_language)  # as no flag changes it

@@ -24,12 +24,17 @@ import pytest
 from jax.interpreters import partial_eval
 from small_decoders import arithmetic_decoder
 
-from experiments import distill, dpo, dpo_pairs, grpo, ppo, reinforce, reward_model, sft
-from experiments.shared_flags import EvaluationFields
-from klrl import dry_run, epochs, evaluation, judging, learner, loop, parallel, rlhf, supervised
+from experiments import distill, dpo, grpo, ppo, reinforce, reward_model, sft
+from experiments.lab import dpo_pairs
+from experiments.settings.common import EvaluationFields
+from klrl import evaluation, judging, rlhf, supervised
+from klrl.algorithm import epochs, learner
+from klrl.algorithm.optimizer import apply_gradients
+from klrl.cost import dry_run
+from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.models import decoder, policy_model, save_policy, save_scalar, scalar_model
-from klrl.optimizer import apply_gradients
+from klrl.run import loop
 from klrl.sampling import Rollout
 from klrl.tasks import arithmetic
 

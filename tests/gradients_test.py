@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl import hlo, ops, parallel
-from klrl.gradients import gradients_of, scalar
+from klrl import ops
+from klrl.algorithm.gradients import gradients_of, scalar
+from klrl.cost import hlo
+from klrl.devices import parallel
 
 PARAMS = {"w": jnp.array([0.5, -1.0, 2.0]), "unused": jnp.ones(2)}
 # Rows with one to four real tokens, so that parts have unequal counts.

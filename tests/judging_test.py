@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl import judging, oracle, parallel
+from klrl import judging
+from klrl.devices import parallel
+from klrl.exact import oracle
 from klrl.models import DecoderConfig, policy_model, scalar_model, scalar_params_from
 from klrl.tasks import arithmetic, data, rewards
 from klrl.tasks.verifier import Verifier

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import kl_audit, kl_audit_page, kl_figures, kl_peers
-from klrl import objective, oracle
-from klrl.kl_terms import TokenTerms
-from klrl.objective import KLPenalty
-from klrl.workdir import find_workdir
+from experiments import kl_audit
+from experiments.lab import kl_audit_page, kl_figures, kl_peers
+from klrl.algorithm import objective
+from klrl.algorithm.kl_terms import TokenTerms
+from klrl.algorithm.objective import KLPenalty
+from klrl.exact import oracle
+from klrl.run.workdir import find_workdir
 
 FACTS = pathlib.Path(__file__).parents[2] / "shared" / "facts" / "kl_facts.json"
 TUNIX = "Tunix GRPO, kl_loss_mode="

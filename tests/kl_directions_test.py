@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import kl_directions, ppo
-from experiments.kl_directions_page import report
+from experiments.lab.kl_directions_page import report
 from klrl.errors import UserError
 
 

@@ -1,8 +1,8 @@
 """Facts about the KL that were computed apart from this code, by number, through klrl's functions.
 
 Inputs, figures and tolerances are read from kl_facts.json beside the checkout; what its statements
-give in words only is written out here. What a peer alone uses comes from `experiments.kl_peers`. A
-figure that is zero has to be zero to rounding.
+give in words only is written out here. What a peer alone uses comes from
+`experiments.lab.kl_peers`. A figure that is zero has to be zero to rounding.
 """
 
 import functools
@@ -15,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import estimators, kl_directions, kl_peers, mode_seeking, mode_seeking_gaussian
-from klrl import bandits, kl_terms, objective, ops, optimizer, oracle
-from klrl.objective import KLPenalty
+from experiments import estimators, kl_directions, mode_seeking
+from experiments.lab import kl_peers, mode_seeking_gaussian
+from klrl import ops
+from klrl.algorithm import kl_terms, objective, optimizer
+from klrl.algorithm.objective import KLPenalty
+from klrl.exact import bandits, oracle
 
 PATH = pathlib.Path(__file__).parents[2] / "shared" / "facts" / "kl_facts.json"
 FACTS = json.loads(PATH.read_text()) if PATH.is_file() else {}

@@ -11,9 +11,10 @@ import optax
 import pytest
 
 from experiments import ppo
-from klrl import completions, epochs, history, learner, ops
+from klrl import ops
+from klrl.algorithm import completions, epochs, learner, memory
+from klrl.algorithm.optimizer import make_schedule
 from klrl.models import DecoderConfig, add_lora, join, policy_model, scalar_model
-from klrl.optimizer import make_schedule
 from klrl.sampling import make_sample_fn
 
 BATCH, PROMPT_LEN, MAX_LEN = 8, 2, 3
@@ -165,7 +166,7 @@ def test_a_moving_reference_is_in_the_state_and_follows():
 
 def test_late_rollouts_are_trained_on_when_their_time_has_come():
   config = make_config(staleness=1)
-  state = start(config)._replace(replay=history.empty_replay(make_rollout(), 1))
+  state = start(config)._replace(replay=memory.empty_replay(make_rollout(), 1))
   state, _ = update(config, make_rollout(0), state=state)
   state, figures = update(config, make_rollout(1), state=state)
   plain, _ = update(make_config(), make_rollout(0))
@@ -183,7 +184,7 @@ def test_weights_of_a_late_rollout_are_the_samplers_and_not_its_age(correction):
   )
   figures = []
   for config in (late, corrected):
-    state = start(config)._replace(replay=history.empty_replay(make_rollout(), 1))
+    state = start(config)._replace(replay=memory.empty_replay(make_rollout(), 1))
     for seed in (0, 1):
       state, found = update(config, make_rollout(seed), state=state)
     figures.append(found)

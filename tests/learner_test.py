@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from experiments import ppo
-from klrl import learner, ops, parallel
+from klrl import ops
+from klrl.algorithm import learner
+from klrl.devices import parallel
 from klrl.models import DecoderConfig, policy_model, scalar_model
 from klrl.sampling import Rollout, make_sample_fn
 

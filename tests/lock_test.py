@@ -6,13 +6,13 @@ import threading
 
 import pytest
 
-from klrl import lock
 from klrl.errors import UserError
+from klrl.run import lock
 
 # Holds a folder until it is told to end, in whatever way.
 HOLDER = """
 import os, pathlib, sys
-from klrl import lock
+from klrl.run import lock
 with lock.held(pathlib.Path(sys.argv[1]), wait=False):
   if os.fork() == 0:  # As a reward with a pool does; it outlives its parent.
     os.close(1)

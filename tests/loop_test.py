@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl import checkpoint, loop, parallel
+from klrl.devices import parallel
 from klrl.errors import UserError
+from klrl.run import checkpoint, loop
 
 
 def counting_step(state, iteration):

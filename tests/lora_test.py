@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl import completions, models, parallel
+from klrl import models
+from klrl.algorithm import completions
+from klrl.devices import parallel
 from klrl.sampling import Rollout
 
 RANK = 4

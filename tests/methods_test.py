@@ -17,8 +17,9 @@ import optax
 import pytest
 
 from experiments import distill, grpo, ppo, reinforce
-from klrl import learner, oracle
-from klrl.epochs import TRUST_REGIONS
+from klrl.algorithm import learner
+from klrl.algorithm.epochs import TRUST_REGIONS
+from klrl.exact import oracle
 from klrl.models import Policy, ScalarModel, uniform_policy
 from klrl.sampling import Rollout
 

@@ -7,8 +7,8 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from klrl import metrics
 from klrl.errors import UserError
+from klrl.run import metrics
 
 INF, NAN = math.inf, math.nan
 

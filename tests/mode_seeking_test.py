@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from experiments import mode_seeking
-from experiments.mode_seeking_gaussian import gaussian_results, make_descent, reverse_kl
-from experiments.mode_seeking_page import CLAIMS, report
-from klrl import oracle
+from experiments.lab.mode_seeking_gaussian import gaussian_results, make_descent, reverse_kl
+from experiments.lab.mode_seeking_page import CLAIMS, report
+from klrl.exact import oracle
 
 FACTS = pathlib.Path(__file__).parents[2] / "shared" / "facts" / "kl_facts.json"
 

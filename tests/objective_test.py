@@ -15,12 +15,13 @@ import pytest
 from hypothesis import strategies as st
 
 from experiments import ppo
-from klrl import kl_terms, objective, oracle
+from klrl.algorithm import kl_terms, objective
+from klrl.algorithm.kl_terms import TokenTerms
+from klrl.algorithm.objective import KLPenalty
 from klrl.errors import UserError
-from klrl.kl_terms import TokenTerms
-from klrl.objective import KLPenalty
-from klrl.report import write_report
-from klrl.summary import write_summary
+from klrl.exact import oracle
+from klrl.report.of_run import write_report
+from klrl.run.summary import write_summary
 
 TREES = {
   "bandit": oracle.make_tree(4, 1),

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl import bandits, completions, kl_terms, ops, oracle
+from klrl import ops
+from klrl.algorithm import completions, kl_terms
+from klrl.algorithm.objective import KLPenalty
 from klrl.errors import UserError
+from klrl.exact import bandits, oracle
 from klrl.models import DecoderConfig, policy_model
-from klrl.objective import KLPenalty
 from klrl.sampling import Rollout
 
 TREE = oracle.make_tree(3, 3, eos_id=2)

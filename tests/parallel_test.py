@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl import parallel
+from klrl.algorithm.optimizer import init_optimizer
+from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.models import DecoderConfig, policy_model, scalar_model
-from klrl.optimizer import init_optimizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 DECODER = DecoderConfig(
@@ -221,7 +221,7 @@ def test_members_are_put_on_every_core_and_what_is_no_member_on_one(
 ):
   num_devices = num_devices or len(os.sched_getaffinity(0))
   mesh = (
-    "from klrl import parallel; parallel.use_every_core();"
+    "from klrl.devices import parallel; parallel.use_every_core();"
     "print(parallel.make_mesh('').shape['data'], parallel.sweep_mesh('', 1000).shape['sweep'])"
   )
   sweep = ["-m", "experiments.sweep", "--sweep=beta=1", "--mesh=sweep=5000"]

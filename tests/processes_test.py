@@ -15,7 +15,7 @@ import pytest
 from quick_compilation import QUICK
 from small_decoders import arithmetic_decoder
 
-from klrl import processes
+from klrl.devices import processes
 from klrl.errors import UserError
 from klrl.models import policy_model, save_policy, save_scalar, scalar_model
 from klrl.tasks import arithmetic
@@ -204,7 +204,7 @@ def test_open_mpi_needs_no_flag(inputs, tmp_path):
 
 
 def test_open_mpi_that_jax_does_not_see_is_refused(tmp_path):
-  code = "from klrl import processes; processes.join()"
+  code = "from klrl.devices import processes; processes.join()"
   process = start(tmp_path, [sys.executable, "-c", code], OMPI_COMM_WORLD_SIZE="2")
   assert "mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT" in finished(process, 1)
 
@@ -230,7 +230,7 @@ def test_a_start_that_cannot_work_is_refused_at_once(monkeypatch, settings, mess
 
 # Nobody else is started.
 MISSED = """
-from klrl import processes
+from klrl.devices import processes
 processes._SECONDS_TO_WONDER, processes._SECONDS_TO_MEET = 0.5, 2
 processes.join()
 """
@@ -270,7 +270,8 @@ def test_a_run_that_fails_ends_in_both_with_one_message(changes, message, inputs
 # Each line is run by both; process 1 sees another folder. What is raised is printed.
 ALONE = """
 import os
-from klrl import processes, workdir
+from klrl.devices import processes
+from klrl.run import workdir
 from klrl.errors import UserError
 
 def refuse(own, kind=UserError):
@@ -321,7 +322,8 @@ SAVED = """
 import pathlib
 import jax
 import numpy as np
-from klrl import loop, parallel, processes
+from klrl.devices import parallel, processes
+from klrl.run import loop
 
 processes.join()
 mesh = parallel.make_mesh("")
@@ -355,7 +357,7 @@ def test_a_damaged_checkpoint_is_left_by_both_processes(tmp_path):
 
 # Process 0 waits for one that has ended; nothing may take longer than that.
 LEFT = """
-from klrl import processes
+from klrl.devices import processes
 processes._SECONDS_TO_FOLLOW = 4
 processes.join()
 processes.wait_for_all("here")

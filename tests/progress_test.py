@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.table import Table
 
-from klrl import progress
+from klrl.run import progress
 
 NASTY = [
   r"ValueError: cannot parse \[x+1\] (reward.py line 3)",

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from experiments import reward_model
+from klrl.algorithm.gradients import scalar
 from klrl.errors import UserError
-from klrl.gradients import scalar
 from klrl.models import DecoderConfig, load_scalar, policy_model, save_policy, scalar_model
 from klrl.supervised import init_supervised_state, make_supervised_step
 from klrl.tasks import arithmetic, data

@@ -11,7 +11,8 @@ import pytest
 from small_decoders import arithmetic_decoder
 
 from experiments import ppo
-from klrl import inputs, parallel, rlhf, supervised
+from klrl import inputs, rlhf, supervised
+from klrl.devices import parallel
 from klrl.models import policy_model, scalar_model, scalar_params_from
 from klrl.tasks import arithmetic
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from experiments import sft
+from klrl.algorithm.gradients import scalar
 from klrl.errors import UserError
-from klrl.gradients import scalar
 from klrl.models import DecoderConfig, load_policy, policy_model, save_policy
 from klrl.tasks import arithmetic, data, demonstrations, packing
 

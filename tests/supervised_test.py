@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import sft
-from klrl import optimizer
+from klrl.algorithm import optimizer
+from klrl.run.workdir import create_workdir
 from klrl.supervised import init_supervised_state, make_supervised_step, train
 from klrl.tasks import data
-from klrl.workdir import create_workdir
 
 START = {"a": jnp.float32(0.5), "b": jnp.float32(-0.25)}
 

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import sweep as experiment
 from klrl.errors import UserError
-from klrl.workdir import NOT_PART_OF_THE_RESULT
+from klrl.run.workdir import NOT_PART_OF_THE_RESULT
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What a member does not have as the sweep has it: its folder, and its part of the mesh.
@@ -65,7 +65,11 @@ def test_the_cases_are_all_flags_of_a_sweep_that_members_do_not_have():
 def test_a_changed_flag_of_the_sweep_changes_how_it_is_run(field, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   calls, drawn = [], []
-  monkeypatch.setattr(experiment.sweep, "run", lambda *args, **more: calls.append((args, more)))
+
+  def run(*arguments, **more):
+    calls.append((arguments, more))
+
+  monkeypatch.setattr(experiment.population, "run", run)
   monkeypatch.setattr(experiment.best_of_n, "main", lambda *args, **more: drawn.append(args))
   monkeypatch.setattr(experiment, "_dry_run", lambda *args: calls.append("dry run"))
   monkeypatch.setattr(experiment, "show_frontier", lambda found: None)

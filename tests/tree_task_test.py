@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from experiments import best_of_n, distill, reinforce, sweep
-from klrl import inputs, oracle
+from klrl import inputs
 from klrl.errors import UserError
+from klrl.exact import oracle
 from klrl.models import load_policy, policy_model
 from klrl.tasks import tree
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klrl import completions, models, ops
+from klrl import models, ops
+from klrl.algorithm import completions
 from klrl.sampling import Rollout, make_greedy_fn, make_sample_fn
 
 VOCAB_SIZE = 7

@@ -13,8 +13,10 @@ import optax
 import pytest
 
 from experiments import grpo, ppo
-from klrl import learner, ops, parallel
-from klrl.epochs import Texts
+from klrl import ops
+from klrl.algorithm import learner
+from klrl.algorithm.epochs import Texts
+from klrl.devices import parallel
 from klrl.models import Policy, ScalarModel
 from klrl.sampling import Rollout
 

@@ -19,7 +19,10 @@ from quick_compilation import QUICK
 from small_decoders import arithmetic_decoder
 
 from experiments import ppo, reward_model, sft
-from klrl import dry_run, epochs, hlo, inputs, parallel, supervised
+from klrl import inputs, supervised
+from klrl.algorithm import epochs
+from klrl.cost import dry_run, hlo
+from klrl.devices import parallel
 from klrl.models import policy_model, scalar_model
 from klrl.tasks import arithmetic, data, rewards
 

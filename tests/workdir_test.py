@@ -7,10 +7,10 @@ import json
 import pytest
 
 from experiments import best_of_n, ppo, sft
-from klrl import lock, summary
 from klrl.errors import UserError
-from klrl.metrics import append_line
-from klrl.workdir import (
+from klrl.run import lock, summary
+from klrl.run.metrics import append_line
+from klrl.run.workdir import (
   NOT_PART_OF_THE_RESULT,
   config_hash,
   create_workdir,

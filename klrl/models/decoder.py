@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from klrl import parallel
+from klrl.devices import parallel
 from klrl.models.blocks import INIT, Block, DecoderConfig, Ends, rotation_of
 
 Array = jax.Array

@@ -21,13 +21,14 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from klrl import progress, schema
+from klrl import schema
 from klrl.errors import UserError
 from klrl.models.decoder import DecoderConfig, Params, policy_model, scalar_model
 from klrl.models.directory import CONFIG, INDEX, WEIGHTS, advice, model_dir, write, write_json
 from klrl.models.hf_config import decoder_config
 from klrl.models.tokenizer import TokenizerInfo
 from klrl.models.tokenizer_files import config_ids, save_tokenizer
+from klrl.run import progress
 
 _EMBEDDING = "model.embed_tokens.weight"
 _UNEMBEDDING = "lm_head.weight"

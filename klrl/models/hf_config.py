@@ -9,10 +9,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from klrl import progress, schema
+from klrl import schema
 from klrl.errors import UserError
 from klrl.models.blocks import DecoderConfig
 from klrl.models.directory import CONFIG
+from klrl.run import progress
 
 MAX_TOKENS = 10**7
 _ROPE = schema.object_of(schema.Rule("anything", lambda value: True))

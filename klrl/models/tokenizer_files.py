@@ -13,11 +13,12 @@ from typing import Any
 
 import tokenizers
 
-from klrl import progress, schema
+from klrl import schema
 from klrl.errors import UserError
 from klrl.models.directory import CONFIG, model_dir, write, write_json
 from klrl.models.hf_config import MAX_TOKENS
 from klrl.models.tokenizer import TokenizerInfo, refusals
+from klrl.run import progress
 
 _TOKENIZER = "tokenizer.json"
 _NAMES = "tokenizer_config.json"

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from klrl import progress
 from klrl.errors import UserError
 from klrl.models import TokenizerInfo
+from klrl.run import progress
 
 _NUM_CHECKED = 1000  # Prompts that are encoded alone too, to warn; the others are like them.
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from klrl import oracle
+from klrl.exact import oracle
 from klrl.models import DecoderConfig, Policy, ScalarModel, TokenizerInfo, policy_model, save_policy
 
 LETTERS = "abcd"

@@ -1,0 +1,203 @@
+"""The page and the tables of `experiments.best_of_n`, from the figures in best_of_n.json alone."""
+
+import numpy as np
+
+from klrl.report.page import Html, digits, element, figure, note, page, paragraph, table
+from klrl.report.plots import INK, SERIES, bare, picture
+
+COLUMNS = ("n", "KL at most", "KL of the pool", "score", "gold", "wins")
+BANDIT_COLUMNS = ("n", "probabilities", "KL", "KL at most", "score", "best score at this KL")
+EXACT_COLUMNS = ("n", "KL", "KL at most", "score", "best score at this KL", "gold")
+RUN_COLUMNS = ("", "run", "KL", "score", "best of n", "gold", "best of n", "score before")
+
+
+def row_cells(row: dict) -> list[str]:
+  """Returns the cells of `COLUMNS`."""
+  return [
+    str(row["n"]),
+    digits(row["kl_bound"]),
+    digits(row["kl"]),
+    *(digits(row[name], row[f"{name}_stderr"]) for name in ("score", "gold")),
+    f"{row['win_rate']:.3f}",
+  ]
+
+
+def verdict(results: dict) -> str:
+  """Returns what the figures show, in one or two sentences."""
+  first, last = results["rows"][0], results["rows"][-1]
+  text = (
+    f"Best of {last['n']} has a score of {digits(last['score'], last['score_stderr'])}, against "
+    f"{digits(first['score'], first['score_stderr'])} for n = {first['n']}, at a KL of at most "
+    f"{digits(last['kl_bound'])} nats"
+  )
+  if last["gold"] is not None:
+    best = max(results["rows"], key=lambda row: row["gold"])
+    text += f". The gold score goes from {digits(first['gold'])} to {digits(last['gold'])}"
+    if first["n"] < best["n"] < last["n"]:
+      text += (
+        f", and was best at n = {best['n']} with {digits(best['gold'])}: beyond that, what is "
+        "picked are the reward model\u2019s errors"
+      )
+  return text + "."
+
+
+def best_score_at(exact: dict, kl: float) -> float:
+  """Returns the score of the exact frontier at a KL, by interpolation."""
+  return float(np.interp(kl, exact["frontier"]["kl"], exact["frontier"]["score"]))
+
+
+def best_of_n_at(rows: list[dict], kl: float, name: str) -> float | None:
+  """Returns a figure of best-of-n at a KL, by interpolation; None beyond the largest n."""
+  kls, values = ([row[key] for row in rows] for key in ("kl", name))
+  return float(np.interp(kl, kls, values)) if None not in values and kl <= kls[-1] else None
+
+
+def report(results: dict) -> str:
+  """Returns the page."""
+  rows, compared = results["rows"], results["compared"]
+  names = ["best of n, KL of the pool", "best of n, its bound", *(["runs"] if compared else [])]
+  kinds = [("Score", "score"), *([("Gold score", "gold")] if rows[0]["gold"] is not None else [])]
+  return page(
+    "Best of n",
+    element("h1", "What does the best of n draws have, and how far is it from one draw?"),
+    element("p", verdict(results), class_="verdict"),
+    note(
+      f"{results['num_prompts']} held-out prompts, {results['completions_per_prompt']} completions "
+      "of each; \u00b1 is one standard error over prompts. All n share these completions, so that "
+      "their errors go together."
+    ),
+    *(
+      figure(
+        title, "per completion, against KL(\u03c0 \u2016 \u03c0_ref), nats per sequence",
+        _picture(lambda axes, name=name: _draw_pool(axes, rows, compared, name)), names,
+      )
+      for title, name in kinds
+    ),
+    paragraph(
+      "Best-of-n is a policy that was never trained. Its KL to the policy drawn from is "
+      "log n \u2212 (n \u2212 1)/n where no two scores tie, and less where the same completion "
+      "comes up more than once. \u201cKL of the pool\u201d is the KL of best-of-n to a draw from "
+      "the pool itself, which tends to the true one as the pool grows; it is the fair place on "
+      "the axis, the bound is the safe one."
+    ),
+    table(COLUMNS, [row_cells(row) for row in rows]),
+    note(
+      "\u201cWins\u201d: the chance that its score beats one more draw\u2019s, ties counted half; "
+      "n/(n + 1) without ties."
+    ),
+    *_runs(rows, compared),
+    *_exact(results["exact"]),
+    element("h2", "Four choices"),
+    paragraph(
+      "Probabilities 0.4, 0.3, 0.2, 0.1 and scores 0 to 3, all exact. The best score at this KL is "
+      "that of ref \u00b7 exp(score/\u03b2)/Z with \u03b2 chosen to have it."
+    ),
+    table(BANDIT_COLUMNS, [_bandit_cells(row) for row in results["bandit"]]),
+  )  # fmt: skip
+
+
+def _runs(rows: list[dict], compared: list[dict]) -> list[Html]:
+  if not compared:
+    return []
+  cells = [
+    (
+      str(i), run["name"], digits(run["kl"], run["kl_stderr"]),
+      digits(run["score"], run["score_stderr"]), digits(best_of_n_at(rows, run["kl"], "score")),
+      digits(run["gold"], run["gold_stderr"]), digits(best_of_n_at(rows, run["kl"], "gold")),
+      digits(run["score_before"]),
+    )
+    for i, run in enumerate(compared, start=1)
+  ]  # fmt: skip
+  return [
+    element("h2", "Runs beside it"),
+    table(RUN_COLUMNS, cells),
+    note(
+      "From the runs\u2019 own evaluations, KL exact. They belong on these axes if they started "
+      "from the same policy, were scored by the same function and were judged on the same "
+      "prompts: their score before training is then that of n = 1, up to its error. \u201cBest of "
+      "n\u201d is what that has at the run\u2019s KL, between the points of the pool."
+    ),
+  ]
+
+
+def _exact(exact: dict | None) -> list[Html]:
+  if exact is None:
+    return []
+  found = exact["best_of_n"]
+  cells = [
+    (
+      str(n), digits(round(kl, 9)), digits(bound), digits(score), digits(best_score_at(exact, kl)),
+      f"{gold:.1%}",
+    )
+    for n, kl, bound, score, gold in zip(
+      exact["sizes"], found["kl"], exact["kl_bounds"], found["score"], found["gold"], strict=True
+    )
+  ]  # fmt: skip
+  return [
+    element("h2", "Exact, by enumeration"),
+    paragraph(
+      f"All {exact['num_completions']:,} completions of {exact['num_problems']} problems, with "
+      "their probabilities and scores. The frontier is the most score that any policy can have "
+      "for its KL: ref \u00b7 exp(score/\u03b2)/Z, one \u03b2 for all problems."
+    ),
+    figure(
+      "Score", "per completion, against KL(\u03c0 \u2016 \u03c0_ref), nats per sequence",
+      _picture(lambda axes: _draw_exact(axes, exact)),
+      ("best of n", "best of n, its bound", "frontier"),
+    ),
+    table(EXACT_COLUMNS, cells),
+    note("Means over the problems. The best score is interpolated between points of the frontier."),
+  ]  # fmt: skip
+
+
+def _bandit_cells(row: dict) -> tuple[str, ...]:
+  probs = ", ".join(f"{p:.3f}" for p in row["probs"])
+  figures = (row[name] for name in ("kl", "kl_bound", "score", "best_score"))
+  return str(row["n"]), probs, *(digits(x) for x in figures)
+
+
+def _picture(draw) -> str:
+  def draw_axes(figure):
+    axes = figure.add_axes((0.08, 0.1, 0.91, 0.87))
+    bare(axes)
+    draw(axes)
+
+  return picture(draw_axes, width=4.6, height=2.6)
+
+
+def _draw_pool(axes, rows: list[dict], compared: list[dict], name: str) -> None:
+  y, errors = ([row[key] for row in rows] for key in (name, f"{name}_stderr"))
+  for key, colour, style in (("kl", SERIES[0], "-"), ("kl_bound", SERIES[1], "--")):
+    axes.plot([row[key] for row in rows], y, style, color=colour, linewidth=1.4)
+    axes.errorbar(
+      [row[key] for row in rows], y, 2 * np.array(errors), fmt="o", color=colour, markersize=3,
+      elinewidth=0.8,
+    )  # fmt: skip
+  for row in rows:
+    _label(axes, row["n"], row["kl"], row[name])
+  for i, run in enumerate(compared, start=1):
+    if run[name] is not None:
+      axes.errorbar(
+        run["kl"], run[name], 2 * (run[f"{name}_stderr"] or 0), fmt="s", color=SERIES[2],
+        markersize=4, elinewidth=0.8,
+      )  # fmt: skip
+      _label(axes, f"run {i}", run["kl"], run[name], lines_below=i + 1)
+
+
+def _label(axes, text, x: float, y: float, *, lines_below: int = 1) -> None:
+  axes.annotate(
+    str(text), (x, y), xytext=(4, -8 * lines_below), textcoords="offset points", fontsize=7,
+    color=INK,
+  )  # fmt: skip
+
+
+def _draw_exact(axes, exact: dict) -> None:
+  found, frontier = exact["best_of_n"], exact["frontier"]
+  end = max(exact["kl_bounds"])
+  inside = np.array(frontier["kl"]) <= end
+  axes.plot(
+    np.array(frontier["kl"])[inside], np.array(frontier["score"])[inside], color=SERIES[2],
+    linewidth=1.4,
+  )  # fmt: skip
+  axes.plot(found["kl"], found["score"], "o-", color=SERIES[0], linewidth=1.4, markersize=3)
+  axes.plot(exact["kl_bounds"], found["score"], "o--", color=SERIES[1], linewidth=1.4, markersize=3)

@@ -1,0 +1,379 @@
+"""The page and the words of `experiments.mode_seeking`, a function of its results alone."""
+
+import numpy as np
+
+from klrl.report.page import Html, digits, element, page
+from klrl.report.plots import INK, SERIES, bare, picture
+
+FORWARD, REVERSE = SERIES[0], SERIES[1]
+FIT_COLUMNS = (
+  "Decoder", "Objective", "KL(p \u2016 \u03c0)", "KL(\u03c0 \u2016 p)", "emit", "time", "between",
+  "Entropy", "Gap",
+)  # fmt: skip
+
+
+def verdict(results: dict) -> str:
+  """Returns what came out, in a sentence or two."""
+  sft, rl = _fit(results, True, None), _fit(results, True, 1.0)
+  blind_sft, blind_rl = _fit(results, False, None), _fit(results, False, 1.0)
+  best = int(np.argmax(blind_rl["words"]))
+  return (
+    "Covering and picking are about what a policy can hold, not about SFT and RL. A decoder that "
+    f"can hold both words ends {sft['kl_from_data']:.4f} nats from the data by SFT and "
+    f"{rl['kl_to_data']:.4f} by RL. One that cannot gives {_share(blind_sft['between'])} of "
+    f"its completions to strings between them by SFT, and {_share(blind_rl['words'][best])} to "
+    f"\u201c{results['language']['words'][best]}\u201d by RL."
+  )
+
+
+def _sft_is_forward(results):
+  x, gauss = results["three_tokens"], results["gaussian"]["unequal"]["points"]["forward_right"]
+  return (
+    f"E_p[\u2212log \u03c0] is the entropy of the data plus KL(p \u2016 \u03c0): "
+    f"{x['cross_entropy']:.4f} = {x['data_entropy']:.4f} + {x['forward_kl']:.4f} nats on three "
+    f"tokens. Where the policy cannot hold both modes it covers: one Gaussian becomes "
+    f"{_normal(gauss)}."
+  )
+
+
+def _rl_is_reverse(results):
+  x = results["three_tokens"]
+  return (
+    "With reward log p and the entropy of \u03c0 as bonus, the objective is \u2212KL(\u03c0 \u2016 "
+    f"p): \u2212{-x['rl']:.4f} nats on the same three tokens. For any other reward r and weight "
+    "\u03b1 of the entropy the target is exp(r / \u03b1) / Z, which is the data only where r is "
+    "\u03b1 log p and a constant."
+  )
+
+
+def _maximum_entropy(results):
+  x = results["three_tokens"]
+  return (
+    f"E[\u2212log \u03c0] is the entropy. It is largest at the uniform policy, "
+    f"{x['entropy_at_uniform']:.4f} nats, and zero for a single token. Added to the reward log p it"
+    f" makes \u03c0 = p the best policy, with {digits(abs(x['rl_at_data']))}; the likeliest token "
+    f"alone has {digits(x['rl_at_one_hot'])}. Only the reward without the entropy asks for one "
+    f"token: {digits(x['reward_at_one_hot'])} against {digits(x['reward_at_data'])} at p."
+  )
+
+
+def _mode_seeking(results):
+  gauss = results["gaussian"]["equal"]["points"]
+  full = _fit(results, True, 1.0)
+  cold = _fit(results, True, 0.25, "sft")
+  middle = gauss["reverse_middle"]
+  overlapping = results["gaussian"]["overlapping"]["points"]["reverse_right"]
+  return (
+    "It takes a policy that cannot hold both, or a small \u03b2. A decoder that can hold both "
+    f"words keeps both, {_share(full['words'][0])} and {_share(full['words'][1])} at \u03b2 = 1 "
+    f"over uniform; at \u03b2 = 0.25 over the SFT policy \u201cemit\u201d takes "
+    f"{_share(cold['words'][0])} instead of {_share(results['data']['words'][0])}. Even a single "
+    "Gaussian need not pick: to equal modes the reverse KL has a third, shallow minimum that "
+    f"covers, {_normal(middle)} at {middle['kl']:.3f} nats, and where the modes overlap it covers "
+    f"from either side, {_normal(overlapping)}."
+  )
+
+
+def _tilted(results):
+  fits = [_fit(results, True, beta, "sft") for beta in (4.0, 1.0, 0.25)]
+  got = ", ".join(f"{_share(fit['words'][0])} at \u03b2 = {fit['beta']:g}" for fit in fits)
+  want = ", ".join(_share(fit["optimum"]["words"][0]) for fit in fits)
+  return (
+    "RL minimises KL(\u03c0 \u2016 p*) with p* = ref \u00b7 exp(r / \u03b2) / Z. From the SFT "
+    "policy, which is the data already, with the same reward log p, it goes past the data: "
+    f"\u201cemit\u201d gets {got}; p* has {want}. Over uniform it is \u03b2 = 1 alone that "
+    "makes p* the data."
+  )
+
+
+# Statement, judgement, and why, from the results. The last two are what the article's words invite.
+CLAIMS = (
+  ("SFT is forward KL, and covers the modes.", "Right.", _sft_is_forward),
+  ("RL is reverse KL to the data.", "Right for one reward.", _rl_is_reverse),
+  ("To maximise \u2212log \u03c0 takes a 0/1 distribution.", "Wrong.", _maximum_entropy),
+  ("RL therefore picks a mode.", "Not by itself.", _mode_seeking),
+  ("A KL to the reference keeps RL near the data.", "Near the reference.", _tilted),
+)
+
+
+def fit_cells(fit: dict) -> list[str]:
+  """Returns the texts of a fit under FIT_COLUMNS."""
+  figures = [fit["kl_from_data"], fit["kl_to_data"], *fit["words"], fit["between"]]
+  return [
+    "sees" if fit["sees_prefix"] else "blind",
+    _objective(fit),
+    *(f"{x:.4f}" for x in (*figures, fit["entropy"], fit["gap"])),
+  ]
+
+
+def _objective(fit: dict) -> str:
+  if fit["beta"] is None:
+    return "SFT"
+  if not fit["beta"]:
+    return "log p alone, from SFT"
+  return f"RL, \u03b2 {fit['beta']:g} over {'SFT' if fit['reference'] == 'sft' else 'uniform'}"
+
+
+def _fit(results, sees_prefix, beta, reference="uniform") -> dict:
+  wanted = (sees_prefix, beta, "none" if beta is None else reference)
+  (found,) = (
+    fit for fit in results["fits"]
+    if (fit["sees_prefix"], fit["beta"], fit["reference"]) == wanted
+  )  # fmt: skip
+  return found
+
+
+def _share(probability: float) -> str:
+  return f"{100 * probability:.3g} %"
+
+
+def _normal(point: dict) -> str:
+  mean = f"{point['mean']:.2f}" if abs(point["mean"]) > 5e-3 else "0"
+  return f"N({mean}, {point['sigma']:.2f}\u00b2)".replace("-", "\N{MINUS SIGN}")
+
+
+# Pictures: rows from top to bottom on one axis, each with a label and a figure.
+
+ROW_HEIGHT = 0.62  # inches
+
+
+def _strips(rows: list[tuple[str, str]], draw, *, width: float, foot: float = 0.3) -> Html:
+  """Returns a picture of one strip for each (label, figure); `draw(axes, row, is_last)`."""
+  height = ROW_HEIGHT * len(rows) + foot
+
+  def whole(figure):
+    for row, (label, figure_text) in enumerate(rows):
+      bottom = (foot + ROW_HEIGHT * (len(rows) - 1 - row)) / height
+      axes = figure.add_axes((0.01, bottom, 0.98, 0.9 * ROW_HEIGHT / height))
+      draw(axes, row, row == len(rows) - 1)
+      bare(axes)
+      axes.grid(visible=False)
+      axes.set_yticks([])
+      for x, text, side in ((0.0, label, "left"), (1.0, figure_text, "right")):
+        place = {"transform": axes.transAxes, "ha": side, "va": "top"}
+        axes.text(x, 0.98, text, size=8, color=INK, **place)
+
+  return Html(picture(whole, width=width, height=height))
+
+
+def _after(step: int) -> str:
+  return f"{step} steps" if step else "start"
+
+
+def _densities(gaussian: dict, fit: str, colour: str) -> Html:
+  target, x = gaussian["unequal"]["target"], np.linspace(-6, 6, 301)
+  path = gaussian["unequal"]["paths"][fit]
+
+  def normal(mean, sigma):
+    return np.exp(-0.5 * ((x - mean) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
+
+  data = sum(
+    weight * normal(mean, target["sigma"])
+    for mean, weight in zip(target["means"], target["weights"], strict=True)
+  )
+
+  def draw(axes, row, is_last):
+    axes.fill_between(x, data, color=INK, alpha=0.16, linewidth=0)
+    axes.plot(x, normal(*path[row][:2]), color=colour, linewidth=1.5)
+    axes.set_xlim(-6, 6)
+    axes.set_ylim(0, 1.12)
+    axes.set_xticks([-4, -2, 0, 2, 4] if is_last else [])
+
+  rows = [
+    (_after(step), f"{kl:.4f} nats") for step, (*_, kl) in zip(gaussian["steps"], path, strict=True)
+  ]
+  return _strips(rows, draw, width=3.4)
+
+
+def _bars(results: dict, rows: list[tuple], colour: str, *, width: float) -> Html:
+  """Returns a strip for each (label, figure, probabilities, those of the target) of the blends."""
+  names = [*results["language"]["blends"], "others"]
+  places = np.arange(len(names)) + 0.8 * (np.arange(len(names)) == len(names) - 1)
+
+  def with_others(probs):
+    return [*probs, max(0.0, 1 - sum(probs))]
+
+  def draw(axes, row, is_last):
+    *_, probs, target = rows[row]
+    axes.bar(places, with_others(target), 0.92, color=INK, alpha=0.16, linewidth=0)
+    axes.bar(places, with_others(probs), 0.5, color=colour, linewidth=0)
+    axes.set_xlim(-0.6, places[-1] + 0.6)
+    axes.set_ylim(0, 1.45)
+    axes.set_xticks(places if is_last else [])
+    if is_last:
+      # `bare` has a formatter for numbers; a name is a text of the axes.
+      below = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "top", "ha": "center"}
+      for place, name in zip(places, names, strict=True):
+        axes.text(place, -0.08, name, size=7.5, color=INK, **below)
+      axes.set_xticks([])
+
+  return _strips([row[:2] for row in rows], draw, width=width, foot=0.5)
+
+
+def _figure(title: str, about: str, drawn: Html) -> Html:
+  caption = element("figcaption", element("b", title), " ", element("span", about))
+  return element("figure", caption, drawn)
+
+
+def _grid(figures: list[Html], *, columns: int) -> Html:
+  least = {2: "24rem", 3: "19rem"}[columns]
+  style = f"grid-template-columns: repeat(auto-fit, minmax(min(100%, {least}), 1fr))"
+  return element("div", *figures, class_="curves", style=style)
+
+
+def _gaussian_part(gaussian: dict) -> list[Html]:
+  fits = (
+    ("Forward, as SFT", "from the right: ends between the modes", "forward_right", FORWARD),
+    ("Reverse, as RL", "from the left: ends on the larger mode", "reverse_left", REVERSE),
+    ("Reverse, as RL", "from the right: ends on the smaller mode", "reverse_right", REVERSE),
+  )
+  figures = [
+    _figure(title, about, _densities(gaussian, fit, colour)) for title, about, fit, colour in fits
+  ]
+  return [
+    element("h2", "One Gaussian for two modes"),
+    element(
+      "p", "A Gaussian cannot have two modes: whatever it does, something is lost. Forward KL "
+      "punishes data without policy, so it stretches over both; reverse KL punishes policy without "
+      "data, so it settles on one. Grey is the data, the line the fit after so many steps of Adam, "
+      "and the figure the KL that is minimised.",
+    ),
+    _grid(figures, columns=3),
+  ]  # fmt: skip
+
+
+def _decoder_part(results: dict) -> list[Html]:
+  steps = results["fits"][0]["steps"]
+  parts = [
+    element("h2", "The decoder, on a language of two words"),
+    element(
+      "p", "The data: \u201cemit\u201d seven times in ten, else \u201ctime\u201d, each letter "
+      f"wrong once in a hundred; {results['language']['completions']:,} completions in all. The "
+      "bars are the strings whose every letter is that of one word or the other, from "
+      "\u201cemit\u201d to \u201ctime\u201d. Grey is the data, in colour the policy; the figure "
+      "is the KL that is minimised.",
+    ),
+  ]  # fmt: skip
+  for sees, title in (
+    (True, "It sees what it has written: both directions reach the data"),
+    (False, "It does not see what it has written: SFT blends, RL picks"),
+  ):
+    figures = []
+    for beta, name, colour in (
+      (None, "SFT", FORWARD),
+      (1.0, "RL with reward log p plus entropy", REVERSE),
+    ):
+      fit = _fit(results, sees, beta)
+      rows = [
+        (_after(step), f"{kl:.4f} nats", probs, results["data"]["blends"])
+        for step, kl, probs in zip(steps, fit["path_kls"], fit["path"], strict=True)
+      ]
+      about = "minimises KL(p \u2016 \u03c0)" if beta is None else "minimises KL(\u03c0 \u2016 p)"
+      figures.append(_figure(name, about, _bars(results, rows, colour, width=5.2)))
+    parts += [element("h3", title), _grid(figures, columns=2)]
+  return parts
+
+
+def _beta_part(results: dict) -> list[Html]:
+  groups = (
+    ("Over uniform", "sees its prefix", True, "uniform", (4.0, 1.0, 0.25)),
+    ("Over uniform", "blind", False, "uniform", (4.0, 1.0, 0.25)),
+    ("Over the SFT policy", "sees its prefix", True, "sft", (4.0, 1.0, 0.25, 0.0)),
+  )
+  figures = []
+  for title, about, sees, reference, betas in groups:
+    fits = [_fit(results, sees, beta, reference) for beta in betas]
+    rows = [
+      (f"\u03b2 = {fit['beta']:g}", f"gap {fit['gap']:.4f}", fit["blends"],
+       fit["optimum"]["blends"])
+      for fit in fits
+    ]  # fmt: skip
+    figures.append(_figure(title, about, _bars(results, rows, REVERSE, width=3.4)))
+  return [
+    element("h2", "KL-regularised RL: the target is not the data"),
+    element(
+      "p", "RL that maximises E[log p] \u2212 \u03b2 KL(\u03c0 \u2016 ref) goes to ref \u00b7 "
+      "exp(log p / \u03b2) / Z, in grey: flat for large \u03b2, a single word as \u03b2 falls. The "
+      "gap is what the objective lacks of its best, in nats; the blind decoder cannot close it.",
+    ),
+    _grid(figures, columns=3),
+  ]  # fmt: skip
+
+
+def _tables(results: dict) -> list[Html]:
+  data = results["data"]
+  figures = (0.0, 0.0, *data["words"], data["between"], data["entropy"])
+  fits = [
+    ["", "the data", *(f"{x:.4f}" for x in figures), ""],
+    *(fit_cells(fit) for fit in results["fits"]),
+  ]
+  about = (
+    "The decoders. One that sees has its own prefix before it. \u201cBetween\u201d is all that is "
+    "neither word. Gap: how far the objective is from its best over all policies. KLs, entropy and "
+    "gap in nats per completion."
+  )
+  rows = []
+  for name, label in (
+    ("equal", "0.5 and 0.5 at \u22122 and 2, \u03c3 0.5"),
+    ("unequal", "0.7 and 0.3 at \u22122 and 2, \u03c3 0.5"),
+    ("overlapping", "0.5 and 0.5 at \u22121 and 1, \u03c3 1"),
+  ):
+    for fit, words in (
+      ("forward_right", "forward"),
+      ("reverse_left", "reverse, from the left"),
+      ("reverse_right", "reverse, from the right"),
+      ("reverse_middle", "reverse, from the middle"),
+      ("reverse_saddle", "reverse, where two basins meet"),
+    ):
+      if point := results["gaussian"][name]["points"].get(fit):
+        figures = (
+          f"{round(point[key], 4) + 0.0:.4f}".replace("-", "\u2212") for key in ("mean", "sigma")
+        )
+        rows.append([label, words, point["kind"], *figures, f"{point['kl']:.4f}"])
+  head = ("Data", "Direction", "Kind", "Mean", "\u03c3", "KL, nats")
+  return [
+    element("h2", "All figures"),
+    _table(about, FIT_COLUMNS, fits, words=2),
+    _table("Where the Gaussians end, by Newton's method.", head, rows, words=3),
+  ]
+
+
+def _table(caption: str, head: tuple, rows: list[list[str]], *, words: int) -> Html:
+  """Returns a table whose first `words` columns are words, the rest figures."""
+
+  def cell(name, text, column):
+    left = {"style": "text-align: left"} if column < words else {}
+    return element(name, text, **left)
+
+  body = [element("tr", *(cell("td", text, i) for i, text in enumerate(row))) for row in rows]
+  table = element(
+    "table", element("caption", caption),
+    element("thead", element("tr", *(cell("th", text, i) for i, text in enumerate(head)))),
+    element("tbody", *body), class_="figures",
+  )  # fmt: skip
+  return element("div", table, class_="wide", style="margin-top: 1.5rem")
+
+
+def report(results: dict) -> str:
+  """Returns the page."""
+  claims = [
+    element("div", element("p", claim, " ", element("b", judgement)),
+            element("p", reason(results)), style="margin: 1.1rem 0")
+    for claim, judgement, reason in CLAIMS
+  ]  # fmt: skip
+  return page(
+    "mode_seeking",
+    element("h1", "Is SFT mean-seeking and RL mode-seeking?"),
+    element("p", verdict(results), class_="verdict"),
+    *_gaussian_part(results["gaussian"]),
+    *_decoder_part(results),
+    *_beta_part(results),
+    element("h2", "Where the article is right, and where not"),
+    *claims,
+    *_tables(results),
+    element(
+      "p", f"Nothing here is sampled: all figures are sums over every completion. Made in "
+      f"{results['seconds']:.0f} s by python -m experiments.mode_seeking; every number is in "
+      "mode_seeking.json.", class_="note",
+    ),
+  )  # fmt: skip

@@ -1,0 +1,285 @@
+"""From a frozen config to absl flags and back; the fields that every experiment has.
+
+A field of an experiment's `Config` is declared once, with its default, help and range:
+
+    beta: float = setting(0.1, "KL coefficient ...", minimum=0.0)
+
+`run(main, Config)` makes the flags of the same names, parses the command line and calls
+`main(config)`. Importing an experiment defines no flag.
+"""
+
+import dataclasses
+import os
+import sys
+from typing import Any
+
+from absl import app, flags, logging
+
+from klrl.algorithm.optimizer import SCHEDULES
+from klrl.devices import processes
+from klrl.errors import UserError, troubles_told
+from klrl.run.loop import Interrupted
+from klrl.run.progress import console, fail
+from klrl.run.workdir import is_read
+
+
+def setting(
+  default,
+  help: str,
+  *,
+  choices: tuple[str, ...] | None = None,
+  minimum: float | None = None,
+  maximum: float | None = None,
+  read_when: tuple[str, tuple] | None = None,
+) -> Any:
+  """Returns a dataclass field that is also a flag.
+
+  Args:
+    default: the default; its type is the flag's.
+    help: one line with the unit.
+    choices: the values allowed.
+    minimum: smallest value allowed.
+    maximum: largest value allowed.
+    read_when: (other field, values): this field is read only while the other field has one of these
+      values; setting it otherwise is an error, so that no flag is silently without effect.
+  """
+  metadata = {
+    "help": help,
+    "choices": choices,
+    "minimum": minimum,
+    "maximum": maximum,
+    "read_when": read_when,
+  }
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+STAGES = "runs/stages"  # where the embedded stages leave their models
+ACCEPT_CHANGED_INPUTS = setting(
+  False, "go on where prompts, reward, tokenizer or weights are not what they were at the start"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabConfig:
+  """The fields of every experiment. Constructing one checks all ranges (UserError)."""
+
+  workdir: str = setting("", "folder of the run; default: runs/EXPERIMENT-HASH of the flags")
+  seed: int = setting(0, "seed of sampling and minibatch order", minimum=0)
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value, rule = getattr(self, field.name), field.metadata
+      if isinstance(field.default, float):  # 1 and 1.0 are one configuration, with one hash.
+        value = float(value)
+        object.__setattr__(self, field.name, value)
+      if rule["choices"] and value not in rule["choices"]:
+        raise UserError(f"--{field.name}={value}: must be one of {', '.join(rule['choices'])}.")
+      # `not >=` rather than `<`: NaN fails too.
+      if rule["minimum"] is not None and not value >= rule["minimum"]:
+        raise UserError(f"--{field.name}={value}: must be at least {rule['minimum']}.")
+      if rule["maximum"] is not None and not value <= rule["maximum"]:
+        raise UserError(f"--{field.name}={value}: must be at most {rule['maximum']}.")
+      if value != field.default:
+        check_is_read(self, field)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(LabConfig):
+  """The fields of every experiment that trains a model."""
+
+  init_seed: int = setting(0, "seed of fresh parameters and of the stages before", minimum=0)
+  data_seed: int = setting(0, "seed of what is held out, and of the order of prompts", minimum=0)
+  num_iterations: int = setting(100, "iterations", minimum=1)
+  batch_size: int = setting(256, "rows per iteration", minimum=1)
+  accumulation: int = setting(
+    1, "parts a gradient is computed in, one after the other: less memory, same result", minimum=1
+  )
+  max_grad_norm: float = setting(1.0, "largest global gradient norm", minimum=0.0)
+  learning_rate_schedule: str = setting(
+    "cosine", "how the learning rate falls, to a tenth of its peak", choices=SCHEDULES
+  )
+  warmup_iterations: int = setting(
+    0, "iterations over which the learning rate rises to its peak", minimum=0
+  )
+  dtype: str = setting(
+    "float32",
+    "what activations are computed in; parameters and moments stay float32",
+    choices=("float32", "bfloat16"),
+  )
+  remat: bool = setting(False, "compute activations anew in the backward pass: less memory")
+  lora_rank: int = setting(
+    0, "rank of the adapters that are trained in place of the model; 0: the model", minimum=0
+  )
+  mesh: str = setting("", "devices, e.g. data=4,fsdp=2; default: all of them on data")
+  save_every: int = setting(50, "iterations between checkpoints", minimum=1)
+  keep: int = setting(2, "checkpoints that are kept", minimum=1)
+  accept_changed_inputs: bool = ACCEPT_CHANGED_INPUTS
+  profile: bool = setting(False, "write a trace of a few iterations to WORKDIR/profile")
+  tensorboard: bool = setting(False, "write event files to WORKDIR/tensorboard")
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.warmup_iterations >= self.num_iterations:
+      raise UserError(
+        f"--warmup_iterations={self.warmup_iterations} leaves nothing of "
+        f"--num_iterations={self.num_iterations}."
+      )
+    self.check_divides("accumulation", self.batch_size, "--batch_size")
+
+  def check_divides(self, name: str, number: int, of: str) -> None:
+    """Raises UserError where the field `name` does not divide `number`, which is called `of`."""
+    if number % getattr(self, name):
+      raise UserError(f"{of} = {number} is not a multiple of --{name}={getattr(self, name)}.")
+
+  def loop_settings(self) -> dict[str, Any]:
+    """Returns the fields that `loop.run` takes under the same names."""
+    names = ("num_iterations", "save_every", "keep", "profile", "tensorboard")
+    return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskFields:
+  """Where prompts and scores come from; to be mixed into a config that has `policy`."""
+
+  task: str = setting(
+    "arithmetic",
+    "the embedded task; in `tree` every completion and the best policy are known",
+    choices=("arithmetic", "tree"),
+    read_when=("policy", ("",)),
+  )
+  reward_model: str = setting("", "model directory that scores; default: the embedded stage")
+  prompts: str = setting("", "JSON lines with a column prompt; default: embedded arithmetic")
+  prompt_template: str = setting(
+    "{prompt}", r"a prompt, made of a line's columns, e.g. 'Question: {question}\nAnswer:'"
+  )
+  max_prompt_len: int = setting(
+    0,
+    "most tokens of a prompt, longer ones are left out (0: what the context leaves, and a longer "
+    "one is an error)",
+    minimum=0,
+  )
+  reward: str = setting(
+    "",
+    "what scores: FILE.py:FUNCTION with f(prompts, completions, **columns), or math, or model; "
+    "several with weights as model,0.1*FILE.py:FUNCTION; default: model",
+  )
+  max_completion_len: int = setting(
+    0, "most tokens of a completion; 0: 4 for embedded arithmetic, else 64", minimum=0
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationFields:
+  """How a policy is judged before and after."""
+
+  num_eval_rows: int = setting(512, "held-out completions before and after", minimum=2)
+  eval_completions: int = setting(
+    4,
+    "completions per prompt for pass@k and maj@k, of the first num_eval_rows / k prompts; read by "
+    "tasks whose answers can be checked",
+    minimum=1,
+  )
+  num_samples: int = setting(8, "completions shown in the report", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageFields:
+  """The embedded stages that come before; to be mixed into a config that has `policy`."""
+
+  sft_iterations: int = setting(
+    700, "iterations of the embedded SFT stage", minimum=1, read_when=("policy", ("",))
+  )
+  reward_model_iterations: int = setting(
+    1000, "iterations of the embedded reward model stage", minimum=1, read_when=("policy", ("",))
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DryRunFields:
+  """Whether the run's program is compiled and costed rather than run; see `klrl.cost.dry_run`."""
+
+  dry_run: bool = setting(
+    False, "compile only, and say what memory, work and traffic each device would have"
+  )
+  topology: str = setting(
+    "",
+    "TPU slice to compile for, e.g. v5e:16x16 or v5p:8x8x8; default: the devices that are there",
+    read_when=("dry_run", (True,)),
+  )
+
+
+def check_is_read(config, field: dataclasses.Field) -> None:
+  """Raises UserError where nothing reads `field` under the other values of `config`."""
+  if not is_read(config, field):
+    other, values = field.metadata["read_when"]
+    raise UserError(
+      f"--{field.name} is set, but nothing reads it with --{other}={getattr(config, other)}; "
+      f"it is read with --{other}={'|'.join(map(str, values))}."
+    )
+
+
+def define_flags(config_class) -> None:
+  """Defines one absl flag for each field of `config_class`."""
+  define = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+  }
+  for field in dataclasses.fields(config_class):
+    if field.metadata["choices"]:
+      flags.DEFINE_enum(
+        field.name, field.default, field.metadata["choices"], field.metadata["help"]
+      )
+    else:
+      define[type(field.default)](field.name, field.default, field.metadata["help"])
+    # `--help` shows the flags of the program that was started, which is where absl looks for them.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[field.name])
+
+
+def config_from_flags(config_class):
+  """Returns the config that the parsed flags describe."""
+  fields = dataclasses.fields(config_class)
+  config = config_class(**{field.name: flags.FLAGS[field.name].value for field in fields})
+  for field in fields:
+    if flags.FLAGS[field.name].present:
+      check_is_read(config, field)
+  return config
+
+
+def run(main, config_class, *, prepare=lambda: None) -> None:
+  """Runs `main(config)` with the config from the command line; the body of every main guard.
+
+  `prepare` is called before anything is computed.
+  """
+  define_flags(config_class)
+
+  def call(arguments):
+    if not flags.FLAGS["verbosity"].present:
+      # Orbax tells of every step of a save, and in 300 lines of what it raises as well.
+      logging.set_verbosity(logging.FATAL)
+    status = 0
+    try:
+      processes.join()
+      prepare()
+      console.quiet = not processes.is_writer()
+      if len(arguments) > 1:
+        raise UserError(f"Unexpected argument {arguments[1]!r}; every setting is a --flag=value.")
+      with troubles_told():
+        main(config_from_flags(config_class))
+    except UserError as error:
+      fail(str(error))
+      processes.leave(str(error))
+      status = 1
+    except Interrupted as stop:
+      console.print(str(stop), soft_wrap=True)
+      status = 130
+    except KeyboardInterrupt:  # Outside the loop, or a second Ctrl-C inside it.
+      console.print("Interrupted. The same command goes on from what was saved.")
+      sys.stdout.flush()
+      os._exit(130)  # An orderly exit crashes where XLA is compiling.
+    if processes.is_alone():
+      processes.leave_threads(status)
+    sys.exit(status)
+
+  app.run(call)

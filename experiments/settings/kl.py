@@ -1,0 +1,113 @@
+"""The KL penalty's settings: the same flags, with the same names, on every RL experiment."""
+
+import dataclasses
+from typing import ClassVar
+
+from experiments.settings.common import RunConfig, setting
+from klrl import ops
+from klrl.algorithm import objective
+from klrl.errors import UserError
+
+_ADAPTIVE = ("doubling", "proportional", "dual_ascent")
+_MULTIPLYING = ("doubling", "proportional")
+_SCHEDULED = ("linear", "cosine")
+PENALISED = ("reward", "loss", "both")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KLConfig(RunConfig):
+  """The fields of `objective.KLPenalty`, beta, the rule that moves it, and what a loss is over."""
+
+  # What only several steps on one rollout have a use for.
+  prefix_cap: ClassVar[float] = float("inf")
+  kl_refresh: ClassVar[str] = "iteration"
+  divergence: ClassVar[str] = "reverse"  # KL(pi || pi_ref); "forward" exchanges the two
+
+  beta: float = setting(
+    0.5,
+    "KL coefficient, reward per nat of sequence KL(pi || pi_ref)",
+    minimum=0.0,
+    read_when=("kl_placement", PENALISED),
+  )
+  kl_placement: str = setting("reward", "where the KL goes", choices=objective.PLACEMENTS)
+  kl_estimator: str = setting(
+    "k1",
+    "how the KL is estimated",
+    choices=objective.ESTIMATORS,
+    read_when=("kl_placement", PENALISED),
+  )
+  kl_correction: str = setting(
+    "none",
+    "importance weight of a loss term, for tokens of an older policy",
+    choices=objective.CORRECTIONS,
+    read_when=("kl_placement", PENALISED),
+  )
+  kl_credit: str = setting(
+    "sequence",
+    "whether a token answers for the KL of later ones",
+    choices=objective.CREDITS,
+    read_when=("kl_placement", PENALISED),
+  )
+  allow_biased_kl: bool = setting(
+    False, "run a penalty that is refused, with a warning", read_when=("kl_placement", PENALISED)
+  )
+  kl_every: int = setting(10, "iterations between exact KL measurements; 0: never", minimum=0)
+  loss_aggregation: str = setting(
+    "token_mean", "what a loss is divided by", choices=tuple(ops.AGGREGATIONS)
+  )
+  controller: str = setting(
+    "fixed",
+    "the rule that moves beta",
+    choices=("fixed", *_ADAPTIVE, *_SCHEDULED),
+    read_when=("kl_placement", PENALISED),
+  )
+  kl_target: float = setting(
+    6.0, "nats per sequence to steer to", minimum=1e-6, read_when=("controller", _ADAPTIVE)
+  )
+  kl_horizon: float = setting(
+    10_000.0,
+    "sequences over which the proportional rule acts",
+    minimum=1.0,
+    read_when=("controller", ("proportional",)),
+  )
+  kl_step_size: float = setting(
+    0.01, "step of dual ascent", minimum=0.0, read_when=("controller", ("dual_ascent",))
+  )
+  beta_min: float = setting(
+    1e-4,
+    "smallest beta of a rule that multiplies it, reward per nat; dual ascent may end at 0",
+    minimum=1e-9,
+    read_when=("controller", _MULTIPLYING),
+  )
+  beta_max: float = setting(
+    100.0,
+    "largest beta of an adaptive rule, reward per nat",
+    minimum=1e-9,
+    maximum=1e9,
+    read_when=("controller", _ADAPTIVE),
+  )
+  beta_final: float = setting(
+    0.0, "beta at the end of a schedule", minimum=0.0, read_when=("controller", _SCHEDULED)
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    objective.warnings_of(self)  # raises where the penalty is refused
+    if self.beta == 0 and self.controller in _MULTIPLYING:
+      raise UserError(f"--controller={self.controller} multiplies beta, and --beta=0 stays 0.")
+    lowest = self.beta_min if self.controller in _MULTIPLYING else 0.0
+    if self.controller in _ADAPTIVE and not lowest <= self.beta <= self.beta_max:
+      name, bound = ("min", "below") if self.beta < lowest else ("max", "above")
+      raise UserError(
+        f"--beta={self.beta} is {bound} --beta_{name}={getattr(self, f'beta_{name}')}, where "
+        f"--controller={self.controller} would keep it: give another --beta or --beta_{name}."
+      )
+
+  def check_horizon(self) -> None:
+    """Raises UserError where one step of the proportional rule could take all of beta, or more."""
+    if self.controller == "proportional" and self.kl_horizon <= self.batch_size / 5:
+      raise UserError(
+        f"--kl_horizon={self.kl_horizon:g}: the proportional rule multiplies beta by "
+        "1 - batch_size / kl_horizon / 5 where the KL is small, which must be positive. Write a "
+        f"--kl_horizon above {self.batch_size / 5:g}; 10000 is the published one."
+      )

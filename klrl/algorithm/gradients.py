@@ -1,0 +1,76 @@
+"""Gradients of a loss that is a weighted sum of means, of a batch whole or in parts.
+
+A loss function returns (weights, metrics): metrics are (sum, count) pairs by name, and the loss is
+the sum of `weights[name] * sum / count` over the names in `weights`. The counts follow from masks
+alone. So the parts of a batch add up to the gradient of the whole, however unevenly tokens fall on
+them; a mean of the parts' means would not.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from klrl.devices import parallel
+from klrl.ops import divide
+
+
+def scalar(loss_fn: Callable) -> Callable:
+  """Returns f(...) -> (loss, metrics), the scalar that what `loss_fn(...)` returns stands for."""
+
+  def f(*args, **coefficients):
+    weights, metrics = loss_fn(*args, **coefficients)
+    return _weighted_sum(weights, metrics), metrics
+
+  return f
+
+
+def _weighted_sum(weights, metrics):
+  return sum(weight * divide(*metrics[name]) for name, weight in weights.items())
+
+
+def gradients_of(loss_fn: Callable, params, batch, *, num_parts: int = 1):
+  """Returns (gradient of the loss with respect to `params`, metrics of the whole batch).
+
+  Args:
+    loss_fn: (params, batch) -> (weights, metrics).
+    params: any pytree.
+    batch: pytree of arrays with one row per example.
+    num_parts: parts that are computed one after the other; divides the number of rows. The memory
+      of activations is that of one part.
+  """
+
+  if num_parts == 1:
+    gradients, metrics = jax.grad(scalar(loss_fn), has_aux=True)(params, batch)
+    return gradients, _as_float32(metrics)
+
+  # Every num_parts-th row, so that the rows that a device holds are spread over all parts.
+  parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+  def counts_of(part):
+    weights, metrics = loss_fn(params, part)
+    return {name: metrics[name][1] for name in weights}
+
+  # Of this pass the compiler keeps the counts only.
+  counts = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(counts_of)(parts))
+
+  def total(params, part):
+    # A part that the devices do not divide would otherwise be computed whole by each of them.
+    weights, metrics = loss_fn(params, parallel.split_rows(part))
+    pairs = {name: (metrics[name][0], counts[name]) for name in weights}
+    return _weighted_sum(weights, pairs), metrics
+
+  def gradients_and_metrics(part):
+    gradients, metrics = jax.grad(total, has_aux=True)(params, part)
+    return gradients, _as_float32(metrics)
+
+  def add(sums, part):
+    return jax.tree.map(jnp.add, sums, gradients_and_metrics(part)), None
+
+  shapes = jax.eval_shape(gradients_and_metrics, jax.tree.map(lambda x: x[0], parts))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _as_float32(metrics):
+  return jax.tree.map(jnp.float32, metrics)

@@ -1,0 +1,212 @@
+"""What a KL penalty computes: its loss term, its part in the reward, and the advantages after it.
+
+Training and the ground truth of `oracle` call the same functions here; `surrogate` is their sum.
+Which gradient they have in expectation is `objective.audit`. All arrays are [..., T], nats per
+token, masks bool; real tokens come first.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from klrl import ops
+from klrl.algorithm.objective import KLPenalty
+
+
+class TokenTerms(NamedTuple):
+  """What a KL term may read of completions that the old policy drew."""
+
+  log_probs: jax.Array  # of pi; carries gradient
+  old_log_probs: jax.Array
+  ref_log_probs: jax.Array
+  mask: jax.Array
+  exact_kl: jax.Array | None = None  # KL(pi || pi_ref) at each prefix; carries gradient
+  old_exact_kl: jax.Array | None = None  # the old policy's
+
+
+# A weight above exp(60) is measured as that, so that what a cap takes away stays finite.
+MEASURED_LOG_WEIGHT = 60.0
+
+
+def _log_prefix_weight(penalty: KLPenalty, terms: TokenTerms):
+  """Returns [..., T] the log-ratio pi / old of the tokens before each, where it is a weight."""
+  log_ratio = ops.zero_padding(terms.log_probs - terms.old_log_probs, terms.mask)
+  if penalty.correction != "prefix":
+    return jnp.zeros_like(log_ratio)
+  # Shifted, rather than the sum less the token's own, whose two gradients would be inf - inf.
+  shifted = jnp.concatenate([jnp.zeros_like(log_ratio[..., :1]), log_ratio[..., :-1]], axis=-1)
+  before = jnp.cumsum(shifted, axis=-1)
+  return jax.lax.stop_gradient(before) if penalty.credit == "token" else before
+
+
+def _weighted_estimate(penalty: KLPenalty, terms: TokenTerms, log_cap):
+  """Returns [..., T] the estimate times its weight; the cap bounds the weight's value alone."""
+  log_weight = _log_prefix_weight(penalty, terms)
+  if penalty.estimator == "exact":
+    # The exact KL is summed over the choice at t already; a sampled one needs that ratio too.
+    capped = jnp.minimum(log_weight, log_cap)
+    log_weight += jax.lax.stop_gradient(capped - log_weight)
+    return ops.weighted(log_weight, ops.zero_padding(terms.exact_kl, terms.mask))
+  log_probs, old_log_probs, ref_log_probs = (ops.zero_padding(x, terms.mask) for x in terms[:3])
+  if penalty.correction == "none":
+    return ops.KL_ESTIMATORS[penalty.estimator](log_probs, ref_log_probs)
+  return ops.weighted_estimate(
+    penalty.estimator,
+    log_probs,
+    old_log_probs,
+    ref_log_probs,
+    log_prefix_weight=log_weight,
+    log_cap=log_cap,
+  )
+
+
+def kl_loss(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap=jnp.inf) -> jax.Array:
+  """Returns [..., T] the loss term of a penalty `in_loss`, per unit of beta; zero in the padding.
+
+  With credit `sequence` and correction `prefix`, differentiating the sum over a completion gives
+  an unbiased gradient of the sequence KL whichever policy drew it: the weight of a prefix, when
+  differentiated, credits every earlier token with the KL that follows. What gradient every other
+  choice has in expectation, `audit` says.
+
+  Args:
+    penalty: the choice.
+    terms: `log_probs` and `exact_kl` carry gradient.
+    prefix_cap: scalar, may be traced: largest weight of a prefix. Below inf it biases the gradient;
+      `prefix_cap_effect` says by how much.
+  """
+  is_prefix = penalty.correction == "prefix"
+  return _weighted_estimate(penalty, terms, jnp.log(prefix_cap) if is_prefix else jnp.inf)
+
+
+def prefix_cap_effect(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap):
+  """Returns ([..., T] 1 where the cap bites, [..., T] the KL it takes away, nats); no gradient.
+
+  A weight above exp(MEASURED_LOG_WEIGHT) counts as that, and a KL above 1e30 as that, so that a
+  figure that nothing is trained on is never what a finite run fails of.
+  """
+  terms, log_cap = jax.lax.stop_gradient(terms), jnp.log(prefix_cap)
+  log_weight = _log_prefix_weight(penalty, terms)
+  if penalty.estimator != "exact":
+    log_weight += ops.zero_padding(terms.log_probs - terms.old_log_probs, terms.mask)
+  bites = terms.mask & (log_weight > log_cap)
+  uncapped = _weighted_estimate(penalty, terms, jnp.maximum(log_cap, MEASURED_LOG_WEIGHT))
+  lost = uncapped - _weighted_estimate(penalty, terms, log_cap)
+  lost = jnp.nan_to_num(jnp.clip(lost, -1e30, 1e30), nan=1e30)  # NaN where both are infinite
+  return bites.astype(lost.dtype), jnp.where(bites, lost, 0.0)
+
+
+def reward_kl(penalty: KLPenalty, log_probs, ref_log_probs, exact_kl=None) -> jax.Array:
+  """Returns [..., T] the estimate that the penalty takes off the reward; no gradient.
+
+  Zero where it is not `in_reward`.
+
+  Args:
+    penalty: the choice.
+    log_probs: [..., T] of the old policy (--kl_refresh=iteration) or of pi (minibatch).
+    ref_log_probs: [..., T].
+    exact_kl: [..., T] of the same policy, where the penalty reads it.
+  """
+  if not penalty.in_reward:
+    return jnp.zeros_like(log_probs)
+  if penalty.estimator == "exact":
+    kl = exact_kl
+  elif penalty.placement == "both" and penalty.estimator == "k2":
+    kl = ops.k1(log_probs, ref_log_probs)  # k2's own value is biased; its loss term is not
+  else:
+    kl = ops.KL_ESTIMATORS[penalty.estimator](log_probs, ref_log_probs)
+  return jax.lax.stop_gradient(kl)
+
+
+def credits_later_kl(penalty: KLPenalty) -> bool:
+  """Returns whether the reward part leaves out a token's own KL, which the loss term has."""
+  return penalty.placement == "both" and penalty.estimator != "k3"
+
+
+def penalised_advantages(
+  penalty: KLPenalty, scores, kl, values, mask, *, beta, gamma, gae_lambda
+) -> tuple[jax.Array, jax.Array]:
+  """Returns (advantages, returns), [..., T] each, of scores less the penalty's reward part.
+
+  Args:
+    penalty: the choice.
+    scores: [...] one per completion.
+    kl: [..., T] what `reward_kl` returned.
+    values: [..., T] of the state before each token.
+    mask: [..., T] bool.
+    beta: scalar, reward per nat; may be traced, as gamma and gae_lambda.
+    gamma: discount per token.
+    gae_lambda: lambda of `ops.gae`.
+  """
+  kl = ops.zero_padding(kl, mask)
+  through_return = kl if penalty.credit == "sequence" else jnp.zeros_like(kl)
+  if credits_later_kl(penalty):
+    # The loss term has a token's own KL, the reward only what comes after it: shifted by one.
+    through_return = gamma * jnp.concatenate([kl[..., 1:], jnp.zeros_like(kl[..., :1])], axis=-1)
+  rewards = ops.shaped_rewards(scores, through_return, mask, beta=beta)
+  advantages, returns = ops.gae(rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda)
+  if penalty.credit == "token":
+    advantages = advantages - beta * kl
+  return advantages, returns
+
+
+def unclipped_policy_loss(terms: TokenTerms, advantages) -> jax.Array:
+  """Returns [..., T] `ops.clipped_policy_loss` with bounds that no ratio reaches."""
+  return ops.clipped_policy_loss(
+    terms.log_probs,
+    terms.old_log_probs,
+    advantages,
+    terms.mask,
+    clip_eps_low=1.0,
+    clip_eps_high=jnp.inf,
+  )
+
+
+def surrogate(
+  penalty: KLPenalty, *, kl_refresh: str = "iteration", prefix_cap=jnp.inf
+) -> Callable[[TokenTerms], jax.Array]:
+  """Returns f(terms) -> [..., T]: all that the penalty adds to the loss, per unit of beta.
+
+  Summed over a completion and averaged over completions of the old policy, its gradient is what
+  the learner descends with no clip, no baseline, gamma = gae_lambda = 1.
+  """
+
+  def f(terms: TokenTerms):
+    total = jnp.zeros_like(terms.log_probs)
+    if penalty.in_loss:
+      total = total + kl_loss(penalty, terms, prefix_cap=prefix_cap)
+    if penalty.in_reward:
+      advantages, _ = penalised_advantages(
+        penalty,
+        jnp.zeros(total.shape[:-1], total.dtype),
+        _reward_estimate(penalty, terms, kl_refresh),
+        jnp.zeros_like(total),
+        terms.mask,
+        beta=1.0,
+        gamma=1.0,
+        gae_lambda=1.0,
+      )
+      total = total + unclipped_policy_loss(terms, advantages)
+    return total
+
+  return f
+
+
+def estimate(
+  penalty: KLPenalty, *, kl_refresh: str = "iteration", prefix_cap=jnp.inf
+) -> Callable[[TokenTerms], jax.Array]:
+  """Returns f(terms) -> [..., T]: the value of KL(pi || pi_ref) that the penalty computes with."""
+
+  def f(terms: TokenTerms):
+    if penalty.placement == "loss":
+      return kl_loss(penalty, terms, prefix_cap=prefix_cap)
+    return ops.zero_padding(_reward_estimate(penalty, terms, kl_refresh), terms.mask)
+
+  return f
+
+
+def _reward_estimate(penalty, terms: TokenTerms, kl_refresh):
+  if kl_refresh == "iteration":
+    return reward_kl(penalty, terms.old_log_probs, terms.ref_log_probs, terms.old_exact_kl)
+  return reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl)

@@ -1,0 +1,295 @@
+"""What a run would cost its devices, which need not be there: its program is compiled and read.
+
+    shapes of models -> shapes of the state -> compile for a mesh -> memory, work, traffic, time
+
+No parameter is made, so a model of any size fits, and no weights have to be on the disk. The judge
+is two programs, one draw for each of its rows and what the models say of them; a run computes each
+a few times. Reward functions on the host are left out.
+"""
+
+import functools
+import json
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from klrl import inputs, judging, population, rlhf
+from klrl.cost import hlo
+from klrl.devices import parallel
+from klrl.errors import UserError
+from klrl.models import join, load_config, policy_model, scalar_model
+from klrl.run import progress
+from klrl.run.workdir import DRY_RUN, write_text
+
+
+class Chip(NamedTuple):
+  """What one device has, by its maker's figures."""
+
+  memory: float  # bytes
+  flops: float  # per second, bfloat16
+  bandwidth: float  # bytes per second, of the main memory
+  links: float  # bytes per second that leave over all links to other chips
+
+
+# cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, "key chip specifications". What they give for the
+# interconnect in GBps is both directions together, in Gbps one. A chip is one device to JAX.
+_GIB = 2**30
+CHIPS = {
+  "TPU v4": Chip(32 * _GIB, 275e12, 1228e9, 300e9),
+  "TPU v5 lite": Chip(16 * _GIB, 197e12, 819e9, 200e9),
+  "TPU v5": Chip(95 * _GIB, 459e12, 2765e9, 600e9),
+  "TPU v6 lite": Chip(32 * _GIB, 918e12, 1600e9, 400e9),
+}
+
+
+def _fresh_policy(path):
+  config = load_config(path)
+  return config, policy_model(config).init(jax.random.key(0))
+
+
+def _fresh_scalar(path):
+  config = load_config(path)
+  return config, scalar_model(config).init(jax.random.key(0))
+
+
+# Models as config.json describes them, without their weights.
+FROM_CONFIGS = inputs.Loaders(_fresh_policy, _fresh_scalar)
+
+
+def shapes_of_models(config, loaders: inputs.Loaders, **directories: str) -> inputs.Models:
+  """Returns `inputs.load_models` of the same arguments, with shapes in place of arrays.
+
+  What would be one array in two places is one shape in two places.
+  """
+  traced = whole = None
+
+  def load():
+    nonlocal traced, whole
+    traced = inputs.load_models(config, loaders=loaders, **directories)
+    arrays, whole = parallel.distinct(_arrays(traced))
+    return arrays
+
+  shapes = jax.eval_shape(load)
+  return traced._replace(**whole(shapes))
+
+
+def _arrays(models: inputs.Models) -> dict[str, Any]:
+  fields = ("policy_params", "base", "reference_params", "value_params", "reward_params")
+  return {name: getattr(models, name) for name in fields}
+
+
+def of_run(config, models: inputs.Models, task: inputs.Task) -> list[dict[str, Any]]:
+  """Returns what each program of a run would cost, as `_report` has it.
+
+  Args:
+    config: the experiment's; reads `mesh` and `topology`.
+    models: what `shapes_of_models` returned.
+    task: what `inputs.load_task` returned.
+  """
+  mesh = parallel.make_mesh(config.mesh, devices_of(config))
+  setup = _set_up(config, mesh, models, task)
+  state = _state(setup)
+  shardings = parallel.state_shardings(mesh, state)
+  return _reports(setup, state, shardings, functools.partial(rlhf.make_programs, setup, shardings))
+
+
+def of_members(
+  configs: list, models: inputs.Models, task: inputs.Task, *, mesh: str, members_per_batch: int
+) -> list[dict[str, Any]]:
+  """Returns what each program of a group of a sweep's members would cost; see `of_run`."""
+  config = configs[0]
+  mesh = parallel.sweep_mesh(mesh, len(configs), devices_of(config))
+  setup = _set_up(config, mesh, models, task)
+  num_places = parallel.places(mesh, len(configs), members_per_batch=members_per_batch)
+
+  def stack(leaf):
+    return jax.ShapeDtypeStruct((num_places, *leaf.shape), leaf.dtype)
+
+  diverged_at = jax.ShapeDtypeStruct((), jnp.int32)
+  state = jax.tree.map(stack, population.SweepState(_state(setup), diverged_at))
+  shardings = parallel.state_shardings(mesh, state, members=True)
+  make = functools.partial(
+    rlhf.make_programs,
+    setup,
+    shardings,
+    lift=functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch),
+    guard=population.guarded,
+  )
+  return _reports(setup, state, shardings, make)
+
+
+def devices_of(config) -> list | None:
+  """Returns the devices of `--topology`, None for those that are there."""
+  return parallel.topology_devices(config.topology) if config.topology else None
+
+
+def _set_up(config, mesh, models, task) -> rlhf.Setup:
+  parallel.check_batch_size(mesh, config.batch_size)
+  return rlhf.set_up(config, mesh, models, task)
+
+
+def _state(setup: rlhf.Setup):
+  """Returns the shapes of a run's state."""
+  arrays, whole = parallel.distinct(_arrays(setup.models))
+
+  def init(arrays):
+    return rlhf.init_state(setup._replace(models=setup.models._replace(**whole(arrays))))
+
+  return jax.eval_shape(init, arrays)
+
+
+def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
+  config, mesh, training = setup.config, setup.mesh, setup.task.training
+  whole, by_rows = parallel.replicated(mesh), parallel.by_rows(mesh)
+
+  def shape_of(array, sharding, *leading):
+    shape = (*leading, *array.shape[len(leading) :])
+    return jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding)
+
+  state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
+  frozen, _ = parallel.distinct(setup.frozen)
+  prompts = shape_of(training.tokens, whole), shape_of(training.mask, whole)
+  num_rows = config.oversampling * config.batch_size
+  rows = jax.ShapeDtypeStruct((num_rows,), jnp.int32, sharding=by_rows)
+  texts = jax.tree.map(lambda x: shape_of(x, by_rows, config.batch_size), setup.task.pretraining)
+  programs = make()
+  if "iterate" in programs:
+    report, _ = _report("iterate", programs["iterate"], mesh, state, frozen, *prompts, rows, texts)
+    return [report, *_judge_reports(setup)]
+  sampling, rollout = _report("rollout", programs["rollout"], mesh, state, frozen, *prompts, rows)
+  shape = rollout.finished.shape
+  by_rows = parallel.by_rows(mesh, members=len(shape) > 1)
+  scores = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_rows)
+  update, _ = _report("update", programs["update"], mesh, state, frozen, rollout, scores, texts)
+  return [sampling, update, *_judge_reports(setup)]
+
+
+def _judge_reports(setup) -> list[dict[str, Any]]:
+  """Returns what the programs of the judge would cost; of a sweep's, for one of the members."""
+  models, task, mesh = setup.models, setup.task, setup.mesh
+  tokenizer, horizon = models.tokenizer, task.max_completion_len
+  programs = judging.make_programs(mesh, models.policy, models.reference, tokenizer, horizon)
+  trained = parallel.put_once(mesh, {"policy": models.policy_params})
+  params = join(setup.frozen["base"], trained)["policy"]
+  shape = setup.config.num_eval_rows, task.held_out.tokens.shape[1]
+  prompts, mask = (
+    jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.replicated(mesh))
+    for dtype in (jnp.int32, jnp.bool_)
+  )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  temperature = setup.config.temperature
+  draw, rollout = _report(
+    "judge_draw", programs.sample, mesh, params, prompts, mask, key, temperature=temperature
+  )
+  reference = setup.frozen["reference"]
+  evaluate, _ = _report(
+    "judge_evaluate", programs.evaluate, mesh, params, reference, rollout, temperature=temperature
+  )
+  return [draw, evaluate]
+
+
+def _report(name: str, program, mesh, *arguments, **named) -> tuple[dict[str, Any], Any]:
+  """Returns (what `program` costs one device in one run, the shapes that it returns).
+
+  Bytes, floating-point operations and seconds. Time is that of a roofline: the work at the chip's
+  peak in bfloat16, its memory's traffic and what it sends, each at full rate and all at once, so
+  that nothing is faster.
+  """
+  began = time.monotonic()
+  try:
+    compiled = program.lower(*arguments, **named).compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    # The first lines say how much is used of how much, the others by what.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    raise UserError(
+      f"The program `{name}` does not fit on a device: {' '.join(lines[:2])} Use --lora_rank, "
+      "--remat, --accumulation, --dtype=bfloat16, a smaller --batch_size, or --mesh with more "
+      "devices on fsdp."
+    ) from error
+  seconds = time.monotonic() - began
+  memory = compiled.memory_analysis()
+  found = hlo.costs(compiled.as_text(), dict(mesh.shape))
+  used = {
+    "arguments": memory.argument_size_in_bytes,
+    "temporaries": memory.temp_size_in_bytes,
+    "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    "program": memory.generated_code_size_in_bytes,
+  }
+  kind = mesh.devices.flat[0].device_kind
+  chip = CHIPS.get(kind)
+  report = {
+    "program": name,
+    "device": kind,
+    "num_devices": mesh.size,
+    "mesh": dict(mesh.shape),
+    "compile_seconds": round(seconds, 1),
+    "memory": {**used, "total": sum(used.values()), "of": chip and chip.memory},
+    "flops": float(found.flops),
+    "bytes": float(found.bytes),
+    "collectives": [
+      {"kind": kind, "axes": axes, "bytes": float(sent)}
+      for (kind, axes), sent in sorted(found.collectives.items())
+    ],
+    "unknown_loops": found.unknown_loops,
+    "seconds": None,
+  }
+  if chip is not None:
+    parts = {
+      "compute": found.flops / chip.flops,
+      "memory": found.bytes / chip.bandwidth,
+      "interconnect": sum(found.collectives.values()) / chip.links,
+    }
+    report["seconds"] = {**parts, "at_least": max(parts.values())}
+  made = jax.eval_shape(program, *arguments, **named)
+  return report, jax.tree.map(
+    lambda x, sharding: x.update(sharding=sharding), made, compiled.output_shardings
+  )
+
+
+def show(reports: list[dict[str, Any]]) -> None:
+  """Prints what each program costs a device."""
+  for report in reports:
+    mesh = ", ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1)
+    table = Table(
+      title=f"{report['program']} on {report['num_devices']} x {report['device']}"
+      f" ({mesh or 'one device'}), each of them",
+      title_justify="left",
+      show_header=False,
+    )
+    table.add_column()
+    table.add_column(justify="right")
+    memory = report["memory"]
+    for name in ("arguments", "temporaries", "outputs", "program", "total"):
+      table.add_row(f"memory: {name}", f"{memory[name] / _GIB:.3f} GiB")
+    if memory["of"]:
+      share = memory["total"] / memory["of"]
+      table.add_row("memory: of the chip's", f"{share:.0%} of {memory['of'] / _GIB:.0f} GiB")
+    table.add_section()
+    table.add_row("products of matrices", f"{report['flops'] / 1e12:.4g} TFLOP")
+    table.add_row("main memory, read and written", f"{report['bytes'] / 1e9:.4g} GB")
+    for found in report["collectives"]:
+      sent = f"{found['bytes'] / 1e6:.4g} MB"
+      table.add_row(f"sent by {found['kind']} over {found['axes']}", sent)
+    if not report["collectives"]:
+      table.add_row("sent", "nothing")
+    if report["unknown_loops"]:
+      table.add_row("loops of unknown length, counted once", str(report["unknown_loops"]))
+    if report["seconds"]:
+      table.add_section()
+      for name in ("compute", "memory", "interconnect"):
+        table.add_row(f"time: {name}", f"{report['seconds'][name]:.4g} s")
+      table.add_row("time: at least", f"{report['seconds']['at_least']:.4g} s")
+    progress.console.print(table)
+
+
+def write(workdir: pathlib.Path, reports: list[dict[str, Any]]) -> None:
+  """Writes `dry_run.json`, which the run itself may find there."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_text(workdir / DRY_RUN, json.dumps(reports, indent=2) + "\n")
+  progress.console.print(f"Dry run: {workdir / DRY_RUN}", soft_wrap=True)

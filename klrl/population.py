@@ -1,0 +1,344 @@
+"""Many runs as one program: the training state gets a leading axis of members.
+
+A member is the run with the same flags: its own parameters, optimizer, controller, coefficients and
+key, under the same function. Prompts, the frozen reference and the reward model are shared. Members
+whose programs are the same (they differ in `TRACED` fields alone) run together as a group; a group
+in progress is one state with one checkpoint, and a finished member a folder like any run's.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from klrl import rlhf, schema
+from klrl.algorithm import learner
+from klrl.devices import parallel, processes
+from klrl.errors import UserError
+from klrl.figures import labels
+from klrl.inputs import Models, Task
+from klrl.report.frontier import frontier
+from klrl.run import loop, metrics, progress
+from klrl.run.summary import read_summary
+from klrl.run.workdir import create_workdir, write_text
+
+# Fields that are traced, so that members which differ in them share a program.
+TRACED = (*learner.Hypers._fields, "trust_region_beta", "seed")
+# Fields of TrainState that members do not begin with in common.
+_OWN = ("controller", "trust_region", "hypers", "key")
+
+_WATCHED = labels("score/mean", "gold/mean", "kl/ref_k1")
+_SHOWN = (
+  *(
+    (f"{key}_{which}", text)
+    for key, label in _WATCHED
+    for which, text in (("median", label), ("least", "from"), ("most", "to"))
+  ),
+  *labels("sweep/diverged"),
+)
+
+
+# What members.json holds: which members go on together, on how many places.
+_MEMBERS = {"members": schema.list_of(schema.text()), "places": schema.integer(1)}
+
+
+class Member(NamedTuple):
+  """One run of a sweep."""
+
+  name: str  # of its folder, e.g. "beta=0.1,seed=1"
+  values: dict[str, Any]  # of the swept fields, the seed among them
+  config: Any  # of the single run that it equals
+
+  def folder(self, workdir: pathlib.Path) -> pathlib.Path:
+    return workdir / "members" / self.name
+
+  def is_finished(self, workdir: pathlib.Path) -> bool:
+    return read_summary(self.folder(workdir)) is not None
+
+  def structure(self) -> dict[str, Any]:
+    """Returns the swept values that make another program."""
+    return {name: value for name, value in self.values.items() if name not in TRACED}
+
+
+class SweepState(NamedTuple):
+  """The states of all members of a group; leading axis M."""
+
+  run: learner.TrainState
+  diverged_at: jax.Array  # [M] int32, the iteration, from 1, that was not finite; 0: none was
+
+
+def run(
+  workdir: pathlib.Path,
+  members: list[Member],
+  load: Callable[[Any], tuple[Models, Task]],
+  *,
+  experiment: str,
+  mesh: str,
+  members_per_batch: int,
+  seed: int,
+) -> dict[str, Any]:
+  """Runs the members that have not finished, writes `frontier.json` and returns its content.
+
+  Args:
+    workdir: the sweep's folder; each member has one in `members`.
+    members: of distinct names.
+    load: load(config) -> what a run starts from; called once for each group.
+    experiment: what the members are runs of.
+    mesh: as `parallel.sweep_mesh` takes it.
+    members_per_batch: as `parallel.map_members` takes it.
+    seed: of the judge, the same for all members.
+  """
+  groups = group_members(workdir, members)
+  num_running = sum(map(len, groups))
+  progress.console.print(
+    f"{len(members)} members, {len(members) - num_running} of them finished before; "
+    f"{num_running} to run in {len(groups)} compiled program{'s' * (len(groups) != 1)}",
+  )
+  for i, group in enumerate(groups):
+    structure = ", ".join(f"{name}={value}" for name, value in group[0].structure().items())
+    if structure:
+      progress.console.print(f"Program {i + 1} of {len(groups)}: {structure}")
+    models, task = load(group[0].config)
+    _run_group(
+      workdir,
+      group,
+      models,
+      task,
+      experiment=experiment,
+      mesh=mesh,
+      members_per_batch=members_per_batch,
+      seed=seed,
+    )
+  found = processes.on_writer(frontier)(workdir, members)
+  write_text(workdir / "frontier.json", json.dumps(found, indent=2) + "\n")
+  return found
+
+
+@processes.on_writer
+def group_members(workdir: pathlib.Path, members: list[Member]) -> list[list[Member]]:
+  """Returns the members that have to run, those together that share a program.
+
+  Members that began together go on together, whatever the sweep has besides by now.
+  """
+  by_name = {member.name: member for member in members}
+  pending = {member.name: member for member in unfinished_of(workdir, members)}
+  groups = []
+  for path in sorted(workdir.glob("groups/*/members.json")):
+    names = _members_in(path)["members"]
+    if by_name.keys() >= set(names) and pending.keys() & set(names):
+      groups.append([by_name[name] for name in names])
+      pending = {name: member for name, member in pending.items() if name not in names}
+  by_structure: dict[str, list[Member]] = {}
+  for member in pending.values():
+    by_structure.setdefault(json.dumps(member.structure()), []).append(member)
+  return groups + list(by_structure.values())
+
+
+def unfinished_of(workdir: pathlib.Path, members: list[Member]) -> list[Member]:
+  """Returns the members that have no summary yet."""
+  return [member for member in members if not member.is_finished(workdir)]
+
+
+def _run_group(
+  workdir, members, models, task, *, experiment, mesh, members_per_batch, seed
+) -> None:
+  """Trains `members` together and writes the folder of each that has not finished."""
+  config = members[0].config
+  announced = rlhf.announce(config)
+  names = [member.name for member in members]
+  hashed = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
+  group_dir = workdir / "groups" / hashed
+  begun = processes.on_writer(_places_of)(group_dir)
+  # The state that is saved has as many places; there may be other devices now.
+  mesh_of = parallel.mesh_of_places if begun else parallel.sweep_mesh
+  mesh = mesh_of(mesh, begun or len(members))
+  num_places = parallel.places(mesh, begun or len(members), members_per_batch=members_per_batch)
+  if begun not in (None, num_places):
+    raise UserError(
+      f"{group_dir} began with {begun} places for members, and these devices have {num_places}. "
+      "Go on with as many devices as it began with; JAX_NUM_CPU_DEVICES is how many a processor is."
+    )
+  setup = rlhf.set_up(config, mesh, models, task)
+  if num_places > len(members):
+    progress.console.print(
+      f"{num_places - len(members)} of {num_places} places on the devices stay without a member."
+    )
+  # An empty place repeats the last member; nobody reads it.
+  configs = [member.config for member in members]
+  configs += configs[-1:] * (num_places - len(members))
+  state, shardings = init_state(setup, configs)
+  start, state = loop.restore_or_init(group_dir, state, keep=config.keep)
+
+  @functools.cache
+  def judge_at(temperature):
+    """Returns (judge, judgement of the start): the same noise whatever a member's seed."""
+    own = dataclasses.replace(config, seed=seed, temperature=temperature)
+    judge = rlhf.make_judge_fn(setup._replace(config=own))
+    return judge, rlhf.judge_start(setup, judge, start)
+
+  for member in members:
+    judge_at(member.config.temperature)
+  group_dir.mkdir(parents=True, exist_ok=True)
+  write_text(group_dir / "members.json", json.dumps({"members": names, "places": num_places}))
+  unfinished = processes.on_writer(unfinished_of)(workdir, members)
+  for member in unfinished:
+    create_workdir(member.folder(workdir), experiment, member.config)
+  lift = functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch)
+  step = rlhf.make_step_fn(setup, shardings, lift=lift, guard=guarded)
+  folders = [member.folder(workdir) for member in members]
+  step = _recording(step, folders, start)
+  iterations = loop.run(step, state, start=start, workdir=group_dir, **config.loop_settings())
+  state = progress.watch(
+    iterations,
+    state,
+    title=f"{len(members)} members",
+    start=start,
+    total=config.num_iterations,
+    keys=_SHOWN,
+  )
+  params_of = make_params_fn(mesh, state.run.params)
+  diverged_at = parallel.fetch(state.diverged_at).tolist()
+  for i, member in enumerate(members):
+    if member not in unfinished:
+      continue
+    judge, before = judge_at(member.config.temperature)
+    params = params_of(state.run.params, i)
+    figures = announced | {
+      "diverged_at": diverged_at[i] or None,
+      "num_members": len(members),  # whose time `wall_seconds` is
+    }
+    if diverged_at[i]:
+      progress.warn(
+        f"{member.name} was not finite at iteration {diverged_at[i]}; it stays as it was before."
+      )
+    if processes.is_writer() and (group_dir / "timing.jsonl").exists():
+      shutil.copy(group_dir / "timing.jsonl", member.folder(workdir))
+    after = judge(params, when="after")
+    # What diverged may have ended where a forward pass is not finite, though its parameters are.
+    known = {name: x if x is None or np.isfinite(x) else None for name, x in after.figures.items()}
+    rlhf.write_results(
+      member.folder(workdir),
+      setup._replace(config=member.config),
+      params,
+      before,
+      after._replace(figures=known),
+      figures,
+    )
+  processes.on_writer((group_dir / "members.json").unlink)()
+  processes.on_writer(shutil.rmtree)(group_dir / "checkpoints")
+
+
+def init_state(setup: rlhf.Setup, configs: list) -> tuple[SweepState, SweepState]:
+  """Returns (what the runs of `configs` start with, on the devices, its shardings)."""
+  runs = [learner.init_state(config, {}, jax.random.key(config.seed)) for config in configs]
+  own = {
+    name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(getattr(run, name) for run in runs))
+    for name in _OWN
+  }
+  common = rlhf.init_state(setup)._replace(**dict.fromkeys(_OWN))
+
+  def build(common, own):
+    shared = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(configs), *x.shape)), common)
+    return SweepState(shared._replace(**own), jnp.zeros(len(configs), jnp.int32))
+
+  shapes = jax.eval_shape(build, common, own)
+  shardings = parallel.state_shardings(setup.mesh, shapes, members=True)
+  return jax.jit(build, out_shardings=shardings)(common, own), shardings
+
+
+def _places_of(group_dir: pathlib.Path) -> int | None:
+  path = group_dir / "members.json"
+  return _members_in(path)["places"] if path.exists() else None
+
+
+def _members_in(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return schema.check(schema.read(path), _MEMBERS, path, required=_MEMBERS)
+  except UserError as error:
+    raise UserError(
+      f"{error} Remove {path.parent}: its members begin anew, those that have finished stay."
+    ) from error
+
+
+def make_params_fn(mesh: jax.sharding.Mesh, params) -> Callable:
+  """Returns params_of(params of all members, i) -> those of member i, on every device of `sweep`.
+
+  To take a slice would send all members to all devices. The largest number of one, and of minus
+  infinity for all others, is sent as one.
+  """
+
+  def own(x, i):
+    is_own = (jnp.arange(len(x)) == i).reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.where(is_own, x, -jnp.inf).max(axis=0)
+
+  def params_of(params, i):
+    return jax.tree.map(lambda x: own(x, i), params)
+
+  one = jax.eval_shape(params_of, params, 0)
+  return jax.jit(params_of, out_shardings=parallel.state_shardings(mesh, one))
+
+
+def guarded(fn: Callable) -> Callable:
+  """Returns fn(run, ...) -> (run, found) as a function of one member's `SweepState`.
+
+  Where parameters or what is found are not finite the run stays as it was, then and ever after.
+  """
+
+  @functools.wraps(fn)
+  def step(state: SweepState, *arguments):
+    run, found = fn(state.run, *arguments)
+    found = jax.tree.map(jnp.asarray, found)
+    finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(run.params)]).all()
+    # Some hundred scalars: looked at one by one they take XLA two seconds more to compile.
+    finite &= jnp.isfinite(ravel_pytree(found)[0]).all()
+    diverged_at = jnp.where(
+      finite | (state.diverged_at > 0), state.diverged_at, state.run.iteration + 1
+    )
+    run = jax.tree.map(lambda new, old: jnp.where(diverged_at > 0, old, new), run, state.run)
+    return SweepState(run, diverged_at), found
+
+  return step
+
+
+def _recording(step: Callable, folders: list[pathlib.Path], start: int) -> Callable:
+  """Returns `step` that appends to every member's `metrics.jsonl`, and whose metrics are of all.
+
+  What a diverged member measures is null. Of the watched figures the median, the least and the most
+  over the others come back as pairs.
+  """
+  for folder in folders:
+    metrics.truncate(folder / "metrics.jsonl", start)
+
+  def recording(state, iteration):
+    state, pairs = step(state, iteration)
+    pairs, diverged_at = parallel.fetch((pairs, state.diverged_at))
+    pairs = jax.tree.map(lambda x: np.broadcast_to(x, diverged_at.shape), pairs)
+    each = []
+    for i, folder in enumerate(folders):
+      figures = metrics.finalise({name: (s[i], n[i]) for name, (s, n) in pairs.items()})
+      each.append(dict.fromkeys(figures) if diverged_at[i] else figures)
+      metrics.append_line(folder / "metrics.jsonl", {"iteration": iteration, **each[i]})
+    return state, _over_members(each, int((diverged_at[: len(folders)] > 0).sum()))
+
+  return recording
+
+
+def _over_members(each: list[dict[str, float | None]], num_diverged: int) -> dict:
+  found = {"sweep/diverged": (num_diverged, 1)}
+  tokens = [figures["rollout/tokens"] or 0.0 for figures in each]
+  found["rollout/tokens"] = (sum(tokens), 1)
+  for key, _ in _WATCHED:
+    values = [figures[key] for figures in each if figures.get(key) is not None]
+    if values:
+      for which, reduce in (("median", np.median), ("least", min), ("most", max)):
+        found[f"{key}_{which}"] = (reduce(values), 1)
+  return found

@@ -1,0 +1,186 @@
+"""The pictures of a sweep's page: the frontier, and curves over training.
+
+A setting is what the members that differ in the seed alone have in common. The first swept field
+has the colours; settings that differ in another alone share one.
+"""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from klrl.report.page import Html, element
+from klrl.report.plots import INK, SERIES, bare, picture, stretches
+
+# What a curve beside the members is: colour, style, and the same for the legend.
+BEST_OF_N = SERIES[2], "--", "border-top: 2px dashed var(--third)"
+OPTIMUM = SERIES[2], "-", "border-top: 2px solid var(--third)"
+_MAX_STRETCHES = 40
+_CLOSE = 0.09  # of the axes: a label as near to another one is left to the legend
+
+
+class Setting(NamedTuple):
+  """The members of one setting, seeds apart."""
+
+  name: str  # e.g. "β = 0.1"
+  label: str  # e.g. "0.1"
+  rank: float  # 0 to 1 in the order of the swept values
+  records: list[dict]  # of frontier.json, those that stayed finite
+  diverged: list[dict]
+
+  def each(self, name: str) -> np.ndarray:
+    """Returns [seeds], a figure of the members; NaN where it was not measured."""
+    return np.array([np.nan if r.get(name) is None else r[name] for r in self.records], float)
+
+  @property
+  def colour(self) -> str:
+    """What the page shows: from the second to the first colour of its series."""
+    return f"color-mix(in oklch, var(--first) {100 * self.rank:.0f}%, var(--second))"
+
+  @property
+  def drawn(self) -> str:
+    """What is drawn in place of `colour`."""
+    return f"#0102{round(100 * self.rank):02x}"
+
+
+def legend(settings: list[Setting], others=()) -> Html:
+  """Returns the names of settings beside their colours, and others with the style of their line."""
+  dot = "width: .6rem; height: .6rem; border: 0; border-radius: 50%; vertical-align: 0; background:"
+  names = [
+    element("span", element("i", style=f"{dot} {setting.colour}"), setting.name)
+    for setting in settings
+  ]
+  names += [element("span", element("i", style=style), name) for name, style in others]
+  return element("div", *names, class_="legend", style="margin: .75rem 0")
+
+
+def _coloured(svg: str, settings: list[Setting]) -> str:
+  for setting in settings:
+    svg = re.sub(setting.drawn, setting.colour, svg)
+  return svg
+
+
+def frontier(
+  settings: list[Setting],
+  before: dict,
+  name: str,
+  x_name: str,
+  *,
+  root: bool,
+  line: bool,
+  lines: list[tuple[dict, tuple]],
+) -> str:
+  """Returns the picture of a figure against the KL, its square root or another figure.
+
+  Args:
+    settings: of which every member is a point.
+    before: the figures of the untrained policy.
+    name: of the figure.
+    x_name: of that along the axis.
+    root: whether the axis is the square root.
+    line: whether the means over seeds are joined, in the order of the settings.
+    lines: ({"kl", name}, colour and style) of what is drawn besides.
+  """
+
+  def place(x):
+    return np.sqrt(np.maximum(x, 0.0)) if root else np.asarray(x, float)
+
+  points = [(place(setting.each(x_name)), setting.each(name)) for setting in settings]
+  start = place(before[x_name])
+  least, most = (reduce([start, *(reduce(x) for x, _ in points)]) for reduce in (np.min, np.max))
+  least, most = least - 0.02 * (most - least), most + 0.06 * (most - least)
+
+  def draw(figure):
+    axes = figure.add_axes((0.09, 0.1, 0.9, 0.86))
+    for curve, (colour, style, _) in lines:
+      x, y = _until(most, place(curve["kl"]), np.asarray(curve[name], float))
+      axes.plot(x, y, style, color=colour, linewidth=1.3)
+    means = [(x.mean(), y.mean()) for x, y in points]
+    if line:
+      axes.plot(*zip(*means, strict=True), color=INK, alpha=0.4, linewidth=0.9)
+    for setting, (x, y) in zip(settings, points, strict=True):
+      _draw_members(axes, setting, x, y)
+    axes.plot(
+      start, before[name], "o", color=INK, markersize=5.5, fillstyle="none", markeredgewidth=1.2
+    )
+    axes.set_xlim(least, most)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    bare(axes)
+    _write_labels(axes, means, [setting.label for setting in settings])
+
+  return _coloured(picture(draw, width=4.6, height=2.9), settings)
+
+
+def _until(end: float, x, y):
+  """Returns the part of a curve up to `end`, to which it is interpolated."""
+  order = np.argsort(x)
+  x, y = x[order], y[order]
+  if x[-1] <= end:
+    return x, y
+  inside = x < end
+  return np.append(x[inside], end), np.append(y[inside], np.interp(end, x, y))
+
+
+def _draw_members(axes, setting: Setting, x, y) -> None:
+  """Draws a dot for each seed, their mean as a cross, and a box from the least to the most."""
+  colour = setting.drawn
+  axes.fill_between([x.min(), x.max()], y.min(), y.max(), color=colour, alpha=0.13, linewidth=0)
+  axes.plot(x, y, "o", color=colour, markersize=6, markeredgewidth=0, alpha=0.85)
+  if len(x) > 1:
+    axes.plot(x.mean(), y.mean(), "+", color=colour, markersize=8, markeredgewidth=1.4)
+
+
+def _write_labels(axes, points, texts: list[str]) -> None:
+  written: list[np.ndarray] = []
+  for (x, y), text in zip(points, texts, strict=True):
+    at = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
+    if all(np.abs(at - other).max() > _CLOSE for other in written):
+      written.append(at)
+      side = -1 if at[0] > 0.9 else 1
+      axes.annotate(
+        text, (x, y), xytext=(6 * side, -9), textcoords="offset points", fontsize=8, color=INK,
+        ha="left" if side > 0 else "right",
+      )  # fmt: skip
+
+
+def curves(settings: list[Setting], series: dict[str, list[dict]], name: str) -> str | None:
+  """Returns the picture of a figure over the iterations; None where no setting has it.
+
+  A line is the mean over seeds, a band from their least to their most, of at most 40 stretches.
+
+  Args:
+    settings: each a line.
+    series: of each member by name, the objects of metrics.jsonl.
+    name: of the figure.
+  """
+  lines = []
+  for setting in settings:
+    rows = [series[record["name"]] for record in setting.records]
+    values = [_values(row, name) for row in rows]
+    if not values or not all(np.isfinite(y).any() for y in values):
+      continue
+    x = np.arange(min(map(len, values)), dtype=float)
+    limit = min(_MAX_STRETCHES, len(x))
+    found = [stretches(x, y[: len(x)], limit)[:2] for y in values]
+    y = np.stack([y for _, y in found])
+    seen = np.isfinite(y).all(axis=0)
+    lines.append((setting, found[0][0][seen], y[:, seen]))
+  if not lines:
+    return None
+
+  def draw(figure):
+    axes = figure.add_axes((0.115, 0.11, 0.87, 0.85))
+    for setting, x, y in lines:
+      axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=setting.drawn, alpha=0.13, lw=0)
+      axes.plot(x, y.mean(axis=0), color=setting.drawn, linewidth=1.3)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    bare(axes)
+
+  return _coloured(picture(draw, width=3.4, height=2.2), settings)
+
+
+def _values(rows: list[dict], name: str) -> np.ndarray:
+  return np.array([np.nan if row.get(name) is None else row[name] for row in rows], float)

@@ -1,0 +1,124 @@
+"""What a run was made from, by content: edited prompts, rewards, tokenizers or weights are noticed.
+
+`inputs.json` in a run's folder holds, for each path that its flags name, digests of the files
+there. What a reward's file imports is not looked at.
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable
+
+from klrl import schema
+from klrl.errors import UserError
+from klrl.models.directory import model_dir
+from klrl.run import progress
+
+FILE = "inputs.json"
+# Fields of a config that name a file or a model's directory.
+_FIELDS = ("policy", "reference", "reward_model", "value_model", "teacher")
+_FIELDS += ("prompts", "data", "pretrain_data")
+_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt")  # of a model's files
+_RULES = {
+  "files": schema.object_of(schema.object_of(schema.text(64))),
+  "accepted": schema.list_of(schema.text()),
+}
+
+
+def paths_of(config) -> list[str]:
+  """Returns the paths of the inputs that the fields of `config` name."""
+  named = [getattr(config, name, "") for name in _FIELDS]
+  for item in getattr(config, "reward", "").split(","):
+    source = item.rpartition("*")[2].strip().rpartition(":")[0]
+    named.append(source if source.endswith(".py") else "")
+  return sorted({path for path in named if path and pathlib.Path(path).exists()})
+
+
+def digests(paths: Iterable[str]) -> dict[str, dict[str, str]]:
+  """Returns {path: {file's name: digest of its bytes}}, in a directory of the model's files."""
+  files = {path: _files(pathlib.Path(path)) for path in paths}
+  every = [file for some in files.values() for file in some]
+  with concurrent.futures.ThreadPoolExecutor() as pool:  # A disk is faster than one hash.
+    found = dict(zip(every, pool.map(_digest, every), strict=True))
+  return {path: {file.name: found[file] for file in some} for path, some in files.items()}
+
+
+def differing(recorded: dict, present: dict) -> list[str]:
+  """Returns the files that are not the same in both, of the paths that are in both."""
+  return [
+    path if file == pathlib.Path(path).name else f"{path}/{file}"
+    for path in sorted(recorded.keys() & present.keys())
+    for file in sorted(recorded[path].keys() | present[path].keys())
+    if recorded[path].get(file) != present[path].get(file)
+  ]
+
+
+def read(directory: pathlib.Path) -> dict:
+  """Returns {"files": digests, "accepted": texts} of the run in `directory`.
+
+  Raises:
+    UserError: its file is damaged.
+  """
+  path = directory / FILE
+  if not path.exists():
+    return {"files": {}, "accepted": []}
+  try:
+    return schema.check(schema.read(path), _RULES, path, required=_RULES)
+  except UserError as error:
+    raise UserError(
+      f"{error} Put it back from a copy, or move it away: then edited inputs go unnoticed."
+    ) from error
+
+
+def check(directory: pathlib.Path, *, accept: bool) -> list[str]:
+  """Returns which inputs of the run in `directory` are other ones than it was begun with.
+
+  An input that is missing now is reported where it is loaded.
+
+  Raises:
+    UserError: there are some, and `accept` is false.
+  """
+  recorded = read(directory)["files"]
+  changed = differing(recorded, digests(path for path in recorded if pathlib.Path(path).exists()))
+  if changed:
+    are = "are not what they were" if len(changed) > 1 else "is not what it was"
+    text = f"{', '.join(changed)} {are} when the run in {directory} began."
+    if not accept:
+      raise UserError(
+        f"{text} Its figures are of the old content. Put that back, choose another --workdir to "
+        "begin anew, or go on all the same with --accept_changed_inputs."
+      )
+    progress.warn(f"{text} It is accepted.")
+  return changed
+
+
+def record(directory: pathlib.Path, paths: Iterable[str], *, changed: list[str]) -> str:
+  """Returns what `inputs.json` is to hold now: what was read, and what was `changed` meanwhile."""
+  before = read(directory)
+  accepted = before["accepted"] + [
+    f"{file} was changed after the run had begun" for file in changed
+  ]
+  return json.dumps({"files": before["files"] | digests(paths), "accepted": accepted}, indent=1)
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+  if not path.is_dir():
+    return [path]
+  try:
+    inside = model_dir(path)
+  except UserError:  # It is refused where it is loaded.
+    inside = path
+  return [file for file in sorted(inside.iterdir()) if file.suffix in _SUFFIXES and file.is_file()]
+
+
+def _digest(path: pathlib.Path) -> str:
+  seen = path.stat()
+  return _digest_of(path.absolute(), seen.st_size, seen.st_mtime_ns, seen.st_ino)
+
+
+@functools.cache  # Many members of a sweep have the same inputs.
+def _digest_of(path: pathlib.Path, *_) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

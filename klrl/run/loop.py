@@ -1,0 +1,238 @@
+"""The loop that every experiment runs: step, check, record, save.
+
+It knows nothing of flags, of mathematics or of how progress is shown: it is a generator, and
+whoever iterates decides what to print.
+"""
+
+import contextlib
+import functools
+import os
+import pathlib
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from klrl.devices import parallel, processes
+from klrl.errors import UserError, troubles_told
+from klrl.run import checkpoint, metrics, progress
+from klrl.run.checkpoint import Checkpoints
+
+_PROFILED_ITERATIONS = 3
+
+
+class Interrupted(Exception):
+  """The run was asked to stop; everything up to here is saved."""
+
+
+def restore_or_init(workdir: pathlib.Path, state, *, keep: int):
+  """Returns (iterations done, state): the newest whole checkpoint of `workdir`, or 0 and `state`.
+
+  A damaged one is named and set aside, and the one before is taken.
+
+  Raises:
+    UserError: all are damaged, of the `keep` that the run keeps; or one is of another model.
+  """
+  directory = workdir / "checkpoints"
+  damages = {}
+  for done in processes.on_writer(checkpoint.saved_iterations)(directory):
+    try:
+      restored = checkpoint.restore(directory, done, state)
+    except checkpoint.Damaged as damage:
+      damages[done] = f"The checkpoint after iteration {done} in {directory} is damaged: {damage}."
+    else:
+      for number, text in damages.items():
+        progress.warn(f"{text} It is now {checkpoint.set_aside(directory, number).name}.")
+      if damages:
+        progress.warn(f"The run goes on from the checkpoint before, after iteration {done}.")
+      return done, restored
+  if damages:
+    raise UserError(
+      f"{' '.join(damages.values())} No other is left (--keep={keep}). Put one back from a copy, "
+      f"or move {directory} away to begin anew."
+    )
+  return 0, state
+
+
+_running: weakref.WeakSet[Iterator] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+  for iterations in list(_running):
+    if not iterations.gi_running:
+      iterations.close()
+
+
+# What is saved in the background needs thread pools, and the interpreter ends them before it calls
+# what `atexit` knows: the save of whoever leaves a run half way through would be lost.
+threading._register_atexit(_close_all)
+
+
+def _closed_at_exit(generator_fn):
+  """Returns `generator_fn`, whose generators are closed before the program ends."""
+
+  @functools.wraps(generator_fn)
+  def begin(*arguments, **named):
+    iterations = generator_fn(*arguments, **named)
+    _running.add(iterations)
+    return iterations
+
+  return begin
+
+
+@_closed_at_exit
+def run(
+  step: Callable[[Any, int], tuple[Any, dict]],
+  state,
+  *,
+  start: int,
+  num_iterations: int,
+  workdir: pathlib.Path,
+  save_every: int,
+  keep: int,
+  profile: bool = False,
+  tensorboard: bool = False,
+) -> Iterator[tuple[int, Any, dict[str, float | None]]]:
+  """Yields (iterations done, state, figures) after each iteration.
+
+  Writes `metrics.jsonl` (figures, the same for the same seed), `timing.jsonl` and `checkpoints/`.
+  A state is saved only after its figures were read and found finite.
+
+  Args:
+    step: (state, iteration) -> (state, metrics as (sum, count) pairs); may donate the state.
+    state: pytree of arrays; what `restore_or_init` returned.
+    start: iterations done already.
+    num_iterations: where to end.
+    workdir: the run's folder.
+    save_every: iterations between checkpoints; the last one is always saved.
+    keep: how many checkpoints stay.
+    profile: whether to write a trace of a few iterations to `workdir/profile`.
+    tensorboard: whether to write event files to `workdir/tensorboard`.
+
+  Raises:
+    Interrupted: after SIGINT or SIGTERM, between two iterations, with the state saved.
+    UserError: a figure is NaN or infinite; it is named, and the last checkpoint stays. Or the step
+      failed, and what was done before is saved; or the disk or the memory is full.
+  """
+  workdir = workdir.absolute()  # A reward may go to another folder.
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(troubles_told())
+    if not start and processes.on_writer(metrics.read_lines)(workdir / "metrics.jsonl"):
+      progress.warn(f"{workdir} has figures of iterations, but no checkpoint: the run begins anew.")
+    for name in ("metrics.jsonl", "timing.jsonl"):
+      metrics.truncate(workdir / name, start)
+    past = processes.on_writer(metrics.read_lines)(workdir / "timing.jsonl")
+    elapsed = past[-1].get("elapsed_seconds", 0.0) if past else 0.0
+    checkpoints = stack.enter_context(
+      contextlib.closing(Checkpoints(workdir / "checkpoints", keep=keep))
+    )
+    events = (
+      tensorboard
+      and processes.is_writer()
+      and stack.enter_context(contextlib.closing(metrics.TensorBoard(workdir / "tensorboard")))
+    )
+    asked_to_stop = stack.enter_context(_deferred_signals())
+    for iteration in range(start, num_iterations):
+      # The first iteration compiles, so the trace starts with the second.
+      if profile and iteration == start + 1:
+        jax.profiler.start_trace(str(workdir / "profile"))
+      began = time.monotonic()
+      try:
+        state, pairs = step(state, iteration)
+      except Exception as error:
+        # What fails in one process alone would leave it waiting for the others.
+        is_common = isinstance(error, UserError) or processes.is_alone()
+        saved = _save_if_whole(iteration, state, checkpoints) if is_common else ""
+        if isinstance(error, UserError):
+          raise UserError(f"Iteration {iteration + 1}: {error}{saved}") from error
+        raise
+      figures = metrics.finalise(parallel.fetch(pairs))
+      seconds = time.monotonic() - began
+      elapsed += seconds
+      num_tokens = figures.get("rollout/tokens")
+      last_profiled = min(start + _PROFILED_ITERATIONS, num_iterations - 1)
+      if profile and start < iteration == last_profiled:
+        jax.profiler.stop_trace()
+      _check_finite(figures, iteration, checkpoints.latest(), workdir)
+      metrics.append_line(workdir / "metrics.jsonl", {"iteration": iteration, **figures})
+      metrics.append_line(
+        workdir / "timing.jsonl",
+        {
+          "iteration": iteration,
+          "seconds": round(seconds, 6),
+          "tokens_per_second": num_tokens and round(num_tokens / seconds, 1),
+          "elapsed_seconds": round(elapsed, 6),
+        },
+      )
+      if events:
+        events.write(iteration, figures)
+      done = iteration + 1
+      # Read once: what is said to be saved was saved. A signal may come to one process alone.
+      stop = processes.anywhere(bool(asked_to_stop))
+      if stop or done == num_iterations or done % save_every == 0:
+        checkpoints.save(done, state)
+      try:
+        yield done, state, figures
+      except GeneratorExit:  # Whoever iterates failed, or has seen enough.
+        if processes.is_alone():
+          _save_if_whole(done, state, checkpoints)
+        raise
+      if stop:
+        raise Interrupted(
+          f"Stopped after iteration {done} of {num_iterations}, saved in {workdir}. "
+          "Run the same command again to go on."
+        )
+    if processes.anywhere(bool(asked_to_stop)):  # After the last look, with everything saved.
+      raise Interrupted(f"Stopped after the last iteration, saved in {workdir}.")
+
+
+def _save_if_whole(iteration: int, state, checkpoints: Checkpoints) -> str:
+  """Saves the state after `iteration` if it is not used up; returns what there is to go on from."""
+  deleted = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+  if iteration and not processes.anywhere(deleted):
+    checkpoints.save(iteration, state)
+  saved = checkpoints.latest()
+  return f" The state after iteration {saved} is saved; the same command goes on." if saved else ""
+
+
+def _check_finite(figures, iteration: int, saved: int | None, workdir: pathlib.Path) -> None:
+  bad = metrics.first_not_finite(figures)
+  if bad is not None:
+    kept = f"The checkpoint after iteration {saved} is kept" if saved else "Nothing was saved yet"
+    raise UserError(
+      f"Iteration {iteration + 1}: {bad} is {figures[bad]}. {kept} in {workdir}. "
+      "Try a lower --learning_rate or --max_grad_norm; for score/mean look at the reward."
+    )
+
+
+@contextlib.contextmanager
+def _deferred_signals():
+  """Yields a list that is empty until SIGINT or SIGTERM arrives.
+
+  A state that is donated to a running iteration cannot be saved, so the first signal waits for the
+  iteration to end; a second one kills as usual.
+  """
+  received: list[int] = []
+  previous = {}
+
+  def note(number, frame):
+    del frame
+    received.append(number)
+    signal.signal(number, previous[number])
+    # Not by the console, which may be at work where the signal arrives.
+    os.write(2, b"\nStopping after this iteration, which is saved. Once more stops at once.\n")
+
+  try:
+    for number in (signal.SIGINT, signal.SIGTERM):
+      previous[number] = signal.signal(number, note)
+  except ValueError:  # Not the main thread: signals are somebody else's business.
+    previous.clear()
+  try:
+    yield received
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)

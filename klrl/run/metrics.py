@@ -1,0 +1,124 @@
+"""Figures of a run: (sum, count) pairs on the device, JSON lines on disk.
+
+A metric is a pair (sum, count) until `finalise` divides it on the host, so that micro-batches,
+padding and early stops weigh as they should. A count of zero means "not measured" and becomes null.
+Keys are `group/name`.
+"""
+
+import json
+import math
+import os
+import pathlib
+
+from klrl import schema
+from klrl.devices import processes
+from klrl.errors import UserError
+from klrl.run import progress
+
+# What is read of a line again.
+_RECORD = {
+  "iteration": schema.integer(0),
+  "elapsed_seconds": schema.number(0),
+  "tokens_per_second": schema.optional(schema.number(0)),
+}
+
+
+def finalise(pairs) -> dict[str, float | None]:
+  """Returns sum / count of each (sum, count) pair as Python floats; None where the count is 0."""
+  return {
+    name: float(total) / float(count) if float(count) else None
+    for name, (total, count) in sorted(pairs.items())
+  }
+
+
+def first_not_finite(figures: dict[str, float | None]) -> str | None:
+  """Returns the name of the first figure that is NaN or infinite, causes before consequences."""
+  # A bad score makes a bad loss, which makes a bad gradient: name the cause.
+  order = ("score", "rollout", "kl", "value", "policy", "loss", "gradient")
+  rank = {group: position for position, group in enumerate(order)}
+  bad = [name for name, x in figures.items() if x is not None and not math.isfinite(x)]
+  return min(bad, key=lambda name: (rank.get(name.split("/")[0], len(order)), name), default=None)
+
+
+def append_line(path: pathlib.Path, record: dict) -> None:
+  """Appends one JSON object as a line."""
+  if processes.is_writer():
+    with path.open("a") as file:
+      file.write(json.dumps(record) + "\n")
+
+
+def read_lines(path: pathlib.Path) -> list[dict]:
+  """Returns the objects of a file of lines, without lines that are broken; [] without a file."""
+  return [record for _, record in _lines(path) if record is not None]
+
+
+def truncate(path: pathlib.Path, num_iterations: int) -> None:
+  """Keeps one record of each of the first `num_iterations` iterations, as a resumed run needs it.
+
+  Says what it finds broken, twice or missing: a crash leaves a last line cut, damage more.
+
+  Raises:
+    UserError: `path` is no file that can be read.
+  """
+  if not processes.is_writer():
+    return
+  lines = _lines(path)
+  # The last one of a file may have been cut off while it was written.
+  num_broken = sum("iteration" not in (record or {}) for _, record in lines[:-1])
+  before = [pair for pair in lines if (pair[1] or {}).get("iteration", math.inf) < num_iterations]
+  kept = {record["iteration"]: line for line, record in before}
+  found = {
+    "broken": num_broken,
+    "there twice": len(before) - len(kept),
+    "missing": num_iterations - len(kept),
+  }
+  if any(found.values()):
+    listed = ", ".join(f"{number} {what}" for what, number in found.items() if number)
+    progress.warn(
+      f"{path} should have one record of each of the {num_iterations} iterations before: {listed}. "
+      "The checkpoint is whole; these figures alone are missing."
+    )
+  if not os.path.lexists(path):
+    return
+  temporary = path.with_suffix(".partial")
+  temporary.write_bytes(b"".join(kept[i] for i in sorted(kept)))
+  temporary.replace(path)
+
+
+def _lines(path: pathlib.Path) -> list[tuple[bytes, dict | None]]:
+  """Returns each line with its newline and its record, None where it holds none."""
+  try:
+    content = path.read_bytes()
+  except FileNotFoundError:
+    return []
+  except OSError as error:
+    raise UserError(f"{path} cannot be read: {error.strerror}. Move it away.") from error
+  return [(line, _record(line)) for line in content.splitlines(keepends=True) if line.strip()]
+
+
+def _record(line: bytes) -> dict | None:
+  try:
+    if line.endswith(b"\n"):
+      return schema.check(schema.parse(line, ""), _RECORD, "")
+  except UserError:
+    pass
+  return None
+
+
+class TensorBoard:
+  """Writes every figure as a scalar event; needs the extra `tensorboard`."""
+
+  def __init__(self, directory: pathlib.Path):
+    try:
+      import tensorboardX
+    except ImportError as error:
+      raise UserError("--tensorboard needs: pip install 'klrl[tensorboard]'") from error
+    self._writer = tensorboardX.SummaryWriter(str(directory))
+
+  def write(self, iteration: int, figures: dict[str, float | None]) -> None:
+    for name, value in figures.items():
+      if value is not None:
+        self._writer.add_scalar(name, value, iteration)
+
+  def close(self) -> None:
+    self._writer.close()

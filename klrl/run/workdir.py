@@ -1,0 +1,217 @@
+"""The folder of a run, and the rule that one folder holds one configuration.
+
+Without `--workdir` the folder is named by the hash of the configuration, so that the same command
+resumes and another command gets a folder of its own.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+
+from klrl import schema
+from klrl.devices import processes
+from klrl.errors import UserError
+from klrl.run import checkpoint, fingerprints, lock
+
+DRY_RUN = "dry_run.json"
+_SETTINGS = ("config.json", "flags.txt", fingerprints.FILE, DRY_RUN)
+# What a command that was killed, or is at work, may leave; a file without content for a run.
+_LEFT = (".shared-*", "*.partial", lock.FILE)
+# Fields that change no figure of a run or of a sweep's member: the same folder serves any value.
+NOT_PART_OF_THE_RESULT = (
+  *("workdir", "save_every", "keep", "profile", "tensorboard"),
+  *("sweep", "seeds", "best_of_n", "dry_run", "topology", "accept_changed_inputs"),
+)
+
+
+def config_hash(config) -> str:
+  """Returns 8 hex digits that name everything in `config` that can change a result."""
+  return hashlib.sha256(json.dumps(_result_fields(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+@processes.on_writer
+def find_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path:
+  """Returns the folder of this run, which need not exist yet; nothing is written.
+
+  Args:
+    experiment: name of the experiment, first part of a folder's default name.
+    config: a frozen dataclass; its `workdir` field is used where it is not empty.
+    root: where folders with default names are.
+
+  Raises:
+    UserError: the folder holds something else, or a run that has begun with another
+      configuration; the fields are named.
+  """
+  directory = pathlib.Path(config.workdir or f"{root}/{experiment}-{config_hash(config)}")
+  directory = directory.absolute()  # A reward may go to another folder.
+  theirs = _read_config(directory / "config.json")
+  if theirs and _has_begun(directory):
+    ours = {"experiment": experiment, **_result_fields(config)}
+    differing = [
+      name
+      for name in sorted(ours.keys() | (theirs.keys() - set(NOT_PART_OF_THE_RESULT)))
+      if theirs.get(name) != ours.get(name)
+    ]
+    if differing and not (
+      differing == ["num_iterations"]
+      and _is_longer(directory, theirs.get("num_iterations"), config)
+    ):
+      listed = (f"{x} is {theirs.get(x)!r} there and {ours.get(x)!r} here" for x in differing)
+      raise UserError(
+        f"{directory} holds a run with another configuration: {'; '.join(listed)}. "
+        "Choose another --workdir, or leave it out."
+      )
+    fingerprints.check(directory, accept=getattr(config, "accept_changed_inputs", False))
+  elif not theirs and any((directory / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+    raise UserError(
+      f"{directory} holds a run, but its config.json is missing or damaged, so that nobody knows "
+      "whether this command is the same. Put it back from a copy, or choose another --workdir."
+    )
+  elif directory.is_file() or (directory.exists() and not theirs and _holds_other(directory)):
+    raise UserError(f"{directory} is no empty folder and holds no run. Choose another --workdir.")
+  return directory
+
+
+def _is_longer(directory: pathlib.Path, before: int, config) -> bool:
+  """Returns whether `config` goes on where the run of `before` iterations in `directory` ends.
+
+  Raises:
+    UserError: it would, but what was done depends on where it ends.
+  """
+  if not (schema.integer(1).holds(before) and before < config.num_iterations):
+    return False
+  if not checkpoint.saved_iterations(directory / "checkpoints"):
+    return False
+  for name in ("learning_rate_schedule", "controller"):
+    value = getattr(config, name, None)
+    if value in ("linear", "cosine"):
+      raise UserError(
+        f"--{name}={value} has led the run in {directory} towards its end after {before} "
+        f"iterations. One of {config.num_iterations} differs from the first iteration on: choose "
+        "another --workdir for it."
+      )
+  return True
+
+
+def create_workdir(directory: pathlib.Path, experiment: str, config, *, read=()) -> None:
+  """Writes `config.json`, `flags.txt` and `inputs.json` into what `find_workdir` returned.
+
+  To be called when all inputs are loaded, so that a command that cannot work leaves nothing behind.
+
+  Args:
+    directory: of the run.
+    experiment: name of the experiment.
+    config: its settings.
+    read: paths of files or models that were read, beside those that fields of `config` name.
+
+  Raises:
+    UserError: an input is not what it was when the run began, and that is not accepted.
+  """
+  processes.wait_for_all("looked at")  # Nobody finds what another has begun.
+  directory.mkdir(parents=True, exist_ok=True)
+  _check_is_shared(directory)
+  write_text(directory / fingerprints.FILE, _inputs(directory, config, read) + "\n")
+  fields = dataclasses.asdict(config)
+  write_text(
+    directory / "config.json", json.dumps({"experiment": experiment, **fields}, indent=2) + "\n"
+  )
+  write_text(
+    directory / "flags.txt",
+    "".join(
+      f"--{field.name}={fields[field.name]}\n"
+      for field in dataclasses.fields(config)
+      if is_read(config, field)
+    ),
+  )
+
+
+@processes.on_writer
+def _inputs(directory: pathlib.Path, config, read) -> str:
+  changed = []
+  if _has_begun(directory):
+    changed = fingerprints.check(directory, accept=getattr(config, "accept_changed_inputs", False))
+  else:
+    (directory / fingerprints.FILE).unlink(missing_ok=True)
+  paths = {*fingerprints.paths_of(config), *read}
+  return fingerprints.record(directory, paths, changed=changed)
+
+
+def _check_is_shared(directory: pathlib.Path) -> None:
+  """Raises UserError where a process does not see what the writer leaves in `directory`."""
+
+  @processes.on_writer
+  def leave_mark():
+    for left in directory.glob(".shared-*"):  # by a command that was killed
+      left.unlink(missing_ok=True)
+    # A name that nobody has asked for, so that no network file system remembers its absence.
+    path = directory / f".shared-{secrets.token_hex(4)}"
+    path.touch()
+    return path
+
+  @processes.together
+  def look(path):
+    if not path.exists():
+      raise UserError(
+        f"{directory} is not one folder for all processes; checkpoints need that. Put --workdir, "
+        "and the folder of the command, in which runs/stages is, where all processes find it."
+      )
+
+  path = leave_mark()
+  try:
+    look(path)
+  finally:
+    processes.on_writer(path.unlink)()
+
+
+def is_read(config, field: dataclasses.Field) -> bool:
+  """Returns whether anything reads `field` under the other values of `config`.
+
+  Its metadata may hold `read_when`, (other field, values). A flag that nothing reads may not be
+  given, not even at its default.
+  """
+  other, values = field.metadata.get("read_when") or (None, ())
+  return other is None or getattr(config, other) in values
+
+
+def _is_left(path: pathlib.Path) -> bool:
+  return any(path.match(pattern) for pattern in _LEFT)
+
+
+def _holds_other(directory: pathlib.Path) -> bool:
+  return any(path.name != DRY_RUN and not _is_left(path) for path in directory.iterdir())
+
+
+def _read_config(path: pathlib.Path) -> dict | None:
+  """Returns the configuration of a run of ours; a model's config.json is none."""
+  try:
+    config = schema.read(path)
+  except UserError:
+    return None
+  return config if isinstance(config, dict) and "experiment" in config else None
+
+
+def _has_begun(directory: pathlib.Path) -> bool:
+  """Returns whether a run has saved something; one that failed at once leaves an empty folder."""
+
+  def shows_it(path):
+    empty = path.is_dir() and not any(path.iterdir())
+    return path.name not in _SETTINGS and not _is_left(path) and not empty
+
+  return directory.is_dir() and any(map(shows_it, directory.iterdir()))
+
+
+def _result_fields(config) -> dict:
+  fields = dataclasses.asdict(config)
+  return {name: fields[name] for name in fields if name not in NOT_PART_OF_THE_RESULT}
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a whole file or nothing: an interrupted write leaves what was there."""
+  if not processes.is_writer():
+    return
+  temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # Another may write it as well.
+  temporary.write_text(text, encoding="utf-8")
+  temporary.replace(path)
