@@ -4,6 +4,7 @@ import io
 
 import pytest
 from rich.table import Table
+from rich.text import Text
 
 from klrl.run import progress
 
@@ -47,17 +48,45 @@ def test_a_terminal_obeys_no_text_and_half_a_character_can_be_printed(printed):
   assert "\x1b" not in printed()
 
 
-def test_a_running_bar_shows_its_title_as_it_is(printed, monkeypatch):
+KEYS = (("score/mean", "score [x]"), ("kl/ref_k1", "KL to reference, nats/sequence"))
+FIGURES = {"score/mean": 1.0, "kl/ref_k1": -6.985e-09, "rollout/tokens": 1000.0}
+
+
+def watched(clock, monkeypatch, *, title="PPO [/b]", total=5):
+  """Watches `total` iterations, each at its second of `clock`."""
+  now = iter([0.0, 0.0, *(x for second in clock for x in (second, second))])
+  monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+  steps = ((done, f"state {done}", FIGURES) for done in range(1, total + 1))
+  return progress.watch(steps, None, title=title, start=0, total=total, keys=KEYS)
+
+
+def test_in_a_log_the_time_left_leaves_out_the_first_iteration_which_compiles(printed, monkeypatch):
+  assert watched((60, 62, 64, 66, 68), monkeypatch) == "state 5"
+  lines = printed().splitlines()
+  assert lines[0] == "PPO [/b]: compiling ..."
+  assert lines[1].endswith("first iteration 60 s, most of it compilation")
+  assert [line.split("  ")[-1] for line in lines[2:]] == [
+    *("6 s left", "4 s left", "2 s left", "0 s left")
+  ]
+  assert "PPO [/b] 2/5  score [x] 1  KL to reference, nats/sequence 0  500 tokens/s" in lines[2]
+
+
+def test_nothing_is_said_of_a_run_without_anything_left_to_do(printed):
+  steps = (step for step in ())
+  done = progress.watch(steps, "state", title="PPO", start=5, total=5, keys=KEYS)
+  assert (done, printed()) == ("state", "")
+
+
+def test_in_eighty_columns_bar_count_and_time_stay_and_figures_have_a_line_below(
+  printed, monkeypatch
+):
   monkeypatch.setattr(progress.console, "_force_terminal", True)
-  title = "PPO [/b]"
-  state = progress.watch(
-    (step for step in [(1, "state", {"score/mean": 1.0})]),
-    None,
-    title=title,
-    start=0,
-    total=1,
-    keys=(("score/mean", "score [x]"),),
-  )
-  assert state == "state"
-  assert title in printed()
-  assert "score [x]" in printed()
+  monkeypatch.setattr(progress.console, "_width", 80)
+  many = tuple((f"score/{i}", f"a figure with a name of some length [{i}]") for i in range(4))
+  steps = ((i, i, {key: i / 7 for key, _ in many}) for i in (1, 2, 3))
+  progress.watch(steps, None, title="PPO [/b]", start=0, total=3, keys=many)
+  text = Text.from_ansi(printed()).plain
+  assert "PPO [/b] " in text and "3/3" in text and "\N{BOX DRAWINGS HEAVY HORIZONTAL}" * 20 in text
+  assert "0:00" in text or "00:00" in text
+  for _, label in many:
+    assert label.split()[-1] in text

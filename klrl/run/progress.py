@@ -5,7 +5,7 @@ import functools
 import re
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -70,7 +70,7 @@ def watch(
 ):
   """Runs `iterations` to their end, shows the figures named in `keys`, returns the last state.
 
-  They are closed, and so what they write is whole, where nothing can be shown any more.
+  The iterations are closed, and so what they write is whole, where nothing can be shown any more.
 
   Args:
     iterations: what `loop.run` returns.
@@ -80,41 +80,68 @@ def watch(
     total: iterations in all.
     keys: (metric key, label) of the figures that matter.
   """
-
-  began = before = time.monotonic()
-
-  def line(figures) -> str:
-    nonlocal before
-    now = time.monotonic()
-    seconds, before = now - before, now
-    parts = [
-      f"{label} {shown(key, figures[key])}" for key, label in keys if figures.get(key) is not None
-    ]
-    if figures.get("rollout/tokens"):
-      parts.append(f"{figures['rollout/tokens'] / seconds:,.0f} tokens/s")
-    return "  ".join(parts)
-
-  if not console.is_terminal:
-    every = max(1, total // 10)
-    with contextlib.closing(iterations):
-      for done, state, figures in iterations:  # noqa: B007
-        text = line(figures)
-        if done == start + 1 or done % every == 0 or done == total:
-          left = (total - done) * (time.monotonic() - began) / (done - start)
-          console.print(f"{title} {done}/{total}  {text}  {left:.0f} s left", soft_wrap=True)
-    return state
-  with (
-    contextlib.closing(iterations),
-    Progress(
-      TextColumn("{task.description}", markup=False),
-      BarColumn(bar_width=20),
-      MofNCompleteColumn(),
-      TimeRemainingColumn(compact=True),
-      TextColumn("{task.fields[figures]}", markup=False),
-      console=console,
-    ) as bar,
-  ):
-    task = bar.add_task(title, total=total, completed=start, figures="compiling ...")
+  show = _bar if console.is_terminal else _lines
+  with contextlib.closing(iterations), show(title, start, total) as update:
+    before = time.monotonic()
     for done, state, figures in iterations:  # noqa: B007
-      bar.update(task, completed=done, figures=line(figures))
+      now = time.monotonic()
+      update(done, _figures_line(figures, keys, now - before))
+      before = now
   return state
+
+
+def _figures_line(figures: Mapping, keys: Sequence[tuple[str, str]], seconds: float) -> str:
+  parts = [
+    f"{label} {shown(key, figures[key])}" for key, label in keys if figures.get(key) is not None
+  ]
+  if figures.get("rollout/tokens"):
+    parts.append(f"{figures['rollout/tokens'] / seconds:,.0f} tokens/s")
+  return "  ".join(parts)
+
+
+@contextlib.contextmanager
+def _lines(title: str, start: int, total: int):
+  """Yields update(done, text), which prints a line for about every tenth of the iterations."""
+  every = max(1, total // 10)
+  began = time.monotonic()
+  compiled = None
+
+  def update(done, text):
+    nonlocal compiled
+    now = time.monotonic()
+    if compiled is None:  # The first iteration compiles, and says nothing of the time of others.
+      compiled = now
+      clock = f"first iteration {now - began:.0f} s, most of it compilation"
+    elif done % every and done != total:
+      return
+    else:
+      seconds = (now - compiled) / (done - start - 1)
+      clock = f"{(total - done) * seconds:.0f} s left"
+    console.print(f"{title} {done}/{total}  {text}  {clock}", soft_wrap=True)
+
+  if start < total:
+    console.print(f"{title}: compiling ...", soft_wrap=True)
+  yield update
+
+
+class _Progress(Progress):
+  """A bar, and the figures on a line below it, so that neither takes the other's place."""
+
+  def get_renderables(self):
+    yield self.make_tasks_table(self.tasks)
+    yield from (Text(f"  {visible(task.fields['figures'])}") for task in self.tasks)
+
+
+@contextlib.contextmanager
+def _bar(title: str, start: int, total: int):
+  """Yields update(done, text), which moves a bar on the terminal."""
+  with _Progress(
+    TextColumn("{task.description}", markup=False),
+    BarColumn(bar_width=20),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(compact=True),
+    console=console,
+    speed_estimate_period=600,
+  ) as bar:
+    task = bar.add_task(title, total=total, completed=start, figures="compiling ...")
+    yield lambda done, text: bar.update(task, completed=done, figures=text)
