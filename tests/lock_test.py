@@ -1,5 +1,6 @@
 """Tests of the lock of a folder: who is refused, who waits, and what stays of it."""
 
+import pathlib
 import subprocess
 import sys
 import threading
@@ -79,3 +80,11 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
   with lock.held(tmp_path / "a", wait=False):
     pass
   assert "has no locks. See to it" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
+  (tmp_path / "file").touch()
+  for folder in (tmp_path / "file/run", pathlib.Path("/proc/none/run")):
+    message = f"The folder {folder} cannot be made: .*Choose another --workdir"
+    with pytest.raises(UserError, match=message), lock.held(folder, wait=True):
+      pass

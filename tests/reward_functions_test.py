@@ -59,9 +59,9 @@ def test_any_sequence_of_numbers_will_do(returned):
   ("name", "source", "function", "message"),
   [
     ("reward.py", "", "absent.py:f", r"--reward=.*absent\.py:f: there is no such Python file"),
-    ("reward.py", "", "reward.py", "write FILE.py:FUNCTION"),
+    ("reward.py", "", "reward.py", r"names a file and no function.*reward\.py:FUNCTION"),
     ("reward.txt", "", "reward.txt:f", "no such Python file; write FILE.py:FUNCTION"),
-    ("reward.py", "def g(): pass", "reward.py:f", r"--reward=.*: the file defines no function 'f'"),
+    ("reward.py", "def g(): pass", "reward.py:f", "the file defines no function 'f'; it defines g"),
     ("reward.py", "f = 3", "reward.py:f", "defines no function 'f'"),
     ("reward.py", "f = 3", "reward.py:", "defines no function ''"),
     ("reward.py", "\n1 / 0", "reward.py:f", r"failed: ZeroDivisionError.*\(reward\.py line 2\)"),
@@ -71,7 +71,7 @@ def test_any_sequence_of_numbers_will_do(returned):
       "reward.py",
       "def f(:",
       "reward.py:f",
-      r"failed: SyntaxError.*reward\.py, line 1",
+      r"failed: SyntaxError: .* \(reward\.py line 1\)\.$",
     ),
   ],
 )
@@ -94,8 +94,9 @@ def test_a_function_that_raises_is_named_with_its_line(tmp_path):
     ([1.0, 2.0, 3.0], "returned more scores for 2 completions"),
     (itertools.count(), "returned more scores for 2 completions"),
     ([], "returned 0 scores for 2 completions"),
-    (None, "failed: TypeError: 'NoneType' object is not iterable"),
-    (1.0, "failed: TypeError: 'float' object is not iterable"),
+    (None, r"returned None; return a list with one number for each completion"),
+    (1.0, r"\(reward_functions_test\.py line \d+\) returned 1.0; return a list"),
+    (np.float32(1), r"returned np\.float32\(1\.0\); return a list"),
     ([1.0, None], "returned None, not a number"),
     ([1.0, "2.0"], "returned '2.0', not a number"),
     ("ab", "returned 'a', not a number"),
@@ -127,6 +128,29 @@ def test_other_columns_arrive_as_lists_and_missing_ones_as_none():
     "answer": ["4", "5"],
     "level": [1, None],
   }
+
+
+def test_what_fails_in_a_library_is_told_with_the_line_of_the_users_own_file(tmp_path):
+  write(tmp_path, "def half(x):\n  return int(x) / 2\n", "helping.py")
+  path = write(
+    tmp_path,
+    "import json\nfrom helping import half\n\n"
+    "def f(prompts, completions):\n  return [json.loads(c) for c in completions]\n\n"
+    "def g(prompts, completions):\n  return [half(c) for c in completions]\n",
+  )
+  with pytest.raises(UserError, match=r"JSONDecodeError: .*\(reward\.py line 5\)"):
+    scores(only(f"{path}:f"), RECORDS, ["a", "b"], "f")
+  with pytest.raises(UserError, match=r"ValueError: .*\(helping\.py line 2\)"):
+    scores(only(f"{path}:g"), RECORDS, ["a", "b"], "g")
+
+
+def test_a_function_of_other_parameters_is_told_with_its_line_and_what_to_write(tmp_path):
+  path = write(tmp_path, "\n\ndef f(texts):\n  return [0.0 for _ in texts]\n")
+  message = r"f \(reward\.py line 3\) cannot be called by the names prompts, completions: .*"
+  with pytest.raises(
+    UserError, match=message + r"Write def f\(prompts, completions, \*\*columns\)"
+  ):
+    scores(only(f"{path}:f"), RECORDS, ["a", "b"], "f")
 
 
 def test_a_column_that_the_function_does_not_take_is_named():

@@ -35,7 +35,7 @@ def held(directory: pathlib.Path, *, wait: bool):
     wait: whether to wait for another that holds it, which is said, or to refuse.
 
   Raises:
-    UserError: another process holds it, and is named.
+    UserError: another process holds it, and is named; or there can be no such folder.
   """
   with contextlib.ExitStack() as stack:
     holder = processes.on_writer(_hold)(directory, stack)
@@ -61,7 +61,12 @@ def _hold(directory: pathlib.Path, stack: contextlib.ExitStack) -> str:
     return ""
   while True:
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise UserError(
+        f"The folder {directory} cannot be made: {error.strerror}. Choose another --workdir."
+      ) from error
     with contextlib.ExitStack() as own:
       try:
         file = own.enter_context(path.open("a+", encoding="utf-8"))

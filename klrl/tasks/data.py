@@ -291,8 +291,8 @@ def check_lengths(texts: Sequence[Encoded], max_len: int) -> None:
   for number, text in enumerate(texts, start=1):
     if len(text.tokens) > max_len:
       raise UserError(
-        f"Example {number} has {len(text.tokens)} tokens, the model's context holds {max_len}. "
-        "Shorten it."
+        f"Example {number} has {len(text.tokens)} tokens, and the model's context holds {max_len}. "
+        f"Shorten it, or leave out what is too long by --max_len={max_len}."
       )
 
 

@@ -17,7 +17,7 @@ import os
 import pathlib
 import reprlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,8 +54,8 @@ def scores(
     ids: the tokens of the same B rows; needed where the function asks for them.
 
   Raises:
-    UserError: it raises or exits, returns another number of scores, or one that is not a finite
-      float32.
+    UserError: it cannot be called so, raises or exits, returns another number of scores, or one
+      that is not a finite float32.
   """
   prompts = [record["prompt"] for record in records]
   columns = {
@@ -72,7 +72,19 @@ def scores(
       raise UserError(
         f"The prompts have a column {taken!r}, which reward {name} gets from the run; rename it."
       )
-  returned = checked(name, lambda: _as_list(reward_fn(**given, **columns), len(completions)))
+  check_parameters(reward_fn, name, given | columns)
+
+  def call():
+    returned = reward_fn(**given, **columns)
+    try:
+      return _as_list(returned, len(completions))
+    except _NoList:
+      raise UserError(
+        f"The reward {name}{_at(reward_fn)} returned {reprlib.repr(returned)}; return a list with "
+        "one number for each completion."
+      ) from None
+
+  returned = checked(name, call, _place(reward_fn)[0])
   if len(returned) != len(completions):
     number = "more" if len(returned) > len(completions) else len(returned)
     raise UserError(
@@ -84,11 +96,31 @@ def scores(
   )
 
 
-def checked(name: str, call: Callable) -> Any:
+def check_parameters(reward_fn: RewardFn, name: str, arguments: Iterable[str]) -> None:
+  """Raises UserError where `reward_fn`, called `name`, does not take these arguments by name."""
+  try:
+    signature = inspect.signature(reward_fn)
+  except (TypeError, ValueError):  # Some functions of C have no signature.
+    return
+  try:
+    signature.bind(**dict.fromkeys(arguments))
+  except TypeError as error:
+    raise UserError(
+      f"The reward {name}{_at(reward_fn)} cannot be called by the names {', '.join(arguments)}: "
+      f"{error}. Write def {name}(prompts, completions, **columns)."
+    ) from error
+
+
+def checked(name: str, call: Callable, file: str | None) -> Any:
   """Returns `call()`, a piece of the user's code; what it raises becomes one message.
 
+  Args:
+    name: what messages call the reward.
+    call: runs the code.
+    file: where the code is written, if it is in a file.
+
   Raises:
-    UserError: the reward `name` raises anything but Ctrl-C, `sys.exit` included.
+    UserError: the reward raises anything but Ctrl-C, `sys.exit` included.
   """
   try:
     with _where_it_left():
@@ -96,7 +128,7 @@ def checked(name: str, call: Callable) -> Any:
   except (UserError, KeyboardInterrupt):
     raise
   except BaseException as error:
-    raise UserError(f"The reward {name} failed: {last_frame(error)}.") from error
+    raise UserError(f"The reward {name} failed: {_told(error, file)}.") from error
 
 
 _folder: pathlib.Path | None = None  # where the user's code went, if it did
@@ -117,8 +149,8 @@ def _where_it_left():
     os.chdir(ours)
 
 
-def last_frame(error: BaseException) -> str:
-  """Returns what was raised, and where, in one line."""
+def _told(error: BaseException, file: str | None) -> str:
+  """Returns in one line what was raised, and where: the last line of what lies beside `file`."""
   try:
     text = str(error)
   except KeyboardInterrupt:
@@ -127,9 +159,29 @@ def last_frame(error: BaseException) -> str:
     text = "(its message cannot be made)"
   if isinstance(error, SystemExit):
     text += ", which would end the run; raise an error instead"
-  frame = traceback.extract_tb(error.__traceback__)[-1]
-  where = f"{pathlib.Path(frame.filename).name} line {frame.lineno}"
-  return f"{type(error).__name__}: {text[:_LONGEST_MESSAGE]} ({where})"
+  if isinstance(error, SyntaxError) and error.filename:
+    text, where = error.msg, (error.filename, error.lineno)
+  else:
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    folder = file and pathlib.Path(file).parent
+    own = [frame for frame in frames if pathlib.Path(frame[0]).parent == folder]
+    where = (own or frames)[-1]
+  return f"{type(error).__name__}: {text[:_LONGEST_MESSAGE]} ({_line(*where)})"
+
+
+def _place(fn: Callable) -> tuple[str | None, int]:
+  """Returns the file and line of a function, (None, 0) of what was not written in Python."""
+  code = getattr(inspect.unwrap(fn), "__code__", None)
+  return (code.co_filename, code.co_firstlineno) if code else (None, 0)
+
+
+def _at(fn: Callable) -> str:
+  file, line = _place(fn)
+  return f" ({_line(file, line)})" if file else ""
+
+
+def _line(file: str, line: int) -> str:
+  return f"{pathlib.Path(file).name} line {line}"
 
 
 def _parameters(fn: Callable) -> set[str]:
@@ -148,6 +200,10 @@ def _event_loop() -> asyncio.Runner:
   return runner
 
 
+class _NoList(Exception):
+  """What a reward returned is no list, array or iterator."""
+
+
 def _as_list(returned, num_scores: int) -> list:
   """Returns what a reward returned as a list, of a longer one not more than shows that it is."""
   if inspect.isawaitable(returned):
@@ -156,10 +212,14 @@ def _as_list(returned, num_scores: int) -> list:
       return await returned
 
     returned = _event_loop().run(awaited())
-  if not hasattr(returned, "tolist"):
-    return list(itertools.islice(returned, num_scores + 1))
-  # Arrays and tensors of any library, whatever their dtype, device and gradient.
-  return [_one(row) for row in list(returned.tolist())]
+  is_array = hasattr(returned, "tolist")  # of any library, whatever its dtype, device and gradient
+  try:
+    rows = iter(returned.tolist() if is_array else returned)
+  except TypeError as error:
+    raise _NoList from error
+  if is_array:
+    return [_one(row) for row in rows]
+  return list(itertools.islice(rows, num_scores + 1))
 
 
 def _one(row):

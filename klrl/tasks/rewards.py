@@ -6,6 +6,7 @@ other columns of the prompt file, one list each. `reward_calls` calls it.
 
 import functools
 import importlib.util
+import inspect
 import math
 import pathlib
 import sys
@@ -127,6 +128,10 @@ def _weight_and_source(item: str) -> tuple[float, str]:
 
 def _path_and_name(source: str) -> tuple[pathlib.Path, str]:
   path, _, name = source.rpartition(":")
+  if pathlib.Path(source).is_file():
+    raise UserError(
+      f"--reward={source} names a file and no function in it; write --reward={source}:FUNCTION."
+    )
   if not path.endswith(".py") or not pathlib.Path(path).is_file():
     raise UserError(
       f"--reward={source}: there is no such Python file; write FILE.py:FUNCTION, math or model."
@@ -143,7 +148,7 @@ def _run_file(path: pathlib.Path) -> ModuleType:
   module = importlib.util.module_from_spec(module_spec)
   # Dataclasses and pickles in the file look their module up by name.
   sys.modules[module_spec.name] = module
-  checked(f"file {path}", lambda: module_spec.loader.exec_module(module))
+  checked(f"file {path}", lambda: module_spec.loader.exec_module(module), str(path))
   return module
 
 
@@ -159,5 +164,13 @@ def _module_name(path: pathlib.Path) -> str:
 
 def _function(module: ModuleType, name: str, source: str) -> RewardFn:
   if not callable(getattr(module, name, None)):
-    raise UserError(f"--reward={source}: the file defines no function {name!r}.")
+    own = [
+      key
+      for key, value in vars(module).items()
+      if inspect.isfunction(value) and value.__module__ == module.__name__
+    ]
+    raise UserError(
+      f"--reward={source}: the file defines no function {name!r}"
+      + (f"; it defines {', '.join(own)}." if own else ".")
+    )
   return getattr(module, name)
