@@ -68,7 +68,7 @@ def test_in_a_log_the_time_left_leaves_out_the_first_iteration_which_compiles(pr
   assert [line.split("  ")[-1] for line in lines[2:]] == [
     *("6 s left", "4 s left", "2 s left", "0 s left")
   ]
-  assert "PPO [/b] 2/5  score [x] 1  KL to reference, nats/sequence 0  500 tokens/s" in lines[2]
+  assert "PPO [/b] 2/5  score [x] 1  KL to reference, nats/sequence 0.000  500 tokens/s" in lines[2]
 
 
 def test_nothing_is_said_of_a_run_without_anything_left_to_do(printed):
