@@ -70,14 +70,17 @@ class Config(rl.SurrogateConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.policy and not self.teacher:
-      raise UserError("--policy, a student of yours, needs --teacher=DIR, whom to learn from.")
     penalty = objective.penalty_of(self)
     if self.divergence != "reverse" and str(penalty) != "loss/exact/none/token":
       raise UserError(
         f"--divergence={self.divergence} is a loss at given prefixes; with {penalty} its gradient "
         "would be no divergence's. Leave the --kl_ flags out."
       )
+
+  def missing_inputs(self) -> list[str]:
+    """Returns the flags that a student of the user's takes and that are not given."""
+    teacher = [] if self.teacher else ["whom to learn from: --teacher=DIR"]
+    return super().missing_inputs() + teacher
 
 
 def with_teacher(config: Config, train: Callable[[ppo.Config], pathlib.Path]) -> Config:

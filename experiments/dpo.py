@@ -60,7 +60,6 @@ class Config(common.RunConfig, common.EvaluationFields, common.StageFields):
 
   num_iterations: int = setting(600, "iterations", minimum=1)
   batch_size: int = setting(128, "pairs per iteration", minimum=1)
-  learning_rate: float = setting(5e-4, "peak learning rate of Adam", minimum=0.0)
   loss: str = setting("dpo", "what is minimised", choices=tuple(LOSSES))
   beta: float = setting(
     0.5, "of KL(pi || pi_ref), reward per nat of sequence KL; IPO: win rate per nat", minimum=1e-6
@@ -84,8 +83,11 @@ class Config(common.RunConfig, common.EvaluationFields, common.StageFields):
 
   def __post_init__(self):
     super().__post_init__()
-    if bool(self.policy) != bool(self.data):
-      raise UserError("--policy and --data go together: a model of yours needs pairs of yours.")
+    self.choose_learning_rate(embedded=5e-4, own=1e-6)
+    if self.policy and not self.data:
+      raise UserError("--policy, a model of yours, needs pairs: --data=FILE.jsonl.")
+    if self.data and not self.policy:
+      raise UserError("--data, pairs of yours, need a model of yours to start from: --policy=DIR.")
     if self.max_len and not self.data:
       raise UserError("--max_len is set, but nothing reads it: drawn pairs all fit.")
 

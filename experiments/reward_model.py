@@ -48,7 +48,6 @@ class Config(common.RunConfig):
 
   num_iterations: int = setting(1000, "iterations", minimum=1)
   batch_size: int = setting(128, "pairs per iteration", minimum=1)
-  learning_rate: float = setting(1e-3, "peak learning rate of Adam", minimum=0.0)
   policy: str = setting("", "model directory to start from; default: the embedded SFT stage")
   margin: float = setting(
     0.0, "by how much chosen should win, times the column margin where there is one", minimum=0.0
@@ -78,6 +77,14 @@ class Config(common.RunConfig):
     700, "iterations of the embedded SFT stage", minimum=1, read_when=("policy", ("",))
   )
 
+  def __post_init__(self):
+    super().__post_init__()
+    self.choose_learning_rate(embedded=1e-3, own=1e-5)
+    if self.data and not self.policy:
+      raise UserError(
+        "--data needs --policy=DIR, the model whose trunk the reward model takes over."
+      )
+
 
 class Pairs(NamedTuple):
   """Chosen and rejected texts, [N, S] each, and the margins that the data give, [N]."""
@@ -91,8 +98,6 @@ class Pairs(NamedTuple):
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is not run again."""
-  if config.data and not config.policy:
-    raise UserError("--data needs --policy=DIR, the model whose trunk the reward model takes over.")
   workdir = find_workdir("reward_model", config, root=root)
   once(workdir, config, "Reward model", lambda: _train(config, workdir))
   return workdir

@@ -43,7 +43,6 @@ class Config(common.RunConfig):
   """Settings of supervised fine-tuning."""
 
   num_iterations: int = setting(700, "iterations", minimum=1)
-  learning_rate: float = setting(4e-3, "peak learning rate of Adam", minimum=0.0)
   policy: str = setting("", "model directory to start from; default: a fresh small decoder")
   data: str = setting(
     "", "JSON lines with prompt and completion, or plain text (.txt); default: embedded arithmetic"
@@ -73,8 +72,11 @@ class Config(common.RunConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    if bool(self.policy) != bool(self.data):
-      raise UserError("--policy and --data go together: a model of yours needs data of yours.")
+    self.choose_learning_rate(embedded=4e-3, own=2e-5)
+    if self.policy and not self.data:
+      raise UserError("--policy, a model of yours, needs texts: --data=FILE.jsonl or FILE.txt.")
+    if self.data and not self.policy:
+      raise UserError("--data of yours needs a model of yours to start from: --policy=DIR.")
     if self.lora_rank and not self.policy:
       raise UserError("--lora_rank adapts a model that is there already; name it by --policy=DIR.")
     if self.is_text and self.loss_on == "all":
@@ -119,12 +121,14 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
     ),
     summary={"held_out_cross_entropy": "loss/cross_entropy"},
     more=more,
+    before=("held_out_cross_entropy",),
     title="SFT",
     keys=labels("loss/cross_entropy", "gradient/norm"),
   )
   kl = summary.get("held_out_forward_kl")
   progress.console.print(
     f"SFT: held-out cross-entropy {summary['held_out_cross_entropy']:.4f} nats per token, "
+    f"{summary['held_out_cross_entropy_before']:.4f} before training, "
     + (f"KL(data || pi) {kl:.4f}, " if kl is not None else "")
     + f"model in {workdir}/model",
     soft_wrap=True,

@@ -16,6 +16,7 @@ from klrl import evaluation
 from klrl.algorithm import completions
 from klrl.devices import parallel, processes
 from klrl.models import Policy, ScalarModel, TokenizerInfo
+from klrl.run import progress
 from klrl.sampling import make_greedy_fn, make_sample_fn
 from klrl.tasks import data, reward_calls, rewards
 from klrl.tasks.verifier import Verifier, right
@@ -104,6 +105,7 @@ def make_judge_fn(
     score: score(rollout, texts, records) -> [B], or None. There may be fewer texts than rows.
     verifier: of the task, or None.
   """
+  progress.console.print("Compiling what judges the policy on held-out prompts ...")
   # The same noise each time, and never the training's.
   key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
   num_prompts, k = len(held_out.tokens), config.eval_completions

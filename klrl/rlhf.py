@@ -30,6 +30,12 @@ from klrl.sampling import Rollout, make_sample_fn
 from klrl.tasks import arithmetic, data, reward_calls, rewards
 
 _SLOW_REWARD_SHARE = 0.5
+_LARGEST_KL_OLD = 5.0
+_TOO_FAR = (
+  "The steps of iteration {done} took the policy far from the one that had sampled: KL(old||pi) is "
+  "{value} nats per sequence. Such steps rarely help. Try a lower --learning_rate, or fewer steps "
+  "on a rollout."
+)
 
 
 # Figures shown while a run goes on.
@@ -103,6 +109,7 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str
   before = judge_start(setup, judge, start)
   step = make_step_fn(setup, shardings)
   iterations = loop.run(step, state, start=start, workdir=workdir, **config.loop_settings())
+  iterations = progress.warned(iterations, "kl/old_k1", _LARGEST_KL_OLD, _TOO_FAR)
   state = progress.watch(
     iterations, state, title=title, start=start, total=config.num_iterations, keys=_SHOWN
   )

@@ -111,6 +111,7 @@ def train(
   frozen: dict | None = None,
   coefficients: Mapping[str, float] = MappingProxyType({}),
   more: Callable[[Any], dict[str, Any]] = lambda params: {},
+  before: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Trains from the newest checkpoint on, writes all files of a run and returns the summary.
 
@@ -128,7 +129,14 @@ def train(
     frozen: the parameters that are not trained, where `params` are adapters.
     coefficients: of the loss, by name.
     more: all params -> further figures for the summary, called once at the end.
+    before: those names of `summary` that are measured before training too, as NAME_before; it is
+      told where training made one of them, a loss, larger.
   """
+  progress.console.print(
+    f"{title}: {len(training[0])} rows to train on, {len(held_out[0])} held out; learning rate "
+    f"{config.learning_rate:g}; results go to {workdir}",
+    soft_wrap=True,
+  )
   mesh = parallel.make_mesh(config.mesh)
   state = init_supervised_state(parallel.put_own(mesh, params), config, coefficients)
   shardings = parallel.state_shardings(mesh, state)
@@ -141,16 +149,27 @@ def train(
     batch = parallel.put(data.take(training, rows), parallel.by_rows(mesh))
     return train_step(state, frozen, batch)
 
+  def held_out_figures(params):
+    of_batch = functools.partial(measure, coefficients=state.coefficients)
+    pairs = held_out_metrics(of_batch, params, held_out, mesh, batch_size=config.batch_size)
+    return {name: float(divide(*pairs[metric])) for name, metric in summary.items()}
+
+  at_start = held_out_figures(join(frozen, state.params)) if before else {}
+  figures = {f"{name}_before": at_start[name] for name in before}
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
   iterations = loop.run(step, state, start=start, workdir=workdir, **config.loop_settings())
   state = progress.watch(
     iterations, state, title=title, start=start, total=config.num_iterations, keys=keys
   )
   params = join(frozen, state.params)
-  metrics = functools.partial(measure, coefficients=state.coefficients)
-  pairs = held_out_metrics(metrics, params, held_out, mesh, batch_size=config.batch_size)
-  figures = {name: float(divide(*pairs[metric])) for name, metric in summary.items()}
-  figures |= more(params)
+  figures |= held_out_figures(params) | more(params)
+  for name in before:
+    if figures[name] > at_start[name]:
+      progress.warn(
+        f"Training made the figure {name} worse: it is {figures[name]:.4f} and was "
+        f"{at_start[name]:.4f} before. Try a lower --learning_rate, fewer --num_iterations or more "
+        "data."
+      )
   params = parallel.fetch(params)
   processes.on_writer(save)(workdir / "model", params)
   # The summary marks the run as finished, so the model comes before it.

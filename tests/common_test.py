@@ -276,7 +276,7 @@ def program(tmp_path_factory):
   return [sys.executable, str(path)]
 
 
-ROOT = pathlib.Path(common.__file__).parents[1]
+ROOT = pathlib.Path(common.__file__).parents[2]
 HERE = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
@@ -306,3 +306,21 @@ def test_a_thread_that_never_ends_is_left_behind(program):
   assert done.returncode == 0
   assert done.stdout.startswith("line 0")
   assert done.stderr.endswith("perhaps of the reward, is left behind: of the reward.\n")
+
+
+OWN = {
+  ppo: {"policy": "d", "prompts": "p.jsonl", "reward": "r.py:f"},
+  sft: {"policy": "d", "data": "d.jsonl"},
+  reward_model: {"policy": "d"},
+}
+
+
+@pytest.mark.parametrize("experiment", OWN, ids=lambda module: module.__name__)
+def test_a_model_of_the_users_is_not_trained_at_the_embedded_models_learning_rate(experiment):
+  embedded, own = experiment.Config(), experiment.Config(**OWN[experiment])
+  assert own.learning_rate < embedded.learning_rate / 50
+  given = experiment.Config(**OWN[experiment], learning_rate=embedded.learning_rate)
+  assert given.learning_rate == embedded.learning_rate
+  assert experiment.Config(learning_rate=0.0).learning_rate == 0
+  with pytest.raises(UserError, match=r"--learning_rate=-0\.5: must be at least 0, or -1"):
+    experiment.Config(learning_rate=-0.5)

@@ -162,7 +162,7 @@ def test_prompts_and_examples_that_are_too_long_are_numbered():
   data.encode_prompts(records, TOKENIZER, max_prompt_len=7)
   texts = [("1", "2"), ("1", "234")]
   with pytest.raises(
-    UserError, match="Example 2 has 6 tokens, and the model's context holds 5.*--max_len=5"
+    UserError, match=r"Example 2 has 6 tokens, and the model's context holds 5.*--max_len=5"
   ):
     data.encode_examples(texts, TOKENIZER, max_len=5)
   data.encode_examples(texts, TOKENIZER, max_len=6)

@@ -332,8 +332,8 @@ def test_embedded_run_is_judged_by_score_and_gold(own, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"policy": "somewhere"}, "--policy and --data go together"),
-    ({"data": "pairs.jsonl"}, "--policy and --data go together"),
+    ({"policy": "somewhere"}, "--policy, a model of yours, needs pairs: --data=FILE.jsonl"),
+    ({"data": "pairs.jsonl"}, "need a model of yours to start from: --policy=DIR"),
     ({"policy": "p", "data": "d", "num_pairs": 7}, "--num_pairs is set, but nothing reads it"),
     ({"max_len": 9}, "--max_len is set, but nothing reads it"),
     ({"loss": "hope"}, "must be one of dpo, ipo"),

@@ -326,12 +326,12 @@ def test_pretraining_texts_are_mixed_into_the_loss(runs, own):
   [
     ({"beta": -1.0}, "--beta=-1.0: must be at least 0"),
     ({"beta": float("nan")}, "--beta=nan"),
-    ({"policy": "somewhere"}, "--policy needs something to score with"),
+    ({"policy": "somewhere"}, "needs prompts: --prompts=FILE.jsonl, and something to score with"),
     (
       {"policy": "d", "prompts": "file", "reward": "model,f.py:f"},
       "--reward_model=DIR, which `model` in --reward stands for",
     ),
-    ({"prompts": "file"}, "go together"),
+    ({"prompts": "file"}, "--prompts of yours need a model of yours"),
     ({"kl_placement": "none", "beta": 0.3}, "--beta is set, but nothing reads it"),
     ({"kl_target": 3.0}, "--kl_target is set, but nothing reads it"),
     ({"trust_region": "none", "clip_eps_low": 0.1}, "--clip_eps_low is set"),
@@ -362,7 +362,7 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
   [
     (["--trust_region=hope"], "value should be one of"),
     (["--beta=-1"], "Error: --beta=-1.0: must be at least 0.0."),
-    (["--policy=nowhere"], "Error: --policy needs something to score with"),
+    (["--policy=nowhere"], "Error: --policy, a model of yours, needs prompts"),
     (["--kl_placement=none", "--beta=0.1"], "Error: --beta is set, but nothing reads it"),
   ],
 )

@@ -90,3 +90,22 @@ def test_in_eighty_columns_bar_count_and_time_stay_and_figures_have_a_line_below
   assert "0:00" in text or "00:00" in text
   for _, label in many:
     assert label.split()[-1] in text
+
+
+def test_a_figure_that_is_too_large_is_told_once(printed):
+  closed = []
+
+  def iterations():
+    try:
+      for done, value in enumerate((None, 5.0, 18.7, 30.0), start=1):
+        yield done, "state", {"kl/old_k1": value}
+    finally:
+      closed.append(True)
+
+  warned = progress.warned(iterations(), "kl/old_k1", 5.0, "After {done} it is {value}.")
+  assert [done for done, _, _ in warned] == [1, 2, 3, 4]
+  assert printed() == "Warning: After 3 it is 18.7.\n"
+  left = progress.warned(iterations(), "kl/old_k1", 5.0, "")
+  next(left)
+  left.close()
+  assert closed == [True, True]

@@ -249,7 +249,7 @@ def loss_of_untrained(monkeypatch, config):
   def train(config, workdir, loss_fn, params, training, held_out, **others):
     del config, workdir, training, others  # The loss alone compiles fast.
     losses.append(float(jax.jit(scalar(loss_fn))(params, held_out)[0]))
-    return {"held_out_cross_entropy": losses[-1]}
+    return dict.fromkeys(("held_out_cross_entropy", "held_out_cross_entropy_before"), losses[-1])
 
   with monkeypatch.context() as patch:
     patch.setattr(sft, "train", train)
@@ -305,7 +305,7 @@ def test_embedded_run_has_the_forward_kl_in_its_summary(tmp_path, monkeypatch):
     ({"data": "empty.txt"}, r"empty\.txt is empty; expected plain text"),
     ({"data": "latin.txt"}, r"latin\.txt is not UTF-8"),
     ({"data": "torn.txt.gz"}, r"torn\.txt\.gz cannot be read"),
-    ({"data": ""}, "--policy and --data go together"),
+    ({"data": ""}, "--policy, a model of yours, needs texts: --data"),
   ],
 )
 def test_wrong_use_says_what_to_do(own, changes, message):

@@ -67,7 +67,7 @@ def test_a_line_is_found():
   assert int(states[-1].iteration) == 200
 
 
-def test_a_run_takes_its_steps_once_and_is_judged_on_what_it_has_not_seen(tmp_path):
+def test_a_run_takes_its_steps_once_and_is_judged_on_what_it_has_not_seen(tmp_path, capsys):
   config = sft.Config(num_iterations=5, batch_size=8, learning_rate=0.1, save_every=2, seed=3)
   training = Points(*(np.asarray(x) for x in make_line()))
   held_out = Points(np.float32([3, 5, 7]), np.float32([0, 0, 1]))
@@ -84,6 +84,7 @@ def test_a_run_takes_its_steps_once_and_is_judged_on_what_it_has_not_seen(tmp_pa
       held_out,
       save=lambda directory, params: saved.append((directory, params)),
       summary={"held_out_square": "loss/square"},
+      before=("held_out_square",),
       title="Line",
       keys=(("loss/square", "square"),),
     )
@@ -98,6 +99,12 @@ def test_a_run_takes_its_steps_once_and_is_judged_on_what_it_has_not_seen(tmp_pa
   chex.assert_trees_all_close(params, jax.device_get(state.params), rtol=1e-6)
   squares = (params["a"] * held_out.x + params["b"] - held_out.y) ** 2
   np.testing.assert_allclose(summary["held_out_square"], squares.mean(), rtol=1e-6)
+  at_start = (START["a"] * held_out.x + START["b"] - held_out.y) ** 2
+  np.testing.assert_allclose(summary["held_out_square_before"], at_start.mean(), rtol=1e-6)
+  assert summary["held_out_square"] > summary["held_out_square_before"]
+  said = capsys.readouterr().out
+  assert "Line: 16 rows to train on, 3 held out; learning rate 0.1; results go to" in said
+  assert "Training made the figure held_out_square worse" in said
   assert json.loads((tmp_path / "summary.json").read_text()) == summary
   assert (tmp_path / "report.html").exists()
   lines = (tmp_path / "metrics.jsonl").read_text()

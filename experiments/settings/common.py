@@ -54,6 +54,7 @@ def setting(
 
 
 STAGES = "runs/stages"  # where the embedded stages leave their models
+CHOSEN = -1.0  # a learning rate that the experiment chooses
 ACCEPT_CHANGED_INPUTS = setting(
   False, "go on where prompts, reward, tokenizer or weights are not what they were at the start"
 )
@@ -95,6 +96,12 @@ class RunConfig(LabConfig):
     1, "parts a gradient is computed in, one after the other: less memory, same result", minimum=1
   )
   max_grad_norm: float = setting(1.0, "largest global gradient norm", minimum=0.0)
+  learning_rate: float = setting(
+    CHOSEN,
+    "peak learning rate of Adam; -1: one tuned for the embedded models, or a careful one for "
+    "--policy=DIR, of which adapters take about ten times as much",
+    minimum=CHOSEN,
+  )
   learning_rate_schedule: str = setting(
     "cosine", "how the learning rate falls, to a tenth of its peak", choices=SCHEDULES
   )
@@ -125,6 +132,18 @@ class RunConfig(LabConfig):
         f"--num_iterations={self.num_iterations}."
       )
     self.check_divides("accumulation", self.batch_size, "--batch_size")
+
+  def choose_learning_rate(self, *, embedded: float, own: float) -> None:
+    """Sets a learning rate that nobody gave.
+
+    Args:
+      embedded: tuned for the models of the embedded task, of 0.1 million parameters.
+      own: for a model directory of the user's, on which that one would do harm.
+    """
+    if self.learning_rate == CHOSEN:
+      object.__setattr__(self, "learning_rate", own if self.policy else embedded)
+    if self.learning_rate < 0:
+      raise UserError(f"--learning_rate={self.learning_rate}: must be at least 0, or -1.")
 
   def check_divides(self, name: str, number: int, of: str) -> None:
     """Raises UserError where the field `name` does not divide `number`, which is called `of`."""

@@ -117,7 +117,6 @@ class RLConfig(KLConfig, TaskFields, EvaluationFields, StageFields, DryRunFields
   sampler_cap: float = setting(
     2.0, "largest such weight", minimum=1.0, read_when=("sampler_correction", ("token", "sequence"))
   )
-  learning_rate: float = setting(5e-4, "peak learning rate of Adam", minimum=0.0)
   learning_rate_schedule: str = setting(
     "constant", "how the learning rate falls, to a tenth of its peak", choices=SCHEDULES
   )
@@ -125,13 +124,11 @@ class RLConfig(KLConfig, TaskFields, EvaluationFields, StageFields, DryRunFields
 
   def __post_init__(self):
     super().__post_init__()
-    if self.policy and _reads_reward_model(self) and not self.reward_model:
-      raise UserError(
-        "--policy needs something to score with: --reward=FILE.py:FUNCTION, or --reward_model=DIR, "
-        "which `model` in --reward stands for."
-      )
-    if bool(self.policy) != bool(self.prompts):
-      raise UserError("--policy and --prompts go together: a model of yours needs your prompts.")
+    self.choose_learning_rate(embedded=5e-4, own=1e-6)
+    if self.policy and (missing := self.missing_inputs()):
+      raise UserError(f"--policy, a model of yours, needs {', and '.join(missing)}.")
+    if self.prompts and not self.policy:
+      raise UserError("--prompts of yours need a model of yours: --policy=DIR.")
     for name, default in (("prompt_template", "{prompt}"), ("max_prompt_len", 0)):
       if getattr(self, name) != default and not self.prompts:
         raise UserError(f"--{name} is set, but nothing reads it without --prompts.")
@@ -162,6 +159,18 @@ class RLConfig(KLConfig, TaskFields, EvaluationFields, StageFields, DryRunFields
         f"--kl_refresh=minibatch needs an advantage per token; {self.advantage} compares whole "
         "completions. Use a KL in the loss, which is fresh in every minibatch."
       )
+
+  def missing_inputs(self) -> list[str]:
+    """Returns the flags that a model of the user's takes and that are not given."""
+    missing = []
+    if not self.prompts:
+      missing.append("prompts: --prompts=FILE.jsonl")
+    if _reads_reward_model(self) and not self.reward_model:
+      missing.append(
+        "something to score with: --reward=FILE.py:FUNCTION, or --reward_model=DIR, which `model` "
+        "in --reward stands for"
+      )
+    return missing
 
   def _check_tree(self):
     if not self.scored:
@@ -267,7 +276,7 @@ def _train(config: RLConfig, workdir: pathlib.Path, name: str, title: str) -> di
   create_workdir(workdir, name, config, read=stages_of(config, directories))
   progress.console.print(
     f"{title}: {len(task.training.tokens)} prompts, {len(task.held_out.tokens)} held out; "
-    f"results go to {workdir}",
+    f"learning rate {config.learning_rate:g}; results go to {workdir}",
     soft_wrap=True,
   )
   return rlhf.run(config, workdir, models, task, title=title)

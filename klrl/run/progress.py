@@ -90,6 +90,21 @@ def watch(
   return state
 
 
+def warned(iterations: Generator, key: str, largest: float, message: str) -> Generator:
+  """Yields what `iterations` yield; warns once where the figure `key` is larger than `largest`.
+
+  `message` holds {done} and {value}, for after which iteration, and the figure.
+  """
+  said = False
+  with contextlib.closing(iterations):
+    for done, state, figures in iterations:
+      value = figures.get(key)
+      if not said and value is not None and value > largest:
+        said = True
+        warn(message.format(done=done, value=shown(key, value)))
+      yield done, state, figures
+
+
 def _figures_line(figures: Mapping, keys: Sequence[tuple[str, str]], seconds: float) -> str:
   parts = [
     f"{label} {shown(key, figures[key])}" for key, label in keys if figures.get(key) is not None
