@@ -44,7 +44,7 @@ from experiments.settings.common import setting
 from klrl import evaluation, judging, ops
 from klrl.devices import parallel
 from klrl.errors import UserError
-from klrl.figures import labels
+from klrl.figures import labels, of_summary
 from klrl.models import Policy, add_lora, join, merge_lora, policy_model, save_policy
 from klrl.run import progress
 from klrl.run.summary import once
@@ -98,9 +98,11 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   title = config.loss.upper()
   summary = once(workdir, config, title, lambda: _train(config, workdir))
   rl.show_summary(summary, title)
+  agreement, many, margin = (
+    of_summary(summary, f"held_out_{name}") for name in ("accuracy", "examples", "margin")
+  )
   progress.console.print(
-    f"Agrees with {summary['held_out_accuracy']:.1%} of held-out labels, implicit reward margin "
-    f"{summary['held_out_margin']:.3f}",
+    f"Agrees with {agreement} of {many} held-out labels, implicit reward margin {margin}",
     soft_wrap=True,
   )
   progress.console.print(f"Report: {workdir}/report.html", soft_wrap=True)
@@ -164,7 +166,10 @@ def run(config: Config, workdir: pathlib.Path, start: Start) -> dict:
     coefficients={name: getattr(config, name) for name in ("beta", "label_smoothing")},
     more=figures,
     title=config.loss.upper(),
-    keys=labels(f"loss/{config.loss}", "preference/accuracy", "preference/margin"),
+    keys=(
+      *labels(f"loss/{config.loss}", "preference/margin"),
+      ("preference/accuracy", f"agreement of {config.batch_size} pairs"),
+    ),
   )
 
 

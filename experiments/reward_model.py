@@ -27,7 +27,7 @@ from experiments.settings.common import setting
 from klrl import inputs
 from klrl.devices import parallel
 from klrl.errors import UserError
-from klrl.figures import labels
+from klrl.figures import labels, of_summary
 from klrl.models import (
   add_lora,
   merge_lora,
@@ -153,11 +153,15 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
     },
     more=calibration,
     title="Reward model",
-    keys=labels("loss/bradley_terry", "loss/accuracy"),
+    keys=(
+      *labels("loss/bradley_terry"),
+      ("loss/accuracy", f"agreement of {config.batch_size} pairs"),
+    ),
   )
   progress.console.print(
-    f"Reward model: agrees with {summary['held_out_accuracy']:.1%} of held-out labels "
-    f"(calibration error {summary['held_out_calibration_error']:.1%}), "
+    f"Reward model: agrees with {of_summary(summary, 'held_out_accuracy')} of "
+    f"{of_summary(summary, 'held_out_examples')} held-out labels (calibration error "
+    f"{of_summary(summary, 'held_out_calibration_error')}), "
     f"model in {workdir}/model",
     soft_wrap=True,
   )

@@ -22,7 +22,7 @@ from experiments.settings.common import setting
 from klrl import inputs, ops
 from klrl.devices import parallel
 from klrl.errors import UserError
-from klrl.figures import labels
+from klrl.figures import labels, of_summary, shown
 from klrl.models import (
   DecoderConfig,
   Policy,
@@ -121,15 +121,15 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
     ),
     summary={"held_out_cross_entropy": "loss/cross_entropy"},
     more=more,
-    before=("held_out_cross_entropy",),
+    losses=("held_out_cross_entropy",),
     title="SFT",
     keys=labels("loss/cross_entropy", "gradient/norm"),
   )
   kl = summary.get("held_out_forward_kl")
   progress.console.print(
-    f"SFT: held-out cross-entropy {summary['held_out_cross_entropy']:.4f} nats per token, "
-    f"{summary['held_out_cross_entropy_before']:.4f} before training, "
-    + (f"KL(data || pi) {kl:.4f}, " if kl is not None else "")
+    f"SFT: held-out cross-entropy {of_summary(summary, 'held_out_cross_entropy')} nats per token, "
+    f"before training {of_summary(summary, 'held_out_cross_entropy_before')}, "
+    + ("" if kl is None else f"KL(data‖π) {shown('held_out_forward_kl', kl)}, ")
     + f"model in {workdir}/model",
     soft_wrap=True,
   )

@@ -231,10 +231,19 @@ def mean_and_stderr(name: str, x, prompt_ids: np.ndarray) -> dict[str, float | N
     return {name: None}
   x = np.asarray(x)
   sums, counts = (np.bincount(prompt_ids, weights=w) for w in (x, np.ones_like(x)))
-  mean, num_prompts = x.mean(), np.count_nonzero(counts)
-  if num_prompts < 2:
+  return ratio_and_stderr(name, sums, counts) | {name: float(x.mean())}
+
+
+def ratio_and_stderr(name: str, sums: np.ndarray, counts: np.ndarray) -> dict[str, float | None]:
+  """Returns sum / count over independent units, and its standard error; None from fewer than two.
+
+  `sums` and `counts` are [N], of units that may count for different numbers of rows, or for none.
+  """
+  sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+  mean, num_units = sums.sum() / max(1.0, counts.sum()), np.count_nonzero(counts)
+  if num_units < 2:
     return {name: float(mean), f"{name}_stderr": None}
-  # The variance of a ratio of sums, for prompts with different numbers of rows.
+  # The variance of a ratio of sums, for units with different numbers of rows.
   residual = sums - mean * counts
-  stderr = np.sqrt((residual**2).sum() * num_prompts / (num_prompts - 1)) / counts.sum()
+  stderr = np.sqrt((residual**2).sum() * num_units / (num_units - 1)) / counts.sum()
   return {name: float(mean), f"{name}_stderr": float(stderr)}

@@ -271,6 +271,11 @@ def shown(name: str, value: object, stderr: object = None) -> str:
   return digits(x, error)
 
 
+def of_summary(summary: dict[str, object], name: str) -> str:
+  """Returns a figure of a summary as text, with its standard error where it has one."""
+  return shown(name, summary.get(name), summary.get(f"{name}_stderr"))
+
+
 def before_and_after(summary: dict[str, object]) -> list[tuple[Figure, str, str]]:
   """Returns the rows of the table "Before and after": figure, text before, text after.
 
@@ -286,7 +291,7 @@ def before_and_after(summary: dict[str, object]) -> list[tuple[Figure, str, str]
   rows = []
   for name in (*listed, *others):
     keys = f"{name}_before", f"{name}_after" if f"{name}_after" in summary else name
-    cells = [shown(name, summary.get(key), summary.get(f"{key}_stderr")) for key in keys]
+    cells = [of_summary(summary, key) for key in keys]
     if cells != [ABSENT, ABSENT]:
       rows.append((find(name), *cells))
   return rows

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from klrl import evaluation
 from klrl.algorithm.gradients import gradients_of
 from klrl.algorithm.optimizer import apply_gradients, init_optimizer, make_schedule
 from klrl.devices import parallel, processes
+from klrl.figures import find, of_summary
 from klrl.models import join
-from klrl.ops import divide
 from klrl.report.of_run import write_report
 from klrl.run import loop, progress
 from klrl.run.summary import write_summary
@@ -84,12 +86,16 @@ def make_supervised_step(loss_fn, config):
 def make_programs(mesh, loss_fn, config, shardings) -> tuple[Callable, Callable]:
   """Returns compiled (step(state, frozen, batch) as above, which donates the state, measure).
 
-  `measure(params, batch, coefficients) -> metrics` is of all parameters. The devices of `mesh`
-  share the rows of a batch, however many there are. `shardings` are those of the state.
+  `measure(params, batch, coefficients) -> metrics` is of all parameters, and of each row by itself:
+  sums and counts are [rows]. The devices of `mesh` share the rows of a batch, however many there
+  are. `shardings` are those of the state.
   """
 
   def measure(params, batch, coefficients):
-    return loss_fn(params, parallel.split_rows(batch), **coefficients)[1]
+    def of_row(row):
+      return loss_fn(params, jax.tree.map(lambda x: x[None], row), **coefficients)[1]
+
+    return jax.vmap(of_row)(parallel.split_rows(batch))
 
   step = parallel.on_mesh(mesh, make_supervised_step(loss_fn, config))
   step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
@@ -111,7 +117,7 @@ def train(
   frozen: dict | None = None,
   coefficients: Mapping[str, float] = MappingProxyType({}),
   more: Callable[[Any], dict[str, Any]] = lambda params: {},
-  before: Sequence[str] = (),
+  losses: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Trains from the newest checkpoint on, writes all files of a run and returns the summary.
 
@@ -123,14 +129,14 @@ def train(
     training: named tuple of arrays with one row per example.
     held_out: the same, not trained on.
     save: (directory, all params on the host), called once with `workdir / "model"`.
-    summary: {name in the summary: metric of `loss_fn`}, as measured on `held_out` at the end.
+    summary: {name in the summary: metric of `loss_fn`}, for `held_out_figures`.
     title: what is shown while it runs.
     keys: (metric, label) of the figures shown.
     frozen: the parameters that are not trained, where `params` are adapters.
     coefficients: of the loss, by name.
     more: all params -> further figures for the summary, called once at the end.
-    before: those names of `summary` that are measured before training too, as NAME_before; it is
-      told where training made one of them, a loss, larger.
+    losses: those names of `summary` of which a person is told where training made them larger,
+      beyond the error.
   """
   progress.console.print(
     f"{title}: {len(training[0])} rows to train on, {len(held_out[0])} held out; learning rate "
@@ -149,26 +155,30 @@ def train(
     batch = parallel.put(data.take(training, rows), parallel.by_rows(mesh))
     return train_step(state, frozen, batch)
 
-  def held_out_figures(params):
-    of_batch = functools.partial(measure, coefficients=state.coefficients)
-    pairs = held_out_metrics(of_batch, params, held_out, mesh, batch_size=config.batch_size)
-    return {name: float(divide(*pairs[metric])) for name, metric in summary.items()}
+  def measured(state):
+    metrics = functools.partial(measure, coefficients=state.coefficients)
+    params = join(frozen, state.params)
+    return held_out_metrics(metrics, params, held_out, mesh, batch_size=config.batch_size)
 
-  at_start = held_out_figures(join(frozen, state.params)) if before else {}
-  figures = {f"{name}_before": at_start[name] for name in before}
+  at_start = measured(state)
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
   iterations = loop.run(step, state, start=start, workdir=workdir, **config.loop_settings())
   state = progress.watch(
     iterations, state, title=title, start=start, total=config.num_iterations, keys=keys
   )
   params = join(frozen, state.params)
-  figures |= held_out_figures(params) | more(params)
-  for name in before:
-    if figures[name] > at_start[name]:
+  figures = {
+    "held_out_examples": len(held_out[0]),
+    **held_out_figures(summary, at_start, measured(state)),
+    **more(params),
+  }
+  for name in losses:
+    change = figures[name] - figures[f"{name}_before"]
+    if change > 2 * (figures[f"{name}_change_stderr"] or 0.0):
       progress.warn(
-        f"Training made the figure {name} worse: it is {figures[name]:.4f} and was "
-        f"{at_start[name]:.4f} before. Try a lower --learning_rate, fewer --num_iterations or more "
-        "data."
+        f"Training made the figure {name} worse: it is {of_summary(figures, name)} and was "
+        f"{of_summary(figures, f'{name}_before')} before. Try a lower --learning_rate, fewer "
+        "--num_iterations or more data."
       )
   params = parallel.fetch(params)
   processes.on_writer(save)(workdir / "model", params)
@@ -179,7 +189,7 @@ def train(
 
 
 def held_out_metrics(metrics, params, held_out, mesh, *, batch_size: int) -> dict:
-  """Returns the (sum, count) pairs of `metrics(params, batch)` over all of `held_out`."""
+  """Returns the (sums, counts) of `metrics(params, batch)`, [N] each, on the host."""
   parts = [
     metrics(
       params,
@@ -187,4 +197,21 @@ def held_out_metrics(metrics, params, held_out, mesh, *, batch_size: int) -> dic
     )
     for i in range(0, len(held_out[0]), batch_size)
   ]
-  return jax.tree.map(lambda *x: sum(x), *parts)
+  return jax.tree.map(lambda *x: np.concatenate(x), *map(parallel.fetch, parts))
+
+
+def held_out_figures(summary: Mapping[str, str], before: dict, after: dict) -> dict[str, float]:
+  """Returns the figures that `summary` names, from the (sums, counts) before and after training.
+
+  Each has `_stderr`, and but for shares `_before`, `_before_stderr` and `_change_stderr`, the error
+  of the difference on the same examples. A share before training would count ties alone.
+  """
+  found = {}
+  for name, metric in summary.items():
+    (sums, counts), (sums_before, _) = after[metric], before[metric]
+    found |= evaluation.ratio_and_stderr(name, sums, counts)
+    if not find(name).is_share:
+      found |= evaluation.ratio_and_stderr(f"{name}_before", sums_before, counts)
+      change = evaluation.ratio_and_stderr("change", sums - sums_before, counts)
+      found[f"{name}_change_stderr"] = change["change_stderr"]
+  return found

@@ -65,3 +65,25 @@ def test_the_list_in_the_docs_is_the_registry():
   head, _, rest = DOCS.read_text().partition("<!-- figures -->\n")
   written, _, _ = rest.partition("<!-- end -->")
   assert head and written == figures.markdown(), "write klrl.figures.markdown() between the marks"
+
+
+@pytest.mark.parametrize(
+  ("value", "stderr", "text"),
+  [
+    (None, None, "\u2013"),
+    ("word", None, "\u2013"),
+    (True, None, "\u2013"),
+    (math.nan, 0.1, "not finite"),
+    (0.1, None, "0.1"),
+    (15.98, None, "16.0"),
+    (-123.4, None, "\u2212123"),
+    (12345.6, None, "12,346"),
+    (1e300, None, "1e+300"),
+    (4.0213, 0.0312, "4.021 ± 0.031"),
+    (4.0213, 12.3, "4 ± 12"),
+    (4.0213, math.nan, "4.02"),
+    (0.0, 0.0, "0"),
+  ],
+)
+def test_digits(value, stderr, text):
+  assert figures.digits(value, stderr) == text

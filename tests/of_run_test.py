@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from klrl.report import page, plots
-from klrl.report.of_run import MAX_SAMPLES, write_report
+from klrl.report.of_run import write_report
+from klrl.report.samples import MAX_SAMPLES
 
 HOSTILE = "<script>alert('x')</script>&\"'"
 
@@ -31,7 +32,7 @@ def write_run(workdir, *, num_iterations=5, **files):
     }
     for i in range(num_iterations)
   ]
-  timing = [{"iteration": i, "tokens_per_second": 4321.0} for i in range(num_iterations)]
+  timing = [{"iteration": i, "tokens_per_second": 4321.0 + i} for i in range(num_iterations)]
   samples = [
     {
       "when": when,
@@ -48,7 +49,9 @@ def write_run(workdir, *, num_iterations=5, **files):
   ]
   summary = {
     "score_before": 0.5,
+    "score_before_stderr": 0.1,
     "score_after": 1.75,
+    "score_after_stderr": 0.2,
     "gold_before": None,
     "gold_after": None,
     "kl_ref_k1": 4.02,
@@ -109,12 +112,13 @@ def test_shows_the_figures_of_a_run(tmp_path):
   path = write_report(write_run(tmp_path))
   assert path == tmp_path / "report.html"
   shown = Page(path)
-  verdict = "The score rose from 0.5 to 1.75, at 3.98 ± 0.12 nats per sequence of KL from the"
-  assert verdict + " reference (exact)." in shown.text
+  verdict = "The score rose from 0.50 ± 0.10 to 1.75 ± 0.20, at 3.98 ± 0.12 nats per sequence of KL"
+  assert verdict + " from the reference (exact)." in shown.text
   assert "5 iterations · 2 min 31 s" in shown.text
-  assert "KL k1 nats per sequence \u2013 4.02 ± 0.31" in shown.text
+  assert "KL(π‖ref), k1 nats per sequence \u2013 4.02 ± 0.31" in shown.text
   assert "Warnings the gradient is biased" in shown.text
-  assert "--beta=0.125" in shown.text
+  # Settings are there once.
+  assert shown.text.count("happy.py:score") == 1 and "--flagfile=flags.txt" in shown.text
   assert "jax 0.10.2" in shown.text
   assert "Not complete" not in shown.text
   # No gold score anywhere, so neither a row nor a curve for it.
@@ -268,7 +272,7 @@ def test_inputs_that_were_changed_during_a_run_are_warned_of(tmp_path):
 
 def test_an_interrupted_run_is_judged_by_its_iterations(tmp_path):
   shown = Page(write_report(write_run(tmp_path, summary__json=None)))
-  verdict = "In training, the score rose from 0 to 0.4, at 4.4 nats per sequence of KL"
+  verdict = "In training, the score went from 0 to 0.4, at 4.4 nats per sequence of KL"
   assert verdict in shown.text
 
 
@@ -277,7 +281,7 @@ def test_supervised_run_with_only_a_loss(tmp_path):
   text = "\n".join(map(json.dumps, records))
   nothing = dict.fromkeys(("summary__json", "samples__jsonl", "timing__jsonl"))
   shown = Page(write_report(write_run(tmp_path, metrics__jsonl=text, **nothing)))
-  assert "In training, the cross-entropy fell from 3 to 1." in shown.text
+  assert "In training, the cross-entropy went from 3 to 1." in shown.text
   assert shown.count("svg") == 1
 
 
@@ -316,12 +320,67 @@ def test_unknown_metrics_are_drawn_under_a_fold(tmp_path):
   assert "mine/flag" not in shown.text
   # Accuracy, speed and the unknown one.
   assert shown.count("svg") == 3
+  assert "50.0%" in shown.text
+
+
+def test_what_stays_the_same_is_said_and_not_drawn(tmp_path):
+  lines = [{"iteration": i, "controller/beta": 0.5, "score/mean": 1.0 * i} for i in range(3)]
+  text = "\n".join(map(json.dumps, lines))
+  shown = Page(write_report(write_run(tmp_path, metrics__jsonl=text)))
+  assert "The same in every iteration, and not drawn: Beta 0.5." in shown.text
+  assert shown.count("svg") == 2  # score and speed
+
+
+HEADLINES = {
+  "noise": (
+    {"score_before": -1.89, "score_before_stderr": 0.09, "score_after": -1.8}
+    | {"score_after_stderr": 0.08, "gold_before": 0.5, "gold_before_stderr": 0.02}
+    | {"gold_after": 0.75, "gold_after_stderr": 0.02},
+    "The score did not change beyond its error, from \u22121.890 ± 0.090 to \u22121.800 ± 0.080; "
+    "the gold accuracy rose from 50.0 ± 2.0% to 75.0 ± 2.0%.",
+  ),
+  "pairs": (
+    {"held_out_examples": 300, "held_out_accuracy": 2 / 3, "held_out_accuracy_stderr": 0.03}
+    | {"kl_ref_exact": 0.25},
+    "The policy agrees with the labels of 66.7 ± 3.0% of 300 held-out pairs, at 0.25 nats",
+  ),
+  "chance": (
+    {"held_out_examples": 40, "held_out_accuracy": 0.6, "held_out_accuracy_stderr": 0.08},
+    "The policy agrees with the labels of 60.0 ± 8.0% of 40 held-out pairs, no more than chance.",
+  ),
+  "the same examples": (
+    {"held_out_examples": 40, "held_out_cross_entropy": 1.0, "held_out_cross_entropy_stderr": 0.2}
+    | {"held_out_cross_entropy_before": 1.1, "held_out_cross_entropy_before_stderr": 0.2}
+    | {"held_out_cross_entropy_change_stderr": 0.01},
+    "The cross-entropy fell from 1.10 ± 0.20 to 1.00 ± 0.20.",
+  ),
+  "enumerated": (
+    {"objective_gap": 0.1234, "tv_to_optimum": 0.3, "score_before": 0.0, "score_after": 1.0},
+    "The policy lacks 12.3% of what the best policy for this beta gains, at a total variation of "
+    "0.3 from it; the score went from 0 to 1.",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", HEADLINES)
+def test_the_headline_weighs_the_error_and_is_there_for_every_experiment(tmp_path, case):
+  summary, sentence = HEADLINES[case]
+  assert sentence in Page(write_report(write_run(tmp_path, summary__json=json.dumps(summary)))).text
+
+
+@pytest.mark.parametrize("kl", [[0.0, 0.5, 2.0], [0.0, "x", None], 3])
+def test_an_enumerated_run_is_drawn_below_the_best_policies(tmp_path, kl):
+  summary = {"exact_kl": 0.5, "exact_score": 0.25, "score_after": 0.25}
+  write_run(tmp_path, summary__json=json.dumps(summary))
+  without = Page(write_report(tmp_path)).count("svg")
+  (tmp_path / "optimum.json").write_text(json.dumps({"kl": kl, "score": [0.0, 0.5, 1.0]}))
+  assert Page(write_report(tmp_path)).count("svg") == without + (kl == [0.0, 0.5, 2.0])
 
 
 def test_unknown_and_nested_summary_figures_are_shown(tmp_path):
   summary = {"kl": {"ref_k3": 2.5}, "style": {"before": 1, "after": 2.0}, "compile_seconds": 38.5}
   shown = Page(write_report(write_run(tmp_path, summary__json=json.dumps(summary))))
-  assert "KL k3 nats per sequence \u2013 2.5" in shown.text
+  assert "KL(π‖ref), k3 nats per sequence \u2013 2.5" in shown.text
   assert "style 1 2" in shown.text
   assert "compile_seconds 38.5" in shown.text
 
@@ -333,14 +392,13 @@ def test_figures_of_several_completions_stand_beside_the_gold_score(tmp_path):
   summary["kl_ref_forward"] = 0.125
   shown = Page(write_report(write_run(tmp_path, summary__json=json.dumps(summary))))
   table = (
-    "Gold score per completion 0.5 0.5 Gold score, greedy per prompt 0.75 0.75 "
-    "pass@4 per prompt 0.9 0.9 maj@4 per prompt 0.6 0.6 Score per completion 1.5 1.5 "
-    "KL forward nats per sequence 0.125 0.125 Curves"
+    "Gold accuracy of completions 50.0% 50.0% Gold accuracy, greedy of prompts 75.0% 75.0% "
+    "pass@4 of prompts 90.0% 90.0% maj@4 of prompts 60.0% 60.0% Score per completion 1.5 1.5 "
+    "KL(ref‖π), exact nats per sequence 0.125 0.125 Curves"
   )
   assert table in shown.text
-  assert "forward is KL(reference \u2016 policy), exact; \u00b1 is one" in shown.text
   # What is in no table is among all figures.
-  assert "score_greedy_after 1.75" in shown.text and "distinct_3_after 0.01" in shown.text
+  assert "score_greedy_after 1.75" in shown.text and "distinct_3_after 1.0%" in shown.text
 
 
 def test_odd_samples_are_shown_as_far_as_they_go(tmp_path):
@@ -423,29 +481,7 @@ def test_band_is_two_standard_errors_on_either_side():
   def labels(svg):
     return [part.split(">")[-1] for part in svg.split("</text>")[:-1]]
 
-  assert labels(wide) == labels(line) == ["0", "1", "\u22121", "0", "1"]
-
-
-@pytest.mark.parametrize(
-  ("value", "stderr", "text"),
-  [
-    (None, None, "\u2013"),
-    ("word", None, "\u2013"),
-    (True, None, "\u2013"),
-    (math.nan, 0.1, "not finite"),
-    (0.1, None, "0.1"),
-    (15.98, None, "16.0"),
-    (-123.4, None, "\u2212123"),
-    (12345.6, None, "12,346"),
-    (1e300, None, "1e+300"),
-    (4.0213, 0.0312, "4.021 ± 0.031"),
-    (4.0213, 12.3, "4 ± 12"),
-    (4.0213, math.nan, "4.02"),
-    (0.0, 0.0, "0"),
-  ],
-)
-def test_digits(value, stderr, text):
-  assert page.digits(value, stderr) == text
+  assert labels(wide) == labels(line) == ["0", "1", "\u22121", "0", "1", "iteration"]
 
 
 def test_duration():

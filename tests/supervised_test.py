@@ -84,7 +84,7 @@ def test_a_run_takes_its_steps_once_and_is_judged_on_what_it_has_not_seen(tmp_pa
       held_out,
       save=lambda directory, params: saved.append((directory, params)),
       summary={"held_out_square": "loss/square"},
-      before=("held_out_square",),
+      losses=("held_out_square",),
       title="Line",
       keys=(("loss/square", "square"),),
     )
@@ -98,9 +98,13 @@ def test_a_run_takes_its_steps_once_and_is_judged_on_what_it_has_not_seen(tmp_pa
   assert directory == tmp_path / "model"
   chex.assert_trees_all_close(params, jax.device_get(state.params), rtol=1e-6)
   squares = (params["a"] * held_out.x + params["b"] - held_out.y) ** 2
-  np.testing.assert_allclose(summary["held_out_square"], squares.mean(), rtol=1e-6)
-  at_start = (START["a"] * held_out.x + START["b"] - held_out.y) ** 2
-  np.testing.assert_allclose(summary["held_out_square_before"], at_start.mean(), rtol=1e-6)
+  before = (START["a"] * held_out.x + START["b"] - held_out.y) ** 2
+  for name, x in (("", squares), ("_before", before), ("_change", squares - before)):
+    if name != "_change":
+      np.testing.assert_allclose(summary[f"held_out_square{name}"], x.mean(), rtol=1e-6)
+    stderr = np.std(x, ddof=1) / np.sqrt(3)
+    np.testing.assert_allclose(summary[f"held_out_square{name}_stderr"], stderr, rtol=1e-5)
+  assert summary["held_out_examples"] == 3
   assert summary["held_out_square"] > summary["held_out_square_before"]
   said = capsys.readouterr().out
   assert "Line: 16 rows to train on, 3 held out; learning rate 0.1; results go to" in said

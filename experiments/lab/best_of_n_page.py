@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from klrl.report.page import Html, digits, element, figure, note, page, paragraph, table
+from klrl.figures import digits
+from klrl.report.page import Html, element, figure, note, page, paragraph, table
 from klrl.report.plots import INK, SERIES, bare, picture
 
 COLUMNS = ("n", "KL at most", "KL of the pool", "score", "gold", "wins")

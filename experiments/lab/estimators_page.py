@@ -7,7 +7,8 @@ is typically off by the whole KL.
 import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from klrl.report.page import Html, digits, element, figure, note, page, paragraph, table
+from klrl.figures import digits
+from klrl.report.page import Html, element, figure, note, page, paragraph, table
 from klrl.report.plots import INK, SERIES, bare, picture
 
 ESTIMATORS = ("k1", "k2", "k3")  # those of one token
@@ -172,7 +173,7 @@ def _alarms(truncated: dict, small: dict) -> Html:
       "klrl does.",
     ),
   )  # fmt: skip
-  return table(("What is seen", "true KL or k3", "found", "Cause and cure"), rows, class_="")
+  return table(("What is seen", "true KL or k3", "found", "Cause and cure"), rows, words=4)
 
 
 def _scientific(x: float) -> str:

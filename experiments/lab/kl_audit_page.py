@@ -6,7 +6,8 @@ from typing import Any
 from experiments.lab import kl_audit_pictures
 from experiments.lab.kl_audit_pictures import VERDICTS, behaviours
 from klrl.algorithm import objective
-from klrl.report.page import ABSENT, Html, digits, element, page
+from klrl.figures import ABSENT, digits
+from klrl.report.page import Html, element, page
 
 Audit = dict[str, Any]
 Column = tuple[str, str, Callable[[dict], str]]  # head, small head, cell of a row

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from klrl.report.page import Html, digits, element, page
+from klrl.figures import digits
+from klrl.report.page import Html, element, page
 from klrl.report.plots import INK, SERIES, bare, picture
 
 FORWARD, REVERSE = SERIES[0], SERIES[1]

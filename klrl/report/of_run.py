@@ -5,10 +5,8 @@ same files give the same bytes. Any of them may be missing, cut short or hold nu
 interrupted run leaves them; the page then says so and shows the rest.
 
 Prompts, completions, settings and names of figures come from models and from people: all markup is
-made by `page.element`, which escapes them.
-
-KL is KL(policy || reference), in nats: per sequence where nothing else is said. Figures are means
-over completions; an error is one standard error in text, two in the curves.
+made by `page.element`, which escapes them. Labels, units and formats are those of `klrl.figures`;
+an error is one standard error in text, two in the curves.
 """
 
 import json
@@ -19,59 +17,28 @@ import numpy as np
 
 from klrl import schema
 from klrl.errors import UserError
-from klrl.report.figures_table import figures_table
-from klrl.report.page import Html, digits, duration, element, note, number, page
-from klrl.report.plots import INK, MAX_POINTS, SERIES, Line, curves
+from klrl.figures import KLS, before_and_after, find, number, shown
+from klrl.report.page import Html, duration, element, figure, grid, note, page, table
+from klrl.report.plots import INK, MAX_POINTS, SERIES, Line, curves, plot
+from klrl.report.samples import samples_part
 from klrl.run import fingerprints
 from klrl.run.workdir import write_text
 
-MAX_SAMPLES = 10
-
-# Small multiples: title, unit, and the figures of metrics.jsonl or timing.jsonl that share the axes
-# as (name, label, colour, style).
-FIRST, SECOND, DOTS = (SERIES[0], "-"), (SERIES[1], "--"), (INK, "o")
+# Small multiples: the names of figures that share their axes, each drawn in its place's style.
 PANELS = (
-  ("Score", "mean per completion", (("score/mean", "", *FIRST),)),
-  ("Gold score", "mean per completion", (("gold/mean", "", *FIRST),)),
-  ("KL to the reference", "nats per sequence", (
-    ("kl/ref_k1", "k1", *FIRST), ("kl/ref_k3", "k3", *SECOND), ("kl/ref_exact", "exact", *DOTS),
-  )),
-  ("KL to the reference", "nats per token", (
-    ("kl/ref_k1_per_token", "k1", *FIRST), ("kl/ref_k3_per_token", "k3", *SECOND),
-    ("kl/ref_exact_per_token", "exact", *DOTS),
-  )),
-  ("KL to the old policy", "nats per sequence", (
-    ("kl/old_k1", "k1", *FIRST), ("kl/old_k3", "k3", *SECOND),
-  )),
-  ("Cross-entropy", "nats per token", (
-    ("loss/cross_entropy", "", *FIRST), ("policy/pretraining_loss", "pretraining", *SECOND),
-  )),
-  ("Bradley-Terry loss", "nats per pair", (("loss/bradley_terry", "", *FIRST),)),
-  ("Preference loss", "per pair", (("loss/dpo", "DPO", *FIRST), ("loss/ipo", "IPO", *SECOND))),
-  ("Agreement with labels", "fraction of pairs", (
-    ("loss/accuracy", "", *FIRST), ("preference/accuracy", "", *FIRST),
-  )),
-  ("Implicit reward margin", "reward", (("preference/margin", "", *FIRST),)),
-  ("Log-probability of the pair", "nats per completion", (
-    ("preference/chosen_log_prob", "chosen", *FIRST),
-    ("preference/rejected_log_prob", "rejected", *SECOND),
-  )),
-  ("Entropy", "nats per token", (("policy/entropy", "", *FIRST),)),
-  ("Clip fraction", "fraction of tokens", (
-    ("policy/clip_fraction", "policy", *FIRST), ("value/clip_fraction", "value", *SECOND),
-  )),
-  ("Value loss", "squared reward", (("value/loss", "", *FIRST),)),
-  ("Explained variance", "of the returns", (
-    ("value/explained_variance", "", *FIRST),
-  )),
-  ("Beta", "reward per nat", (("controller/beta", "", *FIRST),)),
-  ("Length", "tokens per completion", (("rollout/length", "", *FIRST),)),
-  ("Speed", "tokens per second", (("tokens_per_second", "", *FIRST),)),
+  ("score/mean",), ("gold/mean",),
+  ("kl/ref_k1", "kl/ref_k3", "kl/ref_exact"),
+  ("kl/ref_k1_per_token", "kl/ref_k3_per_token", "kl/ref_exact_per_token"),
+  ("kl/old_k1", "kl/old_k3"),
+  ("loss/cross_entropy", "policy/pretraining_loss"),
+  ("loss/bradley_terry",), ("loss/dpo",), ("loss/ipo",),
+  ("loss/accuracy",), ("preference/accuracy",), ("preference/margin",),
+  ("preference/chosen_log_prob", "preference/rejected_log_prob"),
+  ("policy/entropy",), ("policy/clip_fraction", "value/clip_fraction"),
+  ("value/loss",), ("value/explained_variance",),
+  ("controller/beta",), ("rollout/length",), ("tokens_per_second",),
 )  # fmt: skip
-
-
-def _has_beta(config: dict) -> bool:
-  return config.get("beta") is not None and config.get("kl_placement") != "none"
+STYLES = (SERIES[0], "-", "first"), (SERIES[1], "--", "second"), (INK, "o", "dots")
 
 
 def _read_text(path: pathlib.Path, gaps: list[str]) -> str | None:
@@ -109,8 +76,8 @@ def _read_lines(path: pathlib.Path, gaps: list[str]) -> list[dict]:
   records = {i: _parsed(line) for i, line in lines}
   bad = [str(i) for i, record in records.items() if record is None]
   if bad:
-    shown = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
-    gaps.append(f"{path.name}: left out what is no JSON object, in line {shown}.")
+    listed = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+    gaps.append(f"{path.name}: left out what is no JSON object, in line {listed}.")
   elif not records:
     gaps.append(f"{path.name} is empty.")
   return [record for record in records.values() if record is not None]
@@ -146,155 +113,169 @@ def _flat(record: dict, prefix: str = "") -> dict[str, object]:
   return flat
 
 
-FACTS = (
-  ("num_iterations", lambda n: f"{n:,.0f} iterations"),
-  ("wall_seconds", duration),
-  ("tokens_per_second", lambda n: f"{n:,.0f} tokens per second"),
-)
+FACTS = {
+  "num_iterations": lambda n: f"{n:,.0f} iterations",
+  "wall_seconds": duration,
+  "tokens_per_second": lambda n: f"{n:,.0f} tokens per second",
+}
 # What a run is judged by, the first two that it has: words, name in the summary, in the metrics.
 CHANGES = (
   ("the score", "score", "score/mean"),
-  ("the gold score", "gold", "gold/mean"),
-  ("the cross-entropy", "loss_cross_entropy", "loss/cross_entropy"),
-  ("the Bradley-Terry loss", "loss_bradley_terry", "loss/bradley_terry"),
+  ("the gold accuracy", "gold", "gold/mean"),
+  ("the cross-entropy", "held_out_cross_entropy", "loss/cross_entropy"),
+  ("the preference loss", "held_out_loss", "loss/bradley_terry"),
 )
 
 
-def _sentence(figures: dict[str, object]) -> str:
-  changes = []
-  for words, name, _ in CHANGES:
-    before, after = (number(figures.get(f"{name}_{when}")) for when in ("before", "after"))
-    if before is not None and after is not None:
-      verb = "rose" if after > before else "fell" if after < before else "went"
-      changes.append(f"{words} {verb} from {digits(before)} to {digits(after)}")
-  if not changes:
+def _change(words: str, name: str, figures: dict[str, object]) -> str:
+  """Returns how a figure changed, as far as its error lets one say so; "" where it is unknown."""
+  after = f"{name}_after" if f"{name}_after" in figures else name
+  names = f"{name}_before", after
+  values = [number(figures.get(key)) for key in names]
+  if None in values:
     return ""
-  sentence = " and ".join(changes[:2])
-  for estimator in ("exact", "k1", "k3"):
-    name = f"kl_ref_{estimator}"
-    if number(figures.get(name)) is not None:
-      kl = digits(figures[name], figures.get(f"{name}_stderr"))
-      return f"{sentence}, at {kl} nats per sequence of KL from the reference ({estimator})."
-  return f"{sentence}."
+  errors = [number(figures.get(f"{key}_stderr")) for key in names]
+  # Of a difference on the same examples where that was measured, else as if they were others.
+  error = number(figures.get(f"{name}_change_stderr"))
+  error = math.hypot(*errors) if error is None and None not in errors else error
+  before, after = (shown(name, *pair) for pair in zip(values, errors, strict=True))
+  if error is None:
+    return f"{words} went from {before} to {after}"
+  if not abs(values[1] - values[0]) > 2 * error:
+    return f"{words} did not change beyond its error, from {before} to {after}"
+  return f"{words} {'rose' if values[1] > values[0] else 'fell'} from {before} to {after}"
 
 
-def _verdict(figures: dict[str, object], series: dict) -> str:
+def _agreement(figures: dict[str, object], experiment: object) -> str:
+  share, error = (number(figures.get(f"held_out_accuracy{x}")) for x in ("", "_stderr"))
+  if share is None:
+    return ""
+  who = "the reward model" if experiment == "reward_model" else "the policy"
+  many = number(figures.get("held_out_examples"))
+  pairs = f"{many:,.0f} held-out pairs" if many else "held-out pairs"
+  chance = ", no more than chance" if error is not None and share - 2 * error <= 0.5 else ""
+  return (
+    f"{who} agrees with the labels of {shown('held_out_accuracy', share, error)} of {pairs}{chance}"
+  )
+
+
+def _verdict(figures: dict[str, object], series: dict, experiment: object) -> str:
   """Returns the run in one sentence; without a summary, from its first and last iteration."""
-  sentence = _sentence(figures)
-  if not sentence:
-    last = {name.replace("/", "_"): list(values.values())[-1] for name, values in series.items()}
+  where = ""
+  if not any(number(figures.get(x)) is not None for x in ("score_after", "held_out_examples")):
+    where = "in training, "
+    figures = {name.replace("/", "_"): [*values.values()][-1] for name, values in series.items()}
     for _, name, metric in CHANGES:
       if metric in series:
-        values = list(series[metric].values())
-        last |= {f"{name}_before": values[0], f"{name}_after": values[-1]}
-    sentence = _sentence(last)
-    sentence = sentence and f"in training, {sentence}"
-  return sentence[:1].upper() + sentence[1:] if sentence else "This run left no figures to judge."
+        values = [*series[metric].values()]
+        figures |= {f"{name}_before": values[0], f"{name}_after": values[-1]}
+  parts = []
+  if number(figures.get("objective_gap")) is not None:
+    gap, distance = (shown(x, figures[x]) for x in ("objective_gap", "tv_to_optimum"))
+    parts.append(
+      f"the policy lacks {gap} of what the best policy for this beta gains, at a total variation "
+      f"of {distance} from it"
+    )
+  parts += [_agreement(figures, experiment), *(_change(*x[:2], figures) for x in CHANGES)]
+  parts = [part for part in parts if part][:2]
+  if not parts:
+    return "This run left no figures to judge."
+  sentence = where + "; ".join(parts)
+  for name in KLS:
+    if number(figures.get(name)) is not None:
+      kl, how = shown(name, figures[name], figures.get(f"{name}_stderr")), name.rpartition("_")[2]
+      sentence += f", at {kl} nats per sequence of KL from the reference ({how})"
+      break
+  return f"{sentence[:1].upper()}{sentence[1:]}."
 
 
-def _panel(title: str, unit: str, lines: tuple, series: dict) -> Html:
+def _table(figures: dict[str, object]) -> Html:
+  rows = before_and_after(figures)
+  if not rows:
+    return note("No figures before and after.")
+  cells = [(f"{x.label}\n{x.unit}", before, after) for x, before, after in rows]
+  about = "π is the policy, ref the reference; ± is one standard error."
+  return table(("", "Before", "After"), cells, caption=about)
+
+
+def _optimum(optimum: dict, figures: dict[str, object], series: dict) -> list[Html]:
+  """Returns the picture of the best policies of an enumerated task, with the run on it."""
+  kl, score = (optimum.get(name) for name in ("kl", "score"))
+  end = number(figures.get("exact_kl")), number(figures.get("exact_score"))
+  lists = isinstance(kl, list) and isinstance(score, list) and 0 < len(kl) == len(score)
+  if not lists or None in (*map(number, [*kl, *score]), *end):
+    return []
+  path = [series.get(name, {}) for name in ("kl/ref_k1", "score/mean")]
+  iterations = [i for i in path[0] if i in path[1]]
+
+  def draw(axes):
+    near = np.array(kl) <= max(1.5 * end[0], 0.2)
+    axes.plot(np.array(kl)[near], np.array(score)[near], color=SERIES[2], linewidth=1.4)
+    xy = [[of[i] for i in iterations] for of in path]
+    axes.plot(*xy, "o", color=INK, alpha=0.25, markersize=2.5, markeredgewidth=0)
+    axes.plot(kl[0], score[0], "o", color=INK, fillstyle="none", markersize=6)
+    axes.plot(*end, "o", color=SERIES[0], markersize=7, markeredgewidth=0)
+
+  return [
+    figure(
+      "Score against KL(π‖ref)", "of the policy and of the best policies, by enumeration",
+      plot(draw, "KL(π‖ref), nats per sequence"),
+      below="The line is what the best policies have, ref · exp(score/β)/Z for every β. The dot is "
+      "the policy after training, the ring the reference; grey are the batches of the iterations.",
+    )
+  ]  # fmt: skip
+
+
+def _panel(names: tuple[str, ...], series: dict) -> Html:
   drawn, legend = [], []
-  for name, label, colour, style in lines:
+  for name, (colour, style, mark) in zip(names, STYLES, strict=False):
     if name in series:
+      scale = 100.0 if find(name).is_share else 1.0
       iterations, values = np.array([*series[name]]), np.array([*series[name].values()])
       errors = series.get(f"{name}_stderr")
-      stderrs = errors and np.array([errors.get(i, math.nan) for i in iterations])
+      stderrs = errors and scale * np.array([errors.get(i, math.nan) for i in iterations])
       if np.isfinite(values).any():
-        drawn.append(Line(iterations, values, stderrs, colour, style))
-      mark = element("i", class_={"--": "second", "o": "dots"}.get(style, "first"))
-      last = element("b", digits(values[-1]))
-      legend.append(element("span", mark, f"{label} ", last) if label else element("span", last))
+        drawn.append(Line(iterations, scale * values, stderrs, colour, style))
+      how = find(name).label.partition(", ")[2]
+      last = element("b", shown(name, values[-1]))
+      mark = (element("i", class_=mark), f"{how} ") if how else ()
+      legend.append(element("span", *mark, last))
+  first = find(next(name for name in names if name in series))
+  unit = f"% {first.unit}" if first.is_share else first.unit
   legend = element("div", *legend, class_="legend")
-  caption = element("figcaption", element("b", title), " ", element("span", unit), legend)
-  return element("figure", caption, Html(curves(drawn) if drawn else ""))
+  return figure(first.label.partition(", ")[0], unit, curves(drawn) if drawn else "", legend)
 
 
 def _curves(series: dict) -> list[Html]:
   if not series:
     return [note("No iteration was recorded.")]
   # A picture of its own for every figure that no panel has.
-  placed = {name for *_, lines in PANELS for name, *_ in lines}
-  placed |= {f"{name}_stderr" for name in series}
-  rest = [(name, "", ((name, "", *FIRST),)) for name in sorted(series) if name not in placed]
-  present = [panel for panel in PANELS if any(name in series for name, *_ in panel[2])]
+  placed = {name for names in PANELS for name in names} | {f"{name}_stderr" for name in series}
+  rest = [(name,) for name in sorted(series) if name not in placed]
+  present = [names for names in PANELS if any(name in series for name in names)]
+  still = {
+    names for names in (*present, *rest)
+    if all(len({*series.get(x, {}).values()}) <= 1 < len(series.get(x, "ab")) for x in names)
+  }  # fmt: skip
   grids = [
-    element("div", *(_panel(*panel, series) for panel in panels), class_="curves")
+    grid(*(_panel(names, series) for names in panels if names not in still))
     for panels in (present, rest)
   ]
-  about = "Over the iterations; the figure in each heading is the last one. Bands and bars are two "
-  about += "standard errors wide on either side."
+  about = (
+    "The figure in each heading is that of the last iteration. Bands and bars are two standard "
+    "errors wide on either side."
+  )
   if max(map(len, series.values())) > MAX_POINTS:
     about += (
       f" A line of more than {MAX_POINTS} points is drawn as the means of as many stretches, "
+      "its band from their lowest to their highest value."
     )
-    about += "its band from their lowest to their highest value."
+  constant = [x for names in (*present, *rest) if names in still for x in names if x in series]
+  if constant:
+    said = (f"{find(x).label} {shown(x, next(iter(series[x].values())))}" for x in constant)
+    about += f" The same in every iteration, and not drawn: {'; '.join(said)}."
   fold = element("details", element("summary", "All metrics that are not above"), grids[1])
-  return [note(about), grids[0], *([fold] if rest else [])]
-
-
-def _tokens(sample: dict, most: float) -> Html:
-  tokens, kl, log_probs = (sample.get(name) for name in ("tokens", "kl_ref", "log_prob"))
-  if not isinstance(tokens, list) or not isinstance(kl, list) or len(tokens) != len(kl):
-    return element("p", sample.get("completion", ""), class_="text")
-  if not isinstance(log_probs, list) or len(log_probs) != len(tokens):
-    log_probs = [None] * len(tokens)
-  spans = []
-  for token, nats, log_prob in zip(tokens, kl, log_probs, strict=True):
-    x = number(nats)
-    share = min(max(x / most, 0.0), 1.0) if x is not None and math.isfinite(x) and most else 0.0
-    quoted = json.dumps(token, ensure_ascii=False)
-    title = f"{quoted}: KL {digits(nats)} nats, log-probability {digits(log_prob)}"
-    text = str(token).replace("\n", "\u21b5\n") or "\u25af"
-    spans.append(element("span", text, class_="t", style=f"--k:{0.75 * share:.2f}", title=title))
-  return element("p", *spans, class_="text")
-
-
-def _nats(sample: dict) -> list[float]:
-  kl = sample.get("kl_ref")
-  numbers = [number(x) for x in kl] if isinstance(kl, list) else []
-  return [x for x in numbers if x is not None and math.isfinite(x)]
-
-
-def _samples(records: list[dict]) -> list[Html]:
-  pairs: dict[str, dict[str, dict]] = {}
-  for position, record in enumerate(records):
-    index = str(record.get("index", f"line {position}"))
-    pairs.setdefault(index, {})[str(record.get("when"))] = record
-  if not pairs:
-    return [note("No samples were kept.")]
-  shown = list(pairs.values())[:MAX_SAMPLES]
-  nats = [x for pair in shown for sample in pair.values() for x in _nats(sample) if x > 1e-12]
-  most = 0.0
-  if nats:
-    # One outlier would leave everything else pale.
-    high = float(np.quantile(nats, 0.98))
-    step = 10.0 ** math.floor(math.log10(high)) / 2
-    most = math.ceil(high / step) * step
-  count = f"{len(shown)} of {len(pairs)} prompts" if len(shown) < len(pairs) else "The same prompts"
-  parts = [
-    note(
-      f"{count}, before and after training. A token's background is the exact KL to the reference "
-      "at its position; point at it for the figures."
-    )
-  ]
-  if most:
-    scale = "0", element("i"), f"{digits(most)} nats and more"
-    parts.append(element("div", *scale, class_="scale note"))
-  for pair in shown:
-    columns = []
-    for when in ("before", "after"):
-      sample = pair.get(when, {})
-      known = [name for name in ("score", "gold") if number(sample.get(name)) is not None]
-      facts = [f"{name} {digits(sample[name])}" for name in known]
-      if kl := _nats(sample):
-        facts.append(f"KL {digits(sum(kl))} nats in {len(kl)} tokens")
-      title = element("b", when.capitalize())
-      beside = element("span", ", ".join(facts), class_="note")
-      text = _tokens(sample, most) if sample else note("No sample.")
-      columns.append(element("div", title, " ", beside, text))
-    prompt = element("p", next(iter(pair.values())).get("prompt", ""), class_="prompt text")
-    parts.append(element("div", prompt, *columns, class_="pair"))
-  return parts
+  return [note(about), grids[0], *([fold] if {*rest} - still else [])]
 
 
 def _notices(title: str, lines: list, class_: str) -> list[Html]:
@@ -302,42 +283,45 @@ def _notices(title: str, lines: list, class_: str) -> list[Html]:
   return [element("div", element("b", title), listed, class_=class_)] if lines else []
 
 
-def _settings(record: dict) -> Html:
+def _settings(title: str, record: dict) -> list[Html]:
   entries = []
   for key, value in record.items():
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float):
+      text = shown(key, value)
     entries.append(element("div", element("dt", key), element("dd", text)))
-  return element("dl", *entries, class_="settings")
+  return [element("h3", title), element("dl", *entries, class_="settings")] if entries else []
 
 
-def _run(config: dict, figures: dict, versions: dict, flags: str) -> list[Html]:
-  parts = []
-  if flags:
-    again = f"python -m experiments.{config.get('experiment', 'EXPERIMENT')} --flagfile=flags.txt"
-    parts += [
-      element("p", "The same run again:"), element("pre", again),
-      element("p", "where flags.txt is"), element("pre", flags),
-    ]  # fmt: skip
-  for title, record in (("Settings", config), ("Versions", versions), ("All figures", figures)):
-    if record:
-      parts += [element("h3", title), _settings(record)]
-  return parts
+def _run(config: dict, figures: dict, versions: dict, has_flags: bool) -> list[Html]:
+  again = f"python -m experiments.{config.get('experiment', 'EXPERIMENT')} --flagfile=flags.txt"
+  tabled = {x.key for x, *_ in before_and_after(figures)} | {*FACTS, "device"}
+  rest = {name: x for name, x in figures.items() if find(name).key not in tabled}
+  return [
+    *([note("The same run again, in its folder:"), element("pre", again)] if has_flags else []),
+    *_settings("Settings", config),
+    *_settings("Versions", versions),
+    *_settings("Figures that are not above", rest),
+  ]
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
   """Returns the path of `report.html`, written into `workdir` from the files that a run left there.
 
-  Reads config.json, flags.txt, metrics.jsonl, timing.jsonl, samples.jsonl and summary.json; what is
-  missing or broken is named on the page. A report that is there already is replaced whole.
+  Reads config.json, metrics.jsonl, timing.jsonl, samples.jsonl, summary.json and, of an enumerated
+  task, optimum.json; what is missing or broken is named on the page. A report that is there already
+  is replaced whole.
   """
   gaps: list[str] = []
   config = _read_object(workdir / "config.json", gaps)
   summary = _read_object(workdir / "summary.json", gaps)
   series = _series(_read_lines(workdir / "metrics.jsonl", gaps))
   timing = _series(_read_lines(workdir / "timing.jsonl", gaps))
-  supervised = config.get("experiment") in ("sft", "reward_model")  # These draw no samples.
+  experiment = config.get("experiment")
+  supervised = experiment in ("sft", "reward_model")  # These draw no samples.
   samples = [] if supervised else _read_lines(workdir / "samples.jsonl", gaps)
-  flags = (_read_text(workdir / "flags.txt", []) or "").strip()
+  optimum = workdir / "optimum.json"
+  optimum = _read_object(optimum, gaps) if optimum.exists() else {}
   for name, values in series.items():
     if bad := [i for i in values if not math.isfinite(values[i])]:
       gaps.append(f"{name} is not finite in {len(bad)} iterations, first in {bad[0]:g}.")
@@ -348,20 +332,26 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   warnings = warnings + _read_accepted(workdir, gaps)
   versions, penalty = summary.pop("versions", None), summary.pop("kl_penalty", "")
   figures = _flat(summary)
-  facts = [text(x) for name, text in FACTS if (x := number(figures.get(name))) and math.isfinite(x)]
+  numbers = {name: number(figures.get(name)) for name in FACTS}
+  facts = [FACTS[name](x) for name, x in numbers.items() if x and math.isfinite(x)]
   facts += [str(figures["device"])] if "device" in figures else []
-  beta = f", beta {config['beta']}" if _has_beta(config) else ""
-  title = f"{config.get('experiment', 'A run')}{beta}"
+  has_beta = config.get("beta") is not None and config.get("kl_placement") != "none"
+  title = str(config.get("experiment", "A run"))
+  title += f", beta {config['beta']}" if has_beta else ""
 
   body = [
-    element("h1", title), element("p", _verdict(figures, series), class_="verdict"),
+    element("h1", title),
+    element("p", _verdict(figures, series, experiment), class_="verdict"),
     note(" \u00b7 ".join(facts)), *([note(str(penalty))] if penalty else []),
     *_notices("Warnings", warnings, "warnings"), *_notices("Not complete", gaps, "missing"),
-    element("h2", "Before and after"), figures_table(figures),
+    element("h2", "Before and after"), _table(figures), *_optimum(optimum, figures, series),
     element("h2", "Curves"), *_curves(series),
-    element("h2", "Samples"), *_samples(samples),
+    *([] if supervised else [element("h2", "Samples"), *samples_part(samples)]),
     element("h2", "The run"),
-    *_run(config, figures, versions if isinstance(versions, dict) else {}, flags),
+    *_run(
+      config, figures, versions if isinstance(versions, dict) else {},
+      (workdir / "flags.txt").is_file(),
+    ),
   ]  # fmt: skip
   path = workdir / "report.html"
   text = page(title, *body).encode("utf-8", "replace").decode()  # a model may emit half a character

@@ -11,9 +11,10 @@ import pathlib
 import numpy as np
 
 from klrl import schema
+from klrl.figures import ABSENT, digits
 from klrl.report import sweep_pictures
 from klrl.report.frontier import EXACT
-from klrl.report.page import ABSENT, Html, digits, element, note, page, paragraph, table
+from klrl.report.page import Html, element, note, page, paragraph, table
 from klrl.report.sweep_answer import answer, exact_answer, standing
 from klrl.report.sweep_pictures import BEST_OF_N, OPTIMUM, Setting
 from klrl.run import metrics

@@ -1,4 +1,4 @@
-"""Markup, style and number format of the pages that klrl writes.
+"""Markup and style of the pages that klrl writes.
 
 Text becomes markup in `element` alone, which escapes it; only what is `Html` already passes as it
 is. A page needs no script and forbids all of them, fetches nothing, and follows the reader's choice
@@ -6,9 +6,6 @@ of light or dark and the width of the screen.
 """
 
 import html
-import math
-
-ABSENT = "\N{EN DASH}"
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1d2126; --quiet: #5c646e;
@@ -32,14 +29,16 @@ p { margin: .5rem 0; max-width: 46rem; }
 .warnings ul, .missing ul { margin: .25rem 0; padding-left: 1.1rem; }
 .missing { margin: 1.25rem 0; color: var(--quiet); font-size: .9rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; min-width: min(100%, 40rem); }
-th, td { padding: .38rem 1.5rem .38rem 0; border-bottom: 1px solid var(--rule);
-  text-align: left; vertical-align: baseline; font-weight: 400; overflow-wrap: anywhere; }
+table { border-collapse: collapse; min-width: min(100%, 40rem); margin-top: .75rem; }
+th, td { padding: .38rem 0 .38rem 1.5rem; border-bottom: 1px solid var(--rule);
+  text-align: right; vertical-align: baseline; font-weight: 400; }
+td { white-space: nowrap; }
+.words { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+td:first-child, th:first-child { padding-left: 0; }
 th span { margin-left: .35rem; }
+thead th span { display: block; margin: 0; }
 caption { text-align: left; color: var(--quiet); font-size: .85rem; padding-bottom: .35rem; }
 thead th { color: var(--quiet); font-size: .85rem; }
-.figures td, .figures thead th + th { text-align: right; white-space: nowrap; }
-.figures td:last-child, .figures th:last-child { padding-right: 0; }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr));
   gap: 1.75rem 2rem; margin-top: 1.25rem; }
 figure { margin: 0; min-width: 0; }
@@ -77,9 +76,9 @@ pre, code { font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, mono
 .settings dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--quiet); margin: 1.25rem 0 .25rem; }
 @media (max-width: 40rem) { body { padding: 1.5rem 1rem 3rem; } .verdict { font-size: 1.2rem; }
-  .pair { grid-template-columns: 1fr; } .figures th, .figures td { padding-right: .75rem; }
-  .figures th[scope=row] { overflow-wrap: normal; }
-  .figures { font-size: .92rem; } th span { display: block; margin: 0; line-height: 1.2; } }
+  .pair { grid-template-columns: 1fr; } th, td { padding-left: .75rem; }
+  th[scope=row] { overflow-wrap: normal; }
+  table { font-size: .92rem; } th span { display: block; margin: 0; line-height: 1.2; } }
 @media print { body { max-width: none; padding: 0; } figure, .pair { break-inside: avoid; } }
 """
 
@@ -88,48 +87,21 @@ class Html(str):
   """Text that is markup already."""
 
 
+def _escaped(child: object) -> str:
+  return child if isinstance(child, Html) else html.escape(str(child), quote=False)
+
+
 def element(name: str, *children: object, **attributes: object) -> Html:
   """Returns the element; children and attributes are escaped unless a child is `Html`.
 
   A trailing underscore is dropped from an attribute's name, others become hyphens.
   """
-  inside = "".join(
-    child if isinstance(child, Html) else html.escape(str(child), quote=False) for child in children
-  )
+  inside = "".join(map(_escaped, children))
   written = "".join(
     f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
     for key, value in attributes.items()
   )
   return Html(f"<{name}{written}>{inside}</{name}>")
-
-
-def number(value: object) -> float | None:
-  """Returns a JSON number as float, NaN included; None for null and for all that is no number."""
-  if not isinstance(value, int | float) or isinstance(value, bool):
-    return None
-  try:
-    return float(value)
-  except OverflowError:  # an integer of 400 digits
-    return math.inf if value > 0 else -math.inf
-
-
-def digits(value: object, stderr: object = None) -> str:
-  """Returns a number as text, to the digits that its standard error leaves it; a dash for none."""
-  x, error = number(value), number(stderr)
-  if x is None:
-    return ABSENT
-  if not math.isfinite(x):
-    return "not finite"
-  if error and math.isfinite(error):
-    decimals = max(0, 1 - math.floor(math.log10(abs(error))))
-    text = f"{x:,.{decimals}f} \N{PLUS-MINUS SIGN} {error:,.{decimals}f}"
-  elif 1e3 <= abs(x) < 1e9:
-    text = f"{x:,.0f}"
-  else:
-    text = f"{x:.3g}"
-    # Zeros at the end stay where they were rounded to, not where the figure ends.
-    text = text if float(text) == x else f"{x:#.3g}".rstrip(".")
-  return text.replace("-", "\N{MINUS SIGN}")
 
 
 def duration(seconds: float) -> str:
@@ -151,27 +123,45 @@ def note(text: str) -> Html:
   return element("p", text, class_="note")
 
 
-def table(columns, rows, *, class_: str = "figures") -> Html:
-  """Returns a table of text cells, the first of each row its heading; "figures" aligns right."""
-  head = element("tr", *(element("th", text, scope="col") for text in columns))
+def table(columns, rows, *, caption: str = "", words: int = 1) -> Html:
+  """Returns a table of which the first `words` columns are words and the others figures.
+
+  The name of a column or of a row may have a unit behind a line break.
+  """
+
+  def cell(name: str, column: int, content: object, **attributes: object) -> Html:
+    left = {"class_": "words"} if column < words else {}
+    return element(name, content, **left, **attributes)
+
+  def heading(column: int, text: object, scope: str) -> Html:
+    name, _, unit = str(text).partition("\n")
+    content = Html(f"{_escaped(name)}{element('span', unit)}") if unit else text
+    return cell("th", column, content, scope=scope)
+
+  head = [heading(i, text, "col") for i, text in enumerate(columns)]
   body = [
-    element("tr", element("th", first, scope="row"), *(element("td", x) for x in rest))
+    element("tr", heading(0, first, "row"), *(cell("td", i, x) for i, x in enumerate(rest, 1)))
     for first, *rest in rows
   ]
-  whole = element("table", element("thead", head), element("tbody", *body), class_=class_)
-  return element("div", whole, class_="wide")
+  about = [element("caption", caption)] if caption else []
+  parts = *about, element("thead", element("tr", *head)), element("tbody", *body)
+  return element("div", element("table", *parts), class_="wide")
 
 
-def figure(title: str, unit: str, svg: str, legend=()) -> Html:
-  """Returns a picture of `plots` with its caption; `legend` names `SERIES` in turn."""
-  places = "first", "second", "third", "fourth"
-  names = [
-    element("span", element("i", class_=place), name)
-    for place, name in zip(places, legend, strict=False)
-  ]
-  about = element("b", title), " ", element("span", unit)
-  caption = element("figcaption", *about, element("div", *names, class_="legend"))
-  return element("figure", caption, Html(svg))
+def figure(title: str, about: str, svg: str, legend=(), *, below: str = "") -> Html:
+  """Returns a picture of `plots` and its caption; `legend` is markup, or names `SERIES` in turn."""
+  if not isinstance(legend, Html):
+    places = zip(("first", "second", "third", "fourth"), legend, strict=False)
+    names = [element("span", element("i", class_=place), name) for place, name in places]
+    legend = element("div", *names, class_="legend")
+  caption = element("figcaption", element("b", title), " ", element("span", about), legend)
+  return element("figure", caption, Html(svg), *([note(below)] if below else []))
+
+
+def grid(*figures: Html, least: int = 19) -> Html:
+  """Returns pictures side by side, each at least so many letters wide."""
+  style = f"grid-template-columns: repeat(auto-fit, minmax(min(100%, {least}rem), 1fr))"
+  return element("div", *figures, class_="curves", style=style)
 
 
 def page(title: str, *body: Html) -> str:

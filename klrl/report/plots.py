@@ -17,11 +17,12 @@ import dataclasses
 import io
 import re
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 INK = "#010101"
 SERIES = ("#010102", "#010103", "#010104", "#010105")
@@ -70,7 +71,7 @@ def stretches(x: np.ndarray, y: np.ndarray, limit: int) -> tuple[np.ndarray, ...
 
 
 # Of a picture of curves, in points: its size, and where the axes are.
-_WIDTH, _HEIGHT = 244.8, 126.0
+_WIDTH, _HEIGHT = 244.8, 136.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 28.2, 241.1, 6.3, 109.6
 
 
@@ -99,6 +100,7 @@ def curves(lines: list[Line]) -> str:
   for line, points in zip(lines, drawn, strict=True):
     x, *parts_of_y = points
     parts += _marks(line, x_scale(x), *map(y_scale, parts_of_y))
+  parts.append(_text((_LEFT + _RIGHT) / 2, _BOTTOM + 20, "middle", "iteration"))
   return "\n".join([*parts, _rule(_BOTTOM, "opacity: 0.45"), "</svg>"])
 
 
@@ -213,6 +215,34 @@ def bare(axes) -> None:
   axes.set_axisbelow(True)
 
 
+def plot(draw, x_label: str, *, width=4.6, height=2.8, x_ticks=None, y_ticks=None, **scales) -> str:
+  """Returns the SVG markup of `draw(axes)`; ticks that are given make an axis logarithmic.
+
+  `scales` is passed on to the axes, as in yscale="log".
+  """
+
+  def draw_axes(figure):
+    inches = 0.42, 0.44  # of the labels left and below
+    axes = figure.add_axes((inches[0] / width, inches[1] / height, 0.985 - inches[0] / width,
+                            0.97 - inches[1] / height))  # fmt: skip
+    axes.set(**scales)
+    bare(axes)
+    axes.minorticks_off()
+    axes.set_xlabel(x_label, size=8, color=INK, labelpad=3)
+    for ticks, axis, scale in (
+      (x_ticks, axes.xaxis, axes.set_xscale),
+      (y_ticks, axes.yaxis, axes.set_yscale),
+    ):
+      if ticks is not None:
+        scale("log")
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(_tick_label)
+    draw(axes)
+
+  return picture(draw_axes, width=width, height=height)
+
+
 def picture(draw, *, width: float, height: float) -> str:
   """Returns the SVG markup of what `draw(figure)` puts on a matplotlib figure, sizes in inches.
 
@@ -228,20 +258,27 @@ def picture(draw, *, width: float, height: float) -> str:
 
 
 def _for_page(svg: str) -> str:
-  svg = svg[svg.index("<svg") :]
-  svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-  svg = re.sub(r'<style type="text/css">.*?</style>', "", svg, flags=re.DOTALL)
-  svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-  # Groups carry names that every picture repeats; markers and clip paths, named by content, stay.
-  svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-  svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
-  svg = svg.replace("xlink:href", "href")
-  # A hundredth of a point is finer than a screen; matplotlib writes millionths.
-  svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
-  # Older matplotlib writes one shorthand, newer two properties; the family is the page's.
-  svg = re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", svg)
-  svg = re.sub(r"font-family: [^;]*; ", "", svg)
+  root = ElementTree.fromstring(svg)
+  for element in list(root.iter()):
+    for child in list(element):
+      if child.tag.endswith(("}metadata", "}style")):
+        element.remove(child)
+    # The page is no XML: neither tags nor attributes have a name space.
+    element.tag = element.tag.rpartition("}")[2]
+    element.attrib = {name.rpartition("}")[2]: x for name, x in element.attrib.items()}
+    # Groups carry names that every picture repeats; markers and clip paths, named by content, stay.
+    if element.tag == "g":
+      element.attrib.pop("id", None)
+    # A hundredth of a point is finer than a screen; matplotlib writes millionths.
+    if "d" in element.attrib:
+      element.set("d", re.sub(r"(\.\d\d)\d+", r"\1", element.get("d")))
+    # The family of a font is the page's. Older matplotlib writes it in one property with the size.
+    styles = [x for x in element.get("style", "").split("; ") if not x.startswith("font-family")]
+    styles = [re.sub(r"^font: ([\d.]+px).*", r"font-size: \1", x) for x in styles]
+    if any(styles):
+      element.set("style", "; ".join(styles))
+  root.attrib = {"viewBox": root.get("viewBox"), "version": "1.1", "aria-hidden": "true"}
+  text = ElementTree.tostring(root, "unicode", short_empty_elements=True)
   for drawn, shown in PAGE_COLOURS.items():
-    svg = svg.replace(drawn, shown)
-  svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'aria-hidden="true"', svg, count=1)
-  return re.sub(r"\n\s*", "\n", svg).strip()
+    text = text.replace(drawn, shown)
+  return re.sub(r"\n\s*", "\n", text).strip()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from klrl.report.page import digits
+from klrl.figures import digits
 from klrl.report.sweep_pictures import Setting
 
 SMALL_GAP = 0.01  # of what the best policy gains: within it a member has reached the optimum
