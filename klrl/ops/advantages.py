@@ -1,11 +1,12 @@
 """Advantages and returns.
 
-Per-token functions take `[..., T]` arrays and a bool mask, and walk back over the real tokens only:
+Functions of tokens take `[..., T]` arrays and a bool mask, and walk back over the real tokens only:
 a masked token is skipped, wherever it stands, and the next value and the trace are carried over it.
-After the last real token nothing follows, unless `bootstrap_values` say what that state is worth.
-Results are zero in the padding. Per-group functions take `scores [..., G]`, the G completions of
-one prompt on the last axis. Everything is in units of the reward except where a standard deviation
-divides. Nothing is stopped: the losses stop the advantages and returns they are given.
+Nothing follows the last real token, unless `bootstrap_values` say what the state after it is worth.
+The results are zero in the padding. Functions of groups take `scores [..., G]`, with the G
+completions of one prompt on the last axis. Everything is in units of the reward, except where a
+standard deviation divides. No gradient is stopped here: the losses stop the advantages and returns
+that they are given.
 """
 
 import chex
@@ -23,8 +24,8 @@ def gae(
   values: jax.Array,
   mask: jax.Array,
   *,
-  gamma,
-  gae_lambda,
+  gamma: jax.Array | float,
+  gae_lambda: jax.Array | float,
   bootstrap_values: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (advantages, returns), each [..., T]; returns = advantages + values.
@@ -35,13 +36,20 @@ def gae(
   John Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage
   Estimation", 2015, eq. 16. The returns are the lambda-returns.
 
+  >>> rewards, values, mask = jnp.array([0.0, 0.0, 1.0]), jnp.full(3, 0.5), jnp.ones(3, bool)
+  >>> print(ops.gae(rewards, values, mask, gamma=1.0, gae_lambda=1.0)[0])  # outcome - value
+  [0.5 0.5 0.5]
+  >>> print(ops.gae(rewards, values, mask, gamma=1.0, gae_lambda=0.0)[0])  # one step's surprise
+  [0.  0.  0.5]
+
   Args:
-    rewards: [..., T] received for emitting token t.
-    values: [..., T] of the state before token t.
+    rewards: [..., T], received for emitting token t.
+    values: [..., T], of the state before token t.
     mask: [..., T] bool.
-    gamma: scalar or [..., T], may be traced; discount of what follows token t, 0 ends an episode.
+    gamma: scalar or [..., T], may be traced; the discount of what follows token t. 0 ends an
+      episode.
     gae_lambda: scalar, may be traced.
-    bootstrap_values: [...] value after the last real token; None means it is terminal.
+    bootstrap_values: [...], the value after the last real token; None means that it is terminal.
   """
   return _walk_back(rewards, values, mask, 1.0, gamma, gae_lambda, bootstrap_values)
 
@@ -53,9 +61,9 @@ def vtrace(
   values: jax.Array,
   mask: jax.Array,
   *,
-  gamma,
-  gae_lambda=1.0,
-  max_ratio=1.0,
+  gamma: jax.Array | float,
+  gae_lambda: jax.Array | float = 1.0,
+  max_ratio: jax.Array | float = 1.0,
   bootstrap_values: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (advantages, returns), each [..., T], corrected from the old policy to the current one.
@@ -64,8 +72,14 @@ def vtrace(
       advantages_t = weight_t * (delta_t + gamma * gae_lambda * advantages_{t+1})
 
   Lasse Espeholt et al., "IMPALA: Scalable Distributed Deep-RL with Importance Weighted
-  Actor-Learner Architectures", 2018, eqs. 1 and 4, with one truncation level, `max_ratio`, for its
-  three; policy-gradient advantage and value error are then the same number. On-policy it is `gae`.
+  Actor-Learner Architectures", 2018, eqs. 1 and 4, with one truncation level, `max_ratio`, in place
+  of its three; the advantage of the policy gradient and the error of the value are then the same
+  number. On-policy it is `gae`.
+
+  >>> log_probs, old_log_probs = jnp.log(jnp.array([[0.8, 0.2], [0.4, 0.4]]))  # ratios 2 and 1/2
+  >>> rewards, values, mask = jnp.array([0.0, 1.0]), jnp.zeros(2), jnp.ones(2, bool)
+  >>> print(ops.vtrace(log_probs, old_log_probs, rewards, values, mask, gamma=1.0)[0])
+  [0.5 0.5]
 
   Args:
     log_probs: [..., T] of the current policy.
@@ -86,9 +100,17 @@ def vtrace(
 
 
 def discounted_returns(
-  rewards: jax.Array, mask: jax.Array, *, gamma, bootstrap_values: jax.Array | None = None
+  rewards: jax.Array,
+  mask: jax.Array,
+  *,
+  gamma: jax.Array | float,
+  bootstrap_values: jax.Array | None = None,
 ) -> jax.Array:
-  """Returns [..., T] `rewards_t + gamma * returns_{t+1}`; arguments as in `gae`."""
+  """Returns [..., T] `rewards_t + gamma * returns_{t+1}`; the arguments are those of `gae`.
+
+  >>> print(ops.discounted_returns(jnp.array([0.0, 0.0, 1.0]), jnp.ones(3, bool), gamma=0.9))
+  [0.81 0.9  1.  ]
+  """
   values = jnp.zeros_like(rewards)
   return _walk_back(rewards, values, mask, 1.0, gamma, 1.0, bootstrap_values)[1]
 
@@ -118,12 +140,15 @@ def _walk_back(rewards, values, mask, weights, gamma, gae_lambda, bootstrap_valu
   return advantages, advantages + values
 
 
-def group_relative(scores: jax.Array, *, eps=1e-4) -> jax.Array:
+def group_relative(scores: jax.Array, *, eps: jax.Array | float = 1e-4) -> jax.Array:
   """Returns [..., G] `(score - mean) / (std + eps)` of the group; 0 in a group of equals.
 
-  In standard deviations, so beta's effective size becomes beta times the group's. The standard
-  deviation is the sample's (divisor G - 1), which the paper leaves open and the common code takes.
-  Zhihong Shao et al., "DeepSeekMath", 2024, section 4.1.2.
+  The result is in standard deviations, so the effective beta becomes beta times the group's
+  deviation. The deviation is the sample's (divisor G - 1): the paper leaves this open, and the
+  common code takes it. Zhihong Shao et al., "DeepSeekMath", 2024, section 4.1.2.
+
+  >>> print(ops.group_relative(jnp.array([0.0, 0.0, 0.0, 1.0])))
+  [-0.5 -0.5 -0.5  1.5]
   """
   return group_centred(scores) / (deviation(scores, axis=-1, ddof=1, keepdims=True) + eps)
 
@@ -132,6 +157,9 @@ def group_centred(scores: jax.Array) -> jax.Array:
   """Returns [..., G] `score - mean` of the group; exactly 0 where all are equal up to rounding.
 
   Zichen Liu et al., "Understanding R1-Zero-Like Training: A Critical Perspective" (Dr. GRPO), 2025.
+
+  >>> print(ops.group_centred(jnp.array([0.0, 0.0, 0.0, 1.0])))
+  [-0.25 -0.25 -0.25  0.75]
   """
   return mean_and_deviations(scores, axis=-1)[1]
 
@@ -141,6 +169,9 @@ def leave_one_out(scores: jax.Array) -> jax.Array:
 
   Wouter Kool, Herke van Hoof and Max Welling, "Buy 4 REINFORCE Samples, Get a Baseline for Free!",
   2019; Arash Ahmadian et al., "Back to Basics" (RLOO), 2024.
+
+  >>> print(ops.leave_one_out(jnp.array([0.0, 0.0, 0.0, 1.0])))
+  [-0.333 -0.333 -0.333  1.   ]
   """
   group_size = scores.shape[-1]
   return group_centred(scores) * (group_size / max(1, group_size - 1))
@@ -150,6 +181,10 @@ def mean_and_std(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns (mean, standard deviation) of `x` [...] over all real tokens, scalars.
 
   The variance is the population's, plus 1e-8 so that nothing is divided by zero.
+
+  >>> mean, std = ops.mean_and_std(jnp.array([1.0, 3.0, 99.0]), jnp.array([True, True, False]))
+  >>> print(mean, std)
+  2.0 1.0
   """
   mean, _ = mean_and_deviations(x, mask)
   return mean.reshape(()), jnp.sqrt(masked_var(x, mask) + WHITEN_EPS)
@@ -158,9 +193,12 @@ def mean_and_std(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 def whiten(x: jax.Array, mask: jax.Array, *, shift_mean: bool = True) -> jax.Array:
   """Returns `x` [...] scaled to unit variance over all real tokens, zero in the padding.
 
-  The mean becomes 0, or stays with `shift_mean=False`. Equal tokens give exactly 0 (or
-  themselves), no token gives zeros. Daniel Ziegler et al., "Fine-Tuning Language Models from Human
+  The mean becomes 0; with `shift_mean=False` it stays. Equal tokens give exactly 0 (or themselves),
+  and no token gives zeros. Daniel Ziegler et al., "Fine-Tuning Language Models from Human
   Preferences", 2019, code: rewards keep their mean, advantages do not.
+
+  >>> print(ops.whiten(jnp.array([1.0, 3.0, 99.0]), jnp.array([True, True, False])))
+  [-1.  1.  0.]
   """
   mean, std = mean_and_std(x, mask)
   whitened = mean_and_deviations(x, mask)[1] / std

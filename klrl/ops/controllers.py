@@ -1,13 +1,13 @@
 """Rules that move beta from one iteration to the next.
 
-Each is a pure, branch-free function `(state, measured_kl, *, coefficients) -> state`. `measured_kl`
-is a KL of whole sequences, nats per sequence, as is `target_kl`. All coefficients may be traced, so
-a sweep over them is one program. The dtypes of the state are kept.
+Each rule is a pure function without branches, `(state, measured_kl, *, coefficients) -> state`.
+`measured_kl` and `target_kl` are KLs of whole sequences, in nats per sequence. All coefficients may
+be traced, so a sweep over them is one program. The dtypes of the state are kept.
 
-What is measured moves `doubling`, `proportional` and `dual_ascent` without an end, so each keeps
-beta within `minimum` and `maximum`, and as it is where the measurement is NaN. The bounded beta is
-all that is remembered: however long a bound has held, the first measurement on the other side of
-the target leaves it. `at_bound` says whether one holds.
+A measurement can move beta without end in `doubling`, `proportional` and `dual_ascent`. So each of
+these keeps beta between `minimum` and `maximum`, and leaves beta as it is where the measurement is
+NaN. They remember the bounded beta alone: however long a bound has held, the first measurement on
+the other side of the target leaves it. `at_bound` says whether a bound holds.
 """
 
 from typing import NamedTuple
@@ -17,13 +17,16 @@ import jax.numpy as jnp
 
 
 class ControllerState(NamedTuple):
-  """What a controller remembers; both arrays, so that it can be checkpointed and swept."""
+  """What a controller remembers; both are arrays, so that they can be checkpointed and swept.
+
+  >>> state = ops.ControllerState(beta=jnp.float32(0.5), iteration=jnp.int32(0))
+  """
 
   beta: jax.Array  # float scalar, reward per nat of sequence KL
   iteration: jax.Array  # int32 scalar, how many times the rule was applied
 
 
-# Where nothing else is said: a rule that multiplies beta cannot leave 0, nor inf.
+# The default bounds: a rule that multiplies beta could leave neither 0 nor inf.
 BETA_BOUNDS = (1e-4, 1e4)
 
 
@@ -34,26 +37,47 @@ def _next(state: ControllerState, beta) -> ControllerState:
 
 
 def at_bound(
-  state: ControllerState, *, minimum=BETA_BOUNDS[0], maximum=BETA_BOUNDS[1]
+  state: ControllerState,
+  *,
+  minimum: jax.Array | float = BETA_BOUNDS[0],
+  maximum: jax.Array | float = BETA_BOUNDS[1],
 ) -> jax.Array:
-  """Returns a bool scalar, whether beta stands at one of its bounds."""
+  """Returns a bool scalar, whether beta stands at one of its bounds.
+
+  >>> state = ops.ControllerState(jnp.float32(100.0), jnp.int32(7))
+  >>> print(ops.at_bound(state), ops.at_bound(state, maximum=100.0))
+  False True
+  """
   dtype = state.beta.dtype
   return (state.beta <= jnp.asarray(minimum, dtype)) | (state.beta >= jnp.asarray(maximum, dtype))
 
 
-def fixed(state: ControllerState, measured_kl) -> ControllerState:
-  """Returns the state with the same beta."""
+def fixed(state: ControllerState, measured_kl: jax.Array | float) -> ControllerState:
+  """Returns the state with the same beta.
+
+  >>> print(ops.fixed(ops.ControllerState(jnp.float32(0.5), jnp.int32(0)), 9.0).beta)
+  0.5
+  """
   del measured_kl
   return _next(state, state.beta)
 
 
 def doubling(
-  state: ControllerState, measured_kl, *, target_kl, minimum=BETA_BOUNDS[0], maximum=BETA_BOUNDS[1]
+  state: ControllerState,
+  measured_kl: jax.Array | float,
+  *,
+  target_kl: jax.Array | float,
+  minimum: jax.Array | float = BETA_BOUNDS[0],
+  maximum: jax.Array | float = BETA_BOUNDS[1],
 ) -> ControllerState:
   """Returns beta halved below `target_kl / 1.5`, doubled above `1.5 * target_kl`, else the same.
 
-  It stays within `minimum`, which is positive, and `maximum`.
+  Beta stays between `minimum`, which is positive, and `maximum`.
   John Schulman et al., "Proximal Policy Optimization Algorithms", 2017, section 4.
+
+  >>> state = ops.ControllerState(jnp.float32(0.5), jnp.int32(0))
+  >>> print([float(ops.doubling(state, kl, target_kl=6.0).beta) for kl in (3.9, 6.0, 9.1)])
+  [0.25, 0.5, 1.0]
   """
   factor = jnp.where(measured_kl > 1.5 * target_kl, 2.0, 1.0)
   beta = state.beta * jnp.where(measured_kl < target_kl / 1.5, 0.5, factor)
@@ -62,28 +86,32 @@ def doubling(
 
 def proportional(
   state: ControllerState,
-  measured_kl,
+  measured_kl: jax.Array | float,
   *,
-  target_kl,
-  num_samples,
-  horizon,
-  minimum=BETA_BOUNDS[0],
-  maximum=BETA_BOUNDS[1],
+  target_kl: jax.Array | float,
+  num_samples: jax.Array | float,
+  horizon: jax.Array | float,
+  minimum: jax.Array | float = BETA_BOUNDS[0],
+  maximum: jax.Array | float = BETA_BOUNDS[1],
 ) -> ControllerState:
-  """Returns beta * (1 + error * num_samples / horizon), error = measured / target - 1.
+  """Returns beta times `1 + error * num_samples / horizon`, where error = measured / target - 1.
 
   The error is clipped to [-0.2, 0.2], as published, so one outlier moves beta little. Daniel
   Ziegler et al., "Fine-Tuning Language Models from Human Preferences", 2019, section 2.2.
+
+  >>> state = ops.ControllerState(jnp.float32(0.5), jnp.int32(0))
+  >>> print(ops.proportional(state, 60.0, target_kl=6.0, num_samples=128, horizon=1280).beta)
+  0.51
 
   Args:
     state: the state.
     measured_kl: nats per sequence.
     target_kl: nats per sequence, positive.
     num_samples: sequences per iteration.
-    horizon: sequences over which a constant error of 1 would act once; above num_samples / 5, since
-      the factor is negative below.
-    minimum: smallest beta, positive.
-    maximum: largest beta.
+    horizon: sequences over which a constant error of 1 would act once; larger than
+      num_samples / 5, below which the factor could be negative.
+    minimum: the smallest beta, positive.
+    maximum: the largest beta.
   """
   error = jnp.clip(measured_kl / target_kl - 1, -0.2, 0.2)
   beta = state.beta * (1 + error * num_samples / horizon)
@@ -91,34 +119,64 @@ def proportional(
 
 
 def dual_ascent(
-  state: ControllerState, measured_kl, *, target_kl, step_size, maximum=BETA_BOUNDS[1]
+  state: ControllerState,
+  measured_kl: jax.Array | float,
+  *,
+  target_kl: jax.Array | float,
+  step_size: jax.Array | float,
+  maximum: jax.Array | float = BETA_BOUNDS[1],
 ) -> ControllerState:
-  """Returns beta + step_size * (measured_kl - target_kl), within 0 and `maximum`.
+  """Returns beta plus `step_size * (measured_kl - target_kl)`, between 0 and `maximum`.
 
-  Projected gradient ascent on the multiplier of `maximise score subject to KL <= target_kl`: the
-  dual is concave in beta with exactly this gradient, and a budget that does not bind ends at 0, as
-  complementary slackness asks (a step in log beta could not get there, nor leave it). A budget that
-  cannot be kept would wind beta up for ever: it ends at `maximum`. Stephen Boyd and Lieven
-  Vandenberghe, "Convex Optimization", 2004, section 5.5. `step_size` is in reward per squared nat.
+  This is projected gradient ascent on the multiplier of "maximise the score subject to KL <=
+  target_kl": the dual function is concave in beta, and this is its gradient. Where the budget does
+  not bind, beta ends at 0, as complementary slackness asks (a step in log beta could neither reach
+  0 nor leave it). Where the budget cannot be kept, beta would grow for ever and ends at `maximum`.
+  `step_size` is in reward per squared nat. Stephen Boyd and Lieven Vandenberghe, "Convex
+  Optimization", 2004, section 5.5.
+
+  >>> state = ops.ControllerState(jnp.float32(0.5), jnp.int32(0))
+  >>> print(ops.dual_ascent(state, 8.0, target_kl=6.0, step_size=0.25).beta)
+  1.0
   """
   beta = state.beta + step_size * (measured_kl - target_kl)
   return _next(state, jnp.clip(beta, 0.0, maximum))
 
 
 def linear_schedule(
-  state: ControllerState, measured_kl, *, initial, final, num_iterations
+  state: ControllerState,
+  measured_kl: jax.Array | float,
+  *,
+  initial: jax.Array | float,
+  final: jax.Array | float,
+  num_iterations: jax.Array | float,
 ) -> ControllerState:
-  """Returns beta on the line from `initial` to `final` over `num_iterations`, then `final`."""
+  """Returns beta on the line from `initial` to `final` over `num_iterations`, then `final`.
+
+  >>> state = ops.ControllerState(jnp.float32(2.0), jnp.int32(49))  # 49 of 100 iterations are done
+  >>> print(ops.linear_schedule(state, 0.0, initial=2.0, final=0.0, num_iterations=100).beta)
+  1.0
+  """
   del measured_kl
   return _next(state, initial + (final - initial) * _fraction(state, num_iterations))
 
 
 def cosine_schedule(
-  state: ControllerState, measured_kl, *, initial, final, num_iterations
+  state: ControllerState,
+  measured_kl: jax.Array | float,
+  *,
+  initial: jax.Array | float,
+  final: jax.Array | float,
+  num_iterations: jax.Array | float,
 ) -> ControllerState:
   """Returns beta on half a cosine from `initial` to `final` over `num_iterations`, then `final`.
 
   Ilya Loshchilov and Frank Hutter, "SGDR", 2016, eq. 5, without restarts.
+
+  >>> state = ops.ControllerState(jnp.float32(2.0), jnp.int32(24))
+  >>> beta = ops.cosine_schedule(state, 0.0, initial=2.0, final=0.0, num_iterations=100).beta
+  >>> print(beta)  # the line is at 1.5
+  1.707
   """
   del measured_kl
   remaining = 0.5 * (1 + jnp.cos(jnp.pi * _fraction(state, num_iterations)))
@@ -126,6 +184,6 @@ def cosine_schedule(
 
 
 def _fraction(state, num_iterations):
-  """Returns how far the iteration that comes next is, at most 1."""
+  """Returns the share of the schedule that the next iteration has behind it, at most 1."""
   iteration = (state.iteration + 1).astype(state.beta.dtype)
   return jnp.minimum(iteration / num_iterations, 1.0)

@@ -1,8 +1,8 @@
 """Importance weights: the product of a ratio and a number, and weights for an inexact sampler.
 
-A sampler in lower precision, with top-k or of another implementation draws from a policy that is
-not quite the trainer's. The ratio of the two, held under a cap, makes up for it; what it does not
-make up for is the share above the cap.
+A sampler of lower precision, with top-k, or of another implementation draws from a policy that is
+not quite the trainer's. The ratio of the two policies corrects for this, except for the part of the
+ratio that a cap cuts off.
 """
 
 import jax
@@ -15,8 +15,11 @@ from klrl.ops.masking import zero_padding
 def weighted(log_weight: jax.Array, x: jax.Array) -> jax.Array:
   """Returns [...] `exp(log_weight) * x`, which is finite wherever the product is.
 
-  A weight beyond float32, or next to 0, and an `x` that makes up for it have a finite product, and
-  0 times any weight is 0. Both arguments carry gradient: that of `log_weight` is the product.
+  A weight that overflows float32 may have a finite product with a small `x`, and 0 times any weight
+  is 0. Both arguments carry gradient; that of `log_weight` is the product.
+
+  >>> print(ops.weighted(jnp.float32(100.0), jnp.array([0.0, 1e-30])))  # exp(100) is inf
+  [0.000e+00 2.688e+13]
   """
   # Half of the exponent at a time: what overflows then overflows in the product.
   half = jnp.exp(log_weight / 2)
@@ -33,25 +36,40 @@ def _weighted_jvp(primals, tangents):
 SAMPLER_CORRECTIONS = ("none", "token", "sequence")
 
 
-def sampler_weights(log_probs, sampler_log_probs, mask, *, correction: str, cap):
-  """Returns ([B, T] weights min(ratio, cap), [B, T] bool where the cap bites); no gradient.
+def sampler_weights(
+  log_probs: jax.Array,
+  sampler_log_probs: jax.Array,
+  mask: jax.Array,
+  *,
+  correction: str,
+  cap: jax.Array | float,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns ([B, T] weights min(ratio, cap), [B, T] bool where the cap acts); no gradient.
 
-  The ratio is that of the trainer's probability to the sampler's: of each token (`token`), or of
-  the whole completion for all of its tokens (`sequence`), whose expectations under the sampler are
-  the trainer's where the cap does not bite. Token weights correct each step and not how its prefix
-  was reached. Weights in the padding are 1. Feng Yao et al., "Your Efficient RL Framework Secretly
-  Brings You Off-Policy RL Training", 2025 (truncated importance sampling).
+  The ratio is the trainer's probability over the sampler's: of each token (`token`), or of the
+  whole completion, for all of its tokens (`sequence`). Expectations under the sampler with the
+  weights of sequences are those of the trainer, as far as the cap does not act; the weights of
+  tokens correct each step, but not how its prefix was reached. Weights in the padding are 1.
+  Feng Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025
+  (truncated importance sampling).
+
+  >>> log_probs, sampler_log_probs = jnp.log(jnp.array([[[0.6, 0.8]], [[0.4, 0.4]]]))
+  >>> mask = jnp.ones((1, 2), bool)
+  >>> print(ops.sampler_weights(log_probs, sampler_log_probs, mask, correction="token", cap=5.0)[0])
+  [[1.5 2. ]]
+  >>> print(ops.sampler_weights(log_probs, sampler_log_probs, mask, correction="sequence", cap=2.0))
+  (Array([[2., 2.]], dtype=float32), Array([[ True,  True]], dtype=bool))
 
   Args:
-    log_probs: [B, T] the trainer's, of the policy that the sampler stood for.
-    sampler_log_probs: [B, T] of the distribution that was drawn from.
+    log_probs: [B, T], by the trainer, of the policy that the sampler stands for.
+    sampler_log_probs: [B, T], of the distribution that the sampler drew from.
     mask: [B, T] bool.
     correction: "token" or "sequence".
-    cap: scalar, largest weight; may be traced.
+    cap: scalar, the largest weight; may be traced.
   """
   log_ratio = zero_padding(log_probs, mask) - zero_padding(sampler_log_probs, mask)
   if correction == "sequence":
     log_ratio = jnp.where(mask, log_ratio.sum(axis=-1, keepdims=True), 0.0)
-  # The bound is on the exponent: an infinite ratio would have no weight to be cut to.
+  # The exponent is bounded and not the ratio, so that an infinite ratio has the weight `cap`.
   weights = jnp.exp(jnp.minimum(log_ratio, jnp.log(cap)))
   return jax.lax.stop_gradient(weights), mask & (log_ratio > jnp.log(cap))

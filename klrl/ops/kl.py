@@ -1,14 +1,15 @@
 """Divergences between a policy and another one, in nats per token.
 
-An estimator is a function of the log-probabilities of the tokens taken, `[..., T]`; below,
-log_ratio = log_probs - ref_log_probs, and pi is the policy of `log_probs`. Nothing is stopped here:
-both arguments carry gradient, and whoever puts an estimator in a loss or a reward decides. What an
-estimator is worth depends on which of the two, so each docstring says, for tokens drawn from pi:
-the expected value, the expected gradient as a loss (differentiated) and as a reward cost (the
-value, stopped, times the score function). Summed over a sequence the value stays what it says; the
-gradient as a loss covers the divergence at given prefixes and not how pi chooses the prefixes.
+An estimator is a function of the log-probabilities of the tokens taken, `[..., T]`. Below, pi is
+the policy of `log_probs`, and log_ratio = log_probs - ref_log_probs. No gradient is stopped here:
+both arguments carry it, and whoever puts an estimator in a loss or a reward decides. An estimator
+means different things in these two places, so each docstring says for tokens drawn from pi what its
+expected value is, its expected gradient as a loss (differentiated), and its expected gradient as a
+cost in the reward (the value, stopped, times the score function). The value holds for sums over a
+sequence too. The gradient as a loss is that of the divergence at the given prefixes, and leaves out
+how pi chooses the prefixes.
 
-Nothing is masked here: where the padding may hold values that are far apart or not finite, make
+Nothing is masked here. Where the padding may hold values that are far apart or not finite, make
 both arguments equal there first.
 
 Names and formulas: John Schulman, "Approximating KL Divergence", 2020,
@@ -35,8 +36,12 @@ def _log_ratio(log_probs, other_log_probs):
 def k1(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
   """Returns [..., T] `log_ratio`, of either sign.
 
-  Tokens from pi: value KL(pi || ref), unbiased. As a loss the expected gradient is zero (it does
-  nothing but add noise); in the reward it is the gradient of KL(pi || ref).
+  For tokens from pi the value is KL(pi || ref), unbiased. As a loss its expected gradient is zero:
+  it only adds noise. In the reward the expected gradient is that of KL(pi || ref).
+
+  >>> log_probs, ref_log_probs = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
+  >>> print(ops.k1(log_probs, ref_log_probs))  # their mean under pi is the KL, 0.144
+  [ 0.693 -0.405]
   """
   return _log_ratio(log_probs, ref_log_probs)
 
@@ -44,8 +49,13 @@ def k1(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
 def k2(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
   """Returns [..., T] `log_ratio**2 / 2`, not negative.
 
-  Tokens from pi: value biased, KL(pi || ref) to second order. As a loss the expected gradient is
-  that of KL(pi || ref), exactly; in the reward it is no divergence's gradient.
+  For tokens from pi the value is biased; it is KL(pi || ref) to second order. As a loss its
+  expected gradient is exactly that of KL(pi || ref). In the reward it is the gradient of no
+  divergence.
+
+  >>> log_probs, ref_log_probs = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
+  >>> print(ops.k2(log_probs, ref_log_probs))  # mean under pi 0.161, the KL is 0.144
+  [0.24  0.082]
   """
   return 0.5 * _log_ratio(log_probs, ref_log_probs) ** 2
 
@@ -53,10 +63,14 @@ def k2(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
 def k3(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
   """Returns [..., T] `exp(-log_ratio) - 1 + log_ratio`, not negative.
 
-  Tokens from pi: value KL(pi || ref), unbiased if ref has no mass outside pi's support; the
-  variance is unbounded where ref is much larger than pi. As a loss the expected gradient is that of
-  KL(ref || pi), the other direction; in the reward it is that of KL(pi || ref) minus that of
-  KL(ref || pi), which vanishes to first order at pi = ref.
+  For tokens from pi the value is KL(pi || ref), unbiased if ref has no mass outside the support of
+  pi; the variance is unbounded where ref is much larger than pi. As a loss its expected gradient is
+  that of KL(ref || pi), the other direction. In the reward it is that of KL(pi || ref) minus that
+  of KL(ref || pi), which vanishes to first order at pi = ref.
+
+  >>> log_probs, ref_log_probs = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
+  >>> print(ops.k3(log_probs, ref_log_probs))  # their mean under pi is the KL, 0.144
+  [0.193 0.095]
   """
   log_ratio = _log_ratio(log_probs, ref_log_probs)
   # Not `exp(-log_ratio) - 1`: in float32 that makes k3 negative at log_ratio = 1e-4.
@@ -72,23 +86,28 @@ def weighted_estimate(
   old_log_probs: jax.Array,
   ref_log_probs: jax.Array,
   *,
-  log_prefix_weight=0.0,
-  log_cap=jnp.inf,
+  log_prefix_weight: jax.Array | float = 0.0,
+  log_cap: jax.Array | float = jnp.inf,
 ) -> jax.Array:
   """Returns [..., T] `min(exp(log_prefix_weight) * pi / old, exp(log_cap)) * estimate`.
 
-  It is finite wherever the product is, and so is its gradient, whose terms are summed before they
-  are exponentiated: that of k1 is weight * (log_ratio + 1), that of k3 weight * log_ratio, whose
-  two terms by the product rule are as large as ref / old and cancel. The weight of k2 is stopped,
-  since its derivative has the right mean and its value has not; so its gradient is
-  weight * log_ratio too. The cap bounds the weight's value; the gradient of its logarithm stays.
+  Value and gradient are finite wherever the product is: exponents are summed before anything is
+  exponentiated. The gradient of k1 is weight * (log_ratio + 1). That of k3 is weight * log_ratio;
+  the two terms of its product rule are as large as ref / old and cancel. The weight of k2 is
+  stopped, since the derivative of k2 has the right mean and its value has not, so its gradient is
+  weight * log_ratio as well. The cap bounds the value of the weight and leaves the gradient of its
+  logarithm.
+
+  >>> log_probs, old, ref = jnp.log(jnp.array([[0.5], [0.25], [0.25]]))
+  >>> print(ops.weighted_estimate("k1", log_probs, old, ref))  # 2 * log 2
+  [1.386]
 
   Args:
-    estimator: k1, k2 or k3 of pi against the reference.
-    log_probs: [..., T] of pi; carries gradient.
-    old_log_probs: [..., T] of the policy that sampled; no gradient, nor in `ref_log_probs`.
-    ref_log_probs: [..., T].
-    log_prefix_weight: [..., T], of what came before the token; carries gradient, but for k2.
+    estimator: the name of an estimator of pi against the reference: k1, k2 or k3.
+    log_probs: [..., T], of pi; carries gradient.
+    old_log_probs: [..., T], of the policy that sampled; carries no gradient.
+    ref_log_probs: [..., T]; carries no gradient.
+    log_prefix_weight: [..., T], of what came before the token; carries gradient, except for k2.
     log_cap: scalar, may be traced.
   """
   chex.assert_equal_shape([log_probs, old_log_probs, ref_log_probs])
@@ -102,7 +121,7 @@ def weighted_estimate(
   return _weighted_estimate(estimator, prefix, log_probs, old, ref, log_cap)
 
 
-# Where ref / pi is above exp(50), k3 is ref / pi but for a relative 1e-20.
+# Where ref / pi is above exp(50), k3 equals ref / pi up to a relative 1e-20.
 _FAR = 50.0
 
 
@@ -128,8 +147,12 @@ def _weighted_estimate_jvp(estimator, primals, tangents):
 def kl_old_new(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
   """Returns [..., T] `ratio - 1 - log(ratio)`, ratio = pi / old, not negative.
 
-  Tokens from old (not from pi): value KL(old || pi), unbiased, and as a loss the expected gradient
-  is that of KL(old || pi) at the prefixes that old visits. It is k3 of old against pi.
+  For tokens from old (not from pi) the value is KL(old || pi), unbiased. As a loss its expected
+  gradient is that of KL(old || pi) at the prefixes that old visits. It is k3 of old against pi.
+
+  >>> log_probs, old_log_probs = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
+  >>> print(ops.kl_old_new(log_probs, old_log_probs))  # mean under old: the KL, 0.131
+  [0.307 0.072]
   """
   return k3(old_log_probs, log_probs)
 
@@ -137,50 +160,70 @@ def kl_old_new(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
 def kl_new_old(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
   """Returns [..., T] `ratio * log(ratio) - (ratio - 1)`, ratio = pi / old, not negative.
 
-  Tokens from old (not from pi): value KL(pi || old), unbiased, and as a loss the expected gradient
-  is that of KL(pi || old) at the prefixes that old visits. It is k3 of pi against old, weighted by
-  the ratio.
+  For tokens from old (not from pi) the value is KL(pi || old), unbiased. As a loss its expected
+  gradient is that of KL(pi || old) at the prefixes that old visits. It is k3 of pi against old,
+  weighted by the ratio.
+
+  >>> log_probs, old_log_probs = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
+  >>> print(ops.kl_new_old(log_probs, old_log_probs))  # mean under old: the KL, 0.144
+  [0.386 0.063]
   """
   log_ratio = _log_ratio(log_probs, old_log_probs)
   return weighted_estimate("k3", log_ratio, jnp.zeros_like(log_ratio), jnp.zeros_like(log_ratio))
 
 
-def exact_kl(logits: jax.Array, ref_logits: jax.Array, *, temperature=1.0) -> jax.Array:
+def exact_kl(
+  logits: jax.Array, ref_logits: jax.Array, *, temperature: jax.Array | float = 1.0
+) -> jax.Array:
   """Returns [..., T] KL(pi || ref) of the two next-token distributions, summed over the vocabulary.
 
-  Nats per token. Not negative up to rounding; inf where ref excludes (logit -inf) a token that pi
-  does not; a token that pi excludes adds nothing. Summed over the prefixes of a completion from pi
-  it estimates the sequence KL, unbiased (Afra Amini, Tim Vieira and Ryan Cotterell, "Better
-  Estimation of the KL Divergence Between Language Models", 2025): at a given prefix with no
-  variance, and over completions usually, not always, with less than k1. Differentiated, it gives
-  the gradient at those prefixes only.
+  It is in nats per token, and not negative up to rounding. It is inf where ref excludes (logit
+  -inf) a token that pi does not; a token that pi excludes adds nothing. Summed over the prefixes of
+  a completion from pi it is an unbiased estimate of the KL of sequences (Afra Amini, Tim Vieira and
+  Ryan Cotterell, "Better Estimation of the KL Divergence Between Language Models", 2025). It has no
+  variance at a given prefix, and over completions usually, though not always, less than k1.
+  Differentiated, it gives the gradient at those prefixes only.
+
+  >>> logits, ref_logits = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
+  >>> print(ops.exact_kl(logits, ref_logits), ops.exact_kl(ref_logits, logits))
+  0.144 0.131
 
   Args:
-    logits: [..., T, V] of pi; carries gradient.
-    ref_logits: [..., T, V]; carries gradient as well, though a frozen reference has no use for it.
+    logits: [..., T, V], of pi; carries gradient.
+    ref_logits: [..., T, V]; carries gradient too, which a frozen reference does not use.
     temperature: scalar of both, may be traced; carries gradient.
   """
   return _kl(*_both_vocab_log_probs(logits, ref_logits, temperature))
 
 
-def exact_jsd(logits: jax.Array, ref_logits: jax.Array, *, weight, temperature=1.0) -> jax.Array:
+def exact_jsd(
+  logits: jax.Array,
+  ref_logits: jax.Array,
+  *,
+  weight: jax.Array | float,
+  temperature: jax.Array | float = 1.0,
+) -> jax.Array:
   """Returns [..., T] the Jensen-Shannon divergence of the two next-token distributions.
 
-  Nats per token. With the teacher P = `ref_logits`, the student Q = `logits` and M = weight * P +
-  (1 - weight) * Q,
+  It is in nats per token. With the teacher P = `ref_logits`, the student Q = `logits` and the
+  mixture M = weight * P + (1 - weight) * Q it is
 
       weight * KL(P || M) + (1 - weight) * KL(Q || M),
 
-  equation 1 of Rishabh Agarwal et al., "On-Policy Distillation of Language Models", 2024. Not
-  negative up to rounding, and at most the entropy of (weight, 1 - weight), also where one of the
-  two excludes (logit -inf) what the other does not. As weight -> 0 it is weight * KL(P || Q), as
-  weight -> 1 it is (1 - weight) * KL(Q || P); at weight 1/2 it is symmetric.
+  equation 1 of Rishabh Agarwal et al., "On-Policy Distillation of Language Models", 2024. It is not
+  negative up to rounding, and at most the entropy of (weight, 1 - weight), even where one of the
+  two excludes (logit -inf) what the other does not. It tends to weight * KL(P || Q) as weight -> 0
+  and to (1 - weight) * KL(Q || P) as weight -> 1; at weight 1/2 it is symmetric.
+
+  >>> logits, ref_logits = jnp.array([[0.0, -jnp.inf], [-jnp.inf, 0.0]])  # no token in common
+  >>> print(ops.exact_jsd(logits, ref_logits, weight=0.5))  # log 2, the largest
+  0.693
 
   Args:
-    logits: [..., T, V] of the student; carries gradient.
-    ref_logits: [..., T, V] of the teacher; carries gradient as well.
-    weight: scalar in [0, 1], the teacher's share of the mixture; 0 and 1 give 0. May be traced;
-      carries gradient.
+    logits: [..., T, V], of the student; carries gradient.
+    ref_logits: [..., T, V], of the teacher; carries gradient too.
+    weight: scalar in [0, 1], the share of the teacher in the mixture; 0 and 1 give 0. It may be
+      traced and carries gradient.
     temperature: scalar of both, may be traced; carries gradient.
   """
   return _jsd(*_both_vocab_log_probs(logits, ref_logits, temperature), weight)
@@ -188,7 +231,8 @@ def exact_jsd(logits: jax.Array, ref_logits: jax.Array, *, weight, temperature=1
 
 def _both_vocab_log_probs(logits, ref_logits, temperature):
   chex.assert_equal_shape([logits, ref_logits])
-  return tuple(vocab_log_probs(x, temperature=temperature) for x in (logits, ref_logits))
+  log_probs = vocab_log_probs(logits, temperature=temperature)
+  return log_probs, vocab_log_probs(ref_logits, temperature=temperature)
 
 
 def _kl(log_probs, ref_log_probs):
@@ -211,17 +255,22 @@ def exact_kl_from_hidden(
   ref_hidden: jax.Array,
   ref_unembedding: jax.Array,
   *,
-  temperature=1.0,
-  chunk_size=None,
+  temperature: jax.Array | float = 1.0,
+  chunk_size: int | None = None,
 ) -> jax.Array:
-  """Returns `exact_kl` of `hidden @ unembedding` and its reference's, without holding the logits.
+  """Returns `exact_kl` of `hidden @ unembedding` against the reference's, without the logits.
 
-  [..., T], nats per token. The forward pass keeps both log-sum-exps of each row, the backward pass
-  makes each chunk's logits once more. Gradients of weights are accumulated in at least float32.
-  Under `jax.jit` a gradient that nobody asks for, as that of a frozen reference, costs nothing.
+  The result is [..., T], in nats per token. The forward pass keeps both log-sum-exps of each row,
+  and the backward pass computes the logits of each chunk once more. Gradients of weights are
+  accumulated in at least float32. Under `jax.jit` a gradient that is not used, such as that of a
+  frozen reference, costs nothing.
+
+  >>> hidden, ref_hidden = jnp.log(jnp.array([[[0.5, 0.5]], [[0.25, 0.75]]]))
+  >>> print(ops.exact_kl_from_hidden(hidden, jnp.eye(2), ref_hidden, jnp.eye(2)))
+  [0.144]
 
   Args:
-    hidden: [..., T, D]; carries gradient, as do the other arrays.
+    hidden: [..., T, D]; carries gradient, as the other arrays do.
     unembedding: [D, V].
     ref_hidden: [..., T, D_ref]; D_ref may differ from D.
     ref_unembedding: [D_ref, V].
@@ -247,17 +296,21 @@ def exact_jsd_from_hidden(
   ref_hidden: jax.Array,
   ref_unembedding: jax.Array,
   *,
-  weight,
-  temperature=1.0,
-  chunk_size=None,
+  weight: jax.Array | float,
+  temperature: jax.Array | float = 1.0,
+  chunk_size: int | None = None,
 ) -> jax.Array:
-  """Returns `exact_jsd` of `hidden @ unembedding` and its teacher's, without holding the logits.
+  """Returns `exact_jsd` of `hidden @ unembedding` and the teacher's, without the logits.
 
-  [..., T], nats per token. The backward pass makes each chunk's logits once more. `weight` is the
-  share of the teacher, whose arrays begin with `ref_`; the other arguments, precision and errors
-  are those of `exact_kl_from_hidden`.
+  The result is [..., T], in nats per token. The backward pass computes the logits of each chunk
+  once more. `weight` is the share of the teacher, whose arrays begin with `ref_`. The other
+  arguments, the precision and the errors are those of `exact_kl_from_hidden`.
+
+  >>> hidden, teacher = jnp.log(jnp.array([[[0.5, 0.5]], [[0.25, 0.75]]]))
+  >>> print(ops.exact_jsd_from_hidden(hidden, jnp.eye(2), teacher, jnp.eye(2), weight=0.5))
+  [0.034]
   """
-  # The gradient of what a chunk reads is summed in its dtype: let the chunks read wide arrays.
+  # The gradient of an array is summed over chunks in the array's dtype, so that must be a wide one.
   wide, ref_wide = at_least_float32(unembedding), at_least_float32(ref_unembedding)
 
   @functools.partial(jax.checkpoint, prevent_cse=False)

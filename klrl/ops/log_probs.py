@@ -6,10 +6,10 @@ One definition, with scaled = logits / temperature:
     entropy  = logsumexp(scaled) - sum_v softmax(scaled)_v * scaled_v
 
 and two back-ends. The first reads `logits [..., T, V]`. The second (`*_from_hidden`) reads
-`hidden [..., T, D]` and `unembedding [D, V]`, makes the logits of `chunk_size` rows at a time and
-forgets them: the forward pass keeps the log-sum-exp of each row, the backward pass makes the
-chunk's logits once more. Matrix products take the inputs' dtype and accumulate in at least float32
-(under `jax.default_matmul_precision`, as everywhere in JAX).
+`hidden [..., T, D]` and `unembedding [D, V]`, and holds the logits of `chunk_size` rows at a time:
+the forward pass keeps the log-sum-exp of each row, and the backward pass computes the logits of
+each chunk once more. Matrix products are taken in the dtype of the inputs and accumulated in at
+least float32 (under `jax.default_matmul_precision`, as everywhere in JAX).
 
 There is no mask here: `tokens` must be valid ids in the padding too, and the caller masks.
 """
@@ -28,10 +28,16 @@ from klrl.ops.masking import at_least_float32
 LOGITS_PER_CHUNK = 2**24
 
 
-def vocab_log_probs(logits: jax.Array, *, temperature=1.0) -> jax.Array:
+def vocab_log_probs(logits: jax.Array, *, temperature: jax.Array | float = 1.0) -> jax.Array:
   """Returns log softmax(logits / temperature) [..., V], nats.
 
   A logit of -inf stays -inf and sends no gradient anywhere, `temperature` included.
+
+  >>> logits = jnp.log(jnp.array([0.8, 0.2]))
+  >>> print(jnp.exp(ops.vocab_log_probs(logits)))
+  [0.8 0.2]
+  >>> print(jnp.exp(ops.vocab_log_probs(logits, temperature=0.5)))
+  [0.941 0.059]
   """
   logits = at_least_float32(logits)
   excluded = jnp.isneginf(logits)
@@ -40,8 +46,14 @@ def vocab_log_probs(logits: jax.Array, *, temperature=1.0) -> jax.Array:
   return scaled - jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
 
 
-def token_log_probs(logits: jax.Array, tokens: jax.Array, *, temperature=1.0) -> jax.Array:
+def token_log_probs(
+  logits: jax.Array, tokens: jax.Array, *, temperature: jax.Array | float = 1.0
+) -> jax.Array:
   """Returns [..., T], the log-probabilities of `tokens`, nats per token.
+
+  >>> logits = jnp.log(jnp.array([[0.8, 0.2], [0.5, 0.5]]))
+  >>> print(jnp.exp(ops.token_log_probs(logits, jnp.array([1, 0]))))
+  [0.2 0.5]
 
   Args:
     logits: [..., T, V]; carries gradient.
@@ -54,10 +66,13 @@ def token_log_probs(logits: jax.Array, tokens: jax.Array, *, temperature=1.0) ->
   return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
 
 
-def entropy(logits: jax.Array, *, temperature=1.0) -> jax.Array:
+def entropy(logits: jax.Array, *, temperature: jax.Array | float = 1.0) -> jax.Array:
   """Returns [..., T], the entropy of softmax(logits / temperature), nats per token.
 
   Gradient flows to `logits` [..., T, V] and `temperature`.
+
+  >>> print(ops.entropy(jnp.zeros((1, 8))))  # log 8
+  [2.079]
   """
   log_probs = vocab_log_probs(logits, temperature=temperature)
   finite = jnp.where(jnp.isneginf(log_probs), 0.0, log_probs)
@@ -65,19 +80,29 @@ def entropy(logits: jax.Array, *, temperature=1.0) -> jax.Array:
 
 
 def token_log_probs_from_hidden(
-  hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, *, temperature=1.0, chunk_size=None
+  hidden: jax.Array,
+  unembedding: jax.Array,
+  tokens: jax.Array,
+  *,
+  temperature: jax.Array | float = 1.0,
+  chunk_size: int | None = None,
 ) -> jax.Array:
   """Returns `token_log_probs` of the logits `hidden @ unembedding`, without holding them.
 
-  [..., T], nats per token.
+  The result is [..., T], in nats per token.
+
+  >>> hidden, unembedding = jnp.ones((3, 4)), jnp.zeros((4, 8))
+  >>> tokens = jnp.array([0, 3, 7])
+  >>> print(ops.token_log_probs_from_hidden(hidden, unembedding, tokens, chunk_size=2))
+  [-2.079 -2.079 -2.079]
 
   Args:
     hidden: [..., T, D]; carries gradient.
     unembedding: [D, V]; carries gradient, accumulated in at least float32.
     tokens: [..., T] integer ids in [0, V).
     temperature: scalar, may be traced; carries gradient.
-    chunk_size: at most this many rows of logits exist at a time; None takes 2**24 / V rows. Where
-      rows are sharded over devices it counts the rows of all of them.
+    chunk_size: the most rows of logits that exist at a time; None takes 2**24 / V rows. Where rows
+      are sharded over devices, the rows of all devices count.
 
   Raises:
     ValueError: `chunk_size` is not positive.
@@ -86,13 +111,25 @@ def token_log_probs_from_hidden(
 
 
 def token_log_probs_and_entropy_from_hidden(
-  hidden: jax.Array, unembedding: jax.Array, tokens: jax.Array, *, temperature=1.0, chunk_size=None
+  hidden: jax.Array,
+  unembedding: jax.Array,
+  tokens: jax.Array,
+  *,
+  temperature: jax.Array | float = 1.0,
+  chunk_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (`token_log_probs`, `entropy`) of `hidden @ unembedding`, without holding the logits.
 
-  Both [..., T], nats per token; arguments and errors as in `token_log_probs_from_hidden`.
+  Both are [..., T], in nats per token; arguments and errors are those of
+  `token_log_probs_from_hidden`.
+
+  >>> hidden, unembedding, tokens = jnp.ones((1, 4)), jnp.zeros((4, 8)), jnp.array([3])
+  >>> log_probs, entropy = ops.token_log_probs_and_entropy_from_hidden(hidden, unembedding, tokens)
+  >>> print(log_probs, entropy)
+  [-2.079] [2.079]
   """
-  return _from_hidden(True, hidden, unembedding, tokens, temperature, chunk_size)
+  log_probs, entropies = _from_hidden(True, hidden, unembedding, tokens, temperature, chunk_size)
+  return log_probs, entropies
 
 
 def chunk_rows(x: jax.Array, num_chunks: int) -> jax.Array:
@@ -139,7 +176,7 @@ def _from_hidden(with_entropy, hidden, unembedding, tokens, temperature, chunk_s
     chunk_rows(tokens.reshape(-1), num_chunks),
     jnp.asarray(temperature, accumulated),
   )
-  return tuple(unchunk_rows(x, tokens.size).reshape(tokens.shape) for x in outputs)
+  return jax.tree.map(lambda x: unchunk_rows(x, tokens.size).reshape(tokens.shape), outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,11 +1,10 @@
 """Rewards per token, from a score per completion and a KL penalty per token.
 
-One rule: the score lands on the last real token, which is the EOS where there is one, since the
-mask includes it.
+There is one rule: the score is given at the last real token. The mask includes the EOS, so
 
-    finished     the last real token is the EOS
-    truncated    the length limit is terminal: the last real token is the last one sampled
-    empty        no token, no reward: the row is zero, and its score has nowhere to land
+    finished     the last real token is the EOS;
+    truncated    it is the last token that was sampled, since the length limit is terminal;
+    empty        there is no token, so the row is zero and its score is given nowhere.
 """
 
 import chex
@@ -15,17 +14,23 @@ import jax.numpy as jnp
 from klrl.ops.masking import at_least_float32, zero_padding
 
 
-def shaped_rewards(scores: jax.Array, kl: jax.Array, mask: jax.Array, *, beta) -> jax.Array:
+def shaped_rewards(
+  scores: jax.Array, kl: jax.Array, mask: jax.Array, *, beta: jax.Array | float
+) -> jax.Array:
   """Returns [..., T] `score at the last real token - beta * kl`, zero in the padding.
 
-  In units of the score. Nothing is stopped; the policy losses stop their advantages. Daniel
-  Ziegler et al., "Fine-Tuning Language Models from Human Preferences", 2019, eq. 2, with the KL
-  spread over the tokens.
+  The result is in units of the score. No gradient is stopped; the policy losses stop their
+  advantages. Daniel Ziegler et al., "Fine-Tuning Language Models from Human Preferences", 2019,
+  eq. 2, with the KL spread over the tokens.
+
+  >>> kl, mask = jnp.array([[0.5, 0.25, 0.0]]), jnp.array([[True, True, False]])
+  >>> print(ops.shaped_rewards(jnp.array([1.0]), kl, mask, beta=0.5))
+  [[-0.25   0.875  0.   ]]
 
   Args:
-    scores: [...] one per completion, before any KL.
-    kl: [..., T] a KL estimate per token, nats, of KL(pi || pi_ref).
-    mask: [..., T] bool, True at the completion's tokens, EOS included.
+    scores: [...], one per completion, before any KL.
+    kl: [..., T], an estimate of KL(pi || pi_ref) per token, nats.
+    mask: [..., T] bool, True at the tokens of the completion, its EOS included.
     beta: scalar, may be traced; reward per nat.
   """
   chex.assert_shape(scores, kl.shape[:-1])
