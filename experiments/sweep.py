@@ -37,7 +37,7 @@ from absl import flags
 from rich.table import Table
 
 from experiments import best_of_n, distill, grpo, ppo, reinforce
-from experiments.settings import common, rl
+from experiments.settings import common, rl, usage
 from experiments.settings.common import LabConfig, setting
 from klrl import inputs, population
 from klrl.cost import dry_run
@@ -75,7 +75,14 @@ def config_class(experiment: str) -> type:
     (
       field.name,
       field.type,
-      dataclasses.field(default=field.default, metadata={**field.metadata, "read_when": None}),
+      dataclasses.field(
+        default=field.default,
+        metadata={
+          **field.metadata,
+          "read_when": None,
+          "group": usage.group_of(EXPERIMENTS[experiment].Config, field.name),
+        },
+      ),
     )
     for field in dataclasses.fields(EXPERIMENTS[experiment].Config)
   ]

@@ -220,6 +220,8 @@ def refusing(config):
     (["--batch_size=9"], "Error: Batches of 9 [rows] are too much."),
     (["--batch_size=0"], "Error: --batch_size=0: must be at least 1."),
     (["seed=1"], "Error: Unexpected argument 'seed=1'; every setting is a --flag=value."),
+    (["--seed=x"], "Error: flag --seed=x: invalid literal for int() with base 10: 'x'."),
+    (["--zzzz=1"], "Error: There is no flag --zzzz; --help lists all."),
   ],
 )
 def test_what_a_person_can_mend_ends_with_status_1_and_one_line(
@@ -227,6 +229,11 @@ def test_what_a_person_can_mend_ends_with_status_1_and_one_line(
 ):
   assert run_main(monkeypatch, refusing, *arguments) == 1
   assert capsys.readouterr().out == message + "\n"
+
+
+def test_help_ends_with_status_0(monkeypatch, capsys):
+  assert run_main(monkeypatch, refusing, "--help") == 0
+  assert "The flags that most runs set:\n  --learning_rate=-1" in capsys.readouterr().out
 
 
 def test_main_gets_the_config_and_an_interruption_has_its_own_status(monkeypatch, capsys):

@@ -9,18 +9,22 @@ A field of an experiment's `Config` is declared once, with its default, help and
 """
 
 import dataclasses
+import inspect
 import os
+import pathlib
 import sys
 from typing import Any
 
 from absl import app, flags, logging
 
+from experiments.settings import usage
 from klrl.algorithm.optimizer import SCHEDULES
 from klrl.devices import processes
 from klrl.errors import UserError, troubles_told
+from klrl.run import metrics
 from klrl.run.loop import Interrupted
 from klrl.run.progress import console, fail
-from klrl.run.workdir import is_read
+from klrl.run.workdir import check_writable, is_read
 
 
 def setting(
@@ -86,7 +90,7 @@ class LabConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(LabConfig):
-  """The fields of every experiment that trains a model."""
+  """Training, checkpoints and devices."""
 
   init_seed: int = setting(0, "seed of fresh parameters and of the stages before", minimum=0)
   data_seed: int = setting(0, "seed of what is held out, and of the order of prompts", minimum=0)
@@ -158,7 +162,7 @@ class RunConfig(LabConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskFields:
-  """Where prompts and scores come from; to be mixed into a config that has `policy`."""
+  """Prompts and scores; to be mixed into a config that has `policy`."""
 
   task: str = setting(
     "arithmetic",
@@ -203,7 +207,7 @@ class EvaluationFields:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageFields:
-  """The embedded stages that come before; to be mixed into a config that has `policy`."""
+  """The embedded stages before; to be mixed into a config that has `policy`."""
 
   sft_iterations: int = setting(
     700, "iterations of the embedded SFT stage", minimum=1, read_when=("policy", ("",))
@@ -215,7 +219,7 @@ class StageFields:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DryRunFields:
-  """Whether the run's program is compiled and costed rather than run; see `klrl.cost.dry_run`."""
+  """What a run would cost, without running it; see `klrl.cost.dry_run`."""
 
   dry_run: bool = setting(
     False, "compile only, and say what memory, work and traffic each device would have"
@@ -252,8 +256,6 @@ def define_flags(config_class) -> None:
       )
     else:
       define[type(field.default)](field.name, field.default, field.metadata["help"])
-    # `--help` shows the flags of the program that was started, which is where absl looks for them.
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[field.name])
 
 
 def config_from_flags(config_class):
@@ -266,12 +268,33 @@ def config_from_flags(config_class):
   return config
 
 
+def check_machine(config) -> None:
+  """Raises UserError where this machine lacks what `config` asks for; called before any stage."""
+  if getattr(config, "tensorboard", False):
+    metrics.check_tensorboard()
+  if config.workdir:
+    processes.on_writer(check_writable)(pathlib.Path(config.workdir))
+
+
 def run(main, config_class, *, prepare=lambda: None) -> None:
   """Runs `main(config)` with the config from the command line; the body of every main guard.
 
   `prepare` is called before anything is computed.
   """
   define_flags(config_class)
+
+  def parse(arguments):
+    if {"--help", "-h", "-help", "--helpshort"} & set(arguments[1:]):
+      print(usage.text(config_class, inspect.getdoc(sys.modules["__main__"]) or ""), end="")
+      sys.exit(0)
+    try:
+      return flags.FLAGS(arguments)
+    except flags.UnrecognizedFlagError as error:
+      message = usage.unknown(config_class, error.flagname)
+    except flags.Error as error:
+      message = f"{error}."
+    fail(message)
+    sys.exit(1)
 
   def call(arguments):
     if not flags.FLAGS["verbosity"].present:
@@ -285,7 +308,9 @@ def run(main, config_class, *, prepare=lambda: None) -> None:
       if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every setting is a --flag=value.")
       with troubles_told():
-        main(config_from_flags(config_class))
+        config = config_from_flags(config_class)
+        check_machine(config)
+        main(config)
     except UserError as error:
       fail(str(error))
       processes.leave(str(error))
@@ -301,4 +326,4 @@ def run(main, config_class, *, prepare=lambda: None) -> None:
       processes.leave_threads(status)
     sys.exit(status)
 
-  app.run(call)
+  app.run(call, flags_parser=parse)

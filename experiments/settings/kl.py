@@ -16,7 +16,7 @@ PENALISED = ("reward", "loss", "both")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KLConfig(RunConfig):
-  """The fields of `objective.KLPenalty`, beta, the rule that moves it, and what a loss is over."""
+  """The KL penalty and its beta; see docs/kl.md."""
 
   # What only several steps on one rollout have a use for.
   prefix_cap: ClassVar[float] = float("inf")

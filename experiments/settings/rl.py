@@ -45,7 +45,7 @@ _OTHER_TASKS += ("reward_model_iterations",)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLConfig(KLConfig, TaskFields, EvaluationFields, StageFields, DryRunFields):
-  """Models, prompts, scores, optimizer, evaluation; the algorithm is in the class variables."""
+  """Reinforcement learning; what an experiment does not offer is a class variable."""
 
   scored: ClassVar[bool] = True  # by a reward model or a function; else every score is 0
   advantage: ClassVar[str] = "batch_mean"

@@ -75,6 +75,13 @@ def find_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path
   return directory
 
 
+def check_writable(directory: pathlib.Path) -> None:
+  """Raises UserError where nothing can be written in `directory`, which need not exist yet."""
+  nearest = next(x for x in (directory.absolute(), *directory.absolute().parents) if x.exists())
+  if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+    raise UserError(f"{nearest} is no folder that can be written to. Choose another --workdir.")
+
+
 def _is_longer(directory: pathlib.Path, before: int, config) -> bool:
   """Returns whether `config` goes on where the run of `before` iterations in `directory` ends.
 

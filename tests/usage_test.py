@@ -1,0 +1,56 @@
+"""Tests of what --help prints, of flags that do not exist, and of what is looked at first."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from experiments import dpo, kl_audit, ppo, reward_model, sft, sweep
+from experiments.settings import common, usage
+from klrl.errors import UserError
+
+EXPERIMENTS = [*(x.Config for x in (ppo, sft, reward_model, dpo, kl_audit))]
+EXPERIMENTS += [sweep.config_class("grpo")]
+
+
+@pytest.mark.parametrize("config_class", EXPERIMENTS, ids=lambda x: x.__module__)
+def test_help_has_every_flag_once_and_the_essential_ones_first(config_class):
+  text = usage.text(config_class, "What it is.")
+  heads = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+  names = [head.removeprefix("--").removeprefix("[no]").split("=")[0] for head in heads]
+  assert sorted(names) == sorted(field.name for field in dataclasses.fields(config_class))
+  essential = [name for name in usage.ESSENTIAL if name in names]
+  assert names[: len(essential)] == essential
+  assert text.startswith("What it is.\n\nThe flags that most runs set:\n")
+  assert max(map(len, text.splitlines())) <= 100
+
+
+def test_help_of_a_flag_says_its_default_its_choices_and_what_reads_it():
+  text = " ".join(usage.text(ppo.Config, "").split())
+  assert "--kl_estimator=k1 how the KL is estimated (k1, k2, k3, exact); read with --kl_pl" in text
+  assert "--beta_min=0.0001 smallest beta" in text
+  assert "--[no]whiten_advantages subtract the mean and divide by the deviation (on by" in text
+  assert "The KL penalty and its beta: --" in text
+  swept = " ".join(usage.text(sweep.config_class("ppo"), "").split())
+  assert "The KL penalty and its beta: --" in swept
+
+
+def test_a_flag_that_does_not_exist_is_answered_with_those_that_may_be_meant():
+  said = usage.unknown(dpo.Config, "pairs")
+  assert said.startswith(
+    "There is no flag --pairs; --help lists all. Perhaps one of these is meant"
+  )
+  assert "\n  --data= " in said and "\n  --num_pairs=30000 " in said
+  assert "\n  --learning_rate=-1" in usage.unknown(ppo.Config, "learning_rat")
+  assert usage.unknown(ppo.Config, "zzzz") == "There is no flag --zzzz; --help lists all."
+
+
+def test_what_the_machine_lacks_is_told_before_anything_runs(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  with pytest.raises(UserError, match=r"pip install 'klrl\[tensorboard\]'"):
+    common.check_machine(ppo.Config(tensorboard=True))
+  (tmp_path / "file").touch()
+  with pytest.raises(UserError, match="file is no folder that can be written to"):
+    common.check_machine(ppo.Config(workdir=str(tmp_path / "file/run")))
+  common.check_machine(ppo.Config(workdir=str(tmp_path / "new/run")))
+  assert not (tmp_path / "new").exists()
