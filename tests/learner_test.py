@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_decoders import BAG as POLICY
+from small_decoders import BAG_VALUE as VALUE
+from small_decoders import bag_params, bag_value_params
 
 from experiments import ppo
 from klrl import ops
@@ -16,18 +19,7 @@ from klrl.devices import parallel
 from klrl.models import DecoderConfig, policy_model, scalar_model
 from klrl.sampling import Rollout, make_sample_fn
 
-BATCH, PROMPT_LEN, MAX_COMPLETION_LEN, VOCAB, EOS = 8, 3, 4, 7, 4
-DECODER = DecoderConfig(
-  vocab_size=VOCAB,
-  width=16,
-  num_layers=1,
-  num_heads=2,
-  num_kv_heads=2,
-  head_dim=8,
-  mlp_dim=32,
-  max_len=16,
-)
-POLICY, VALUE = policy_model(DECODER), scalar_model(DECODER)
+BATCH, PROMPT_LEN, MAX_COMPLETION_LEN, VOCAB, EOS = 8, 3, 4, 7, 2
 
 
 def make_config(**changes):
@@ -35,10 +27,10 @@ def make_config(**changes):
 
 
 def make_state(config, *, seed=0):
-  policy_key, value_key = jax.random.split(jax.random.key(seed))
-  # Larger than the usual initialisation, so that distributions are far from uniform.
-  policy_params = jax.tree.map(lambda x: 10 * x, POLICY.init(policy_key))
-  params = {"policy": policy_params, "value": VALUE.init(value_key)}
+  params = {
+    "policy": bag_params(VOCAB, seed=2 * seed),
+    "value": bag_value_params(VOCAB, seed=2 * seed + 1),
+  }
   return learner.init_state(config, params, jax.random.key(seed + 1))
 
 
@@ -149,8 +141,8 @@ def test_zero_learning_rate_moves_nothing_and_default_moves_both_models():
   chex.assert_trees_all_equal(state.params, make_state(config).params)
   state, _, _ = update(make_config())
   for old, new in zip(
-    jax.tree.leaves(make_state(config).params["value"]["decoder"]["layers"]["mlp"]),
-    jax.tree.leaves(state.params["value"]["decoder"]["layers"]["mlp"]),
+    jax.tree.leaves(make_state(config).params["value"]),
+    jax.tree.leaves(state.params["value"]),
     strict=True,
   ):
     assert np.any(old != new)
@@ -311,27 +303,39 @@ def test_garbage_in_the_padding_reaches_nothing():
   chex.assert_trees_all_equal(clean, figures)
 
 
-@pytest.mark.parametrize("spec", ["data=4", "data=2,fsdp=2", "fsdp=2,tensor=2"])
-def test_sharded_update_equals_the_single_device_one(spec):
-  config = make_config()
-  fn = learner.make_update_fn(config, MAX_COMPLETION_LEN, POLICY, VALUE, POLICY)
-  rollout = make_rollout()
-  state, figures, _ = update(config)
-  mesh = parallel.make_mesh(spec)
-  start = make_state(config)
-  shardings = parallel.state_shardings(mesh, start)
-  sharded_state, metrics = jax.jit(fn, out_shardings=(shardings, None))(
+def test_an_update_of_decoders_on_a_mesh_equals_that_on_one_device():
+  decoder = DecoderConfig(
+    vocab_size=VOCAB,
+    width=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=4,
+    mlp_dim=16,
+    max_len=16,
+  )
+  policy, value = policy_model(decoder), scalar_model(decoder)
+  params = {"policy": policy.init(jax.random.key(0)), "value": value.init(jax.random.key(1))}
+  config, rollout = make_config(), make_rollout()
+  start = learner.init_state(config, params, jax.random.key(2))
+  others = {"reference": policy.init(jax.random.key(3)), "base": {}}
+  fn = learner.make_update_fn(config, MAX_COMPLETION_LEN, policy, value, policy)
+  whole = jax.jit(fn)(start, others, rollout, scores_of(rollout))
+  mesh = parallel.make_mesh("fsdp=2,tensor=2")
+  shardings, rows = parallel.state_shardings(mesh, start), parallel.by_rows(mesh)
+  sharded = jax.jit(fn, out_shardings=(shardings, None))(
     jax.device_put(start, shardings),
-    parallel.put_once(mesh, frozen()),
-    jax.device_put(rollout, parallel.by_rows(mesh)),
-    jax.device_put(scores_of(rollout), parallel.by_rows(mesh)),
+    parallel.put_once(mesh, others),
+    *jax.device_put((rollout, scores_of(rollout)), rows),
   )
+  (state, metrics), (sharded_state, sharded_metrics) = jax.device_get((whole, sharded))
   # Adam turns rounding of gradients near zero into steps, hence not tighter.
-  chex.assert_trees_all_close(
-    jax.device_get(sharded_state.params), jax.device_get(state.params), atol=2e-5
+  chex.assert_trees_all_close(sharded_state.params, state.params, atol=2e-5)
+  figures, sharded_figures = (
+    {name: float(ops.divide(*pair)) for name, pair in found.items()}
+    for found in (metrics, sharded_metrics)
   )
-  sharded = {name: float(ops.divide(*pair)) for name, pair in jax.device_get(metrics).items()}
-  chex.assert_trees_all_close(sharded, figures, rtol=1e-3, atol=1e-5)
+  chex.assert_trees_all_close(sharded_figures, figures, rtol=1e-3, atol=1e-5)
 
 
 def test_ppo_learns_which_token_pays():

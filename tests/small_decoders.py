@@ -1,10 +1,12 @@
-"""Decoders for tests, whose programs compile fast."""
+"""Models for tests, whose programs compile fast."""
+
+import types
 
 import jax.numpy as jnp
 import numpy as np
 
 from klrl.models import DecoderConfig
-from klrl.models.decoder import Policy
+from klrl.models.decoder import Policy, ScalarModel
 from klrl.tasks import arithmetic
 
 
@@ -22,18 +24,56 @@ def arithmetic_decoder(*, num_heads: int, mlp_dim: int, max_len: int) -> Decoder
   )
 
 
-def _bag_of_tokens(params, tokens, mask):
-  embedded = jnp.where(mask[..., None], params["embedding"][tokens], 0.0)
-  return jnp.tanh(jnp.cumsum(embedded, axis=1))
+def _embedded(params, tokens, mask):
+  return jnp.where(mask[..., None], params["decoder"]["embedding"][tokens], 0.0)
 
 
-_UNUSED = dict.fromkeys(("config", "init", "prefill", "unstack", "decode", "grow"))
-# A policy that sees how often each token was there, to be trained and not sampled from.
-BAG = Policy(**_UNUSED, hidden=_bag_of_tokens, unembedding=lambda params: params["unembedding"])
+def _hidden(params, tokens, mask):
+  return jnp.tanh(jnp.cumsum(_embedded(params, tokens, mask), axis=1))
+
+
+def _prefill(params, tokens, mask, cache_len):
+  del cache_len
+  total = _embedded(params, tokens, mask).sum(axis=1)
+  return jnp.tanh(total), total
+
+
+def _decode(params, tokens, positions, cache, slot, cache_mask):
+  del positions, slot, cache_mask
+  total = cache + params["decoder"]["embedding"][tokens]
+  return jnp.tanh(total), total
+
+
+# A policy that sees how often each token was there; its cache is the sum of the embeddings.
+BAG = Policy(
+  config=types.SimpleNamespace(max_len=64),
+  init=None,
+  hidden=_hidden,
+  unembedding=lambda params: params["unembedding"],
+  prefill=_prefill,
+  unstack=lambda params: params,
+  decode=_decode,
+  grow=lambda cache, cache_len: cache,
+)
+
+
+def _head(params, hidden):
+  return hidden @ params["head"]
+
+
+BAG_VALUE = ScalarModel(
+  None, None, _head, lambda params, *texts: _head(params, _hidden(params, *texts)), scores=None
+)
 
 
 def bag_params(vocab_size: int, *, seed: int) -> dict:
   """Returns parameters of `BAG` with four numbers per token."""
   rng = np.random.default_rng(seed)
-  shapes = {"embedding": (vocab_size, 4), "unembedding": (4, vocab_size)}
-  return {name: jnp.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
+  embedding, unembedding = (rng.normal(size=shape) for shape in ((vocab_size, 4), (4, vocab_size)))
+  return {"decoder": {"embedding": jnp.asarray(embedding)}, "unembedding": jnp.asarray(unembedding)}
+
+
+def bag_value_params(vocab_size: int, *, seed: int) -> dict:
+  """Returns parameters of `BAG_VALUE`, of the same size."""
+  decoder = bag_params(vocab_size, seed=seed)["decoder"]
+  return {"decoder": decoder, "head": jnp.asarray(np.random.default_rng(seed).normal(size=4))}

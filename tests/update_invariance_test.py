@@ -11,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_decoders import BAG as POLICY
+from small_decoders import BAG_VALUE as VALUE
+from small_decoders import bag_params, bag_value_params
 
 from experiments import grpo, ppo
 from klrl import ops
 from klrl.algorithm import learner
 from klrl.algorithm.epochs import Texts
 from klrl.devices import parallel
-from klrl.models import Policy, ScalarModel
 from klrl.sampling import Rollout
 
-BATCH, GROUP_SIZE, PROMPT_LEN, MAX_LEN, VOCAB, WIDTH = 8, 4, 2, 5, 5, 4
+BATCH, GROUP_SIZE, PROMPT_LEN, MAX_LEN, VOCAB = 8, 4, 2, 5, 5
 # No two quarters of the batch have as many tokens.
 LENGTHS = np.array([1, 5, 2, 1, 4, 1, 5, 3])
 ONCE = {
@@ -71,34 +73,11 @@ def in_float64():
     yield
 
 
-def hidden(params, tokens, mask):
-  """Returns [B, S, D] of a bag of the real tokens so far, quick to compile and aware of padding."""
-  embedded = jnp.where(mask[..., None], params["decoder"]["embedding"][tokens], 0.0)
-  return jnp.tanh(jnp.cumsum(embedded, axis=1))
-
-
-def head(params, hidden):
-  return hidden @ params["head"]
-
-
-UNUSED = dict.fromkeys(("config", "init", "prefill", "unstack", "decode", "grow"))
-POLICY = Policy(**UNUSED, hidden=hidden, unembedding=lambda params: params["unembedding"])
-VALUE = ScalarModel(None, None, head, lambda *args: head(args[0], hidden(*args)), scores=None)
-
-
 @functools.cache
 def models():
   """Returns (params, those of the reference)."""
-  rng = np.random.default_rng(1)
-
-  def decoder():
-    return {"embedding": jnp.asarray(rng.normal(size=(VOCAB, WIDTH)))}
-
-  def policy():
-    return {"decoder": decoder(), "unembedding": jnp.asarray(rng.normal(size=(WIDTH, VOCAB)))}
-
-  value = {"decoder": decoder(), "head": jnp.asarray(rng.normal(size=WIDTH))}
-  return {"policy": policy(), "value": value}, policy()
+  value = bag_value_params(VOCAB, seed=2)
+  return {"policy": bag_params(VOCAB, seed=1), "value": value}, bag_params(VOCAB, seed=3)
 
 
 def make_batch(*, order=None, padding=0):
