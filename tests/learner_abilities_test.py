@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_decoders import BAG as POLICY
+from small_decoders import BAG_VALUE as VALUE
+from small_decoders import bag_params, bag_value_params
 
 from experiments import ppo
 from klrl import ops
@@ -28,7 +31,7 @@ DECODER = DecoderConfig(
   mlp_dim=8,
   max_len=8,
 )
-POLICY, VALUE = policy_model(DECODER), scalar_model(DECODER)
+MODELS = {"policy": policy_model(DECODER), "value": scalar_model(DECODER)}
 # One step, on-policy, of which Adam's first moment tells the gradient.
 PLAIN = {
   "batch_size": BATCH,
@@ -47,10 +50,15 @@ def make_config(**changes):
 
 @functools.cache
 def make_params(seed=0):
-  keys = jax.random.split(jax.random.key(seed))
-  value = VALUE.init(keys[1])
-  value["head"] = 0.02 * jax.random.normal(keys[1], value["head"].shape)
-  return {"policy": jax.tree.map(lambda x: 10 * x, POLICY.init(keys[0])), "value": value}
+  value = bag_value_params(7, seed=2 * seed + 1)
+  return {"policy": bag_params(7, seed=2 * seed), "value": value}
+
+
+@functools.cache
+def decoder_params():
+  keys = jax.random.split(jax.random.key(0))
+  policy = jax.tree.map(lambda x: 10 * x, MODELS["policy"].init(keys[0]))
+  return {"policy": policy, "value": MODELS["value"].init(keys[1])}
 
 
 @functools.cache
@@ -60,6 +68,15 @@ def make_rollout(seed=0):
   tokens = jax.random.randint(key, (BATCH, PROMPT_LEN), 3, 7)
   mask = jnp.ones(tokens.shape, bool)
   return sample(make_params()["policy"], tokens, mask, key, temperature=jnp.float32(1.0))
+
+
+@functools.cache
+def decoder_rollout():
+  """Returns a rollout as if the decoder had drawn it."""
+  policy, rollout = decoder_params()["policy"], make_rollout()
+  old = completions.log_probs(MODELS["policy"], policy, rollout, temperature=1.0)
+  old = jnp.where(rollout.completion_mask, old, 0)
+  return rollout._replace(old_log_probs=old, sampler_log_probs=old)
 
 
 def scores_of(rollout):
@@ -179,7 +196,7 @@ def test_late_rollouts_are_trained_on_when_their_time_has_come():
 @pytest.mark.parametrize("correction", ["token", "sequence"])
 def test_weights_of_a_late_rollout_are_the_samplers_and_not_its_age(correction):
   late, corrected = (
-    make_config(staleness=1, learning_rate=0.05, sampler_correction=name)
+    make_config(staleness=1, learning_rate=0.2, sampler_correction=name)
     for name in ("none", correction)
   )
   figures = []
@@ -199,17 +216,17 @@ def test_weights_of_a_late_rollout_are_the_samplers_and_not_its_age(correction):
 def test_adapters_learn_and_their_base_is_the_reference():
   config = make_config(lora_rank=2, beta=0.1)
   keys = jax.random.split(jax.random.key(7))
-  params = make_params()
+  params, rollout = decoder_params(), decoder_rollout()
   decoder, policy, base_policy = add_lora(DECODER, params["policy"], keys[0], rank=2)
   _, value, base_value = add_lora(DECODER, params["value"], keys[1], rank=2)
   trained = {"policy": policy, "value": value}
   frozen = {"reference": params["policy"], "base": {"policy": base_policy, "value": base_value}}
   models = {"policy": policy_model(decoder), "value": scalar_model(decoder)}
-  state, figures = update(config, state=start(config, trained), frozen=frozen, **models)
+  models["reference"] = MODELS["policy"]
+  state, figures = update(config, rollout, state=start(config, trained), frozen=frozen, **models)
   assert figures["kl/ref_k1"] == pytest.approx(0, abs=1e-5)
   assert jax.tree.structure(state.params) == jax.tree.structure(trained)
   assert optax.tree.norm(gradient(state)) > 1e-3
-  rollout = make_rollout()
   before, after = (
     completions.log_probs(
       models["policy"], join(base_policy, p["policy"]), rollout, temperature=1.0
@@ -219,7 +236,7 @@ def test_adapters_learn_and_their_base_is_the_reference():
   np.testing.assert_allclose(
     np.where(rollout.completion_mask, before, 0), rollout.old_log_probs, atol=1e-4
   )
-  assert float(jnp.abs(after - before).max()) > 1e-4
+  assert float(jnp.abs(jnp.where(rollout.completion_mask, after - before, 0)).max()) > 1e-4
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -243,17 +260,20 @@ def test_the_learning_rate_rises_and_falls():
   assert float(moved[0] / moved[1]) == pytest.approx(0.25, rel=0.02)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_moments_and_parameters_stay_float32(dtype):
-  decoder = dataclasses.replace(DECODER, dtype=dtype, remat=True)
+def test_moments_and_parameters_stay_float32_where_the_network_is_bfloat16():
+  decoder = dataclasses.replace(DECODER, dtype="bfloat16", remat=True)
   models = {"policy": policy_model(decoder), "value": scalar_model(decoder)}
-  state, figures = update(make_config(), **models)
+  models["reference"] = models["policy"]
+  others = {"reference": decoder_params()["policy"], "base": {}}
+  config, found = make_config(), []
+  for of_run in (models, {**MODELS, "reference": MODELS["policy"]}):
+    state = start(config, decoder_params())
+    found.append(update(config, decoder_rollout(), state=state, frozen=others, **of_run))
+  (state, figures), (plain, plain_figures) = found
   assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
   assert {x.dtype for x in jax.tree.leaves(optax.tree.get(state.opt_state, "mu"))} == {
     jnp.dtype("float32")
   }
-  plain, plain_figures = update(make_config())
-  close = {"bfloat16": 0.2, "float32": 1e-4}[dtype]
-  assert figures["policy/loss"] == pytest.approx(plain_figures["policy/loss"], abs=close)
+  assert figures["policy/loss"] == pytest.approx(plain_figures["policy/loss"], abs=0.2)
   gap = optax.tree.norm(jax.tree.map(jnp.subtract, gradient(state), gradient(plain)))
-  assert float(gap / optax.tree.norm(gradient(plain))) < close
+  assert float(gap / optax.tree.norm(gradient(plain))) < 0.2
