@@ -2,52 +2,64 @@
 
 Divergences of a policy from another, per token (`klrl.ops.kl`):
 
-    k1, k2, k3                estimates from the tokens taken; KL_ESTIMATORS by name
-    kl_old_new, kl_new_old    estimates from the tokens of the older of two policies
-    weighted_estimate         an estimate times an importance weight, finite wherever that is
-    exact_kl, exact_jsd       sums over the vocabulary, from logits
-    exact_kl_from_hidden, exact_jsd_from_hidden    the same without holding the logits
+    k1, k2, k3              estimates from the tokens taken; KL_ESTIMATORS by name
+    kl_old_new, kl_new_old  estimates from the tokens of the older of two policies
+    weighted_estimate       an estimate times an importance weight
+    exact_kl, exact_jsd     sums over the vocabulary
+    exact_kl_from_hidden, exact_jsd_from_hidden   the same without holding the logits
 
 Log-probs and entropies (`klrl.ops.log_probs`):
 
-    vocab_log_probs, token_log_probs, entropy      from logits
-    token_log_probs_from_hidden, token_log_probs_and_entropy_from_hidden    without the logits
+    vocab_log_probs, token_log_probs, entropy     from logits
+    token_log_probs_from_hidden                   without holding the logits
+    token_log_probs_and_entropy_from_hidden       both at once
 
 Rewards, advantages and returns (`klrl.ops.rewards`, `klrl.ops.advantages`):
 
-    shaped_rewards            the score at the last token, less beta times the KL of each token
-    gae, vtrace               advantages and returns from a value model; corrected for an old policy
-    discounted_returns        sums of the rewards that follow
-    group_relative            (score - mean) / deviation of the completions of a prompt
-    group_centred             score - mean
-    leave_one_out             score - mean of the others
-    whiten, mean_and_std      mean 0 and variance 1 over all real tokens
+    shaped_rewards          the score at the last token, less beta times each token's KL
+    gae                     advantages and returns from a value model
+    vtrace                  the same, corrected from an old policy to the current one
+    discounted_returns      sums of the rewards that follow
+    group_relative          (score - mean) / deviation of the completions of a prompt
+    group_centred           score - mean
+    leave_one_out           score - mean of the others
+    whiten, mean_and_std    mean 0 and variance 1 over all real tokens
 
-Losses per token, and their aggregation to (sum, count) (`klrl.ops.losses`):
+Losses per token (`klrl.ops.losses`):
 
-    reinforce_loss            the score function times the advantage
-    clipped_policy_loss       PPO; clip_fraction is 1 where it clips
-    kl_penalised_policy_loss  PPO with a KL penalty in place of the clip
-    gspo_loss, cispo_loss     the ratio of a sequence; a bounded ratio without a gradient
-    value_loss, clipped_value_loss    squared errors of the value model
-    dpo_loss, ipo_loss        of pairs of completions
-    token_mean, sequence_mean_token_mean, sequence_mean_token_sum, constant    AGGREGATIONS by name
+    reinforce_loss          the score function times the advantage
+    clipped_policy_loss     PPO; clip_fraction is 1 where it clips
+    kl_penalised_policy_loss   PPO with a KL penalty in place of the clip
+    gspo_loss               PPO with the ratio of the sequence
+    cispo_loss              REINFORCE with a bounded importance weight
+    value_loss, clipped_value_loss   squared errors of the value model
+    dpo_loss, ipo_loss      of pairs of completions
 
-Importance weights (`klrl.ops.importance`) and rules for beta (`klrl.ops.controllers`):
+Aggregations of a loss to (sum, count), AGGREGATIONS by name:
 
-    weighted                  exp(log_weight) * x, finite wherever that is
-    sampler_weights           truncated weights for an inexact sampler; SAMPLER_CORRECTIONS by name
-    fixed, doubling, proportional, dual_ascent    (ControllerState, measured KL) to the next state
-    linear_schedule, cosine_schedule              beta by the iteration alone
-    at_bound                  whether beta stands at one of its bounds, BETA_BOUNDS by default
+    token_mean, sequence_mean_token_mean, sequence_mean_token_sum, constant
+
+Importance weights (`klrl.ops.importance`):
+
+    weighted                exp(log_weight) * x, finite wherever the product is
+    sampler_weights         for an inexact sampler; SAMPLER_CORRECTIONS by name
+
+Rules for beta, from a ControllerState to the next (`klrl.ops.controllers`):
+
+    fixed                   the same beta
+    doubling, proportional, dual_ascent   by the measured KL
+    linear_schedule, cosine_schedule      by the iteration
+    at_bound                whether beta stands at one of its bounds (BETA_BOUNDS)
 
 Masks (`klrl.ops.masking`):
 
-    zero_padding, at_least_float32    what every function does first
-    masked_sum_count, divide          a mean as (sum, count), and its end
-    masked_mean, masked_var, deviation, mean_and_deviations    deviations of equals are exactly 0
-    within_rounding           whether numbers are equal up to rounding
-    first_true_index          where a mask begins
+    zero_padding            x, and 0 in the padding
+    at_least_float32        x in its own dtype or float32
+    masked_sum_count        a mean as (sum, count); divide ends it
+    masked_mean, masked_var of the real tokens
+    deviation, mean_and_deviations   exactly 0 for equal numbers
+    within_rounding         whether numbers are equal up to rounding
+    first_true_index        where a mask begins
 
 The examples in the docstrings begin after `import jax`, `import jax.numpy as jnp` and
 `from klrl import ops`, and show three digits.
