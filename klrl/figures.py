@@ -96,6 +96,8 @@ MORE = (
   Figure("distinct_1", "Distinct-1", "of words", "Share of different words.", True),
   Figure("distinct_3", "Distinct-3", "of trigrams",
          "Share of different ones among all neighbouring triples of words.", True),
+  Figure("held_out_entropy", "Entropy of the data", PER_TOKEN,
+         "Entropy of the known distribution of the embedded demonstrations."),
   Figure("held_out_mean_score", "Mean score of a pair", "score",
          "Mean of the reward model's scores of both completions."),
   Figure("held_out_examples", "Held-out examples", "", "How many pairs or rows were held out."),

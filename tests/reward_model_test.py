@@ -226,7 +226,7 @@ def test_run_on_pairs_of_ones_own(own, capsys):
   summary = json.loads((workdir / "summary.json").read_text())
   for name in ("accuracy", "loss", "calibration_error", "mean_score"):
     assert math.isfinite(summary[f"held_out_{name}"]), name
-  assert "held_out_calibration_error" in (workdir / "report.html").read_text()
+  assert "Calibration error" in (workdir / "report.html").read_text()
   # A prompt of seven tokens, two digits, the end-of-sequence: 12 with two noughts more.
   assert "Reward model: 27 of 40 pairs are short enough" in capsys.readouterr().out
 

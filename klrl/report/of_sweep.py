@@ -1,7 +1,7 @@
 """The page of a sweep, made from the files in its folder alone: which beta, and what it costs.
 
 It reads frontier.json, config.json and, of each member, metrics.jsonl and samples.jsonl; best-of-n
-and the best policies, as draws of the untrained policy tell them, from the run of best-of-n that
+and the best policies, as draws of the policy at the start tell them, from the run of best-of-n that
 the sweep made. Members of an enumerated task have optimum.json, the exact frontier of the best
 policies. The sweep's command, given again, makes the page anew.
 """
@@ -11,26 +11,18 @@ import pathlib
 import numpy as np
 
 from klrl import schema
-from klrl.figures import ABSENT, digits
+from klrl.figures import KLS, digits, find, of_summary, shown
 from klrl.report import sweep_pictures
 from klrl.report.frontier import EXACT
-from klrl.report.page import Html, element, note, page, paragraph, table
+from klrl.report.page import Html, element, figure, grid, note, page, paragraph, table
+from klrl.report.samples import column, side_by_side
 from klrl.report.sweep_answer import answer, exact_answer, standing
 from klrl.report.sweep_pictures import BEST_OF_N, OPTIMUM, Setting
 from klrl.run import metrics
 from klrl.run.workdir import write_text
 
-KL_NAMES = ("kl_ref_exact", "kl_ref_k1")
 MAX_SAMPLES = 8
-_TITLES = {"gold": "Gold score", "score": "Score"}
-_EXACT_TITLES = {"objective_gap": "gap", "tv_to_optimum": "total variation"}
-_KL_TEXTS = {"kl_ref_exact": "exact for each token", "kl_ref_k1": "estimated by k1"}
-_CURVES = (
-  ("score/mean", "Score", "mean per completion"),
-  ("gold/mean", "Gold score", "mean per completion"),
-  ("kl/ref_k1", "KL to the reference", "k1, nats per sequence"),
-)
-_GRID = "grid-template-columns: repeat(auto-fit, minmax(min(100%, {}rem), 1fr))"
+_CURVES = "score/mean", "gold/mean", "kl/ref_k1"
 
 
 def write_page(workdir: pathlib.Path, *, best_of_n: bool = False) -> pathlib.Path:
@@ -51,7 +43,7 @@ def write_page(workdir: pathlib.Path, *, best_of_n: bool = False) -> pathlib.Pat
   if optimum:
     found["before"] |= {"score": optimum["score"][0], "score_stderr": None}
   path = workdir / "report.html"
-  write_text(path, report(found, config["experiment"], series, samples, beside, optimum))
+  write_text(path, report(found, config, series, samples, beside, optimum))
   return path
 
 
@@ -78,12 +70,16 @@ def settings_of(found: dict) -> list[Setting]:
   order = sorted(groups, key=lambda key: [(str(x) if isinstance(x, str) else x) for _, x in key])
   firsts = sorted({key[0][1] for key in order if key})
   settings = []
-  for key in order:
-    texts = [(_typeset(name), f"{x:g}" if isinstance(x, float) else str(x)) for name, x in key]
+  for position, key in enumerate(order):
+    texts = [
+      ("β" if name == "beta" else name, f"{x:g}" if isinstance(x, float) else str(x))
+      for name, x in key
+    ]
     settings.append(
       Setting(
         ", ".join(f"{name} = {text}" for name, text in texts) or "all flags alike",
         ", ".join(text for _, text in texts),
+        position,
         firsts.index(key[0][1]) / max(1, len(firsts) - 1) if key else 1.0,
         [record for record in groups[key] if is_finite(record)],
         [record for record in groups[key] if not is_finite(record)],
@@ -94,16 +90,18 @@ def settings_of(found: dict) -> list[Setting]:
 
 def kl_name_of(found: dict) -> str | None:
   """Returns the name of the KL that the members are placed by; None where none was measured."""
-  return next((x for x in KL_NAMES if found["before"].get(x) is not None), None)
+  return next((x for x in KLS[:2] if found["before"].get(x) is not None), None)
 
 
-def _typeset(name: str) -> str:
-  return {"beta": "β"}.get(name, name)
+def start_of(config: dict) -> str:
+  """Returns what the policy is called that all members begin with."""
+  own = config.get("policy") or config.get("task") == "tree"
+  return "the policy at the start" if own else "the SFT policy"
 
 
 def report(
   found: dict,
-  experiment: str,
+  config: dict,
   series: dict,
   samples: dict,
   best_of_n: dict | None,
@@ -113,37 +111,41 @@ def report(
 
   Args:
     found: what frontier.json holds.
-    experiment: what was swept.
+    config: what config.json holds.
     series: member -> the objects of its metrics.jsonl.
     samples: member -> the objects of its samples.jsonl.
     best_of_n: what best_of_n.json holds, or None.
     optimum: {"kl", "score"} of the best policies, where the task is enumerated.
   """
   settings, gain, before = settings_of(found), found["gain"], found["before"]
-  kl_name = kl_name_of(found)
+  kl_name, start = kl_name_of(found), start_of(config)
   finite = [setting for setting in settings if setting.records]
-  sentence, notes = exact_answer(finite) if optimum else answer(finite, gain, before, kl_name)
-  num_seeds = max(len(x.records) + len(x.diverged) for x in settings)
+  sentence, notes = (
+    exact_answer(finite) if optimum else answer(finite, gain, before, kl_name, start)
+  )
+  title = f"Sweep of {config['experiment']}"
   return page(
-    f"Sweep of {experiment}",
-    element("h1", f"Sweep of {experiment}: {len(found['members'])} members"),
+    title,
+    element("h1", f"{title}: {len(found['members'])} members"),
     element("p", sentence, class_="verdict"),
     *map(paragraph, notes),
-    *_frontier(finite, before, kl_name, best_of_n, optimum),
-    element("h2", "Settings"),
-    *_settings_table(settings, before, kl_name, num_seeds),
+    *_frontier(finite, before, kl_name, best_of_n, optimum, start),
+    element("h2", "Members"),
+    *_members(settings, before, gain, kl_name, start),
     element("h2", "Training"),
     *_training(finite, series),
-    element("h2", "Members"),
-    *_members_table(settings, before, gain, kl_name),
-    *_samples(finite, gain, samples),
+    *_samples(finite, gain, samples, start),
   )
 
 
-def _frontier(settings, before, kl_name, best_of_n, optimum) -> list[Html]:
+def _kinds(before: dict) -> list[str]:
+  return [name for name in ("gold", "score") if before.get(name) is not None]
+
+
+def _frontier(settings, before, kl_name, best_of_n, optimum, start) -> list[Html]:
   if kl_name is None or not settings:
     return [note("No KL to a reference was measured: there is no frontier to draw.")]
-  kinds = [name for name in ("gold", "score") if before.get(name) is not None]
+  kinds = _kinds(before)
   line = not optimum and all("," not in setting.label for setting in settings)
   lines = {}
   if best_of_n:
@@ -155,52 +157,56 @@ def _frontier(settings, before, kl_name, best_of_n, optimum) -> list[Html]:
     lines = {"best of n": (drawn, BEST_OF_N), "best policies": (best_of_n["frontier"], OPTIMUM)}
   if optimum:
     lines["best policies"] = (optimum, OPTIMUM)
-  kl = "KL(π‖ref), nats per sequence"
-  axes = [
-    (name, *x) for name in kinds for x in ((kl_name, False, kl), (kl_name, True, f"√ of {kl}"))
-  ]
+  kl = f"{find(kl_name).label}, {find(kl_name).unit}"
+  roots = (False, kl), (True, f"√ of {kl}")
+  axes = [(name, kl_name, *root) for name in kinds for root in roots]
   if "gold" not in kinds and before.get("nll") is not None and not optimum:
-    axes.append(("score", "nll", False, "NLL under the reference, nats per token"))
+    axes.append(("score", "nll", False, f"{find('nll').label}, {find('nll').unit}"))
   figures = []
   for name, x_name, root, text in axes:
     svg = sweep_pictures.frontier(
-      settings, before, name, x_name,
+      settings, before, name, x_name, text,
       root=root, line=line,
       lines=[x for x in lines.values() if x_name == kl_name and x[0].get(name)],
     )  # fmt: skip
-    caption = element(
-      "figcaption", element("b", _TITLES[name]), " ", element("span", f"against {text}")
-    )
-    figures.append(element("figure", caption, Html(svg)))
-  text = "A dot is a member after training, "
+    figures.append(figure(*_caption(name), svg))
+  text = "A mark is a member after training, "
   text += "by enumeration. " if optimum else "judged on held-out prompts. "
   if max(len(setting.records) for setting in settings) > 1:
     text += "A cross is the mean over seeds, its box goes from the least to the most. "
+  else:
+    text += "There is one seed of each, so that nothing shows how much seeds differ. "
+  if not optimum and min(len(setting.records) for setting in settings) == 1:
+    text += "The bar of a single seed is two standard errors over prompts on either side. "
   if line:
-    text += f"The grey line joins the {'means' if 'cross' in text else 'dots'} in order. "
-  kl_text = "exact" if optimum else _KL_TEXTS[kl_name]
+    text += f"The grey line joins the {'means' if 'cross' in text else 'members'} in order. "
   return [
     element("h2", "The frontier"),
     sweep_pictures.legend(settings, [(name, style[-1]) for name, (_, style) in lines.items()]),
-    element("div", *figures, class_="curves", style=_GRID.format(26)),
-    note(f"{text}The ring is the untrained policy. The KL is {kl_text}."),
-    *(_best_of_n_notes(best_of_n, optimum) if best_of_n else []),
+    grid(*figures, least=26),
+    note(f"{text}The ring is {start}."),
+    *(_best_of_n_notes(best_of_n, optimum, start) if best_of_n else []),
   ]
 
 
-def _best_of_n_notes(best_of_n, optimum) -> list[Html]:
-  pool = f"{best_of_n['completions_per_prompt']} draws of the untrained policy for each prompt"
-  notes = [
-    f"Best of n, up to n = {best_of_n['rows'][-1]['n']}, is no training but a choice among draws: "
-    f"of {pool}, to which its KL is."
-  ]
+def _caption(name: str) -> tuple[str, str]:
+  about = find(name)
+  return about.label, f"% {about.unit}" if about.is_share else about.unit
+
+
+def _best_of_n_notes(best_of_n, optimum, start) -> list[Html]:
+  text = (
+    f"Best of n, up to n = {best_of_n['rows'][-1]['n']}, is no training: it keeps the draw with "
+    f"the highest score, from {best_of_n['completions_per_prompt']} draws of {start} for each "
+    "prompt. Its KL is the one to a draw from this pool."
+  )
   if not optimum:
-    notes.append(
-      "The best policies, ref · exp(score/β)/Z, have the most score that any policy has at its KL, "
-      "and what gold they have is the score's doing and not the training's. They are estimated by "
-      f"weights of the same draws.{_turn(best_of_n['frontier'])}"
+    text += (
+      " The best policies, ref · exp(score/β)/Z, have the highest score that any policy has at "
+      "its KL. They are estimated by weights of the same draws, and no training is in them."
     )
-  return [note(" ".join(notes))]
+    text += _turn(best_of_n["frontier"])
+  return [note(text)]
 
 
 def _turn(frontier: dict) -> str:
@@ -210,81 +216,54 @@ def _turn(frontier: dict) -> str:
   if top in (-1, len(kl) - 1):
     return ""
   return (
-    f" They have the most gold, {digits(gold[top])}, at {digits(kl[top])} nats; beyond, more score "
-    f"is less gold, down to {digits(gold[-1])} at {digits(kl[-1])} nats: what is left to gain are "
-    "the reward model's errors."
+    f" Their gold accuracy is highest at {digits(kl[top])} nats, {shown('gold', gold[top])}. "
+    "Further away the score still rises and the gold accuracy falls, to "
+    f"{shown('gold', gold[-1])} at {digits(kl[-1])} nats: what is gained there are the errors of "
+    "the reward model."
   )
 
 
-def _range(setting: Setting, name: str | None) -> str:
-  x = setting.each(name) if name else np.array([np.nan])
-  if not len(x) or not np.isfinite(x).all():
-    return ABSENT
-  if len(x) == 1:
-    return digits(x[0])
-  return f"{digits(x.mean())} ({digits(x.min())} to {digits(x.max())})"
-
-
-def _settings_table(settings, before, kl_name, num_seeds) -> list[Html]:
-  kinds = [name for name in ("gold", "score") if before.get(name) is not None]
-  columns = ["", *(_TITLES[name] for name in kinds), "KL(π‖ref)", "entropy", ""]
-  measured = (before.get(name) for name in (*kinds, kl_name, "entropy"))
-  rows = [["untrained", *(ABSENT if x is None else digits(x) for x in measured), ""]]
-  for setting in settings:
-    figures = [*kinds, kl_name, "entropy"]
-    diverged = f"{len(setting.diverged)} of {len(setting.records + setting.diverged)} diverged"
-    rows.append(
-      [setting.name, *(_range(setting, x) for x in figures), diverged if setting.diverged else ""]
-    )
-  text = "KL in nats per sequence, entropy in nats per token."
-  if num_seeds > 1:
-    text = f"Means over seeds, and in brackets the least and the most. {text}"
-  return [table(columns, rows), note(text)]
-
-
 def _training(settings, series) -> list[Html]:
-  figures = []
-  for name, title, unit in _CURVES:
-    svg = sweep_pictures.curves(settings, series, name)
-    if svg is not None:
-      caption = element("figcaption", element("b", title), " ", element("span", unit))
-      figures.append(element("figure", caption, Html(svg)))
+  drawn = ((name, sweep_pictures.curves(settings, series, name)) for name in _CURVES)
+  figures = [figure(*_caption(name), svg) for name, svg in drawn if svg is not None]
   if not figures:
     return [note("No iteration was recorded.")]
   return [
     sweep_pictures.legend(settings),
-    element("div", *figures, class_="curves"),
+    grid(*figures),
     note(
-      "Over the iterations, on the prompts that were trained on. Lines are means over seeds, bands "
-      "go from the least seed to the most; long runs are drawn as means of 40 stretches."
+      "On the prompts that were trained on. Lines are means over seeds, bands go from the least "
+      "seed to the most; long runs are drawn as means of 40 stretches."
     ),
   ]
 
 
-def _members_table(settings, before, gain, kl_name) -> list[Html]:
-  kinds = [name for name in ("gold", "score") if before.get(name) is not None]
+def _members(settings, before, gain, kl_name, start) -> list[Html]:
   of_optimum = [x for x in EXACT if any(r.get(x) is not None for y in settings for r in y.records)]
-  names = [*kinds, *filter(None, [kl_name]), "entropy", "length", *of_optimum]
-  columns = ["", "seed", *(_TITLES[name] for name in kinds), *(["KL(π‖ref)"] if kl_name else [])]
-  columns += ["entropy", "length", *(_EXACT_TITLES[x] for x in of_optimum), ""]
+  names = [*_kinds(before), *filter(None, [kl_name]), "entropy", "length", *of_optimum]
+  columns = ["", "seed", *(f"{find(x).label}\n{find(x).unit}" for x in names), ""]
 
-  def cells(record):
-    return [digits(record.get(name), record.get(f"{name}_stderr") or None) for name in names]
+  def mean(setting, name):
+    x = setting.each(name)
+    return shown(name, float(x.mean())) if np.isfinite(x).all() else shown(name, None)
 
-  rows = [["untrained", "", *cells(before), ""]]
+  rows = [[start.removeprefix("the "), "", *(of_summary(before, name) for name in names), ""]]
   for setting in settings:
+    if len(setting.records) > 1:
+      rows.append([setting.name, "mean", *(mean(setting, name) for name in names), ""])
     for record in [*setting.records, *setting.diverged]:
       mark = "Pareto-optimal" if record["pareto"] else ""
       if record["diverged_at"]:
         mark = f"diverged at iteration {record['diverged_at']}"
-      rows.append([setting.name, str(record["values"]["seed"]), *cells(record), mark])
-  word = "gold score" if gain == "gold" else "score"
+      cells = (of_summary(record, name) for name in names)
+      rows.append([setting.name, str(record["values"]["seed"]), *cells, mark])
+  word = find(gain).label.lower()
   return [
     table(columns, rows),
     note(
-      f"Pareto-optimal: no other member has more {word} at no more KL, nor as much at less. "
-      "A diverged member has the figures of its last finite parameters. ± is one standard error "
-      "over prompts. The folder of a member is members/NAME; its own report is made by its "
+      f"Pareto-optimal: no other member has a higher {word} at no more KL, nor as high a one at "
+      "less. A diverged member has the figures of its last finite parameters. ± is one standard "
+      "error over prompts. The folder of a member is members/NAME; its own report is made by its "
       "experiment with --flagfile=members/NAME/flags.txt --workdir=members/NAME."
     ),
   ]
@@ -300,11 +279,10 @@ def three_of(settings: list[Setting], gain: str) -> list[Setting]:
   return [settings[0], settings[best], settings[-1]]
 
 
-def _samples(settings, gain, samples) -> list[Html]:
-  shown = three_of(settings, gain)
-  sources = [(x.name, x.records[0]["name"], "after") for x in shown]
+def _samples(settings, gain, samples, start) -> list[Html]:
+  sources = [(x.name, x.records[0]["name"], "after") for x in three_of(settings, gain)]
   if sources:
-    sources.insert(0, ("Untrained", sources[0][1], "before"))
+    sources.insert(0, (start.removeprefix("the "), sources[0][1], "before"))
   columns = [
     (title, {x["index"]: x for x in samples[name] if x["when"] == when})
     for title, name, when in sources
@@ -316,16 +294,11 @@ def _samples(settings, gain, samples) -> list[Html]:
     element("h2", "Samples"),
     note("The same held-out prompts at the first seed of each; drawn, not the most likely."),
   ]
+  style = "grid-template-columns: repeat(auto-fit, minmax(min(100%, 13rem), 1fr))"
   for i in indices[:MAX_SAMPLES]:
-    texts = [_sample(title, of[i]) for title, of in columns]
-    prompt = element("p", columns[0][1][i]["prompt"], class_="prompt text")
-    parts.append(element("div", prompt, *texts, class_="pair", style=_GRID.format(13)))
+    texts = [
+      column(title, of[i], element("p", of[i]["completion"], class_="text"))
+      for title, of in columns
+    ]
+    parts.append(side_by_side(columns[0][1][i]["prompt"], *texts, style=style))
   return parts
-
-
-def _sample(title: str, sample: dict) -> Html:
-  facts = [f"{x} {digits(sample[x])}" for x in ("score", "gold") if sample.get(x) is not None]
-  if sample.get("kl_ref"):
-    facts.append(f"KL {digits(sum(sample['kl_ref']))}")
-  heading = element("b", title), " ", element("span", ", ".join(facts), class_="note")
-  return element("div", *heading, element("p", sample["completion"], class_="text"))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from klrl.figures import digits
+from klrl.figures import digits, shown
 from klrl.report.sweep_pictures import Setting
 
 SMALL_GAP = 0.01  # of what the best policy gains: within it a member has reached the optimum
@@ -24,49 +24,55 @@ def apart(one: tuple[float, float], other: tuple[float, float]) -> bool:
   return abs(one[0] - other[0]) > 2 * np.hypot(one[1], other[1])
 
 
-def answer(settings, gain: str, before: dict, kl_name: str | None) -> tuple[str, list[str]]:
-  """Returns which setting to take, in a sentence, and what has to be known beside it."""
+def answer(
+  settings, gain: str, before: dict, kl_name: str | None, start: str
+) -> tuple[str, list[str]]:
+  """Returns which setting to take, in a sentence, and what has to be known beside it.
+
+  `start` is what the policy is called that the members begin with.
+  """
   if not settings:
     return "Every member diverged: take a smaller learning rate.", []
   gold = gain == "gold"
-  claim = "{} has the best gold score"
+  claim = "{} has the highest gold accuracy"
   if not gold:
-    claim = "No score here is gold, so none is the best to take; {} has the highest"
+    claim = "Nothing checks completions here, so no setting is the best; {} has the highest score"
   standings = {setting.name: standing(setting, gain) for setting in settings}
   best = max(settings, key=lambda setting: standings[setting.name][0])
   values, mine = best.each(gain), standings[best.name]
-  spread = f", from {digits(values.min())} to {digits(values.max())}" if len(values) > 1 else ""
+  spread = f", from {shown(gain, values.min())} to {shown(gain, values.max())}"
   seeds = f"mean of {len(values)} seeds{spread}" if len(values) > 1 else "one seed"
-  kl = f" at {digits(best.each(kl_name).mean())} nats of KL" if kl_name else ""
+  kl = f" at {shown(kl_name, best.each(kl_name).mean())} nats of KL" if kl_name else ""
   sentence = (
-    f"{claim.format(best.name)}: {digits(mine[0])}{kl} ({seeds}); the untrained policy has "
-    f"{digits(before[gain])}."
+    f"{claim.format(best.name)}: {shown(gain, mine[0])}{kl} ({seeds}); {start} has "
+    f"{shown(gain, before[gain])}."
   )
   notes = []
   start = before[gain], before.get(f"{gain}_stderr") or 0.0
   if not apart(mine, start):
-    notes.append("That is no more than chance: it is within two standard errors of no training.")
+    notes.append(f"This may be chance: it is within two standard errors of {start}.")
   near = [x for x in settings if x is not best and not apart(standings[x.name], mine)]
   if near:
     names = " and ".join(filter(None, [", ".join(x.name for x in near[:-1]), near[-1].name]))
-    text = f"{names} cannot be told from it: within two standard errors of the difference."
+    verb = "is" if len(near) == 1 else "are"
+    text = f"{names} {verb} as good, as far as two standard errors of the difference can tell."
     cheapest = kl_name and min([best, *near], key=lambda x: x.each(kl_name).mean())
     if cheapest and cheapest is not best:
-      text += f" Of these, {cheapest.name} stays closest to the reference."
+      text += f" Of all these, {cheapest.name} stays closest to the reference."
     notes.append(text)
   elif len(settings) > 1:
     notes.append("All other settings are more than two standard errors below it.")
   if len(values) < 3:
     notes.append(
-      f"{'One seed shows' if len(values) == 1 else 'Two seeds show'} little of how much training "
-      "itself varies: where the choice matters, give more with --seeds; only the new ones run."
+      f"{'One seed says' if len(values) == 1 else 'Two seeds say'} little of how much the result "
+      "varies from run to run. Where the choice matters, raise --seeds; only the new seeds run."
     )
   if gold:
     notes += _over_optimised(settings, best, standings, kl_name)
   else:
     notes.append(
-      "The score is what was optimised, and that it is high does not say that the completions are "
-      "good; a smaller β mostly has more of it. Compare settings at equal KL, and read the samples."
+      "The score is what was optimised. A high one does not say that the completions are good, and "
+      "a smaller β mostly has a higher one. Compare settings at equal KL, and read the samples."
     )
   return sentence, notes
 
@@ -74,15 +80,15 @@ def answer(settings, gain: str, before: dict, kl_name: str | None) -> tuple[str,
 def exact_answer(settings) -> tuple[str, list[str]]:
   """Returns how near the members came to the best policies, which are known."""
   if not settings:
-    return answer(settings, "score", {}, None)
+    return answer(settings, "score", {}, None, "")
   gaps = {setting.name: setting.each("objective_gap").max() for setting in settings}
   far = {name: gap for name, gap in gaps.items() if not gap <= SMALL_GAP}
   worst = max(gaps, key=gaps.get)
   if far:
-    shown = ", ".join(f"{name} ({gap:.1%})" for name, gap in far.items())
+    listed = ", ".join(f"{name} ({gap:.1%})" for name, gap in far.items())
     if len(far) > 3:
-      shown = f"{len(far)} of {len(gaps)} did not, the worst is {worst} ({gaps[worst]:.1%})"
-    sentence = f"Not every member reached the best policy for its β: {shown}."
+      listed = f"{len(far)} of {len(gaps)} did not, the worst is {worst} ({gaps[worst]:.1%})"
+    sentence = f"Not every member reached the best policy for its β: {listed}."
   else:
     sentence = (
       f"Every member reached the best policy for its β: at most {gaps[worst]:.2%} "
@@ -108,14 +114,15 @@ def _over_optimised(settings, best, gold, kl_name: str | None) -> list[str]:
   worse = [setting for setting in settings if is_worse(setting)]
   if not worse:
     return [
-      "No setting goes further from the reference for at least its score and clearly less gold, "
-      "which is what over-optimisation of the reward model would look like."
+      "No over-optimisation is seen: no setting goes further from the reference for at least the "
+      "same score and a clearly lower gold accuracy."
     ]
   names = ", ".join(
-    f"{x.name} (score {digits(scores[x.name][0])}, gold {digits(gold[x.name][0])})" for x in worse
+    f"{x.name} (score {digits(scores[x.name][0])}, gold {shown('gold', gold[x.name][0])})"
+    for x in worse
   )
   return [
-    f"Over-optimised: {names} against a score of {digits(mine[0])} and gold of "
-    f"{digits(gold[best.name][0])} at {best.name}. Further from the reference, no less score that "
-    "could be told, and clearly less of what it stands for."
+    f"Over-optimised: {names}, where {best.name} has a score of {digits(mine[0])} and a gold "
+    f"accuracy of {shown('gold', gold[best.name][0])}. Further from the reference the score is no "
+    "lower, as far as can be told, and fewer completions are right."
   ]

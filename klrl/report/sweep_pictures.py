@@ -1,21 +1,22 @@
 """The pictures of a sweep's page: the frontier, and curves over training.
 
 A setting is what the members that differ in the seed alone have in common. The first swept field
-has the colours; settings that differ in another alone share one.
+has the colours, and each setting has a marker of its own.
 """
 
-import re
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from klrl.figures import find
 from klrl.report.page import Html, element
-from klrl.report.plots import INK, SERIES, bare, picture, stretches
+from klrl.report.plots import INK, SERIES, plot, stretches
 
 # What a curve beside the members is: colour, style, and the same for the legend.
 BEST_OF_N = SERIES[2], "--", "border-top: 2px dashed var(--third)"
 OPTIMUM = SERIES[2], "-", "border-top: 2px solid var(--third)"
+_MARKERS = tuple(zip("os^DvP", "●■▲◆▼✚", strict=True))
 _MAX_STRETCHES = 40
 _CLOSE = 0.09  # of the axes: a label as near to another one is left to the legend
 
@@ -25,6 +26,7 @@ class Setting(NamedTuple):
 
   name: str  # e.g. "β = 0.1"
   label: str  # e.g. "0.1"
+  position: int  # among the settings
   rank: float  # 0 to 1 in the order of the swept values
   records: list[dict]  # of frontier.json, those that stayed finite
   diverged: list[dict]
@@ -43,13 +45,22 @@ class Setting(NamedTuple):
     """What is drawn in place of `colour`."""
     return f"#0102{round(100 * self.rank):02x}"
 
+  @property
+  def marker(self) -> tuple[str, str]:
+    """The marker as matplotlib names it, and as a letter."""
+    return _MARKERS[self.position % len(_MARKERS)]
+
+
+def scale_of(name: str) -> float:
+  """Returns what a figure is multiplied by where it is drawn."""
+  return 100.0 if find(name).is_share else 1.0
+
 
 def legend(settings: list[Setting], others=()) -> Html:
-  """Returns the names of settings beside their colours, and others with the style of their line."""
-  dot = "width: .6rem; height: .6rem; border: 0; border-radius: 50%; vertical-align: 0; background:"
+  """Returns the names of settings beside their marker, and others with the style of their line."""
   names = [
-    element("span", element("i", style=f"{dot} {setting.colour}"), setting.name)
-    for setting in settings
+    element("span", element("b", x.marker[1], style=f"color: {x.colour}"), f" {x.name}")
+    for x in settings
   ]
   names += [element("span", element("i", style=style), name) for name, style in others]
   return element("div", *names, class_="legend", style="margin: .75rem 0")
@@ -57,7 +68,7 @@ def legend(settings: list[Setting], others=()) -> Html:
 
 def _coloured(svg: str, settings: list[Setting]) -> str:
   for setting in settings:
-    svg = re.sub(setting.drawn, setting.colour, svg)
+    svg = svg.replace(setting.drawn, setting.colour)
   return svg
 
 
@@ -66,6 +77,7 @@ def frontier(
   before: dict,
   name: str,
   x_name: str,
+  x_label: str,
   *,
   root: bool,
   line: bool,
@@ -75,9 +87,10 @@ def frontier(
 
   Args:
     settings: of which every member is a point.
-    before: the figures of the untrained policy.
+    before: the figures of the policy at the start.
     name: of the figure.
     x_name: of that along the axis.
+    x_label: what is written there.
     root: whether the axis is the square root.
     line: whether the means over seeds are joined, in the order of the settings.
     lines: ({"kl", name}, colour and style) of what is drawn besides.
@@ -86,31 +99,28 @@ def frontier(
   def place(x):
     return np.sqrt(np.maximum(x, 0.0)) if root else np.asarray(x, float)
 
-  points = [(place(setting.each(x_name)), setting.each(name)) for setting in settings]
+  scale = scale_of(name)
+  points = [(place(x.each(x_name)), scale * x.each(name)) for x in settings]
   start = place(before[x_name])
   least, most = (reduce([start, *(reduce(x) for x, _ in points)]) for reduce in (np.min, np.max))
   least, most = least - 0.02 * (most - least), most + 0.06 * (most - least)
 
-  def draw(figure):
-    axes = figure.add_axes((0.09, 0.1, 0.9, 0.86))
+  def draw(axes):
     for curve, (colour, style, _) in lines:
-      x, y = _until(most, place(curve["kl"]), np.asarray(curve[name], float))
+      x, y = _until(most, place(curve["kl"]), scale * np.asarray(curve[name], float))
       axes.plot(x, y, style, color=colour, linewidth=1.3)
     means = [(x.mean(), y.mean()) for x, y in points]
     if line:
       axes.plot(*zip(*means, strict=True), color=INK, alpha=0.4, linewidth=0.9)
     for setting, (x, y) in zip(settings, points, strict=True):
-      _draw_members(axes, setting, x, y)
-    axes.plot(
-      start, before[name], "o", color=INK, markersize=5.5, fillstyle="none", markeredgewidth=1.2
-    )
+      _draw_members(axes, setting, x, y, scale * setting.each(f"{name}_stderr"))
+    axes.plot(start, scale * before[name], "o", color=INK, markersize=5.5, fillstyle="none")
     axes.set_xlim(least, most)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    bare(axes)
     _write_labels(axes, means, [setting.label for setting in settings])
 
-  return _coloured(picture(draw, width=4.6, height=2.9), settings)
+  return _coloured(plot(draw, x_label, height=3.0), settings)
 
 
 def _until(end: float, x, y):
@@ -123,13 +133,15 @@ def _until(end: float, x, y):
   return np.append(x[inside], end), np.append(y[inside], np.interp(end, x, y))
 
 
-def _draw_members(axes, setting: Setting, x, y) -> None:
-  """Draws a dot for each seed, their mean as a cross, and a box from the least to the most."""
+def _draw_members(axes, setting: Setting, x, y, stderrs) -> None:
+  """Draws each seed: a single one with its error, several with their mean and what they cover."""
   colour = setting.drawn
+  axes.plot(x, y, setting.marker[0], color=colour, markersize=6, markeredgewidth=0, alpha=0.85)
+  if len(x) == 1:
+    axes.errorbar(x, y, 2 * np.nan_to_num(stderrs), fmt="none", ecolor=colour, elinewidth=0.9)
+    return
   axes.fill_between([x.min(), x.max()], y.min(), y.max(), color=colour, alpha=0.13, linewidth=0)
-  axes.plot(x, y, "o", color=colour, markersize=6, markeredgewidth=0, alpha=0.85)
-  if len(x) > 1:
-    axes.plot(x.mean(), y.mean(), "+", color=colour, markersize=8, markeredgewidth=1.4)
+  axes.plot(x.mean(), y.mean(), "+", color=colour, markersize=8, markeredgewidth=1.4)
 
 
 def _write_labels(axes, points, texts: list[str]) -> None:
@@ -170,17 +182,18 @@ def curves(settings: list[Setting], series: dict[str, list[dict]], name: str) ->
   if not lines:
     return None
 
-  def draw(figure):
-    axes = figure.add_axes((0.115, 0.11, 0.87, 0.85))
+  def draw(axes):
     for setting, x, y in lines:
-      axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=setting.drawn, alpha=0.13, lw=0)
-      axes.plot(x, y.mean(axis=0), color=setting.drawn, linewidth=1.3)
+      colour, marker = setting.drawn, setting.marker[0]
+      axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.13, lw=0)
+      marks = {"marker": marker, "markersize": 3.5, "markevery": max(1, len(x) // 6)}
+      axes.plot(x, y.mean(axis=0), color=colour, linewidth=1.3, **marks)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    bare(axes)
 
-  return _coloured(picture(draw, width=3.4, height=2.2), settings)
+  return _coloured(plot(draw, "iteration", width=3.4, height=2.3), settings)
 
 
 def _values(rows: list[dict], name: str) -> np.ndarray:
-  return np.array([np.nan if row.get(name) is None else row[name] for row in rows], float)
+  values = [np.nan if row.get(name) is None else row[name] for row in rows]
+  return scale_of(name) * np.array(values, float)
