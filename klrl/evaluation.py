@@ -1,4 +1,4 @@
-"""Before and after: a policy on held-out prompts, and the checks that every run makes at step 0."""
+"""Figures of a policy on held-out prompts, and the checks that every run makes at step 0."""
 
 import collections
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from klrl.tasks.verifier import Verifier, majority, pass_at_k, right
 
 
 class Evaluation(NamedTuple):
-  """One completion per row and what the models say of it; [B, T] in nats, or None."""
+  """One completion per row, and what the models say of its tokens: [B, T], nats, or None."""
 
   rollout: Rollout
   log_probs: jax.Array  # rescored by the trainer's forward pass
@@ -28,12 +28,12 @@ class Evaluation(NamedTuple):
 def make_evaluate_fn(policy, reference):
   """Returns evaluate(params, reference_params, rollout, *, temperature) -> Evaluation.
 
-  Pure; to be compiled by the caller. `reference` may be None: nothing is then compared with it.
+  The function is pure and is compiled by the caller. `reference` may be None.
   """
 
   def evaluate(params, reference_params, rollout, *, temperature):
     rollout = parallel.split_rows(rollout)
-    # One pass of each model for all of it: devices that share parameters would compute two.
+    # Each model runs once for all figures; the compiler would not merge two runs across devices.
     hidden = completions.completion_hidden(policy, params, rollout)
     tokens, unembedding = completions.completion_tokens(rollout), policy.unembedding(params)
     log_probs, entropy = ops.token_log_probs_and_entropy_from_hidden(
@@ -59,12 +59,13 @@ def figures(
 ) -> dict[str, float | None]:
   """Returns the figures of an evaluation: means over rows, with standard errors for scores and KLs.
 
-  `scores` and `gold` are [B], or None where nothing gives them. `prompt_ids [B]` says which rows
-  share a prompt: completions of one prompt are not independent, so a standard error is that of a
-  mean over prompts.
+  `scores` and `gold` are [B], or None where there are none. `prompt_ids [B]` says which rows share
+  a prompt. Completions of one prompt are not independent, so a standard error is that of a mean
+  over prompts.
 
-  KLs are KL(pi || pi_ref), nats per sequence, with `_per_token` beside each; `nll` is the mean
-  negative log-likelihood under the reference, nats per token; `distinct_N` is that of `distinct_n`.
+  The KLs are KL(pi || pi_ref) in nats per sequence, and with `_per_token` in nats per token. `nll`
+  is the mean negative log-likelihood under the reference, in nats per token. `distinct_N` is the
+  result of `distinct_n`.
   """
   mask = np.asarray(evaluation.rollout.completion_mask)
   num_tokens = max(1, int(mask.sum()))
@@ -118,7 +119,7 @@ def repeated_figures(
 def before_and_after(before: dict, after: dict) -> dict[str, float | None]:
   """Returns the figures of two evaluations as `NAME_before`, `NAME_after`, `NAME_before_stderr`.
 
-  The KLs that a run is known by are those of the trained policy: as `kl_ref_*` they are in it too.
+  The KLs of the trained policy are in the result as `kl_ref_*` too: a run is known by these.
   """
   found = {name: x for name, x in after.items() if name.startswith("kl_ref")}
   for when, figures in (("before", before), ("after", after)):
@@ -141,7 +142,7 @@ def step_zero_checks(evaluation: Evaluation, *, starts_as_reference: bool, dtype
   """
   rollout = evaluation.rollout
   mask = np.asarray(rollout.completion_mask)
-  # One token of many may be far off by rounding in half precision, but not their root mean square.
+  # In half precision rounding can put one token of many far off, but not the root mean square.
   full = dtype in ("float32", "float64")
   tolerance, which = (1e-3, "largest") if full else (0.05, "root mean square")
 
@@ -210,7 +211,7 @@ def samples(
 
 
 def distinct_n(texts: list[str], n: int) -> float | None:
-  """Returns the share of different ones among all n neighbouring words, None without any.
+  """Returns the share of different ones among all runs of n words, None if there are none.
 
   Jiwei Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", 2016.
   """
@@ -235,9 +236,9 @@ def mean_and_stderr(name: str, x, prompt_ids: np.ndarray) -> dict[str, float | N
 
 
 def ratio_and_stderr(name: str, sums: np.ndarray, counts: np.ndarray) -> dict[str, float | None]:
-  """Returns sum / count over independent units, and its standard error; None from fewer than two.
+  """Returns sum / count over independent units, and its standard error: None for fewer than two.
 
-  `sums` and `counts` are [N], of units that may count for different numbers of rows, or for none.
+  `sums` and `counts` are [N]; a unit may have any number of rows, none included.
   """
   sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
   mean, num_units = sums.sum() / max(1.0, counts.sum()), np.count_nonzero(counts)

@@ -1,9 +1,13 @@
-"""The judge of a run: a policy on the same held-out prompts with the same noise, whenever asked.
+"""The judge of a run: each policy on the same held-out prompts, with the same noise.
 
-It draws a completion for each of `num_eval_rows` rows, which go through the held-out prompts, again
-and again where there are fewer; the most likely completion of each prompt; where a task has a
-verifier, `eval_completions` ones of as many prompts as make no more rows; and, once, one for each
-row from the reference, for the KL in the other direction.
+For each policy the judge draws
+
+* one completion for each of `num_eval_rows` rows, which repeat the held-out prompts in order;
+* the most likely completion of each prompt;
+* `eval_completions` completions of some prompts, where the task has a verifier: of as many prompts
+  as fit into the same number of rows.
+
+From the reference it draws one completion for each row, once, for the KL in the other direction.
 """
 
 from collections.abc import Callable
@@ -23,7 +27,7 @@ from klrl.tasks.verifier import Verifier, right
 
 
 class Judgement(NamedTuple):
-  """What a judge says of a policy."""
+  """What the judge finds of one policy."""
 
   evaluation: evaluation.Evaluation  # one completion of each row
   figures: dict[str, float | None]
@@ -31,9 +35,9 @@ class Judgement(NamedTuple):
 
 
 class Programs(NamedTuple):
-  """What a judge has compiled; each device computes its share of the rows, and all get the whole.
+  """The compiled functions of a judge. Each device computes its share of the rows and gets all.
 
-  `sample`, `greedy` and `evaluate` are those of `sampling` and `evaluation` for the policy,
+  `sample`, `greedy` and `evaluate` are those of `sampling` and `evaluation` for the policy;
   `sample_reference` and `evaluate_reference` have policy and reference exchanged.
   """
 
@@ -55,7 +59,7 @@ def make_programs(
   }
 
   def jit(fn):
-    # What comes out is whole everywhere: each process reads all of it.
+    # Results are replicated, since each process reads all of them.
     return jax.jit(parallel.on_mesh(mesh, fn), out_shardings=parallel.replicated(mesh))
 
   sample = jit(make_sample_fn(policy, **limits))
@@ -63,7 +67,7 @@ def make_programs(
   evaluate = jit(evaluation.make_evaluate_fn(policy, reference))
   if reference is None:
     return Programs(sample, greedy, evaluate, None, None)
-  # Models of one shape take their parameters in either place.
+  # If both models have one shape, the same programs serve with the parameters exchanged.
   if reference.config == policy.config:
     return Programs(sample, greedy, evaluate, sample, evaluate)
   sample_reference = jit(make_sample_fn(reference, **limits))
@@ -87,30 +91,30 @@ def make_judge_fn(
 ) -> Callable[..., Judgement]:
   """Returns judge(params, *, when) -> Judgement; everything is compiled once.
 
-  The figures are those of `evaluation.figures`, and of what is drawn besides `score_greedy` and
-  `gold_greedy`, `evaluation.repeated_figures`, and `kl_ref_forward`: KL(pi_ref || pi), nats per
-  sequence, the exact KL of each next token summed along completions of the reference, which is
-  unbiased.
+  The figures are those of `evaluation.figures`; `score_greedy` and `gold_greedy` of the most likely
+  completions; those of `evaluation.repeated_figures`; and `kl_ref_forward`, KL(pi_ref || pi) in
+  nats per sequence: the exact KL of each next token, summed along completions of the reference,
+  which is unbiased.
 
   Args:
-    config: reads `seed` and the `EvaluationFields`.
-    mesh: of the devices.
-    policy: what is judged; `params` of a call are all its parameters, on the devices.
-    reference: what it is compared with, or None.
-    reference_params: of the reference, on the devices.
-    tokenizer: of both.
+    config: its `seed` and `EvaluationFields` are read.
+    mesh: the devices.
+    policy: the model that is judged; a call takes all its parameters, on the devices.
+    reference: the model to compare with, or None.
+    reference_params: its parameters, on the devices.
+    tokenizer: of both models.
     held_out: the prompts.
-    max_completion_len: of every completion.
+    max_completion_len: the limit of every completion, in tokens.
     temperature: of sampling, and of every log-prob.
     score: score(rollout, texts, records) -> [B], or None. There may be fewer texts than rows.
     verifier: of the task, or None.
   """
   progress.console.print("Compiling what judges the policy on held-out prompts ...")
-  # The same noise each time, and never the training's.
+  # The noise is the same each time, and never that of training.
   key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
   num_prompts, k = len(held_out.tokens), config.eval_completions
   rows = np.arange(config.num_eval_rows) % num_prompts
-  # Padded to as many rows, so that one compiled function draws both.
+  # Both draws have the same number of rows, so that one compiled function serves both.
   repeated = np.repeat(np.arange(min(num_prompts, max(1, config.num_eval_rows // k))), k)
   padded = np.resize(repeated, max(len(repeated), len(rows)))
 
@@ -131,7 +135,7 @@ def make_judge_fn(
   def read(rollout, rows):
     """Returns texts, scores and gold scores of the first rows of a rollout."""
     texts, records = texts_of(rollout)[: len(rows)], records_of(rows)
-    # The rollout stays whole: a reward model is compiled for one shape.
+    # The reward model is compiled for one shape, so it gets the whole rollout.
     scores = score and np.asarray(score(rollout, texts, records))[: len(rows)]
     return texts, scores, verifier and right(verifier, texts, records)
 
@@ -176,8 +180,8 @@ def make_completion_score_fn(
 ) -> Callable[..., np.ndarray]:
   """Returns score(rollout, texts, records) -> [B], the weighted sum of rewards.
 
-  Without any it is the reward model's score, and 0 without that. The texts are read by the rewards
-  alone. The devices of `mesh` share the rows of a rollout.
+  Without rewards it is the score of the reward model, and without that it is 0. Only the rewards
+  read the texts. The devices of `mesh` share the rows of a rollout.
   """
 
   def model_score(params, rollout):

@@ -312,7 +312,7 @@ def test_a_thread_that_never_ends_is_left_behind(program):
   )
   assert done.returncode == 0
   assert done.stdout.startswith("line 0")
-  assert done.stderr.endswith("perhaps of the reward, is left behind: of the reward.\n")
+  assert done.stderr.endswith("perhaps of a reward, are ended: of the reward.\n")
 
 
 OWN = {

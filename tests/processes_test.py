@@ -310,7 +310,7 @@ def test_what_fails_in_one_process_fails_in_both(tmp_path):
     "returned 0",
     "returned True",
     "returned False",
-    "UserError . is not one folder for all processes; c",
+    "UserError . is not the same folder for all process",
   ]
   assert printed[0] == [*same, "UserError Process 1: OSError: refused", *after]
   assert printed[1] == [*same, "OSError refused", *after]

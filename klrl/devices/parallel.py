@@ -4,13 +4,14 @@ One mesh with the axes `sweep`, `data`, `fsdp` and `tensor`. Programs are plain 
 global arrays whose `NamedSharding` says where they live; that is what `pjit` became.
 
 * `data`: rows of a batch.
-* `fsdp`: rows of a batch, and every parameter's largest divisible axis.
-* `tensor`: heads and hidden units: the output axis of the projections that open a block, the input
-  axis of those that close it, and the vocabulary. Of an adapter's factors, the one that has it.
+* `fsdp`: rows of a batch, and the largest axis of every parameter that the devices divide.
+* `tensor`: heads and hidden units. These are the output axis of the projections that open a block,
+  the input axis of those that close it, and the vocabulary; of the two factors of an adapter, the
+  one that has such an axis is split.
 * `sweep`: members of a sweep; nothing in a single run.
 
-A sweep's arrays have a leading member axis. Programs split it over `sweep` by hand, so that no
-collective ever crosses members, and leave the other axes to the compiler (`map_members`).
+The arrays of a sweep have a leading axis of members. Programs split it over `sweep` by hand, so
+that no collective ever crosses members, and leave the other axes to the compiler (`map_members`).
 """
 
 import functools
@@ -37,7 +38,7 @@ _ROWS = ("sweep", "data", "fsdp")
 
 
 def fetch(tree):
-  """Returns `tree` on the host, whole, also where other processes hold parts of it.
+  """Returns the whole `tree` on the host, even where other processes hold parts of it.
 
   All processes must call it at the same place.
   """
@@ -58,8 +59,8 @@ def topology_devices(name: str) -> list:
   """
   if importlib.util.find_spec("libtpu") is None:
     raise UserError("--topology needs the compiler for TPUs: pip install 'klrl[tpu]'")
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # Nobody here could answer it.
-  jax.config.update("jax_platforms", "cpu")  # Whatever is computed is computed here.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no metadata server to ask.
+  jax.config.update("jax_platforms", "cpu")  # The constants of a program are computed here.
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
   except Exception as error:  # libtpu raises nothing more specific
@@ -70,11 +71,11 @@ def topology_devices(name: str) -> list:
 
 
 def use_every_core() -> None:
-  """Makes every core of the processor a device, for the members of a sweep to be spread over.
+  """Makes every core of the processor a device, so that the members of a sweep can use them all.
 
-  What names no mesh stays on one of them, so that it computes what it computes elsewhere. To be
-  called before anything is computed. Nothing is done where somebody has said how many devices the
-  processor is (JAX_NUM_CPU_DEVICES, XLA_FLAGS), or where there are several processes.
+  A program that names no mesh stays on one device, and so has the figures of a single run. Call
+  this before anything is computed. It does nothing where the number of devices is set already
+  (JAX_NUM_CPU_DEVICES, XLA_FLAGS), or where there are several processes.
   """
   told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
   if told or jax.config.jax_num_cpu_devices > 0 or jax.distributed.is_initialized():
@@ -88,8 +89,8 @@ def use_every_core() -> None:
 def make_mesh(spec: str, devices: list | None = None) -> Mesh:
   """Returns the mesh that `spec` asks for, e.g. "data=4,fsdp=2"; "" puts all devices on `data`.
 
-  Axes that are not named have size 1. `devices` are those that JAX sees unless they are given; ""
-  is JAX's default device alone where one is set.
+  Axes that are not named have size 1. `devices` defaults to all that JAX sees. Where JAX has a
+  default device, "" is that device alone.
 
   Raises:
     UserError: unknown axis, a size that is not a positive integer, or more devices than there are.
@@ -124,14 +125,14 @@ def make_mesh(spec: str, devices: list | None = None) -> Mesh:
 
 
 def sweep_mesh(spec: str, num_members: int, devices: list | None = None) -> Mesh:
-  """Returns the mesh of `spec`; "" puts members on the fewest devices that are as fast as all."""
+  """Returns the mesh of `spec`; "" takes as few devices as are as fast as all of them."""
   num_devices = jax.device_count() if devices is None else len(devices)
   per_device = -(-num_members // num_devices)
   return make_mesh(spec or f"sweep={-(-num_members // per_device)}", devices)
 
 
 def mesh_of_places(spec: str, num_places: int) -> Mesh:
-  """Returns the mesh of a sweep that began with so many places; "" splits them evenly."""
+  """Returns the mesh of a sweep that began with `num_places` places; "" splits them evenly."""
   sizes = range(min(num_places, jax.device_count()), 0, -1)
   return make_mesh(spec or f"sweep={next(size for size in sizes if num_places % size == 0)}")
 
@@ -144,7 +145,7 @@ def without_sweep(spec: str) -> str:
 def places(mesh: Mesh, num_members: int, *, members_per_batch: int) -> int:
   """Returns how many members the devices of `mesh` take, at least `num_members`.
 
-  Every device has as many, and each of its batches, which hold at most `members_per_batch`.
+  All devices take the same number, and so do all batches, of at most `members_per_batch`.
   """
   per_device = -(-num_members // mesh.shape["sweep"])
   num_batches = -(-per_device // members_per_batch)
@@ -156,8 +157,8 @@ def map_members(
 ) -> Callable:
   """Returns `fn` for all members: `vmap` with these `in_axes` (0 or None), batch after batch.
 
-  The members of a device share one compiled body. With one member per batch that is a single run's
-  program, and no sampling loop waits for another member's longest completion.
+  The members of a device share one compiled body. With one member per batch the body is the program
+  of a single run, and no member waits for the longest completion of another.
   """
 
   @functools.wraps(fn)
@@ -171,7 +172,7 @@ def map_members(
     owns = [mine for axis, mine in pairs if axis is not None]
     num_members = jax.tree.leaves(owns)[0].shape[0]
     size = num_members // -(-num_members // members_per_batch)
-    # A batch of one is another program than the run by itself.
+    # A batch of one would be another program than that of a single run.
     return jax.lax.map(one, owns, batch_size=size if size > 1 else None)
 
   return jax.shard_map(
@@ -196,7 +197,7 @@ def by_rows(mesh: Mesh, *, members: bool = False) -> NamedSharding:
 
 
 def on_mesh(mesh: Mesh, fn: Callable) -> Callable:
-  """Returns `fn`, to be compiled for arrays on `mesh`, with the mesh in scope for `split_rows`."""
+  """Returns `fn` with `mesh` in scope for `split_rows`, to be compiled for arrays on that mesh."""
 
   @functools.wraps(fn)
   def in_scope(*arguments, **named):
@@ -209,11 +210,12 @@ def on_mesh(mesh: Mesh, fn: Callable) -> Callable:
 def split_rows(tree):
   """Returns `tree`, arrays [rows, ...], with the rows split over the devices of the mesh in scope.
 
-  To be called in what `on_mesh` or `map_members` compiles, wherever rows are gathered: a gather by
-  an index that every device has whole leaves every device all of the rows, and all of the work on
-  them. Members have the axis `sweep` to themselves; where there are none its devices take rows too.
-  Rows that the devices do not divide are padded by the compiler, which computes with no padding:
-  values are those of one device. Without a mesh, and on one device, nothing is done.
+  Call it wherever rows are gathered, in functions that `on_mesh` or `map_members` compiles. An
+  index that every device holds whole gathers all rows on every device, and then every device does
+  all of the work. In a sweep the axis `sweep` belongs to the members; in a single run its devices
+  take rows too. Where the devices do not divide the number of rows, the compiler pads the rows and
+  ignores the padding, so the values are those of one device. Without a mesh, and on one device,
+  nothing is done.
   """
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(
@@ -238,9 +240,9 @@ def check_batch_size(mesh: Mesh, batch_size: int) -> None:
 def state_shardings(mesh: Mesh, state, *, members: bool = False):
   """Returns a tree of shardings for parameters, optimizer moments and scalars.
 
-  Moments follow the parameter they belong to, since they have its name and shape. What is kept as
-  `replay`, [iterations, rows, ...], is split by rows. With `members` every array has a leading axis
-  of them, split over `sweep`.
+  The moments are sharded as their parameters are, since they have the same names and shapes. The
+  arrays under `replay`, [iterations, rows, ...], are split by rows. With `members` every array has
+  a leading axis of members, which is split over `sweep`.
   """
 
   def sharding(path, leaf):
@@ -255,7 +257,7 @@ def state_shardings(mesh: Mesh, state, *, members: bool = False):
 
 
 def put(tree, shardings):
-  """Returns `tree`, which all processes have alike, on the devices of all; as `device_put`."""
+  """Returns `tree`, the same in all processes, on the devices of all of them; see `device_put`."""
   if jax.process_count() == 1:
     return jax.device_put(tree, shardings)
   if isinstance(shardings, NamedSharding):
@@ -274,8 +276,10 @@ def put(tree, shardings):
 
 
 def put_once(mesh: Mesh, tree):
-  """Returns `tree` on the devices, sharded by `state_shardings`; an array that it holds twice is
-  there once. To be used for what is never donated. Of an array's mere shape its place is noted.
+  """Returns `tree` on the devices, sharded by `state_shardings`, each distinct array once.
+
+  Use it for arrays that are never donated: what two models share is then shared on the devices too.
+  A leaf that is only a shape gets its sharding.
   """
   placed = {}
 
@@ -291,17 +295,17 @@ def put_once(mesh: Mesh, tree):
 def put_own(mesh: Mesh, tree):
   """Returns `tree` on the devices, sharded by `state_shardings`, in buffers of its own.
 
-  Donating them deletes nothing else. What is made like one of these arrays, as an optimizer's
-  moments are, is made in shards too.
+  So donating them deletes nothing else. Arrays that are made like these, such as the moments of an
+  optimizer, are made in shards too.
   """
   shardings = state_shardings(mesh, tree)
   return jax.tree.map(lambda leaf, sharding: put(leaf, sharding).copy(), tree, shardings)
 
 
 def distinct(tree) -> tuple[list, Callable[[list], Any]]:
-  """Returns (the leaves of `tree`, each object once; whole(leaves) -> `tree` of such leaves).
+  """Returns (the distinct leaves of `tree`, whole(leaves) -> `tree` with these leaves).
 
-  A program takes an array that is an argument twice for two arrays.
+  A compiled program would take an array that is passed twice for two arrays.
   """
   leaves, structure = jax.tree.flatten(tree)
   once = {id(leaf): leaf for leaf in leaves}

@@ -1,8 +1,9 @@
 """Several processes that run one program: `jax.distributed`, and what they must agree on.
 
-All processes run the same lines in the same order. What depends on the process is done by the
-writer (`on_writer`), or by each with a word to the others when it fails (`together`); so nobody
-waits for a process that has gone another way. With one process all of it is nothing.
+All processes run the same lines in the same order. Whatever could differ between them is done by
+one process, the writer, which sends the result to the others (`on_writer`), or by each process,
+which then tells the others whether it failed (`together`). So no process waits for one that took
+another branch. With a single process these functions do nothing.
 """
 
 import contextlib
@@ -20,26 +21,27 @@ from jax.experimental import multihost_utils
 
 from klrl.errors import UserError
 
-# A process that has ended waits this long for the others, which then are ended too.
+# A process that has ended waits this long for the others, before JAX ends them too.
 _SECONDS_TO_FOLLOW = 60
-# The others may start later: when to say who is missing, and when to end.
+# The others may start later. After the first time a process says what it waits for; after the
+# second it ends.
 _SECONDS_TO_WONDER, _SECONDS_TO_MEET = 20, 300
-# Threads that outlive the program get this long, for what a tracker may have to send.
+# Threads that outlive the program get this long, since a tracker may still have something to send.
 _SECONDS_FOR_THREADS = 10
 _OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 
 
 def join() -> None:
-  """Makes this process one of several, where it is; to be called before anything is computed.
+  """Joins this process to the others, if there are any. Call it before anything is computed.
 
-  JAX itself finds Slurm, Open MPI 4, GKE and Cloud TPU. Elsewhere
-  JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it. Open MPI 5 needs
-  the first of them.
+  JAX itself finds the processes of Slurm, Open MPI 4, GKE and Cloud TPU. Elsewhere the variables
+  JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them. Open MPI 5
+  needs the first of these.
 
   Raises:
-    UserError: there are several processes, and something that joins them is missing.
+    UserError: there are several processes, and something that they need to meet is missing.
   """
-  # It would take SIGTERM away from `loop`, and where no loop runs nothing would obey it.
+  # JAX's service would take SIGTERM away from `loop`, and outside of the loop ignore it.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
@@ -54,7 +56,7 @@ def join() -> None:
       jax.distributed.initialize(
         **told,
         shutdown_timeout_seconds=_SECONDS_TO_FOLLOW,
-        # It ends in an abort, so it has to come after our own.
+        # JAX's time limit aborts the process, so ours has to end it first.
         initialization_timeout=2 * _SECONDS_TO_MEET,
       )
   except KeyError as error:
@@ -62,7 +64,7 @@ def join() -> None:
   except ValueError as error:
     if "coordinator_address" not in str(error):  # There is no cluster.
       raise
-    # They would all be the writer.
+    # Each process would take itself for the only one, and all would write.
     if int(os.environ.get(_OPEN_MPI[0], 1)) > 1:
       raise UserError(
         "Open MPI started several processes, and JAX finds them by itself with its version 4 only. "
@@ -96,9 +98,9 @@ def _check_address(address: str) -> None:
 
 @contextlib.contextmanager
 def _told_while_waiting():
-  """Says whom this process waits for, and ends it with a message where nobody comes.
+  """Says what this process waits for, and ends it with a message if the others never come.
 
-  JAX waits in silence, and then aborts.
+  JAX waits in silence and then aborts.
   """
   address = os.environ.get("JAX_COORDINATOR_ADDRESS", "the address that the cluster gives")
 
@@ -109,7 +111,7 @@ def _told_while_waiting():
 
   def give_up():
     say(f"{_SECONDS_TO_MEET} s, too long,")
-    os._exit(1)  # The main thread is in JAX and hears nothing.
+    os._exit(1)  # The main thread is inside JAX and cannot be interrupted.
 
   timers = [
     threading.Timer(_SECONDS_TO_WONDER, say, [f"{_SECONDS_TO_WONDER} s"]),
@@ -126,10 +128,10 @@ def _told_while_waiting():
 
 
 def leave(why: str) -> None:
-  """Ends this process's part when all do; where it is alone, says why, and the others are ended.
+  """Waits until all processes leave; if the others do not, says `why` this one did.
 
-  What fails everywhere is said by the writer. JAX ends the processes when one has left and others
-  have not followed.
+  JAX ends the processes when one has left and the others have not followed in time. A failure of
+  all processes is reported by the writer, and not here.
   """
   alone = threading.Timer(
     _SECONDS_TO_FOLLOW / 2,
@@ -142,9 +144,9 @@ def leave(why: str) -> None:
 
 
 def leave_threads(status: int) -> None:
-  """Ends this process with `status` soon after its program, though threads of a reward's go on.
+  """Ends this process with `status` soon after its program, even if threads of a reward go on.
 
-  To be called last, in a process that is alone.
+  Call it last, and only in a single process.
   """
 
   def end():
@@ -153,14 +155,14 @@ def leave_threads(status: int) -> None:
     names = sorted(thread.name for thread in threading.enumerate() if not thread.daemon)
     left = ", ".join(name for name in names if name != threading.main_thread().name)
     print(
-      f"The program has ended. What still runs, perhaps of the reward, is left behind: {left}.",
+      f"The program has ended. Threads that still run, perhaps of a reward, are ended: {left}.",
       file=sys.stderr,
       flush=True,
     )
     sys.stdout.flush()
     os._exit(status)
 
-  # The interpreter waits for all threads but such a one.
+  # The interpreter waits for all threads that are not daemons.
   timer = threading.Timer(_SECONDS_FOR_THREADS, end)
   timer.daemon = True
   timer.start()
@@ -177,23 +179,23 @@ def is_alone() -> bool:
 
 
 def wait_for_all(what: str) -> None:
-  """Returns when all processes are here; `what` names the place."""
+  """Returns when all processes have called it; `what` names the place in the program."""
   multihost_utils.sync_global_devices(what)
 
 
 def anywhere(flag: bool) -> bool:
-  """Returns whether `flag` is true in any process; all must ask."""
+  """Returns whether `flag` is true in any process; all processes must call it."""
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def together(fn: Callable) -> Callable:
-  """Returns `fn` for all processes to call: where it fails in one, it fails in all.
+  """Returns `fn` for all processes to call: if it fails in one, it fails in all.
 
-  For what a process does by itself and may fail at: reading files, or the user's code. `fn` must
-  not wait for other processes.
+  It is for work that each process does by itself and that may fail, such as reading files or
+  running the user's code. `fn` must not wait for other processes.
 
   Raises, when called:
-    UserError: `fn` raised it here, or anything in another process.
+    UserError: `fn` raised a UserError here, or any error in another process.
   """
 
   @functools.wraps(fn)
@@ -203,7 +205,7 @@ def together(fn: Callable) -> Callable:
     found = failure = None
     try:
       found = fn(*arguments, **named)
-    except Exception as error:  # Whatever it is: the others would wait for ever.
+    except Exception as error:  # Any error: without a word the others would wait for ever.
       failure = error
     failed = multihost_utils.process_allgather(np.array(failure is not None))
     if failed.any():
@@ -216,13 +218,14 @@ def together(fn: Callable) -> Callable:
 
 
 def on_writer(fn: Callable) -> Callable:
-  """Returns `fn` for all processes to call: the writer does it, and all get what it returns.
+  """Returns `fn` for all processes to call: the writer runs it, and all get what it returns.
 
-  For what is written, and for what files decide: processes that read them at different times would
-  decide differently. `fn` must not wait for other processes; what it returns must pickle.
+  It is for writing files, and for decisions that depend on files: processes that read files at
+  different times could decide differently. `fn` must not wait for other processes, and its result
+  must pickle.
 
   Raises, when called:
-    UserError: `fn` raised it, or in the writer anything.
+    UserError: `fn` raised a UserError, or, in another process than the writer, any error.
   """
 
   @functools.wraps(fn)
@@ -234,7 +237,7 @@ def on_writer(fn: Callable) -> Callable:
 
 
 def _told(failure: Exception | None) -> str:
-  """Returns what the other processes say of a failure here."""
+  """Returns the message by which the other processes report a failure of this one."""
   if failure is None or isinstance(failure, UserError):
     return str(failure)
   return f"Process {jax.process_index()}: {type(failure).__name__}: {failure}"
@@ -243,14 +246,14 @@ def _told(failure: Exception | None) -> str:
 def _broadcast(value, source: int):
   """Returns the `value` that process `source` has.
 
-  What is unpickled was pickled by the same run in another process: nothing of a model's or of data.
+  Only what another process of the same run has pickled is unpickled, never a model or data.
   """
   if is_alone():
     return value
   is_source = jax.process_index() == source
   data = np.frombuffer(pickle.dumps(value) if is_source else b"", np.uint8)
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data)), is_source))
-  # A program is compiled for each size, so there are few; pickle knows its end.
+  # A program is compiled for each size, so sizes are powers of two; pickle ignores the padding.
   padded = np.zeros(1 << size.bit_length(), np.uint8)
   padded[: len(data)] = data
   return pickle.loads(multihost_utils.broadcast_one_to_all(padded, is_source).tobytes())

@@ -18,9 +18,9 @@ from klrl.run import checkpoint, fingerprints, lock
 
 DRY_RUN = "dry_run.json"
 _SETTINGS = ("config.json", "flags.txt", fingerprints.FILE, DRY_RUN)
-# What a command that was killed, or is at work, may leave; a file without content for a run.
+# Files that a command at work, or one that was killed, may leave. They belong to no run.
 _LEFT = (".shared-*", "*.partial", lock.FILE)
-# Fields that change no figure of a run or of a sweep's member: the same folder serves any value.
+# Fields that change no figure of a run or of a member, so any value of them shares the folder.
 NOT_PART_OF_THE_RESULT = (
   *("workdir", "save_every", "keep", "profile", "tensorboard"),
   *("sweep", "seeds", "best_of_n", "dry_run", "topology", "accept_changed_inputs"),
@@ -34,16 +34,16 @@ def config_hash(config) -> str:
 
 @processes.on_writer
 def find_workdir(experiment: str, config, *, root: str = "runs") -> pathlib.Path:
-  """Returns the folder of this run, which need not exist yet; nothing is written.
+  """Returns the folder of this run, which may not exist yet; nothing is written.
 
   Args:
     experiment: name of the experiment, first part of a folder's default name.
-    config: a frozen dataclass; its `workdir` field is used where it is not empty.
+    config: a frozen dataclass; its `workdir` is used if it is not empty.
     root: where folders with default names are.
 
   Raises:
     UserError: the folder holds something else, or a run that has begun with another
-      configuration; the fields are named.
+      configuration; the message names the fields that differ.
   """
   directory = pathlib.Path(config.workdir or f"{root}/{experiment}-{config_hash(config)}")
   directory = directory.absolute()  # A reward may go to another folder.
@@ -83,10 +83,10 @@ def check_writable(directory: pathlib.Path) -> None:
 
 
 def _is_longer(directory: pathlib.Path, before: int, config) -> bool:
-  """Returns whether `config` goes on where the run of `before` iterations in `directory` ends.
+  """Returns whether `config` continues the run of `before` iterations in `directory`.
 
   Raises:
-    UserError: it would, but what was done depends on where it ends.
+    UserError: it does, but a schedule has led the run towards its old end.
   """
   if not (schema.integer(1).holds(before) and before < config.num_iterations):
     return False
@@ -104,20 +104,21 @@ def _is_longer(directory: pathlib.Path, before: int, config) -> bool:
 
 
 def create_workdir(directory: pathlib.Path, experiment: str, config, *, read=()) -> None:
-  """Writes `config.json`, `flags.txt` and `inputs.json` into what `find_workdir` returned.
+  """Writes `config.json`, `flags.txt` and `inputs.json` into the folder of `find_workdir`.
 
-  To be called when all inputs are loaded, so that a command that cannot work leaves nothing behind.
+  Call it when all inputs are loaded, so that a command that cannot work leaves nothing behind.
 
   Args:
-    directory: of the run.
+    directory: the folder of the run.
     experiment: name of the experiment.
     config: its settings.
-    read: paths of files or models that were read, beside those that fields of `config` name.
+    read: paths of files or models that were read besides those that fields of `config` name.
 
   Raises:
-    UserError: an input is not what it was when the run began, and that is not accepted.
+    UserError: an input has changed since the run began, and this is not accepted.
   """
-  processes.wait_for_all("looked at")  # Nobody finds what another has begun.
+  # No process may look for the folder after another has begun to write.
+  processes.wait_for_all("looked at")
   directory.mkdir(parents=True, exist_ok=True)
   _check_is_shared(directory)
   write_text(directory / fingerprints.FILE, _inputs(directory, config, read) + "\n")
@@ -147,13 +148,13 @@ def _inputs(directory: pathlib.Path, config, read) -> str:
 
 
 def _check_is_shared(directory: pathlib.Path) -> None:
-  """Raises UserError where a process does not see what the writer leaves in `directory`."""
+  """Raises UserError if a process does not see a file that the writer puts into `directory`."""
 
   @processes.on_writer
   def leave_mark():
     for left in directory.glob(".shared-*"):  # by a command that was killed
       left.unlink(missing_ok=True)
-    # A name that nobody has asked for, so that no network file system remembers its absence.
+    # The name is new, since network file systems remember for a while that a file was not there.
     path = directory / f".shared-{secrets.token_hex(4)}"
     path.touch()
     return path
@@ -162,8 +163,9 @@ def _check_is_shared(directory: pathlib.Path) -> None:
   def look(path):
     if not path.exists():
       raise UserError(
-        f"{directory} is not one folder for all processes; checkpoints need that. Put --workdir, "
-        "and the folder of the command, in which runs/stages is, where all processes find it."
+        f"{directory} is not the same folder for all processes, which checkpoints need. Choose a "
+        "--workdir that all processes share, and start the command in a folder that they share: "
+        "runs/stages is made there."
       )
 
   path = leave_mark()
@@ -174,10 +176,10 @@ def _check_is_shared(directory: pathlib.Path) -> None:
 
 
 def is_read(config, field: dataclasses.Field) -> bool:
-  """Returns whether anything reads `field` under the other values of `config`.
+  """Returns whether anything reads `field`, given the other values of `config`.
 
-  Its metadata may hold `read_when`, (other field, values). A flag that nothing reads may not be
-  given, not even at its default.
+  The metadata of a field may hold `read_when`: (other field, values under which it is read). A flag
+  that nothing reads must not be given, not even with its default.
   """
   other, values = field.metadata.get("read_when") or (None, ())
   return other is None or getattr(config, other) in values
@@ -192,7 +194,7 @@ def _holds_other(directory: pathlib.Path) -> bool:
 
 
 def _read_config(path: pathlib.Path) -> dict | None:
-  """Returns the configuration of a run of ours; a model's config.json is none."""
+  """Returns the configuration of a run, or None: the config.json of a model is no run's."""
   try:
     config = schema.read(path)
   except UserError:
@@ -201,7 +203,7 @@ def _read_config(path: pathlib.Path) -> dict | None:
 
 
 def _has_begun(directory: pathlib.Path) -> bool:
-  """Returns whether a run has saved something; one that failed at once leaves an empty folder."""
+  """Returns whether a run has saved anything; a run that failed at once has not."""
 
   def shows_it(path):
     empty = path.is_dir() and not any(path.iterdir())
@@ -216,9 +218,10 @@ def _result_fields(config) -> dict:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a whole file or nothing: an interrupted write leaves what was there."""
+  """Writes the whole file or nothing: after an interrupted write the old file is still there."""
   if not processes.is_writer():
     return
-  temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # Another may write it as well.
+  # The name has the process in it, since another command may write the same file.
+  temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
   temporary.write_text(text, encoding="utf-8")
   temporary.replace(path)
