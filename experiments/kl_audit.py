@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from experiments.lab import kl_audit_page, kl_figures, laboratory
+from experiments.lab import kl_audit_page, kl_figures, kl_peers_summary, laboratory
 from experiments.lab.kl_peers import PEERS
 from experiments.settings import common
 from experiments.settings.common import setting
@@ -71,9 +71,11 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
     progress.console.print("KL audit: enumerating ...")
     return make_audit(config)
 
-  return laboratory.run(
+  workdir = laboratory.run(
     config, "kl_audit", "audit.json", compute, kl_audit_page.audit_page, show, root=root
   )
+  kl_peers_summary.write(workdir / "audit.json", workdir)
+  return workdir
 
 
 def make_audit(config: Config) -> dict[str, Any]:
