@@ -19,11 +19,11 @@ from flax import nnx
 class DecoderConfig:
   """The static shape of a decoder.
 
-  `dtype` is what activations are computed in, `param_dtype` what fresh parameters are stored in.
-  `attention_bias` puts a bias on queries, keys and values (Qwen2). `max_len` bounds prompt plus
-  completion. `num_tokens` > 0 says that only so many of the `vocab_size` rows are tokens: the rest
-  fill the matrix up and are never predicted. `lora_rank` > 0 gives every linear map of the layers
-  an adapter (see `AdaptedLinear`).
+  Activations are computed in `dtype`, and fresh parameters are stored in `param_dtype`.
+  `attention_bias` adds a bias to queries, keys and values (Qwen2). `max_len` bounds the tokens of
+  prompt and completion together. If `num_tokens` > 0, only the first `num_tokens` of the
+  `vocab_size` rows are tokens: the others fill the matrix up and are never predicted.
+  `lora_rank` > 0 gives every linear map of the layers an adapter (see `AdaptedLinear`).
   """
 
   vocab_size: int
@@ -59,8 +59,8 @@ class DecoderConfig:
 
 INIT = nnx.initializers.normal(0.02)
 
-# No setting: to change alpha is about the same as to change the learning rate (Hu et al., 2021,
-# section 4.1).
+# This is no setting: changing alpha is about the same as changing the learning rate (Hu et al.,
+# 2021, section 4.1).
 LORA_ALPHA = 16.0
 
 

@@ -1,17 +1,17 @@
 """One decoder-only transformer (Llama layout) as pure functions of plain nested dicts.
 
-Flax NNX describes the modules (`blocks.py`, with their sources); `policy_model` and `scalar_model`
-split them once and return pure functions, which is all that the rest of the library sees.
+Flax NNX describes the modules (`blocks.py`, with their sources). `policy_model` and `scalar_model`
+split them once and return pure functions; the rest of the library sees only these.
 
 Shapes: B rows, S tokens, C cache slots, D width, V vocabulary, N query heads, K key/value heads,
 H head width, L layers. Masks are bool, True for real tokens, and may have holes anywhere: positions
 count real tokens only, and no real position attends to padding, so padding changes no real output.
-Outputs at padding are finite and mean nothing. Where `segment_ids` are given, a row holds several
-texts: tokens attend within their own segment and positions count from its start.
+Outputs at padding are finite and have no meaning. With `segment_ids` a row holds several texts:
+tokens attend within their own segment, and positions count from its start.
 
-Layers are stacked on a leading axis. The full forward scans over them where they are many (with
-remat if asked). The one-token step is unrolled over a tuple of layers (`unstack`), with one cache
-entry per layer, so that a loop of steps updates the cache in place and slices no weights.
+Layers are stacked on a leading axis. If there are many, the full forward pass scans over them
+(with remat if asked). The step of one token is unrolled over a tuple of layers (`unstack`), with
+one cache entry per layer, so that a loop of steps updates the cache in place and slices no weights.
 """
 
 import dataclasses
@@ -61,13 +61,14 @@ class ScalarModel:
 def policy_model(config: DecoderConfig) -> Policy:
   """Returns the pure functions of a language model.
 
-  Params are `{"decoder": {...}}`, and `"unembedding" [D, V]` beside it where it is not tied.
+  The params are `{"decoder": {...}}`, and `"unembedding" [D, V]` beside it unless it is tied.
 
   * `init(key) -> params`.
-  * `hidden(params, tokens [B, S] int32, mask [B, S], segment_ids=None) -> [B, S, D]`, the
-    final-normed hidden state in `config.dtype`; `segment_ids` [B, S] int32 name each token's text.
+  * `hidden(params, tokens [B, S] int32, mask [B, S], segment_ids=None) -> [B, S, D]`, the hidden
+    state after the final norm, in `config.dtype`; `segment_ids` [B, S] int32 say which text of the
+    row a token belongs to.
   * `unembedding(params) -> [D, V]` in `config.dtype`; logits are `hidden @ unembedding`. V is
-    `config.num_tokens` where that is given: sampler, scorer and every KL see the same tokens.
+    `config.num_tokens` if that is given, so sampler, scorer and every KL see the same tokens.
   * `prefill(params, tokens [B, P], mask [B, P], cache_len) -> (hidden [B, D] of the last real
     token, cache)`; the prompt fills slots 0 to P-1.
   * `unstack(params) -> params` with the layers in a tuple: do it once before a loop of `decode`.
@@ -115,11 +116,11 @@ def policy_model(config: DecoderConfig) -> Policy:
 def scalar_model(config: DecoderConfig) -> ScalarModel:
   """Returns the pure functions of a value or reward model: a decoder with a linear head.
 
-  Params are `{"decoder": {...}, "head": [D, 1]}`; the head has no bias and starts at zero, so a
-  fresh model says 0 everywhere.
+  The params are `{"decoder": {...}, "head": [D, 1]}`; the head has no bias and starts at zero, so a
+  fresh model returns 0 everywhere.
 
-  * `head(params, hidden [..., D]) -> [...] float32`, of final-normed hidden states, which may be a
-    policy's: it reads the head alone.
+  * `head(params, hidden [..., D]) -> [...] float32`, of hidden states after the final norm. It
+    reads the head alone, so the hidden states may be those of a policy.
   * `values(params, tokens [B, S] int32, mask [B, S]) -> [B, S] float32`, one number per token.
   * `scores(params, tokens, mask) -> [B] float32`, the value at the last real token.
   """
@@ -143,10 +144,10 @@ def scalar_model(config: DecoderConfig) -> ScalarModel:
 
 
 def scalar_params_from(params: Params) -> Params:
-  """Returns value or reward params that start from another model's, as the same arrays.
+  """Returns value or reward params that start from those of another model, with the same arrays.
 
-  The head is that of `params` where it has one (a value model from a reward model), and otherwise
-  zeros on the host (from a policy). Who trains and donates them takes `parallel.put_own`.
+  The head is that of `params` if there is one (a value model from a reward model), and otherwise
+  zeros on the host (from a policy). If you train and donate them, use `parallel.put_own` first.
   """
   if "head" in params:
     return {"decoder": params["decoder"], "head": params["head"]}
@@ -198,7 +199,7 @@ def _decoder(config):
 
     if config.remat:
       step = jax.checkpoint(step)
-    # A few layers are faster side by side, and compile as fast; many would take minutes to compile.
+    # A few layers are faster unrolled and compile as fast; many would take minutes to compile.
     x = parallel.split_rows(ends.embed(tokens))
     x, kept = jax.lax.scan(step, x, layers, unroll=config.num_layers <= 8)
     return ends.final_norm(x), kept

@@ -1,4 +1,4 @@
-"""Where a model's files are, and how files are written into its directory."""
+"""Finds the files of a model, and writes files into its directory."""
 
 import json
 import os
@@ -17,8 +17,8 @@ def model_dir(path: str | os.PathLike) -> pathlib.Path:
   """Returns the directory that holds the model's files: `path`, or `path / "model"` of a run.
 
   Raises:
-    UserError: there is none. The message says what to do with what is there instead: adapters, a
-      cache of the hub, the weights in another layout.
+    UserError: there is none. If `path` holds adapters, a cache of the hub, or weights in another
+      layout, the message says what to do.
   """
   path, shown = pathlib.Path(path), str(path)[:300]
   try:
@@ -33,7 +33,7 @@ def model_dir(path: str | os.PathLike) -> pathlib.Path:
         f" hf download {shown} --local-dir DIR."
       )
     raise UserError(f"model directory {shown} does not exist.{hint}")
-  # A run directory has a config.json too, that of the run.
+  # The folder of a run has a config.json too, with the settings of the run.
   for directory in (path, path / "model"):
     file = directory / CONFIG
     if file.is_file() and "model_type" in schema.check(schema.read(file), {}, file):
@@ -64,12 +64,12 @@ def advice(path):
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:
-  """Writes a JSON file, whole or not at all."""
+  """Writes a JSON file, either whole or not at all."""
   write(file, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write(file: pathlib.Path, data: bytes) -> None:
-  """Writes through a temporary file: a reader sees the old bytes or all of the new ones."""
+  """Writes through a temporary file, so that a reader sees the old bytes or all of the new ones."""
   temporary = file.with_name(f".{file.name}.tmp")
   temporary.write_bytes(data)
   os.replace(temporary, file)

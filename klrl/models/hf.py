@@ -1,12 +1,13 @@
 """Loads and saves model directories in the layout of Hugging Face.
 
 A model directory holds `config.json`, `model.safetensors` (or its shards with
-`model.safetensors.index.json`) and the tokenizer's files (see `tokenizer.py`). Wherever one is
-wanted, a run directory that holds one as `model/` will do. Llama and Qwen2 are known. Only
-safetensors is read: a pickle can run code.
+`model.safetensors.index.json`) and the tokenizer's files (see `tokenizer.py`). The folder of a run,
+which holds one as `model/`, can be given in its place. Llama and Qwen2 are known. Only safetensors
+is read, since a pickle can run code.
 
 Loaded params are float32, whatever the file holds. Hugging Face stores a linear map as [out, in],
-we as [in, out]; its layers are separate tensors, ours are stacked on a leading axis.
+and klrl as [in, out]; there layers are separate tensors, and here they are stacked on a leading
+axis.
 """
 
 import dataclasses
@@ -66,8 +67,8 @@ def load_config(path: str | os.PathLike) -> DecoderConfig:
 def load_policy(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
   """Returns the config and params (numpy, float32) of a causal language model.
 
-  A file that holds two different matrices where its config says that they are tied is loaded with
-  both, as `transformers` does, and `tie_embeddings` is False.
+  If the config says that the embeddings are tied, but the file holds two different matrices, both
+  are loaded, as `transformers` does, and `tie_embeddings` is False.
 
   Raises UserError for a missing or broken directory or file, a model that the decoder does not
   compute, and a tensor that is missing, left over, of the wrong shape, or holds no finite numbers.
@@ -118,7 +119,7 @@ def save_scalar(
 ) -> None:
   """Writes a directory that `load_scalar` and `AutoModelForSequenceClassification` open."""
   fields = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
-  # Transformers finds a row's last token by its padding, and would take an EOS for that.
+  # transformers finds the last token of a row by its padding, and would take an EOS for padding.
   if (
     tokenizer.pad_id not in tokenizer.eos_ids and config_ids(tokenizer).get("pad_token_id") is None
   ):

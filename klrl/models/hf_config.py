@@ -1,7 +1,8 @@
-"""What a model's config.json says, checked: the decoder's shape, and what of it is not computed.
+"""Reads and checks the config.json of a model.
 
-A field that changes the logits is read, or must have the value at which it changes nothing; the
-others are known to be harmless, or are named on the console: `transformers` ignores them too.
+A field that changes the logits is either computed, or must have the value at which it changes
+nothing. All other fields are known to be harmless, or are named on the console and ignored, as
+`transformers` does.
 """
 
 import pathlib
@@ -41,8 +42,8 @@ _REQUIRED = (
   "num_attention_heads",
   "max_position_embeddings",
 )
-# The values, beside null, at which a field of Llama, Qwen2 or their relatives changes nothing. The
-# relatives' files are read where their model_type has been edited.
+# The values, besides null, at which a field of Llama, Qwen2 or a related model changes nothing. A
+# related model gets here if somebody has edited its model_type.
 _NEUTRAL = {
   "mlp_bias": (False,),
   "use_sliding_window": (False,),
@@ -81,7 +82,7 @@ _NEUTRAL = {
   "quantization_config": (),
   "compression_config": (),
 }
-# What training, generation and bookkeeping read.
+# Fields that only training, generation and bookkeeping read.
 _HARMLESS = """
   model_type architectures torch_dtype dtype transformers_version _name_or_path use_cache
   initializer_range pretraining_tp attention_dropout attention_bias max_window_layers id2label
@@ -143,8 +144,8 @@ def decoder_config(directory: pathlib.Path) -> DecoderConfig:
 
 
 def _rope_theta(raw, file) -> float:
-  """Returns the base of the rotation's frequencies, after refusing every other rotation."""
-  # The first of the two that says anything counts, as in transformers.
+  """Returns the base of the rotation's frequencies; every scaled rotation is refused."""
+  # The first of the two fields that holds anything counts, as in transformers.
   name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
   rope = raw.get(name) or {}
   kind = rope.get("rope_type", rope.get("type", "default"))
@@ -180,7 +181,7 @@ def _refuse_what_is_not_computed(raw, file, is_qwen2):
 
 
 def _refuse(values: Mapping[str, Any], neutral: Mapping[str, tuple], where) -> None:
-  """Raises UserError where a field has neither null nor one of the values that change nothing."""
+  """Raises UserError if a field is neither null nor one of the values that change nothing."""
   for name, allowed in neutral.items():
     value = values.get(name)
     # 0 == False, which must not let a field of another type pass.

@@ -1,9 +1,9 @@
 """Low-rank adapters: a few trainable leaves beside a frozen base.
 
 Every linear map of the layers computes `x W + (16 / rank) * (x A) B`; `blocks.py` has the module
-and its source. In the params the factors lie beside the map's "kernel" [L, in, out], as "lora":
-{"lora_a": A [L, in, rank], "lora_b": B [L, rank, out]}. What is trained and what is not are two
-trees with disjoint leaves, so that gradients and optimizer state exist for the former alone:
+and its source. In the params the factors stand beside the "kernel" [L, in, out] of the map, as
+"lora": {"lora_a": A [L, in, rank], "lora_b": B [L, rank, out]}. Trainable and frozen params are two
+trees with disjoint leaves, so that only the trainable ones have gradients and optimizer state:
 
     config, trainable, frozen = add_lora(config, params, key, rank=8)
     loss = lambda trainable: ...policy_model(config).hidden(join(frozen, trainable), ...)
@@ -27,9 +27,9 @@ def add_lora(
 ) -> tuple[DecoderConfig, Params, Params]:
   """Returns (config with adapters, trainable params, frozen params).
 
-  Trainable are the fresh adapters, in `config.param_dtype`, and the `head` of a scalar model;
-  frozen is all the rest. Nothing of `params` (numpy or JAX arrays) is copied: who donates the
-  trainable params of a scalar model gives away its head. Fresh adapters change no output. Rank 0
+  Trainable are the fresh adapters, in `config.param_dtype`, and the `head` of a scalar model; all
+  other params are frozen. Nothing of `params` (numpy or JAX arrays) is copied, so donating the
+  trainable params of a scalar model deletes its head. Fresh adapters change no output. Rank 0
   returns (config, params, {}): everything is trained.
 
   Raises:
@@ -41,7 +41,7 @@ def add_lora(
   if rank == 0:
     return config, params, {}
 
-  # Compiled, so that the rest of a fresh model is never made.
+  # It is compiled, so that the rest of a fresh model is never made.
   @jax.jit
   def fresh(key):
     leaves = traverse_util.flatten_dict(policy_model(adapted).init(key))
@@ -74,8 +74,8 @@ def join(frozen: Params, trainable: Params) -> Params:
 def merge_lora(config: DecoderConfig, params: Params) -> tuple[DecoderConfig, Params]:
   """Returns (config, params) of the same model without adapters: `W + (16 / rank) * A B`.
 
-  Summed in at least float32, then rounded to the kernel's dtype. At rank 0 both come back as they
-  are.
+  The sum is taken in at least float32 and then rounded to the dtype of the kernel. At rank 0 both
+  are returned as they are.
   """
   if not config.lora_rank:
     return config, params

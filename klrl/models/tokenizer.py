@@ -1,7 +1,7 @@
-"""A tokenizer with its special tokens: which ids a text has, and which text ids have.
+"""A tokenizer with its special tokens, from text to ids and back.
 
-Texts are encoded as `transformers` encodes them, but for two things: what begins with the BOS gets
-no other, and no EOS is put behind a text.
+Texts are encoded as `transformers` encodes them, with two exceptions: a text that begins with the
+BOS gets no second one, and no EOS is put behind a text.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from klrl.models.blocks import DecoderConfig
 
 
 class Tokens(NamedTuple):
-  """One text as tokens; `ends` has how many of its characters are done after each of them."""
+  """One text as tokens; `ends` holds how many of its characters end at or before each token."""
 
   ids: list[int]
   ends: list[int]
@@ -26,11 +26,11 @@ class Tokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerInfo:
-  """A tokenizer and its special tokens; `bos_id` and `eos_id` are None where there is none.
+  """A tokenizer and its special tokens; `bos_id` and `eos_id` may be None.
 
   `eos_id` closes the texts that are trained on; it and `other_eos_ids` end a completion. `pad_id`
-  fills what is masked. `files` are those of the directory that the tokenizer was read from, with
-  the `*_token_id` fields of its config.json; a tokenizer made in code has none.
+  fills masked places. `files` are those of the directory that the tokenizer was read from, with the
+  `*_token_id` fields of its config.json; a tokenizer made in code has none.
   """
 
   tokenizer: tokenizers.Tokenizer = dataclasses.field(repr=False)
@@ -49,16 +49,16 @@ class TokenizerInfo:
 
   @functools.cached_property
   def num_tokens(self) -> int:
-    """The largest id of a token or EOS, plus one: a model predicts no other."""
+    """The largest id of a token or EOS, plus one; a model predicts no larger id."""
     vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
     return 1 + max([*vocabulary.values(), *self.eos_ids], default=-1)
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of a text, with the BOS where the tokenizer puts one."""
+    """Returns the ids of a text, with a BOS if the tokenizer adds one."""
     return self.encode_batch([text])[0].ids
 
   def encode_batch(self, texts: Iterable[str]) -> list[Tokens]:
-    """Returns the tokens of texts, each with the BOS where the tokenizer puts one.
+    """Returns the tokens of texts, each with a BOS if the tokenizer adds one.
 
     A text that begins with it has it once. An EOS that the tokenizer puts behind each text is left
     out: a prompt that ends leaves nothing to complete.
@@ -70,7 +70,7 @@ class TokenizerInfo:
     before, after = self.around
     try:
       encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-    except Exception:  # Of several texts the library does not say which it was.
+    except Exception:  # The library does not say which of the texts it was.
       for number, text in enumerate(texts, start=1):
         with refusals(f"The tokenizer cannot encode text {number}, {schema.show(text)}"):
           self.tokenizer.encode(text, add_special_tokens=False)
@@ -95,7 +95,7 @@ class TokenizerInfo:
     return encoding.ids[:first], after
 
   def _an_encoding(self) -> tokenizers.Encoding:
-    """Returns an encoding with more in it than what is put around a text, where there is one."""
+    """Returns an encoding that holds more than what is put around every text, if there is one."""
 
     def texts():
       yield "a"
@@ -112,7 +112,7 @@ class TokenizerInfo:
     """Returns the text of ids, without the special tokens."""
     text = self.tokenizer.decode(ids)
     if self.cleans_up:
-      # As transformers does, whose list this is.
+      # The list is that of transformers.
       for mark in (" .", " ?", " !", " ,"):
         text = text.replace(mark, mark[1:])
       text = text.replace(" ' ", "'")
@@ -122,7 +122,7 @@ class TokenizerInfo:
 
 
 def check_tokenizer(info: TokenizerInfo, config: DecoderConfig) -> None:
-  """Raises UserError if the tokenizer does not fit: it has ids without an embedding."""
+  """Raises UserError if the tokenizer has ids for which the model has no embedding."""
   before, after = info.around
   special_ids = [info.bos_id, info.pad_id, *info.eos_ids, *before, *after]
   special_ids = [i for i in special_ids if i is not None]
@@ -135,10 +135,10 @@ def check_tokenizer(info: TokenizerInfo, config: DecoderConfig) -> None:
 
 
 def shared_tokens(ours: TokenizerInfo, theirs: TokenizerInfo) -> int | None:
-  """Returns how many ids, from 0 on, both tokenizers know; None where their vocabularies differ.
+  """Returns how many ids, from 0 on, both tokenizers share; None if their vocabularies differ.
 
-  Equal ids must be equal tokens. Beyond them `theirs` may have further added tokens, which then
-  never occur, and `ours` its pad token.
+  Equal ids must be equal tokens. `theirs` may have further added tokens, which then never occur,
+  and `ours` may have a pad token of its own.
   """
   vocabularies = [
     {token_id: token for token, token_id in info.tokenizer.get_vocab().items()}
@@ -161,7 +161,7 @@ def shared_tokens(ours: TokenizerInfo, theirs: TokenizerInfo) -> int | None:
 
 @contextlib.contextmanager
 def refusals(what: str):
-  """Turns what the tokenizers library raises into a UserError that begins with `what`."""
+  """Turns the errors of the tokenizers library into a UserError that begins with `what`."""
   try:
     yield
   except (KeyboardInterrupt, SystemExit, GeneratorExit):

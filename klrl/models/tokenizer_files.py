@@ -1,8 +1,8 @@
-"""The tokenizer's files in a model directory, read as `transformers` does, kept byte for byte.
+"""The tokenizer's files in a model directory: read as `transformers` does, saved byte for byte.
 
-`tokenizer.json` holds it, `tokenizer_config.json` and `special_tokens_map.json` name the special
-tokens, `config.json` and `generation_config.json` list the ids that end a completion. What cuts or
-pads texts, or makes encoding random (BPE's dropout), is switched off.
+`tokenizer.json` holds the tokenizer, `tokenizer_config.json` and `special_tokens_map.json` name the
+special tokens, and `config.json` and `generation_config.json` list the ids that end a completion.
+Truncation, padding and random encodings (BPE's dropout) are switched off.
 """
 
 import json
@@ -24,7 +24,7 @@ _TOKENIZER = "tokenizer.json"
 _NAMES = "tokenizer_config.json"
 _MAP = "special_tokens_map.json"
 _GENERATION = "generation_config.json"
-# What belongs to a tokenizer and is saved with every model as it was found.
+# The files of a tokenizer, which are saved with every model as they were found.
 _KEPT = (
   _TOKENIZER,
   _NAMES,
@@ -49,9 +49,9 @@ _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
   """Returns the tokenizer of a model directory.
 
-  The special tokens that `tokenizer_config.json` names go before the ids in `config.json`, and
-  those before the ids in `generation_config.json`; whichever names an EOS, it ends a completion.
-  Without a pad token, `pad_id` is the EOS, else 0.
+  The tokens that `tokenizer_config.json` names take precedence over the ids in `config.json`, and
+  these over the ids in `generation_config.json`; an EOS that any of them names ends a completion.
+  Without a pad token, `pad_id` is the EOS, or else 0.
 
   Raises:
     UserError: a file is missing, broken, or names a token or id that the model does not have.
@@ -100,14 +100,14 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
     eos_id,
     pad_id,
     other_eos_ids=tuple(other_eos_ids),
-    # It would take blanks away that a BPE's text has.
+    # It would remove blanks that are part of a text of BPE.
     cleans_up=named.get("clean_up_tokenization_spaces") is True
     and not isinstance(tokenizer.model, tokenizers.models.BPE),
     files=files,
     config_ids={name: value for name, value in config.items() if name.endswith("_token_id")},
   )
   with refusals(f"{directory / _TOKENIZER} does not encode"):
-    info.encode_batch([])  # What it puts around a text may be tokens that it does not have.
+    info.encode_batch([])  # The tokens that it puts around a text may not be in its vocabulary.
   num_rows = min(info.num_tokens, config["vocab_size"])
   num_holes = num_rows - sum(i < num_rows for i in set(tokenizer.get_vocab().values()))
   if num_holes:
@@ -119,14 +119,14 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
 
 
 def config_ids(info: TokenizerInfo) -> dict[str, Any]:
-  """Returns the `*_token_id` fields of a config.json, as found where it was read from one."""
+  """Returns the `*_token_id` fields for a config.json, unchanged if they were read from one."""
   if info.config_ids is not None:
     return dict(info.config_ids)
   return {f"{kind}_token_id": getattr(info, f"{kind}_id") for kind in _SPECIAL}
 
 
 def save_tokenizer(directory: pathlib.Path, info: TokenizerInfo, *, max_len: int) -> None:
-  """Writes the tokenizer's files, byte for byte where they were read from a directory."""
+  """Writes the tokenizer's files, byte for byte if they were read from a directory."""
   if info.files:
     for name, content in info.files.items():
       write(directory / name, content)
@@ -162,7 +162,7 @@ def _bytes(file) -> bytes:
 
 
 def _ids(config, file, num_rows: int) -> dict[str, list[int]]:
-  """Returns the ids of each kind that a configuration lists; it may be one or, of EOS, several."""
+  """Returns the ids of each kind that a configuration lists: one, or several for EOS."""
   token_id = schema.integer(0, num_rows - 1)
   none = schema.Rule("-1 for none", lambda value: type(value) is int and value == -1)
   rules = {
@@ -193,7 +193,7 @@ def _content(token) -> str | None:
 
 
 def _named(parsed, directory, config) -> dict[str, Any]:
-  """Returns what tokenizer_config.json says, after checking what is read of it."""
+  """Returns the content of tokenizer_config.json, with the fields that are read checked."""
   rules = dict.fromkeys(_NAMED, schema.optional(_TOKEN))
   lists = schema.optional(schema.either(schema.list_of(_TOKEN), schema.object_of(_TOKEN)))
   rules |= dict.fromkeys(_EXTRA, lists)
@@ -204,7 +204,7 @@ def _named(parsed, directory, config) -> dict[str, Any]:
   named, in_map = (schema.check(parsed(name), rules, directory / name) for name in (_NAMES, _MAP))
   if not all(re.fullmatch("[0-9]{1,9}", key) for key in named.get("added_tokens_decoder", {})):
     raise UserError(f"{directory / _NAMES}: the names in added_tokens_decoder must be ids.")
-  if "added_tokens_decoder" not in named:  # Files that have it need no map, which may be stale.
+  if "added_tokens_decoder" not in named:  # With it the map is not needed, and may be out of date.
     named = named | in_map
   if named.get("tokenizer_class") is None:
     schema.check(config, {"tokenizer_class": rules["tokenizer_class"]}, directory / CONFIG)
@@ -213,10 +213,10 @@ def _named(parsed, directory, config) -> dict[str, Any]:
 
 
 def _as_llama(named, content):
-  """Returns both as the class LlamaTokenizer reads them, which has a pipeline of its own.
+  """Returns both as the class LlamaTokenizer of transformers reads them, by a pipeline of its own.
 
-  It keeps the vocabulary, the merges, the added tokens and the post-processor, as in transformers.
-  Files of the class that are byte-level, as those of Llama 3, are taken as they are, there too.
+  That class keeps the vocabulary, the merges, the added tokens and the post-processor. It leaves
+  files with a byte-level tokenizer, such as those of Llama 3, as they are.
   """
   model = content.get("model")
   is_bpe = isinstance(model, dict) and "merges" in model
@@ -261,7 +261,7 @@ def _as_llama(named, content):
 
 
 def _without_chance(content, file) -> None:
-  """Switches off what cuts, fills or shakes texts, in place, and says so."""
+  """Switches truncation, padding and dropout off, in place, and says so."""
   model = content.get("model")
   found = [name for name in ("truncation", "padding") if content.get(name) is not None]
   content |= dict.fromkeys(found)
@@ -271,14 +271,14 @@ def _without_chance(content, file) -> None:
   if found:
     progress.warn_once(
       f"{file}: {' and '.join(found)} {'is' if len(found) == 1 else 'are'} switched off: texts are"
-      " encoded whole, without padding, and always alike."
+      " encoded whole, without padding, and the same every time."
     )
 
 
 def _add_named_tokens(tokenizer, named, content, num_rows: int) -> None:
-  """Adds the tokens that are named beside tokenizer.json, as transformers does.
+  """Adds the tokens that other files than tokenizer.json name, as transformers does.
 
-  Those of the vocabulary keep their ids and are special from then on; others follow the last id
+  Tokens of the vocabulary keep their ids and become special; others get the ids after the last one,
   as long as the model has rows for them.
   """
 

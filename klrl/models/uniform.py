@@ -1,4 +1,4 @@
-"""The uniform policy: as a reference it turns KL-regularised RL into maximum-entropy RL."""
+"""The uniform policy, which as a reference turns KL-regularised RL into maximum-entropy RL."""
 
 import jax.numpy as jnp
 
@@ -9,10 +9,10 @@ from klrl.models.decoder import Policy
 def uniform_policy(vocab_size: int, max_len: int) -> Policy:
   """Returns a policy whose next token is uniform over the vocabulary, whatever came before.
 
-  Params are {}; the hidden state is one zero, the unembedding [1, V] zeros, the cache empty.
-  KL(pi || uniform) = log V - entropy(pi) at each token, so E[score] - beta * KL(pi || uniform) is
-  E[score] + beta * entropy(pi) minus beta * log V for each token: the objective of maximum-entropy
-  RL, but for the constant, which is a cost of length where lengths differ.
+  The params are {}; the hidden state is a single zero, the unembedding [1, V] is zeros, and the
+  cache is empty. KL(pi || uniform) = log V - entropy(pi) at each token, so E[score] - beta *
+  KL(pi || uniform) is E[score] + beta * entropy(pi) minus beta * log V for each token. This is the
+  objective of maximum-entropy RL up to the constant, which is a cost of length if lengths differ.
   """
   config = DecoderConfig(
     vocab_size=vocab_size,
