@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import kl_audit
-from experiments.lab import kl_audit_page, kl_figures, kl_peers
+from experiments.lab import kl_audit_page, kl_figures, kl_peers, kl_peers_summary
 from klrl.algorithm import objective
 from klrl.algorithm.kl_terms import TokenTerms
 from klrl.algorithm.objective import KLPenalty
@@ -273,7 +273,7 @@ def test_padding_of_a_peer_reaches_neither_value_nor_gradient(peer):
 
 def test_a_wrong_claim_is_marked(audit, monkeypatch):
   penalty = KLPenalty("loss", "k3", "none", "token")
-  wrong = (objective.TOKEN, objective.NO_DIVERGENCE)
+  wrong = (objective.TOKEN, objective.NO_DIVERGENCE, True, False)
   monkeypatch.setitem(objective._ROWS, penalty, wrong)
   row = next(row for row in audit["penalties"] if row["name"] == str(penalty))
   claims = kl_audit.claims_beside(row)
@@ -330,3 +330,21 @@ def test_main_writes_once_and_shows_the_finished_result(audit, tmp_path, monkeyp
   assert "differ from what was found: 0 of" in capsys.readouterr().out
   other = dataclasses.replace(config, beta=1.0)
   assert find_workdir("kl_audit", other, root=str(tmp_path)) != workdir
+
+
+def test_the_table_in_the_readme_is_what_the_audit_finds(audit, tmp_path):
+  readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+  block = readme.split("<!-- peers table -->\n")[1].split("<!-- end -->")[0]
+  assert block == kl_peers_summary.table(audit), (
+    "Copy peers.md of `python -m experiments.kl_audit`."
+  )
+  kl_peers_summary.write_picture(audit, tmp_path / "peers.png")
+  assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_default_of_the_projects_in_the_readme_has_a_row(audit):
+  rows = kl_peers_summary.rows(audit)
+  settings = {(framework, setting.split(", ")[0]) for framework, setting, _ in rows}
+  for peer in kl_peers.PEERS:
+    if peer.project in kl_peers_summary.PROJECTS and peer.status in ("default", "default if on"):
+      assert (peer.project, peer.setting.split(", ")[0]) in settings

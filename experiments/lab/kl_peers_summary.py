@@ -59,10 +59,8 @@ def table(audit: dict[str, Any]) -> str:
   ]
   for framework, setting, row in rows(audit):
     meaning = _MEANINGS[row["on_policy"]["gradient_unclamped"]]
-    end = row["end"]
-    lines.append(
-      f"| {framework} | {setting} | {meaning} | {end['kl']:.2f} | {end['distance_to_optimum']:.2f} |"
-    )
+    kl, distance = row["end"]["kl"], row["end"]["distance_to_optimum"]
+    lines.append(f"| {framework} | {setting} | {meaning} | {kl:.2f} | {distance:.2f} |")
   return "\n".join(lines) + "\n"
 
 
@@ -94,7 +92,13 @@ def write_picture(audit: dict[str, Any], path: pathlib.Path) -> None:
         textcoords="axes fraction",
         va="center",
         color=colour,
-        arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkB": 5, "relpos": (0, 0.5)},
+        arrowprops={
+          "arrowstyle": "-",
+          "color": colour,
+          "lw": 0.7,
+          "shrinkB": 5,
+          "relpos": (0, 0.5),
+        },
       )
     axes.set_xlabel("KL(π‖ref) of the trained policy, nats")
     axes.set_ylabel("expected score")
