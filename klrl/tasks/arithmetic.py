@@ -2,8 +2,8 @@
 
     prompt "38+07="   completion "45"
 
-Operands are below 50 and every number has two digits. All of it is generated here. Demonstrations
-are of imperfect quality, preferences carry label noise, and an exact verifier (`accuracy`) gives
+Operands are below 50 and every number has two digits. All data are generated here. Demonstrations
+are of imperfect quality, and preferences carry label noise. An exact verifier (`accuracy`) gives
 the gold score, which no training stage ever sees. A tenth of the problems is held out.
 """
 
@@ -61,10 +61,10 @@ def prompt_records(*, held_out: bool) -> list[dict[str, str]]:
 
 
 def demonstrations(seed: int, num: int, *, quality: float) -> list[tuple[str, str]]:
-  """Returns (prompt, completion) texts of which a fraction `quality` is right.
+  """Returns (prompt, completion) texts, of which a fraction `quality` is right.
 
-  The others make a slip that people make: a carry forgotten, one too many or too few, or a digit
-  misread.
+  The others have a slip as people make them: a carry is forgotten, the sum is one off, or a digit
+  is misread.
   """
   rng = np.random.default_rng((seed, 1))
   pairs = _draw_problems(rng, num)
@@ -77,8 +77,8 @@ def demonstrations(seed: int, num: int, *, quality: float) -> list[tuple[str, st
 def preferences(seed: int, num: int, *, label_noise: float) -> list[tuple[str, str, str]]:
   """Returns (prompt, chosen, rejected) texts; a fraction `label_noise` has the labels swapped.
 
-  Each pair sets the right answer against a slip or, half of the time, a wild guess: a reward model
-  that has seen slips only sits on a plateau for hundreds of iterations.
+  Each pair sets the right answer against a slip or, half of the time, a wild guess. A reward model
+  that sees only slips stays on a plateau for hundreds of iterations.
   """
   rng = np.random.default_rng((seed, 2))
   triples = []
@@ -150,7 +150,7 @@ def accuracy(completions, completion_mask, answers, *, pad_id: int):
   )
 
 
-# `accuracy` by the text; the end-of-sequence and other special tokens leave no trace in it.
+# This is `accuracy` of a text, in which the end-of-sequence and other special tokens do not appear.
 VERIFIER = Verifier(
   answer_of=lambda completion: completion if completion.isdecimal() else None,
   is_right=lambda completion, record: completion == record["answer"],

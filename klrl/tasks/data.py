@@ -1,7 +1,7 @@
-"""JSON lines and plain text in, padded token arrays out.
+"""Reads JSON lines and plain text, and makes padded token arrays of them.
 
-Prompts are left-padded (a completion starts right after them); examples, which hold a prompt and
-its completion, are right-padded. Every text ends with the tokenizer's end-of-sequence token. A file
+Prompts are left-padded, so that a completion starts right after them. Examples, which hold a prompt
+and its completion, are right-padded, and end with the tokenizer's end-of-sequence token. A file
 whose name ends in .gz is decompressed.
 """
 
@@ -28,7 +28,7 @@ from klrl.tasks.texts import token_ids as token_ids
 
 MAX_LINE = 2**20  # A line of 10 MB took a tokenizer 1.4 GiB.
 MAX_TEXT = 2**28
-# How files begin that are taken for JSON lines.
+# How files begin that people take for JSON lines.
 _NO_LINES = {
   b"[": "is a JSON array. Write its objects as lines, one on each.",
   b"PAR1": "is a Parquet file. Export it as JSON lines, one object on each.",
@@ -38,7 +38,7 @@ _NO_LINES = {
 
 
 class Prompts(NamedTuple):
-  """Prompts ready to sample from; `records` keeps every column of the file for reward functions."""
+  """Prompts as tokens; `records` keeps every column of the file for reward functions."""
 
   tokens: np.ndarray  # [N, P] int32, left-padded
   mask: np.ndarray  # [N, P] bool
@@ -47,7 +47,7 @@ class Prompts(NamedTuple):
 
 
 class Examples(NamedTuple):
-  """Whole texts to train on; a row holds one, or several where they are packed."""
+  """Whole texts to train on; a row holds one text, or several if they are packed."""
 
   tokens: np.ndarray  # [N, S] int32, right-padded
   mask: np.ndarray  # [N, S] bool, real tokens
@@ -68,8 +68,8 @@ def read_records(path: str | pathlib.Path, required: Sequence[str]) -> list[dict
   """Returns the objects of a JSON-lines file, each with the `required` string columns.
 
   Raises:
-    UserError: no such file, no line in it, or a line that is broken, has more than `MAX_LINE` bytes
-      or lacks a column (its number is in the message).
+    UserError: there is no such file, it has no line, or a line is broken, has more than `MAX_LINE`
+      bytes, or lacks a column. The message has the number of the line.
   """
   path = pathlib.Path(path)
   what = f"JSON lines with {', '.join(required)}"
@@ -87,14 +87,14 @@ def read_records(path: str | pathlib.Path, required: Sequence[str]) -> list[dict
 
 
 def read_prompts(path: str | pathlib.Path, template: str = "{prompt}") -> list[dict[str, Any]]:
-  r"""Returns the objects of a JSON-lines file, `prompt` being the template filled from the others.
+  r"""Returns the objects of a JSON-lines file, with the filled template as their `prompt`.
 
-  `{question}` in the template stands for the text column of that name, `{{` for a brace and the two
-  characters `\n` for a new line, which a shell or a file of flags cannot hold.
+  `{question}` in the template stands for the text column of that name, `{{` for a brace, and the
+  two characters `\n` for a new line, which a shell or a file of flags cannot hold.
 
   Raises:
-    UserError: as `read_records`, for the template's columns; a template that names no column, or
-      has anything but a name within braces.
+    UserError: as `read_records`, for the columns of the template; or the template names no column,
+      or has anything but a name within braces.
   """
   advice = 'Write e.g. "Question: {question}\\nAnswer:", with {{ and }} for braces.'
   try:
@@ -111,7 +111,7 @@ def read_prompts(path: str | pathlib.Path, template: str = "{prompt}") -> list[d
     raise UserError(f"--prompt_template={template!r} names no column. {advice}")
   template = template.replace("\\n", "\n")
   records = read_records(path, columns)
-  # A column that only some lines have is None on the others, in every batch of them.
+  # A column that only some lines have is None on the others, so every batch has the same columns.
   all_columns = dict.fromkeys(column for record in records for column in record)
   return [{**all_columns, **record, "prompt": template.format_map(record)} for record in records]
 
@@ -122,15 +122,15 @@ _ASSISTANT = "\n\nAssistant:"
 
 
 def read_pairs(path: str | pathlib.Path) -> list[Pair]:
-  """Returns the preferences of a JSON-lines file, without those of two equal completions.
+  """Returns the preferences of a JSON-lines file; a pair of equal completions is left out.
 
   A line holds `{"prompt", "chosen", "rejected"}`, or whole dialogues `{"chosen", "rejected"}` as in
-  HH-RLHF: the prompt is then what both share, up to the last "\\n\\nAssistant:" in it. A number
-  `margin` is kept; it must be on every line or on none.
+  HH-RLHF. The prompt is then the part that both share, up to the last "\\n\\nAssistant:" in it. A
+  number `margin` is kept; either every line has one or none has.
 
   Raises:
-    UserError: as `read_records`; a line without a prompt whose dialogues share none; a margin that
-      is no finite number, or is missing; no pair with two different completions.
+    UserError: as `read_records`; two dialogues without a prompt share none; a margin is missing or
+      is no finite number; or no pair has two different completions.
   """
   records = read_records(path, ("chosen", "rejected"))
   pairs = []
@@ -169,10 +169,10 @@ def is_text(path: str) -> bool:
 def read_documents(path: str | pathlib.Path) -> list[str]:
   """Returns the documents of a plain text file, without the blank space around them.
 
-  They are separated by `<|endoftext|>` where the file has it, by blank lines otherwise.
+  They are separated by `<|endoftext|>` if the file has it, and by blank lines otherwise.
 
   Raises:
-    UserError: no such file, nothing in it, more than `MAX_TEXT` bytes, or not UTF-8.
+    UserError: there is no such file, it is empty, has more than `MAX_TEXT` bytes, or is not UTF-8.
   """
   path = pathlib.Path(path)
   with _opened(path, "plain text") as file:
@@ -193,7 +193,7 @@ def read_documents(path: str | pathlib.Path) -> list[str]:
 
 @contextlib.contextmanager
 def _opened(path: pathlib.Path, what: str) -> Iterator[BinaryIO]:
-  """Yields the file, decompressed as it is read; a small one may hold gigabytes of zeros."""
+  """Yields the file, decompressed as it is read, since a small one may hold gigabytes of zeros."""
   try:
     if not path.is_file():
       raise UserError(f"There is no file {path}; expected {what}.")
@@ -227,7 +227,7 @@ def encode_prompts(
   """Returns the left-padded prompts of `records` (column `prompt`).
 
   Raises:
-    UserError: a prompt has no token, or more than `max_prompt_len`.
+    UserError: a prompt has no token, or more than `max_prompt_len` tokens.
   """
   rows = [row.ids for row in tokenizer.encode_batch(record["prompt"] for record in records)]
   for number, row in enumerate(rows, start=1):
@@ -247,7 +247,7 @@ def encode_prompts(
 def short_prompts(
   records: list[dict[str, Any]], tokenizer: TokenizerInfo, *, max_prompt_len: int
 ) -> list[dict[str, Any]]:
-  """Returns the records whose prompt has at most `max_prompt_len` tokens; UserError without any."""
+  """Returns the records whose prompt has at most `max_prompt_len` tokens; UserError if none has."""
   encoded = tokenizer.encode_batch(record["prompt"] for record in records)
   kept = [
     record for record, row in zip(records, encoded, strict=True) if len(row.ids) <= max_prompt_len
@@ -258,10 +258,10 @@ def short_prompts(
 
 
 def row_len(max_len: int, context: int) -> int:
-  """Returns how long texts may be, in tokens: `max_len`, or the model's context where it is 0.
+  """Returns how long texts may be, in tokens: `max_len`, or the model's context if that is 0.
 
   Raises:
-    UserError: `max_len` is more than the context holds, or 1, of which nothing is predicted.
+    UserError: `max_len` is more than the context holds, or 1, so that nothing would be predicted.
   """
   if max_len == 1 or max_len > context:
     raise UserError(
@@ -271,10 +271,10 @@ def row_len(max_len: int, context: int) -> int:
 
 
 def fitting_rows(*columns: Sequence[Encoded], max_len: int) -> list[int]:
-  """Returns the rows of which every column's text has at most `max_len` tokens.
+  """Returns the rows in which every column's text has at most `max_len` tokens.
 
   Raises:
-    UserError: there is none.
+    UserError: there is no such row.
   """
   rows = [
     i
@@ -287,7 +287,7 @@ def fitting_rows(*columns: Sequence[Encoded], max_len: int) -> list[int]:
 
 
 def check_lengths(texts: Sequence[Encoded], max_len: int) -> None:
-  """Raises UserError where a text has more than `max_len` tokens; it is numbered."""
+  """Raises UserError if a text has more than `max_len` tokens; the message has its number."""
   for number, text in enumerate(texts, start=1):
     if len(text.tokens) > max_len:
       raise UserError(
@@ -297,10 +297,10 @@ def check_lengths(texts: Sequence[Encoded], max_len: int) -> None:
 
 
 def windows(texts: Sequence[Encoded], max_len: int) -> list[Encoded]:
-  """Returns the texts, those of more than `max_len` tokens cut into pieces of at most as many.
+  """Returns the texts, without prompts, cut into pieces of at most `max_len` tokens.
 
-  A piece begins with the last token of the one before, so every token but a text's first is
-  predicted exactly once. For texts without a prompt.
+  A piece begins with the last token of the one before, so every token except the first of a text is
+  predicted exactly once.
   """
   pieces = []
   for text in texts:
@@ -320,7 +320,7 @@ def examples_of(texts: Sequence[Encoded], pad_id: int) -> Examples:
 def encode_examples(
   texts: Sequence[tuple[str, str]], tokenizer: TokenizerInfo, *, max_len: int
 ) -> Examples:
-  """Returns right-padded (prompt, completion) texts, each closed with end-of-sequence.
+  """Returns right-padded (prompt, completion) texts, each closed with the end-of-sequence.
 
   Raises:
     UserError: an example is longer than `max_len` tokens, or the tokenizer has no EOS.
@@ -348,7 +348,7 @@ def take(arrays: NamedTuple, rows: np.ndarray):
 
 
 def split_rows(num_rows: int, seed: int, *, share: float = 0.05, at_most: int = 512):
-  """Returns which rows to train on and which to hold out, at least one each, as arrays of integers.
+  """Returns (rows to train on, rows to hold out), at least one of each, as arrays of integers.
 
   Raises:
     UserError: there are fewer than two rows.
@@ -361,15 +361,15 @@ def split_rows(num_rows: int, seed: int, *, share: float = 0.05, at_most: int = 
 
 
 def split_held_out(arrays: NamedTuple, seed: int):
-  """Returns (training, held out) parts of a named tuple of arrays, as `split_rows` says."""
+  """Returns (training, held out) parts of a named tuple of arrays, split by `split_rows`."""
   return tuple(take(arrays, rows) for rows in split_rows(len(arrays[0]), seed))
 
 
 def batch_rows(seed: int, iteration: int, batch_size: int, num_rows: int) -> np.ndarray:
   """Returns which rows iteration `iteration` uses, [batch_size] int32.
 
-  The data is walked through in a fresh random order each epoch, without gaps between epochs. A
-  pure function of its arguments, so a resumed run needs no saved cursor.
+  Each epoch takes the rows in a fresh random order, without gaps between epochs. The result depends
+  on the arguments alone, so a resumed run needs no saved cursor.
   """
   position = iteration * batch_size + np.arange(batch_size)
   epochs = position // num_rows

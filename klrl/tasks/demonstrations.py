@@ -2,8 +2,8 @@
 
     KL(data || pi) = CE - H,   CE = -sum_y p(y) log pi(y),   H = -sum_y p(y) log p(y)
 
-CE alone is estimated from demonstrations; here the sum runs over every completion that
-`klrl.tasks.arithmetic.demonstrations` can write, so that nothing is left to chance but the prompts.
+Data alone give an estimate of CE. Here the sum runs over every completion that
+`klrl.tasks.arithmetic.demonstrations` can write, so only the prompts are a sample.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from klrl.tasks import arithmetic, data
 
 
 def completion_probs(prompt: str, *, quality: float) -> dict[str, float]:
-  """Returns {completion: probability} of a prompt's demonstrations, without those of none.
+  """Returns {completion: probability} of the demonstrations of a prompt, of all that are possible.
 
   Args:
     prompt: a prompt of the embedded task.
@@ -26,7 +26,7 @@ def completion_probs(prompt: str, *, quality: float) -> dict[str, float]:
   """
   a, b = (int(number) for number in prompt.removesuffix("=").split("+"))
   right, text = a + b, arithmetic.answer(a, b)
-  # The three kinds of slips are equally likely, and drawn again where they are no wrong answer.
+  # The three kinds of slips are equally likely; one that is no wrong answer is drawn again.
   slips = dict.fromkeys(range(100), 0.0)
   carry = right - 10 if a % 10 + b % 10 >= 10 else right + 10
   drawn = [(carry, 1.0), (right - 1, 0.5), (right + 1, 0.5)]
@@ -51,7 +51,7 @@ def make_forward_kl_fn(
 ):
   """Returns f(params) -> {"held_out_entropy", "held_out_forward_kl"}, nats per token.
 
-  Means over `prompts`, exact in the completions with their end-of-sequence.
+  They are means over `prompts`, and exact sums over completions with their end-of-sequence.
 
   Args:
     policy: the model.

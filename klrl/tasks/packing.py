@@ -1,9 +1,8 @@
-"""Several texts in one row, so that little of a batch is padding.
+"""Packs several texts into one row, so that little of a batch is padding.
 
 Attention stays inside each text and positions count from its start (`segment_ids`, see
-`klrl.models.decoder`); no text is cut. What a row of the batch is changes, the loss of a set of
-texts does not, since it is a sum over tokens divided by their number: its gradient is that of the
-same texts in a row each.
+`klrl.models.decoder`); no text is cut. The loss is a sum over tokens divided by their number, so
+loss and gradient of a set of texts are the same as with one text in each row.
 """
 
 import collections
@@ -15,11 +14,11 @@ from klrl.tasks.data import Encoded, Examples
 
 
 def pack(texts: Sequence[Encoded], pad_id: int, *, row_len: int) -> Examples:
-  """Returns the texts in rows of `row_len` tokens, several to a row where they fit.
+  """Returns the texts in rows of `row_len` tokens, with several texts in a row where they fit.
 
   Each text goes, in the order given, into the fullest row that has room for it (best fit). Sorting
-  by length first would fill rows a little better and make them all alike inside. The first token of
-  a text is predicted by nothing, so it is in no completion.
+  by length first would fill rows a little better, but put texts of like lengths together. Nothing
+  predicts the first token of a text, so it is in no completion.
 
   Raises:
     ValueError: a text is longer than `row_len`.

@@ -1,8 +1,9 @@
-"""Calling a user's reward function: what it is handed, and what it may hand back.
+"""Calls a user's reward function and checks what it returns.
 
-The function is `f(prompts, completions, **columns)`, plain or `async`. It gets copies, so that what
-it changes reaches neither the samples nor the next reward. It may ask by name for `prompt_ids` and
-`completion_ids`. It may return a list, or an array or tensor of any library, on any device.
+The function is `f(prompts, completions, **columns)`, plain or `async`. It gets copies, so its
+changes reach neither the samples nor the next reward. If it has parameters `prompt_ids` or
+`completion_ids`, it gets the tokens too. It may return a list, or an array or tensor of any library
+and on any device.
 """
 
 import asyncio
@@ -44,18 +45,18 @@ def scores(
   name: str,
   ids: Ids | None = None,
 ) -> np.ndarray:
-  """Returns [B] float32, what `reward_fn`, called `name`, says of the completions of `records`.
+  """Returns [B] float32, the scores by `reward_fn`, called `name`, of the completions of `records`.
 
   Args:
     reward_fn: the user's function.
     records: B rows of the prompt file.
     completions: B texts.
-    name: what messages call the reward.
-    ids: the tokens of the same B rows; needed where the function asks for them.
+    name: the name of the reward in messages.
+    ids: the tokens of the same B rows; needed if the function asks for them.
 
   Raises:
-    UserError: it cannot be called so, raises or exits, returns another number of scores, or one
-      that is not a finite float32.
+    UserError: the function cannot be called like this, raises or exits, returns another number of
+      scores, or a score that is not a finite float32.
   """
   prompts = [record["prompt"] for record in records]
   columns = {
@@ -97,7 +98,7 @@ def scores(
 
 
 def check_parameters(reward_fn: RewardFn, name: str, arguments: Iterable[str]) -> None:
-  """Raises UserError where `reward_fn`, called `name`, does not take these arguments by name."""
+  """Raises UserError if `reward_fn`, called `name`, does not take these arguments by name."""
   try:
     signature = inspect.signature(reward_fn)
   except (TypeError, ValueError):  # Some functions of C have no signature.
@@ -112,15 +113,15 @@ def check_parameters(reward_fn: RewardFn, name: str, arguments: Iterable[str]) -
 
 
 def checked(name: str, call: Callable, file: str | None) -> Any:
-  """Returns `call()`, a piece of the user's code; what it raises becomes one message.
+  """Returns `call()`, which runs the user's code; an error in it becomes one message.
 
   Args:
-    name: what messages call the reward.
+    name: the name of the reward in messages.
     call: runs the code.
-    file: where the code is written, if it is in a file.
+    file: the file of the code, if there is one.
 
   Raises:
-    UserError: the reward raises anything but Ctrl-C, `sys.exit` included.
+    UserError: the code raises anything but Ctrl-C; `sys.exit` counts as an error.
   """
   try:
     with _where_it_left():
@@ -131,12 +132,12 @@ def checked(name: str, call: Callable, file: str | None) -> Any:
     raise UserError(f"The reward {name} failed: {_told(error, file)}.") from error
 
 
-_folder: pathlib.Path | None = None  # where the user's code went, if it did
+_folder: pathlib.Path | None = None  # the folder that the user's code changed to, if it did
 
 
 @contextlib.contextmanager
 def _where_it_left():
-  """The user's code may go to another folder, where it is again in its next call; the run stays."""
+  """Runs the user's code in the folder that it last changed to, and the run in its own."""
   global _folder
   ours = os.getcwd()
   if _folder is not None and _folder.is_dir():
@@ -150,7 +151,7 @@ def _where_it_left():
 
 
 def _told(error: BaseException, file: str | None) -> str:
-  """Returns in one line what was raised, and where: the last line of what lies beside `file`."""
+  """Returns the error in one line, with its place: the last frame in a file beside `file`."""
   try:
     text = str(error)
   except KeyboardInterrupt:
@@ -170,7 +171,7 @@ def _told(error: BaseException, file: str | None) -> str:
 
 
 def _place(fn: Callable) -> tuple[str | None, int]:
-  """Returns the file and line of a function, (None, 0) of what was not written in Python."""
+  """Returns the file and line of a function, or (None, 0) if it is not written in Python."""
   code = getattr(inspect.unwrap(fn), "__code__", None)
   return (code.co_filename, code.co_firstlineno) if code else (None, 0)
 
@@ -185,7 +186,7 @@ def _line(file: str, line: int) -> str:
 
 
 def _parameters(fn: Callable) -> set[str]:
-  """Returns the names that `fn` asks for; `**columns` asks for nothing by name."""
+  """Returns the parameters of `fn`; `**columns` names none."""
   try:
     return set(inspect.signature(fn).parameters)
   except (TypeError, ValueError):  # Some functions of C have no signature.
@@ -194,7 +195,7 @@ def _parameters(fn: Callable) -> set[str]:
 
 @functools.cache
 def _event_loop() -> asyncio.Runner:
-  # One for the whole run: clients that a reward opens in one call belong to it in the next.
+  # One loop serves the whole run: a client that a reward opens in one call works in the next.
   runner = asyncio.Runner()
   atexit.register(runner.close)
   return runner
@@ -205,7 +206,7 @@ class _NoList(Exception):
 
 
 def _as_list(returned, num_scores: int) -> list:
-  """Returns what a reward returned as a list, of a longer one not more than shows that it is."""
+  """Returns the result of a reward as a list; a list that is too long is cut one score too late."""
   if inspect.isawaitable(returned):
 
     async def awaited():
@@ -230,7 +231,7 @@ def _one(row):
 def _finite(name: str, score, completion: str, prompt: str) -> float:
   try:
     value = _one(score.tolist()) if hasattr(score, "tolist") else score
-    magnitude, number = math.fabs(value), float(value)  # The first takes no text for a number.
+    magnitude, number = math.fabs(value), float(value)  # float() would read a text as a number.
   except KeyboardInterrupt:
     raise
   except BaseException as error:

@@ -1,7 +1,7 @@
-"""Where scores come from: a weighted sum of Python functions, the maths verifier, a reward model.
+"""Scores: a weighted sum of the user's functions, the maths verifier, and a reward model.
 
-A function of the user's is `f(prompts, completions, **columns) -> list of float`. `columns` are the
-other columns of the prompt file, one list each. `reward_calls` calls it.
+A user's function is `f(prompts, completions, **columns) -> list of float`, where `columns` are the
+other columns of the prompt file, as one list each. `reward_calls` calls it.
 """
 
 import functools
@@ -35,12 +35,12 @@ def load_rewards(spec: str) -> list[Reward]:
   """Returns the rewards that `[WEIGHT*]SOURCE,...` lists, in its order.
 
   A SOURCE is `FILE.py:FUNCTION`, `math` (klrl.tasks.math_answers) or `model` (the reward model). A
-  reward is named after its function; where two would have one name, after file and function. A file
-  is the user's own code and is run, once in a process; it may import what lies beside it.
+  reward has the name of its function, or of file and function where two functions share a name. A
+  file is the user's own code. It is run once in a process, and may import files beside it.
 
   Raises:
-    UserError: an item that is none of these, has a weight that is 0 or not finite, or is there
-      twice; a file that fails; math-verify is missing.
+    UserError: an item is none of these, has a weight that is 0 or not finite, or is given twice; a
+      file fails; or math-verify is missing.
   """
   sources, rewards = [], []
   for item in spec.split(","):
@@ -84,7 +84,7 @@ def weighted_scores(
     rewards: as `load_rewards` returns them.
     records: B rows of the prompt file.
     completions: B texts.
-    model_scores: [B], what the reward model says; needed where it is one of the rewards.
+    model_scores: [B], the scores of the reward model; needed if it is one of the rewards.
     ids: the tokens of the same rows, for functions that ask for them.
 
   Raises:
@@ -143,7 +143,7 @@ def _path_and_name(source: str) -> tuple[pathlib.Path, str]:
 def _run_file(path: pathlib.Path) -> ModuleType:
   folder = str(path.parent)
   if folder not in sys.path:
-    sys.path.append(folder)  # The last, so that a file of the user's hides no package.
+    sys.path.append(folder)  # It comes last, so that a user's file hides no package.
   module_spec = importlib.util.spec_from_file_location(_module_name(path), path)
   module = importlib.util.module_from_spec(module_spec)
   # Dataclasses and pickles in the file look their module up by name.
@@ -153,10 +153,10 @@ def _run_file(path: pathlib.Path) -> ModuleType:
 
 
 def _module_name(path: pathlib.Path) -> str:
-  """Returns a name under which a worker process that a reward starts finds the file, if it can."""
+  """Returns a name for the module, one by which the reward's worker processes find it if any is."""
   try:
     found = path.stem.isidentifier() and importlib.util.find_spec(path.stem)
-  except ValueError:  # What is running, `__main__`, has no file.
+  except ValueError:  # `__main__` may have no file.
     found = None
   is_it = found and found.origin and pathlib.Path(found.origin).resolve() == path
   return path.stem if is_it else f"reward_of_{path.stem}"

@@ -1,7 +1,7 @@
-"""Texts as tokens and completions as texts, prompt and completion always taken together.
+"""Encodes texts and decodes completions, always with the prompt before them.
 
-The first token of a text differs from the same word's further on, both ways: tokenizers drop or add
-a blank there. So a completion is encoded and decoded behind its prompt.
+Tokenizers drop or add a blank at the beginning of a text, so a word has other tokens there than
+further on. A completion is therefore encoded and decoded behind its prompt.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from klrl.errors import UserError
 from klrl.models import TokenizerInfo
 from klrl.run import progress
 
-_NUM_CHECKED = 1000  # Prompts that are encoded alone too, to warn; the others are like them.
+_NUM_CHECKED = 1000  # prompts that are also encoded alone, for a warning
 
 
 class Encoded(NamedTuple):
@@ -24,12 +24,12 @@ class Encoded(NamedTuple):
 
 
 def encode_texts(texts: Sequence[tuple[str, str]], tokenizer: TokenizerInfo) -> list[Encoded]:
-  """Returns (prompt, completion) texts as tokens, each closed with end-of-sequence.
+  """Returns (prompt, completion) texts as tokens, each closed with the end-of-sequence.
 
   The text is encoded as a whole and split by character offsets, so that a completion has the same
-  tokens as when the model writes it. What closes it is the tokenizer's own EOS; a completion whose
-  text ends with an EOS, whichever, is closed already. Where a prompt alone has other tokens than
-  before its completion, it is said on the console: the policy will be asked to complete those.
+  tokens as when the model writes it. The tokenizer's own EOS closes it, unless the text of the
+  completion already ends with an EOS. If a prompt has other tokens alone than before its
+  completion, the console says so, since the policy will be asked to complete it alone.
 
   Raises:
     UserError: the tokenizer has no EOS, or fails at a text.
@@ -47,7 +47,7 @@ def encode_texts(texts: Sequence[tuple[str, str]], tokenizer: TokenizerInfo) -> 
 
 
 def _warn_of_other_tokens(prompts, encoded, tokenizer) -> None:
-  """Says how many of the first prompts have other tokens alone than before their completions."""
+  """Warns if some of the first prompts have other tokens alone than before their completions."""
   pairs = [(prompt, ids[:n]) for prompt, (ids, n) in zip(prompts, encoded, strict=True) if prompt][
     :_NUM_CHECKED
   ]
@@ -64,8 +64,8 @@ def _warn_of_other_tokens(prompts, encoded, tokenizer) -> None:
 def completion_texts(tokenizer: TokenizerInfo, rollout) -> list[str]:
   """Returns the text of each completion of a rollout (host arrays), without special tokens.
 
-  Prompt and completion are decoded together and then cut: decoders treat the first token of a text
-  differently (SentencePiece ones drop its space).
+  Prompt and completion are decoded together and then cut, since decoders treat the first token of a
+  text differently (those of SentencePiece drop its space).
   """
   pairs = zip(*token_ids(rollout), strict=True)
   return [decode_continuation(tokenizer, prompt, completion) for prompt, completion in pairs]

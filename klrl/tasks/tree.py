@@ -1,13 +1,13 @@
-"""A task so small that all is known: every completion, its score, the best policy for each beta.
+"""A task so small that everything is known: all completions, their scores, and the best policies.
 
-Four letters and the end-of-sequence, at most four tokens: 341 completions of one prompt, which is
-the beginning-of-sequence alone. The policy is a real decoder of random parameters, whose logits are
-wide enough to prefer some completions, and the reference is that policy as it starts. The score is
-a table with several modes; to a run it is a reward model that looks completions up, so that nothing
-else differs from any other task.
+A completion has at most four tokens out of four letters and the end-of-sequence, so there are 341
+completions. The only prompt is the beginning-of-sequence alone. The policy is a real decoder with
+random parameters, whose logits are wide enough to prefer some completions, and the reference is the
+policy at the start. The score is a table with several modes; a run sees it as a reward model that
+looks completions up, so nothing else differs from other tasks.
 
-What training reaches is then held against E[score] - beta * KL(pi || ref) of the best policy there
-is, `ref * exp(score / beta) / Z`.
+The result of training is compared with the best policy, `ref * exp(score / beta) / Z`, by
+E[score] - beta * KL(pi || ref).
 """
 
 import pathlib
@@ -23,13 +23,13 @@ from klrl.models import DecoderConfig, Policy, ScalarModel, TokenizerInfo, polic
 LETTERS = "abcd"
 HORIZON = 4
 TREE = oracle.make_tree(len(LETTERS) + 1, HORIZON, eos_id=0)
-NUM_ROWS = 256  # of the one prompt, so that a judge counts draws and not prompts
-# The frontier is that of these; the first is as good as infinite.
+NUM_ROWS = 256  # copies of the prompt, so that a judge counts draws and not prompts
+# The frontier has these betas; the first is as good as infinite.
 _BETAS = np.array([1e9, *np.geomspace(30.0, 0.03, 60)])
 
 
 def make_tokenizer() -> TokenizerInfo:
-  """Returns a tokenizer with one token per letter; one special token is begin, end and padding."""
+  """Returns a tokenizer with one token per letter; one special token is BOS, EOS and padding."""
   vocabulary = {token: i for i, token in enumerate(["</s>", *LETTERS])}
   tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="</s>"))
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
@@ -78,8 +78,8 @@ def prompt_records() -> list[dict[str, str]]:
 def completion_scores(seed: int = 0) -> np.ndarray:
   """Returns [N], the score of each completion of `TREE`; mean 0 and deviation 1 over all of them.
 
-  Four completions are the modes, of different height; from each the score falls with the number of
-  places in which a completion differs, and the highest counts. A little noise leaves no ties.
+  Four completions are modes of different heights. The score falls with the number of places in
+  which a completion differs from a mode, and the highest of the four counts. Noise breaks ties.
   """
   rng = np.random.default_rng((seed, 4))
   modes = TREE.tokens[rng.choice(len(TREE.tokens), 4, replace=False)]
@@ -90,10 +90,10 @@ def completion_scores(seed: int = 0) -> np.ndarray:
 
 
 def scorer(config: DecoderConfig) -> tuple[ScalarModel, dict]:
-  """Returns (reward model, its params): the score of a row's completion, by a look-up.
+  """Returns (reward model, its params): it looks up the score of a row's completion.
 
-  `config` is that of the policy. The params are {"table": [V ** T] float32}, by the completion's
-  tokens as the digits of a number, the first one the highest, 0 in the padding.
+  `config` is that of the policy. The params are {"table": [V ** T] float32}; the tokens of the
+  completion are the digits of the index, the first one the highest, and 0 in the padding.
   """
   places = TREE.vocab_size ** np.arange(HORIZON)[::-1]
   table = np.zeros(TREE.vocab_size**HORIZON, np.float32)
@@ -110,7 +110,7 @@ def scorer(config: DecoderConfig) -> tuple[ScalarModel, dict]:
 
 
 class Exact:
-  """A run of the task by enumeration, in float64: how far a policy is from the best one.
+  """Says by enumeration, in float64, how far a policy is from the best one.
 
   `policy` and `reference` are decoders over the letters.
   """
@@ -128,10 +128,10 @@ class Exact:
   def figures(self, params, *, beta: float, temperature: float) -> dict[str, float]:
     """Returns how far the policy with these parameters is from the best one at `beta`.
 
-    * `exact_score`, `exact_kl`: its E[score], and KL(pi || ref) in nats per sequence.
-    * `objective`, `optimal_objective`: E[score] - beta * KL, of it and of the best policy.
+    * `exact_score`, `exact_kl`: E[score], and KL(pi || ref) in nats per sequence.
+    * `objective`, `optimal_objective`: E[score] - beta * KL, of this policy and of the best one.
     * `objective_gap`: their difference, as a share of what the best policy gains over the
-      reference: 0 for the best policy, 1 for one that is worth no more than the reference.
+      reference: 0 for the best policy, and 1 for a policy no better than the reference.
     * `tv_to_optimum`: the total variation to the best policy, 0 to 1.
     """
     logits = np.asarray(self._logits(params), np.float64) / temperature

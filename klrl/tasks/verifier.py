@@ -1,4 +1,4 @@
-"""Tasks whose answers can be checked, and what several completions of one prompt are worth."""
+"""Tasks whose answers can be checked, and figures of several completions of one prompt."""
 
 import collections
 import math
@@ -9,10 +9,10 @@ import numpy as np
 
 
 class Verifier(NamedTuple):
-  """How the completions of a task are checked, from their text alone.
+  """Checks the completions of a task by their text alone.
 
-  answer_of: completion -> its answer in a form that equal answers share, None without one.
-  is_right: (completion, record of the prompt) -> whether it is right; equal answers are alike.
+  answer_of: completion -> its answer, the same text for equal answers; None if it has none.
+  is_right: (completion, record of the prompt) -> whether it is right, the same for equal answers.
   """
 
   answer_of: Callable[[str], str | None]
@@ -25,7 +25,7 @@ def right(verifier: Verifier, texts: list[str], records: list[dict[str, Any]]) -
 
 
 def pass_at_k(is_right: np.ndarray, k: int) -> np.ndarray:
-  """Returns [P], the chance that k of a prompt's n completions hold a right one; unbiased.
+  """Returns [P], the probability that k of a prompt's n completions hold a right one; unbiased.
 
   `is_right` is [P, n] with n >= k. Mark Chen et al., "Evaluating Large Language Models Trained on
   Code", 2021, equation 1.
@@ -36,10 +36,10 @@ def pass_at_k(is_right: np.ndarray, k: int) -> np.ndarray:
 
 
 def majority(answers: Sequence[str | None], is_right: Sequence[float]) -> float:
-  """Returns 1 if the most frequent answer to a prompt is right, else 0; among several, their mean.
+  """Returns 1 if the most frequent answer to a prompt is right, else 0; the mean if several tie.
 
-  None does not vote; without a vote it is 0. Xuezhi Wang et al., "Self-Consistency Improves Chain
-  of Thought Reasoning in Language Models", 2022.
+  None does not vote; without any vote the result is 0. Xuezhi Wang et al., "Self-Consistency
+  Improves Chain of Thought Reasoning in Language Models", 2022.
   """
   votes = collections.Counter(answer for answer in answers if answer is not None)
   if not votes:
