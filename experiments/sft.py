@@ -191,7 +191,7 @@ def _examples(config: Config, policy: Policy, tokenizer):
     texts = arithmetic.demonstrations(
       config.init_seed, config.num_demonstrations, quality=config.demonstration_quality
     )
-  whole = config.loss_on == "all"  # Then all of a text is the completion of nothing.
+  whole = config.loss_on == "all"  # The whole text then completes an empty prompt.
   encoded = data.encode_texts([("", p + c) if whole else (p, c) for p, c in texts], tokenizer)
   if not config.is_text and config.max_len:
     kept = data.fitting_rows(encoded, max_len=max_len)

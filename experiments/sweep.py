@@ -22,8 +22,9 @@ beta to take. The folder's name is made of all flags but --sweep and --seeds, so
 run alone and join the others. `python -m experiments.ppo --flagfile=FOLDER/flags.txt
 --workdir=FOLDER` makes the report of a member.
 
-Beside the members the page has what the best of n draws of the untrained policy has, and the best
-policies, by a run of `experiments.best_of_n` in `best_of_n`; --nobest_of_n leaves it out.
+The page compares the members with best-of-n sampling from the policy at the start, and with the
+best policies for each beta. A run of `experiments.best_of_n`, in the folder `best_of_n`, estimates
+both; --nobest_of_n leaves it out.
 """
 
 import dataclasses
