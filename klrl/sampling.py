@@ -1,12 +1,12 @@
-"""Completions drawn from a policy: prefill, then one token at a time with a cache.
+"""Draws completions from a policy: prefill, then one token at a time with a cache.
 
-Prompts [B, P] are left-padded, completions [B, T] right-padded with `pad_id`. Everything here is
-pure and meant to run inside somebody's `jax.jit`. Log-probs are nats per token, float32 at least,
-and carry no gradient.
+Prompts [B, P] are left-padded, and completions [B, T] are right-padded with `pad_id`. The functions
+are pure and are meant to run inside the caller's `jax.jit`. Log-probs are in nats per token, in at
+least float32, and carry no gradient.
 
-Two log-probs come back. `old_log_probs` is what the trainer scores: the log-softmax of
-logits / temperature over the whole vocabulary. `sampler_log_probs` is that of the distribution
-which was really drawn from: the same thing unless top-k or top-p cut it.
+A rollout has two log-probs. `old_log_probs` are those of the trainer: the log-softmax of
+logits / temperature over the whole vocabulary. `sampler_log_probs` are those of the distribution
+from which the tokens were drawn: the same, unless top-k or top-p cut it.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +29,9 @@ class Rollout(NamedTuple):
   tokens: [B, P+T] int32, prompt then completion.
   prompt_mask: [B, P] bool.
   completion_mask: [B, T] bool, True through the EOS, inclusive.
-  finished: [B] bool, an EOS was emitted.
-  old_log_probs: [B, T] log-prob of each token as the trainer scores it; 0 in padding.
-  sampler_log_probs: [B, T] log-prob under the distribution drawn from; 0 in padding.
+  finished: [B] bool, whether an EOS was drawn.
+  old_log_probs: [B, T] log-prob of each token by the trainer; 0 in the padding.
+  sampler_log_probs: [B, T] log-prob under the distribution drawn from; 0 in the padding.
   """
 
   tokens: Array
@@ -43,7 +43,7 @@ class Rollout(NamedTuple):
 
 
 def top_k_logits(logits: Array, k: int) -> Array:
-  """Returns logits [..., V] with all but the k largest at -inf; those equal to the k-th stay."""
+  """Returns logits [..., V] with all but the k largest at -inf; ties with the k-th stay."""
   if k < 1:
     raise ValueError(f"top_k={k} must be at least 1.")
   kth = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
@@ -53,10 +53,10 @@ def top_k_logits(logits: Array, k: int) -> Array:
 def top_p_logits(logits: Array, p: float) -> Array:
   """Returns logits [..., V] with the tail at -inf: the largest head of probability <= p stays.
 
-  The most likely token always stays, also for p = 0; p = 1 keeps everything. Tokens as likely as
-  the least likely kept one stay too. This is the rule of D. Ziegler et al., "Fine-Tuning Language
+  The most likely token always stays, even for p = 0; p = 1 keeps all tokens. Ties with the least
+  likely token that stays do so too. This is the rule of D. Ziegler et al., "Fine-Tuning Language
   Models from Human Preferences" (2019, its code); A. Holtzman et al., "The Curious Case of Neural
-  Text Degeneration" (2020), equation 2, keep one token more, the one that reaches p.
+  Text Degeneration" (2020), equation 2, keep one more token, the one that reaches p.
   """
   if not 0 <= p <= 1:
     raise ValueError(f"top_p={p} must lie between 0 and 1.")
@@ -81,10 +81,10 @@ def make_sample_fn(
   """Returns `sample(params, prompts [B, P], prompt_mask [B, P], key, *, temperature) -> Rollout`.
 
   `temperature` may be traced and must be positive. `top_k=0` and `top_p=1.0` cut nothing; top-k
-  acts first. Any of several `eos_id` ends a completion; None never ends it early. The draws at
-  token t come from `fold_in(key, t)`, so the same key repeats and a row does not depend on what
-  other rows hold. The work ends when every row has ended, and its cost follows the tokens really
-  drawn.
+  acts first. Any of several `eos_id` ends a completion; with None no token does. The draws at token
+  t come from `fold_in(key, t)`, so the same key gives the same completions, and a row does not
+  depend on the content of other rows. The work ends when every row has ended, and its cost follows
+  the number of tokens that are drawn.
   """
   generate = _make_generate_fn(policy, max_completion_len, eos_id, pad_id)
 
@@ -123,13 +123,13 @@ def make_greedy_fn(
   return greedy
 
 
-# Slots of the first cache beyond the prompt. Fewer save less attention than another loop costs to
-# compile.
+# Slots of the first cache beyond the prompt. With fewer, to compile another loop would cost more
+# than the attention that is saved.
 _FIRST_SLOTS = 128
 
 
 def _cache_lens(prompt_len: int, needed: int) -> list[int]:
-  """Returns growing cache lengths: each twice the one before, the last just what is needed."""
+  """Returns growing cache lengths: each is twice the one before, and the last is `needed`."""
   lens = [prompt_len + _FIRST_SLOTS]
   while lens[-1] < needed:
     lens.append(2 * lens[-1])
@@ -137,7 +137,7 @@ def _cache_lens(prompt_len: int, needed: int) -> list[int]:
 
 
 class _State(NamedTuple):
-  """What a step hands on: `t` tokens are written, and `tokens[:, t-1]` is yet to be read."""
+  """The state between steps: `t` tokens are written, and `tokens[:, t-1]` is yet to be read."""
 
   t: Array
   last: Array
@@ -190,7 +190,7 @@ def _make_generate_fn(policy, max_completion_len, eos_id, pad_id):
       )
 
     def run(state, cache, filled, cache_len):
-      """Goes on until a cache with `filled` slots is full or all rows have ended."""
+      """Draws until a cache with `filled` slots in use is full, or all rows have ended."""
       padded_mask = jnp.pad(prompt_mask, ((0, 0), (0, cache_len - prompt_len)))
       slots = jnp.arange(cache_len)
 
@@ -227,8 +227,8 @@ def _make_generate_fn(policy, max_completion_len, eos_id, pad_id):
     )
     state = append(state, hidden)
 
-    # A step reads its whole cache, so each loop runs on one at most twice as long as what is in it,
-    # and no cache grows for rows that have ended.
+    # A step reads its whole cache, so each loop has one at most twice as long as its content, and no
+    # cache grows for rows that have ended.
     def run_all(state, cache, filled, cache_lens):
       state, cache = run(state, cache, filled, cache_lens[0])
       if len(cache_lens) == 1:

@@ -1,8 +1,8 @@
-"""Minimising a loss over examples: the step, and a whole run around it.
+"""Minimises a loss over examples: the step, and a whole run around it.
 
 A loss is a function (params, batch, **coefficients) -> (weights, metrics), as in `gradients`. A
-batch is some rows of a named tuple of arrays, so that the same code serves any kind of example; the
-coefficients are traced scalars that a run holds in its state.
+batch is some rows of a named tuple of arrays, so the same code serves any kind of example. The
+coefficients are traced scalars in the state of the run.
 """
 
 import functools
@@ -42,7 +42,7 @@ class SupervisedState(NamedTuple):
 def init_supervised_state(
   params, config, coefficients: Mapping[str, float] = MappingProxyType({})
 ) -> SupervisedState:
-  """Returns the state before the first step; reads `learning_rate` and `max_grad_norm`."""
+  """Returns the state before the first step, with the config's learning_rate and max_grad_norm."""
   return SupervisedState(
     params,
     init_optimizer(params),
@@ -57,9 +57,8 @@ def make_supervised_step(loss_fn, config):
   """Returns step(state, frozen, batch) -> (state, metrics), one step of Adam.
 
   Args:
-    loss_fn: a loss, of `frozen` and the trained parameters together.
-    config: frozen; read are num_iterations, warmup_iterations, learning_rate_schedule and
-      accumulation.
+    loss_fn: a loss of all parameters, the trained and the `frozen` ones.
+    config: its num_iterations, warmup_iterations, learning_rate_schedule and accumulation are read.
   """
   schedule = make_schedule(config)
 
@@ -84,11 +83,11 @@ def make_supervised_step(loss_fn, config):
 
 
 def make_programs(mesh, loss_fn, config, shardings) -> tuple[Callable, Callable]:
-  """Returns compiled (step(state, frozen, batch) as above, which donates the state, measure).
+  """Returns (step, measure), compiled; the step is that of `make_supervised_step` and donates.
 
-  `measure(params, batch, coefficients) -> metrics` is of all parameters, and of each row by itself:
-  sums and counts are [rows]. The devices of `mesh` share the rows of a batch, however many there
-  are. `shardings` are those of the state.
+  `measure(params, batch, coefficients) -> metrics` takes all parameters and measures each row by
+  itself: sums and counts are [rows]. The devices of `mesh` share the rows of a batch, whatever
+  their number. `shardings` are those of the state.
   """
 
   def measure(params, batch, coefficients):
@@ -127,16 +126,16 @@ def train(
     loss_fn: a loss.
     params: where to start; they are copied, so they survive.
     training: named tuple of arrays with one row per example.
-    held_out: the same, not trained on.
+    held_out: the same kind of examples, which are not trained on.
     save: (directory, all params on the host), called once with `workdir / "model"`.
     summary: {name in the summary: metric of `loss_fn`}, for `held_out_figures`.
-    title: what is shown while it runs.
-    keys: (metric, label) of the figures shown.
-    frozen: the parameters that are not trained, where `params` are adapters.
+    title: the name that is shown while it runs.
+    keys: (metric, label) of the figures that are shown.
+    frozen: the parameters that are not trained, if `params` are adapters.
     coefficients: of the loss, by name.
     more: all params -> further figures for the summary, called once at the end.
-    losses: those names of `summary` of which a person is told where training made them larger,
-      beyond the error.
+    losses: names in `summary`; the console warns if training makes one of them larger, beyond the
+      error.
   """
   progress.console.print(
     f"{title}: {len(training[0])} rows to train on, {len(held_out[0])} held out; learning rate "
@@ -203,8 +202,9 @@ def held_out_metrics(metrics, params, held_out, mesh, *, batch_size: int) -> dic
 def held_out_figures(summary: Mapping[str, str], before: dict, after: dict) -> dict[str, float]:
   """Returns the figures that `summary` names, from the (sums, counts) before and after training.
 
-  Each has `_stderr`, and but for shares `_before`, `_before_stderr` and `_change_stderr`, the error
-  of the difference on the same examples. A share before training would count ties alone.
+  Each has a `_stderr`. A figure that is no share also has `_before`, `_before_stderr`, and
+  `_change_stderr`, the error of the difference on the same examples. (A share before training would
+  only count ties.)
   """
   found = {}
   for name, metric in summary.items():

@@ -1,7 +1,7 @@
-"""One choice among N: the optimum under other divergences or a KL budget, best-of-n, two KLs.
+"""Closed forms of one choice among N: optima under divergences and KL budgets, and best-of-n.
 
-A whole completion is such a choice too: what takes `probs [N]` or `log_probs [N]` takes those of
-`oracle.log_probs` as well, and `sequence_surrogate` is a penalty that sees it as one.
+A whole completion is such a choice too: functions of `probs [N]` or `log_probs [N]` take those of
+`oracle.log_probs`, and `sequence_surrogate` is a penalty that treats a completion as one choice.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from klrl.algorithm.kl_terms import TokenTerms
 
 
 class Divergence(NamedTuple):
-  """D_f(pi || ref) = sum ref * f(pi / ref); f(1) = 0 and convex.
+  """D_f(pi || ref) = sum ref * f(pi / ref), where f is convex and f(1) = 0.
 
-  Its gradient is E_pi[f'(ratio) grad log pi], so that the cost to put in the reward is f'(ratio).
+  Its gradient is E_pi[f'(ratio) grad log pi], so f'(ratio) is the cost to put in the reward.
   """
 
   f: Callable
@@ -47,7 +47,7 @@ DIVERGENCES = {
   "chi_square": Divergence(
     lambda t: (t - 1) ** 2 / 2, lambda t: t - 1, lambda y: jnp.maximum(1 + y, 0.0)
   ),
-  # What max(log_ratio, 0) in the reward really penalises: it is free to exclude.
+  # This is what max(log_ratio, 0) in the reward penalises: excluding a choice costs nothing.
   "clamp": Divergence(
     lambda t: jnp.where(t > 1, t * jnp.log(t) - t + 1, 0.0),
     lambda t: jnp.maximum(jnp.log(t), 0.0),
@@ -61,8 +61,8 @@ def optimal_under(divergence: str, ref_probs, scores, *, beta) -> tuple[jax.Arra
 
       pi = ref * f'^-1((score - multiplier) / beta),   with the multiplier that makes it sum to 1
 
-  by bisection, exact to rounding. Chaoqi Wang et al., "Beyond Reverse KL: Generalizing Direct
-  Preference Optimization with Diverse Divergence Constraints", 2023.
+  The multiplier is found by bisection, exact to rounding. Chaoqi Wang et al., "Beyond Reverse KL:
+  Generalizing Direct Preference Optimization with Diverse Divergence Constraints", 2023.
 
   Args:
     divergence: a name in DIVERGENCES.
@@ -73,8 +73,8 @@ def optimal_under(divergence: str, ref_probs, scores, *, beta) -> tuple[jax.Arra
   _, f_prime, inverse = DIVERGENCES[divergence]
   best = scores.max()
   advantages = (scores - best) / beta
-  # In units of beta and from the best score, so that a multiplier close to it keeps its digits. At
-  # the lower end no ratio is below 1, at the upper end none above.
+  # The multiplier is in units of beta and relative to the best score, so that one close to it keeps
+  # its digits. At the lower bound no ratio is below 1, and at the upper bound none is above.
   one = f_prime(jnp.ones_like(best))
   bounds = advantages.min() - one, -one
 
@@ -88,7 +88,7 @@ def optimal_under(divergence: str, ref_probs, scores, *, beta) -> tuple[jax.Arra
     return jnp.where(too_much, middle, low), jnp.where(too_much, high, middle)
 
   low, high = jax.lax.fori_loop(0, 200, halve, bounds)
-  # Where f' has a flat piece the sum jumps across 1, and the choices at the jump get what is left.
+  # If f' has a flat piece, the sum jumps across 1, and the choices at the jump share the rest.
   more, less = probs(low), probs(high)
   excess = more.sum() - less.sum()
   share = jnp.where(excess > 0, (1 - less.sum()) / jnp.where(excess > 0, excess, 1.0), 0.0)
@@ -100,9 +100,9 @@ def optimal_within(ref_probs, scores, *, max_kl) -> tuple[jax.Array, jax.Array]:
 
       pi = ref * exp(score / beta) / Z,   where beta minimises beta * (max_kl + log Z)
 
-  by bisection: that dual falls with beta while the KL exceeds `max_kl`. Where the best choices
-  alone do not exceed it, they are returned, and beta is next to 0. Abbas Abdolmaleki et al.,
-  "Maximum a Posteriori Policy Optimisation", 2018, the E-step.
+  Beta is found by bisection: this dual function falls with beta while the KL exceeds `max_kl`. If
+  even the best choices alone do not exceed it, they are returned, and beta is next to 0. Abbas
+  Abdolmaleki et al., "Maximum a Posteriori Policy Optimisation", 2018, the E-step.
 
   Args:
     ref_probs: [N].
@@ -128,10 +128,10 @@ def optimal_within(ref_probs, scores, *, max_kl) -> tuple[jax.Array, jax.Array]:
 
 
 def best_of_n(probs, scores, n) -> jax.Array:
-  """Returns [N], the probabilities of the best of n draws; choices of equal score share its mass.
+  """Returns [N], the probabilities of the best of n draws; choices of equal score share theirs.
 
   Args:
-    probs: [N] of one draw.
+    probs: [N], of one draw.
     scores: [N].
     n: at least 1, may be traced and fractional.
   """
@@ -145,16 +145,16 @@ def best_of_n(probs, scores, n) -> jax.Array:
 
 
 def best_of_n_kl_bound(n) -> jax.Array:
-  """Returns log(n) - (n - 1) / n: the KL of best-of-n to one draw where no two scores tie.
+  """Returns log(n) - (n - 1) / n, the KL of best-of-n to one draw if no two scores tie.
 
-  An upper bound in general. Ahmad Beirami et al., "Theoretical guarantees on the best-of-n
+  In general it is an upper bound. Ahmad Beirami et al., "Theoretical guarantees on the best-of-n
   alignment policy", 2024.
   """
   return jnp.log(n) - (n - 1) / n
 
 
 class GoldLaw(NamedTuple):
-  """What the true score does while an imitation of it is optimised: a law fitted to experiments."""
+  """A law, fitted to experiments, of the true score while a learnt imitation of it is optimised."""
 
   score: Callable  # (distance, alpha, slope) -> gain of true score; distance = sqrt(KL), nats
   peak: Callable  # (alpha, slope) -> the distance where that is largest
@@ -174,9 +174,9 @@ GOLD_LAWS = {
 
 
 def standardised(probs, scores) -> jax.Array:
-  """Returns [N] (score - mean) / std under `probs`, and 0 where nothing varies.
+  """Returns [N] (score - mean) / std under `probs`, and 0 if nothing varies.
 
-  What `ops.group_relative` tends to as the group grows.
+  It is the limit of `ops.group_relative` as the group grows.
   """
   _, centred = ops.mean_and_deviations(scores)
   centred = centred - (probs * centred).sum()
@@ -186,8 +186,8 @@ def standardised(probs, scores) -> jax.Array:
 def mirror_step(ref_log_probs, log_probs, scores, *, beta, eta) -> jax.Array:
   """Returns [N] log-probs of the maximum of E[score] - beta KL(. || ref) - KL(. || pi) / eta.
 
-  Global and local KL together. Repeated, it contracts the log-ratio to the optimum under the
-  global KL by (1 / eta) / (beta + 1 / eta): the local KL sets the pace and not the end.
+  This has both a global and a local KL. Each step multiplies the log-ratio to the optimum under the
+  global KL by (1 / eta) / (beta + 1 / eta), so the local KL sets the pace and not the end.
 
   Args:
     ref_log_probs: [N].
@@ -202,7 +202,7 @@ def mirror_step(ref_log_probs, log_probs, scores, *, beta, eta) -> jax.Array:
 def sequence_surrogate(
   estimator: str, weight: str = "none", *, in_reward: bool = False, cap=jnp.inf
 ) -> Callable[[TokenTerms], jax.Array]:
-  """Returns f(terms) -> [N, T]: an estimate for the whole completion at once, on its first token.
+  """Returns f(terms) -> [N, T], an estimate for the whole completion, put on its first token.
 
   Args:
     estimator: k1, k2 or k3 of the sums over the completion; stale_k1 is k1 of the old policy.

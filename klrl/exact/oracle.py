@@ -1,16 +1,18 @@
 """Exact ground truth: all completions of a small language, their probabilities, exact expectations.
 
-A `Tree` lists all completions up to a horizon. A policy is `logits [S, V]`, one row per prefix, as
-free as a policy can be; `decoder_logits` gives those of a real decoder. Nothing is sampled: a value
-or gradient here is what an estimate of training has to have in expectation. The estimates come in
-as functions of `kl_terms.TokenTerms`, the same ones that training calls, and are never copied.
+A `Tree` lists all completions up to a horizon. A policy is `logits [S, V]`, with one free row for
+each prefix; `decoder_logits` returns those of a real decoder. Nothing is sampled: the values and
+gradients here are the expectations of the estimates in training. The estimates are passed in as
+functions of `kl_terms.TokenTerms`, the very functions that training calls.
 
-N completions, S prefixes, T horizon, V vocabulary. Nats; sums over a completion unless a name says
-otherwise. The functions are pure, keep float64, and close over the tree, which is static numpy.
+N completions, S prefixes, T horizon, V vocabulary. Values are in nats and are sums over a
+completion, unless a name says otherwise. The functions are pure, keep float64, and close over the
+tree, which is static numpy.
 
-Two ways to sum. What is a function of prefixes walks the levels of the tree: prefixes of one length
-are one slice, and their children, in order, the next slice, so that no index is read and 10^6
-completions cost a few passes over [S, V]. What a surrogate reads is per completion: [N, T] gathers.
+Sums are taken in two ways. Functions of prefixes walk the levels of the tree: the prefixes of one
+length are one slice, and their children, in order, are the next slice, so no index is read, and a
+million completions cost a few passes over [S, V]. Functions of completions, such as surrogates,
+gather [N, T].
 """
 
 import itertools
@@ -29,7 +31,7 @@ from klrl.ops.log_probs import matmul
 
 
 class Tree(NamedTuple):
-  """All completions of at most T tokens; a prefix is a state, '' is state 0."""
+  """All completions of at most T tokens. A prefix is a state, and the empty one is state 0."""
 
   vocab_size: int
   horizon: int
@@ -54,9 +56,9 @@ class Tree(NamedTuple):
 
 
 def make_tree(vocab_size: int, horizon: int, *, eos_id: int | None = None) -> Tree:
-  """Returns all completions of `horizon` tokens, or fewer where `eos_id` ends one.
+  """Returns all completions of `horizon` tokens, or of fewer if `eos_id` ends one.
 
-  A bandit has horizon 1 and no EOS. Raises UserError where there is no such tree.
+  A bandit has horizon 1 and no EOS. Raises UserError if there is no such tree.
   """
   if vocab_size < 1 or horizon < 1 or not (eos_id is None or 0 <= eos_id < vocab_size):
     raise UserError(
@@ -123,15 +125,15 @@ def log_probs(tree: Tree, logits) -> jax.Array:
 
 
 def _where_reached(reached, other_logits, logits):
-  # A prefix that is never reached may hold an infinite KL: 0 * inf. Made equal, it holds none.
+  # A prefix that is never reached may have an infinite KL, and 0 * inf is NaN. Equal logits have 0.
   return jnp.where(reached[:, None], other_logits, jax.lax.stop_gradient(logits))
 
 
 def token_kl(tree: Tree, logits, other_logits, *, prefix_logits=None) -> jax.Array:
   """Returns the KL of the next-token distributions, summed over the prefixes that a policy visits.
 
-  With pi's own prefixes the value is that of `sequence_kl`. The gradient is not: how often a prefix
-  is visited counts as given, the target of losses that do not credit later KL ("token" in `audit`).
+  With pi's own prefixes the value is that of `sequence_kl`, but the gradient is not: it takes the
+  visits to prefixes as given, as losses that do not credit later KL do ("token" in `audit`).
 
   Args:
     tree: the completions.
@@ -147,7 +149,7 @@ def token_kl(tree: Tree, logits, other_logits, *, prefix_logits=None) -> jax.Arr
 def sequence_kl(tree: Tree, logits, other_logits) -> jax.Array:
   """Returns KL(pi || other) of whole completions, nats per sequence; both carry gradient.
 
-  Infinite where `other_logits` excludes a completion that pi does not.
+  It is infinite if `other_logits` excludes a completion that pi does not.
   """
   weights = visits(tree, logits)
   return (weights * ops.exact_kl(logits, _where_reached(weights > 0, other_logits, logits))).sum()
@@ -172,7 +174,7 @@ class Optimum(NamedTuple):
   """The policy that maximises E[score] - beta * KL(pi || ref)."""
 
   logits: jax.Array  # [S, V]
-  values: jax.Array  # [S], what it makes of each prefix: E[score] - beta * KL from there on
+  values: jax.Array  # [S], E[score] - beta * KL of this policy from each prefix on
   log_z: jax.Array  # log E_ref[exp(score / beta)] = values[0] / beta
 
 
@@ -181,9 +183,9 @@ def optimal_policy(tree: Tree, ref_logits, scores, *, beta) -> Optimum:
 
       V(s) = beta * log sum_a ref(a|s) exp(Q(s, a) / beta),   pi(a|s) = ref(a|s) exp((Q - V) / beta)
 
-  with Q(s, a) the score where a ends the completion and V of the child elsewhere, from the longest
-  prefixes up. Emanuel Todorov, "Linearly-solvable Markov decision problems", 2006, with the
-  reference for its passive dynamics.
+  where Q(s, a) is the score if a ends the completion, and V of the child otherwise. It is computed
+  from the longest prefixes up. Emanuel Todorov, "Linearly-solvable Markov decision problems", 2006,
+  with the reference in place of its passive dynamics.
 
   Args:
     tree: the completions.
@@ -192,7 +194,7 @@ def optimal_policy(tree: Tree, ref_logits, scores, *, beta) -> Optimum:
     beta: positive scalar, may be traced.
   """
   ref_log_probs = ops.vocab_log_probs(ref_logits)
-  next_values = jnp.zeros(1, ref_log_probs.dtype)  # read nowhere: the longest prefixes only end
+  next_values = jnp.zeros(1, ref_log_probs.dtype)  # never read: the longest prefixes have no child
   logits, values = [], []
   for here in reversed(tree.levels):
     of_children = next_values[np.maximum(tree.children[here] - here.stop, 0)]
@@ -215,10 +217,10 @@ def frontier(tree: Tree, ref_logits, scores, betas) -> tuple[jax.Array, jax.Arra
 
 
 def terms(tree: Tree, logits, old_logits, ref_logits) -> TokenTerms:
-  """Returns what training reads of each completion, [N, T] each, had the old policy drawn it.
+  """Returns the terms that training reads of each completion from the old policy, [N, T] each.
 
-  Gradient flows to `logits` alone. All is zero in the padding, and in completions that the old
-  policy never draws: their weight is zero, and their logarithms need not be finite.
+  Gradient flows to `logits` alone. The terms are zero in the padding, and in completions that the
+  old policy never draws: the weight of these is zero, and their logarithms may not be finite.
   """
   old_logits, ref_logits = jax.lax.stop_gradient((old_logits, ref_logits))
   reached = visits(tree, old_logits) > 0
@@ -260,9 +262,9 @@ def expected_gradient(
   Args:
     tree: the completions.
     surrogate: a loss of TokenTerms, [N, T] -> [N, T], such as `kl_terms.surrogate(penalty)`.
-    logits: [S, V] of pi, which the gradient is of.
-    ref_logits: [S, V]; must allow whatever pi allows.
-    old_logits: [S, V] of the policy that draws; None is pi itself. Pi must allow what it draws.
+    logits: [S, V] of pi, to which the gradient belongs.
+    ref_logits: [S, V]; it must allow every token that pi allows.
+    old_logits: [S, V] of the policy that draws; None is pi itself. Pi must allow all its tokens.
     probs: [N] in place of the drawing policy's probabilities, such as sampled frequencies.
   """
   return jax.grad(lambda x: _expectation(tree, surrogate, x, ref_logits, old_logits, probs))(logits)
@@ -271,10 +273,11 @@ def expected_gradient(
 def gradient_moments(
   tree: Tree, surrogates: Sequence[Surrogate], logits, ref_logits, *, old_logits=None
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns each surrogate's (expected gradient [K, S, V], trace of a drawn one's covariance [K]).
+  """Returns (expected gradients [K, S, V], traces of their covariances over completions [K]).
 
-  One call for many compiles several times faster than one for each. What a surrogate says of a
-  completion may read that completion only. `expected_gradient` is the same mean by a shorter way.
+  One call for K surrogates compiles several times faster than K calls. The value of a surrogate at
+  a completion must not depend on other completions. `expected_gradient` is a simpler way to the
+  same mean.
   """
   old_logits = jax.lax.stop_gradient(logits if old_logits is None else old_logits)
   drawn = terms(tree, logits, old_logits, ref_logits)
@@ -287,7 +290,7 @@ def gradient_moments(
     by_both = jax.grad(total, argnums=(0, 1))(drawn.log_probs, drawn.exact_kl)
     return [ops.zero_padding(x, tree.mask)[..., None] for x in by_both]
 
-  # A completion's gradient has one row of [S, V] for each of its tokens: [N, T, V], not [N, S, V].
+  # The gradient of a completion has one row for each of its tokens, so [N, T, V] holds them all.
   by_log_prob, by_kl = map(jnp.stack, zip(*map(derivatives, surrogates), strict=True))
   other_logits = _where_reached(visits(tree, old_logits) > 0, ref_logits, logits)
   kl_gradients = jax.grad(lambda x: ops.exact_kl(x, other_logits).sum())(logits)
@@ -319,18 +322,19 @@ def fixed_points(
   step_size: float = 0.2,
   max_gap: float = 60.0,
 ) -> jax.Array:
-  """Returns [K, S, V]: where exact on-policy ascent of E[score] - beta * penalty leads from ref.
+  """Returns [K, S, V], the end of exact on-policy ascent of E[score] - beta * penalty from ref.
 
       logits += step_size / beta * (grad E[score] - beta * expected_gradient) / (visits * pi)
 
   is the natural gradient of a table: rare prefixes and tokens learn as fast as common ones (Sham
-  Kakade, "A Natural Policy Gradient", 2001). The plain one lacks the denominator; give it ten times
-  the steps. They may end apart where the expected gradient does not vanish as a token dies out:
-  with k3 in the reward the plain one runs on into a vertex, the natural one may stop at a mixture.
+  Kakade, "A Natural Policy Gradient", 2001). The plain gradient lacks the denominator and needs ten
+  times the steps. The two may end at different policies if the expected gradient does not vanish as
+  a token dies out: with k3 in the reward the plain one goes on into a vertex, and the natural one
+  may stop at a mixture.
 
-  A step moves no logit by more than 1, and none falls further than `max_gap` below its row's best.
-  All surrogates step at once, as one batch: the tree is compiled once, and the loop is short
-  beside the compilation (40 surrogates of 15 completions, 2 cores: 5 s and 0.4 s).
+  A step moves no logit by more than 1, and no logit falls further than `max_gap` below the largest
+  of its row. All surrogates step as one batch, so the tree is compiled once, which takes longer
+  than the loop (40 surrogates of 15 completions on 2 cores: 5 s and 0.4 s).
 
   Args:
     tree: the completions.
@@ -339,9 +343,9 @@ def fixed_points(
     scores: [N].
     beta: positive scalar, may be traced.
     natural: False is the plain gradient.
-    num_steps: steps made.
-    step_size: in natural steps that solve a bandit with the gradient of KL(pi || ref) at once. With
-      that of KL(ref || pi) it must stay below 2 / max(ref / pi).
+    num_steps: the number of steps.
+    step_size: 1 is the natural step that solves a bandit with the gradient of KL(pi || ref) at
+      once. With the gradient of KL(ref || pi) it must stay below 2 / max(ref / pi).
     max_gap: nats.
   """
 
@@ -373,13 +377,14 @@ def fixed_point(tree: Tree, surrogate: Surrogate, ref_logits, scores, **options)
 
 
 def decoder_logits(policy, params, tree: Tree, prompt) -> jax.Array:
-  """Returns [S, V], what a decoder says at every prefix after `prompt`; carries gradient to params.
+  """Returns [S, V], the logits of a decoder at every prefix after `prompt`; carries gradient.
 
-  One pass over the longest prefixes: a shorter one stands in the first longest that it begins.
+  It takes one pass over the longest prefixes: a shorter prefix is read from the first of these that
+  begins with it.
 
   Args:
     policy: a `models.Policy` whose vocabulary is the tree's.
-    params: of the policy.
+    params: its parameters.
     tree: the completions.
     prompt: [P] int, at least one token, no padding.
   """
