@@ -218,8 +218,8 @@ def test_the_page_says_where_the_gold_score_turns():
   results |= {"bandit": best_of_n.bandit_figures([2])}
   turning = results | {"rows": [row(1, 0.5), row(2, 0.8), row(4, 0.6)]}
   rising = results | {"rows": [row(1, 0.5), row(2, 0.6), row(4, 0.8)]}
-  assert "best at n = 2 with 0.8" in best_of_n_page.verdict(turning)
-  assert "best at" not in best_of_n_page.verdict(rising)
+  assert "highest at n = 2 with 80.0 ± 1.0%" in best_of_n_page.verdict(turning)
+  assert "highest at" not in best_of_n_page.verdict(rising)
   assert best_of_n_page.report(turning).count("<svg") == 2
   assert best_of_n_page.best_of_n_at(turning["rows"], 0.3, "gold") == pytest.approx(0.7)
   assert best_of_n_page.best_of_n_at(turning["rows"], 0.5, "gold") is None

@@ -2,23 +2,25 @@
 
 import numpy as np
 
-from klrl.figures import digits
+from klrl.figures import KL, digits, find, of_summary, shown
 from klrl.report.page import Html, element, figure, note, page, paragraph, table
-from klrl.report.plots import INK, SERIES, bare, picture
+from klrl.report.plots import INK, SERIES, plot
 
 COLUMNS = ("n", "KL at most", "KL of the pool", "score", "gold", "wins")
 BANDIT_COLUMNS = ("n", "probabilities", "KL", "KL at most", "score", "best score at this KL")
+X_LABEL = f"{find(KL).label.partition(',')[0]}, {find(KL).unit}"
 EXACT_COLUMNS = ("n", "KL", "KL at most", "score", "best score at this KL", "gold")
-RUN_COLUMNS = ("", "run", "KL", "score", "best of n", "gold", "best of n", "score before")
+RUN_COLUMNS = ("run", "KL", "score", "score\nof best of n", "gold", "gold\nof best of n")
+RUN_COLUMNS += ("score\nbefore training",)
 
 
 def row_cells(row: dict) -> list[str]:
   """Returns the cells of `COLUMNS`."""
   return [
     str(row["n"]),
-    digits(row["kl_bound"]),
-    digits(row["kl"]),
-    *(digits(row[name], row[f"{name}_stderr"]) for name in ("score", "gold")),
+    shown(KL, row["kl_bound"]),
+    shown(KL, row["kl"]),
+    *(of_summary(row, name) for name in ("score", "gold")),
     f"{row['win_rate']:.3f}",
   ]
 
@@ -27,19 +29,27 @@ def verdict(results: dict) -> str:
   """Returns what the figures show, in one or two sentences."""
   first, last = results["rows"][0], results["rows"][-1]
   text = (
-    f"Best of {last['n']} has a score of {digits(last['score'], last['score_stderr'])}, against "
-    f"{digits(first['score'], first['score_stderr'])} for n = {first['n']}, at a KL of at most "
-    f"{digits(last['kl_bound'])} nats"
+    f"Best of {last['n']} has a score of {of_summary(last, 'score')}, against "
+    f"{of_summary(first, 'score')} for n = {first['n']}, at a KL of at most "
+    f"{shown(KL, last['kl_bound'])} nats"
   )
   if last["gold"] is not None:
     best = max(results["rows"], key=lambda row: row["gold"])
-    text += f". The gold score goes from {digits(first['gold'])} to {digits(last['gold'])}"
-    if first["n"] < best["n"] < last["n"]:
+    text += (
+      f". The gold accuracy goes from {of_summary(first, 'gold')} to {of_summary(last, 'gold')}"
+    )
+    if first["n"] < best["n"] < last["n"] and clearly_less(last, best):
       text += (
-        f", and was best at n = {best['n']} with {digits(best['gold'])}: beyond that, what is "
-        "picked are the reward model\u2019s errors"
+        f", and is highest at n = {best['n']} with {of_summary(best, 'gold')}: for a larger n the "
+        "errors of the reward model are what is picked"
       )
   return text + "."
+
+
+def clearly_less(one: dict, other: dict) -> bool:
+  """Returns whether the gold accuracy is lower by more than two standard errors."""
+  error = np.hypot(*(row["gold_stderr"] or 0.0 for row in (one, other)))
+  return one["gold"] < other["gold"] - 2 * error
 
 
 def best_score_at(exact: dict, kl: float) -> float:
@@ -57,7 +67,7 @@ def report(results: dict) -> str:
   """Returns the page."""
   rows, compared = results["rows"], results["compared"]
   names = ["best of n, KL of the pool", "best of n, its bound", *(["runs"] if compared else [])]
-  kinds = [("Score", "score"), *([("Gold score", "gold")] if rows[0]["gold"] is not None else [])]
+  kinds = [name for name in ("score", "gold") if rows[0][name] is not None]
   return page(
     "Best of n",
     element("h1", "What does the best of n draws have, and how far is it from one draw?"),
@@ -69,10 +79,10 @@ def report(results: dict) -> str:
     ),
     *(
       figure(
-        title, "per completion, against KL(\u03c0 \u2016 \u03c0_ref), nats per sequence",
-        _picture(lambda axes, name=name: _draw_pool(axes, rows, compared, name)), names,
+        find(name).label, ("% " if find(name).is_share else "") + find(name).unit,
+        plot(lambda axes, name=name: _draw_pool(axes, rows, compared, name), X_LABEL), names,
       )
-      for title, name in kinds
+      for name in kinds
     ),
     paragraph(
       "Best-of-n is a policy that was never trained. Its KL to the policy drawn from is "
@@ -102,12 +112,11 @@ def _runs(rows: list[dict], compared: list[dict]) -> list[Html]:
     return []
   cells = [
     (
-      str(i), run["name"], digits(run["kl"], run["kl_stderr"]),
-      digits(run["score"], run["score_stderr"]), digits(best_of_n_at(rows, run["kl"], "score")),
-      digits(run["gold"], run["gold_stderr"]), digits(best_of_n_at(rows, run["kl"], "gold")),
-      digits(run["score_before"]),
+      run["name"], of_summary(run, "kl"), of_summary(run, "score"),
+      shown("score", best_of_n_at(rows, run["kl"], "score")), of_summary(run, "gold"),
+      shown("gold", best_of_n_at(rows, run["kl"], "gold")), digits(run["score_before"]),
     )
-    for i, run in enumerate(compared, start=1)
+    for run in compared
   ]  # fmt: skip
   return [
     element("h2", "Runs beside it"),
@@ -128,7 +137,7 @@ def _exact(exact: dict | None) -> list[Html]:
   cells = [
     (
       str(n), digits(round(kl, 9)), digits(bound), digits(score), digits(best_score_at(exact, kl)),
-      f"{gold:.1%}",
+      shown("gold", gold),
     )
     for n, kl, bound, score, gold in zip(
       exact["sizes"], found["kl"], exact["kl_bounds"], found["score"], found["gold"], strict=True
@@ -142,8 +151,7 @@ def _exact(exact: dict | None) -> list[Html]:
       "for its KL: ref \u00b7 exp(score/\u03b2)/Z, one \u03b2 for all problems."
     ),
     figure(
-      "Score", "per completion, against KL(\u03c0 \u2016 \u03c0_ref), nats per sequence",
-      _picture(lambda axes: _draw_exact(axes, exact)),
+      "Score", "per completion", plot(lambda axes: _draw_exact(axes, exact), X_LABEL),
       ("best of n", "best of n, its bound", "frontier"),
     ),
     table(EXACT_COLUMNS, cells),
@@ -157,38 +165,35 @@ def _bandit_cells(row: dict) -> tuple[str, ...]:
   return str(row["n"]), probs, *(digits(x) for x in figures)
 
 
-def _picture(draw) -> str:
-  def draw_axes(figure):
-    axes = figure.add_axes((0.08, 0.1, 0.91, 0.87))
-    bare(axes)
-    draw(axes)
-
-  return picture(draw_axes, width=4.6, height=2.6)
-
-
 def _draw_pool(axes, rows: list[dict], compared: list[dict], name: str) -> None:
-  y, errors = ([row[key] for row in rows] for key in (name, f"{name}_stderr"))
-  for key, colour, style in (("kl", SERIES[0], "-"), ("kl_bound", SERIES[1], "--")):
-    axes.plot([row[key] for row in rows], y, style, color=colour, linewidth=1.4)
+  scale = 100.0 if find(name).is_share else 1.0
+
+  def bars(x, row, marker, colour, size):
+    error = 2 * scale * (row[f"{name}_stderr"] or 0.0)
     axes.errorbar(
-      [row[key] for row in rows], y, 2 * np.array(errors), fmt="o", color=colour, markersize=3,
-      elinewidth=0.8,
-    )  # fmt: skip
+      x, scale * row[name], error, fmt=marker, color=colour, markersize=size, elinewidth=0.8
+    )
+
+  for key, colour, style in (("kl", SERIES[0], "-"), ("kl_bound", SERIES[1], "--")):
+    y = [scale * row[name] for row in rows]
+    axes.plot([row[key] for row in rows], y, style, color=colour, linewidth=1.4)
+    for row in rows:
+      bars(row[key], row, "o", colour, 3)
   for row in rows:
-    _label(axes, row["n"], row["kl"], row[name])
-  for i, run in enumerate(compared, start=1):
+    _label(axes, f"n = {row['n']}", row["kl"], scale * row[name], below=True)
+  for run in compared:
     if run[name] is not None:
-      axes.errorbar(
-        run["kl"], run[name], 2 * (run[f"{name}_stderr"] or 0), fmt="s", color=SERIES[2],
-        markersize=4, elinewidth=0.8,
-      )  # fmt: skip
-      _label(axes, f"run {i}", run["kl"], run[name], lines_below=i + 1)
+      bars(run["kl"], run, "s", SERIES[2], 4)
+      _label(axes, run["name"], run["kl"], scale * run[name], below=False)
 
 
-def _label(axes, text, x: float, y: float, *, lines_below: int = 1) -> None:
+def _label(axes, text: str, x: float, y: float, *, below: bool) -> None:
+  """Writes `text` on the side of a point that leaves it on the axes."""
+  left, right = axes.get_xlim()
+  side = -1 if x > left + 0.7 * (right - left) else 1
   axes.annotate(
-    str(text), (x, y), xytext=(4, -8 * lines_below), textcoords="offset points", fontsize=7,
-    color=INK,
+    text, (x, y), xytext=(5 * side, -9 if below else 5), textcoords="offset points", fontsize=7,
+    color=INK, ha="left" if side > 0 else "right",
   )  # fmt: skip
 
 

@@ -5,11 +5,10 @@ is typically off by the whole KL.
 """
 
 import numpy as np
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from klrl.figures import digits
 from klrl.report.page import Html, element, figure, note, page, paragraph, table
-from klrl.report.plots import INK, SERIES, bare, picture
+from klrl.report.plots import INK, SERIES, plot
 
 ESTIMATORS = ("k1", "k2", "k3")  # those of one token
 NAMES = (*ESTIMATORS, "exact")
@@ -86,9 +85,13 @@ def report(results: dict) -> str:
       "price is on the left: where the reference likes a token much more than the policy does, it "
       "grows exponentially."
     ),
-    _figure(
-      "Value of each estimator", "nats, against log \u03c0 \u2212 log ref of the token drawn",
-      ESTIMATORS, lambda figure: _draw_estimators(figure, results["curves"]),
+    figure(
+      "Value of each estimator", "nats",
+      plot(
+        lambda axes: _draw_estimators(axes, results["curves"]),
+        "log \u03c0 \u2212 log ref of the token drawn",
+      ),
+      ESTIMATORS,
     ),
     element("h2", "The embedded task\u2019s policies"),
     paragraph(
@@ -97,11 +100,14 @@ def report(results: dict) -> str:
       f"{policies[0]['num_completions']:,} completions of held-out problems, estimates summed over "
       "a completion. Knowing the KL to 10% takes 100 \u00d7 deviation\u00b2 completions."
     ),
-    _figure(
+    figure(
       "Standard deviation of one completion, over the KL",
-      "against KL(\u03c0 \u2016 ref), nats per sequence. Dotted: \u221a(2/KL), what k1 tends to "
-      "near the reference",
-      NAMES, lambda figure: _draw_policies(figure, policies),
+      "Dotted: \u221a(2/KL), what k1 tends to near the reference",
+      plot(
+        lambda axes: _draw_policies(axes, policies),
+        "KL(\u03c0 \u2016 ref), nats per sequence", x_ticks=TICKS, y_ticks=TICKS,
+      ),
+      NAMES,
     ),
     table(POLICY_COLUMNS, [policy_row(policy) for policy in policies]),
     note(
@@ -125,10 +131,10 @@ def report(results: dict) -> str:
       "c\u00a0=\u00a00 is k1, c\u00a0=\u00a01 is k3. No c serves all: the best is near 1 where "
       "the two are close, and near 0 where the tail is heavy. Dots mark the best."
     ),
-    _figure(
-      "Standard deviation of one sample, over the KL", "against c",
-      [f"{x['title']}: best c {x['control_variate']['best_c']:.4f}" for x in mixed],
-      lambda figure: _draw_mixtures(figure, mixed),
+    figure(
+      "Standard deviation of one sample, over the KL", "",
+      plot(lambda axes: _draw_mixtures(axes, mixed), "c", y_ticks=TICKS),
+      [f"{x['title']}: best c {digits(x['control_variate']['best_c'])}" for x in mixed],
     ),
     element("h2", "Two alarms"), _alarms(results["truncated"], results["float32"]),
   )  # fmt: skip
@@ -150,9 +156,13 @@ def _heavy(heavy: dict, true: float) -> list[Html]:
       "too low, with a small spread that gives no warning. k1 hardly notices."
     ),
     table(("\u03c0", "ref", *ESTIMATORS, "share of k3"), rows),
-    _figure(
-      "Mean over the first N samples", "nats, against N. Dotted: the KL",
-      ESTIMATORS, lambda figure: _draw_running(figure, heavy["running_means"], true),
+    figure(
+      "Mean over the first N samples", "nats. Dotted: the KL",
+      plot(
+        lambda axes: _draw_running(axes, heavy["running_means"], true), "N",
+        x_ticks=10.0 ** np.arange(2, 7),
+      ),
+      ESTIMATORS,
     ),
   ]  # fmt: skip
 
@@ -180,53 +190,31 @@ def _scientific(x: float) -> str:
   return f"{x:.2e}".replace("-", "\N{MINUS SIGN}")
 
 
-def _figure(title: str, unit: str, names, draw) -> Html:
-  return figure(title, unit, picture(draw, width=4.6, height=2.6), names)
-
-
-def _axes(figure, *, x_ticks=None, y_ticks=None):
-  """Returns axes; those with ticks given are logarithmic."""
-  axes = figure.add_axes((0.08, 0.1, 0.91, 0.87))
-  axes.set_xscale("log" if x_ticks is not None else "linear")
-  axes.set_yscale("log" if y_ticks is not None else "linear")
-  bare(axes)
-  for axis, ticks in ((axes.xaxis, x_ticks), (axes.yaxis, y_ticks)):
-    if ticks is not None:
-      axis.set_major_locator(FixedLocator(ticks))
-      axis.set_minor_locator(NullLocator())
-  return axes
-
-
 def _lines(axes, x, lines, **marks) -> None:
   for y, colour, style in zip(lines, SERIES, STYLES, strict=False):
     axes.plot(x, y, style, color=colour, linewidth=1.5, **marks)
 
 
-def _draw_estimators(figure, curves: dict) -> None:
-  axes = _axes(figure)
+def _draw_estimators(axes, curves: dict) -> None:
   axes.axvline(0, color=INK, alpha=0.3, linewidth=0.7)
   _lines(axes, curves["log_ratio"], [curves[name] for name in ESTIMATORS])
 
 
-def _draw_policies(figure, policies: list[dict]) -> None:
-  axes = _axes(figure, x_ticks=TICKS, y_ticks=TICKS)
+def _draw_policies(axes, policies: list[dict]) -> None:
   kls = np.array([policy["kl"] for policy in policies])
   axes.plot(kls, np.sqrt(2 / kls), ":", color=INK, alpha=0.6, linewidth=1)
   stds = [[policy["estimators"][name]["std"] for policy in policies] / kls for name in NAMES]
   _lines(axes, kls, stds, marker="o", markersize=3)
 
 
-def _draw_running(figure, means: dict, true: float) -> None:
-  axes = _axes(figure, x_ticks=10.0 ** np.arange(2, 7))
+def _draw_running(axes, means: dict, true: float) -> None:
   axes.axhline(true, color=INK, alpha=0.6, linewidth=1, linestyle=":")
   _lines(axes, means["num"], [means[name] for name in ESTIMATORS])
 
 
-def _draw_mixtures(figure, cases: list[dict]) -> None:
-  axes = _axes(figure, y_ticks=TICKS)
-  for case, colour, style in zip(cases, SERIES, STYLES, strict=True):
-    found = case["control_variate"]
-    axes.plot(
-      found["c"], np.array(found["stds"]) / case["true"], style, color=colour, linewidth=1.5
-    )
-    axes.plot(found["best_c"], found["best_std"] / case["true"], "o", color=colour, markersize=4)
+def _draw_mixtures(axes, cases: list[dict]) -> None:
+  found = [case["control_variate"] for case in cases]
+  stds = [np.array(x["stds"]) / case["true"] for x, case in zip(found, cases, strict=True)]
+  _lines(axes, found[0]["c"], stds)
+  for x, case, colour in zip(found, cases, SERIES, strict=True):
+    axes.plot(x["best_c"], x["best_std"] / case["true"], "o", color=colour, markersize=4)

@@ -1,11 +1,15 @@
 """The pictures of the audit: what each penalty pulls, and where it leads."""
 
+import textwrap
 from typing import Any
 
+from matplotlib.ticker import StrMethodFormatter
+
 from klrl.algorithm import objective
-from klrl.report.plots import INK, SERIES, bare, picture
+from klrl.report.plots import INK, SERIES, plot
 
 Audit = dict[str, Any]
+_WIDTH = 4.6  # inches
 # Verdict: (sign, colour of the page, colour of a picture, marker, meaning).
 VERDICTS = {
   "exact": (
@@ -63,30 +67,36 @@ def behaviours(audit: Audit) -> list[Audit]:
 def pulls(kept) -> str:
   """Returns the picture of what each behaviour pulls, one lane each, as SVG."""
 
-  def draw(figure):
-    axes = figure.add_axes((0.04, 0.07, 0.94, 0.92))
+  def draw(axes):
     for i, behaviour in enumerate(kept):
       figures, y = behaviour["first"]["on_policy"], -i
       _, _, colour, marker, _ = VERDICTS[behaviour["verdict"]]
       axes.plot([figures["pull_lowest"], figures["pull_highest"]], [y, y], color=colour, lw=2.2)
       axes.plot([figures["pull"]], [y], marker, color=colour, markersize=7, markeredgewidth=0)
-      title = f"{behaviour['letter']}  {in_words(behaviour['first'])}"
-      axes.text(0, y + 0.27, title, color=INK, fontsize=9, transform=axes.get_yaxis_transform())
     for x in (0, 1):
       axes.axvline(x, color=INK, alpha=0.3 + 0.3 * x, lw=0.9, zorder=0)
-    axes.set_ylim(-len(kept) + 0.5, 0.95)
-    bare(axes)
-    axes.set_yticks([])
+    names = [f"{x['letter']}  {_in_two_lines(in_words(x['first']))}" for x in kept]
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x}"))
+    axes.set_yticks(range(0, -len(kept), -1), names, ha="left")
+    axes.tick_params(axis="y", pad=0.39 * 72 * _WIDTH)
     axes.set_xticks([-1, 0, 1, 2])
+    axes.set_ylim(0.5 - len(kept), 0.5)
 
-  return picture(draw, width=4.6, height=0.37 * len(kept) + 0.4)
+  return plot(draw, "component along the gradient of KL(π‖ref)", left=0.4 * _WIDTH, **_size(kept))
+
+
+def _in_two_lines(text: str) -> str:
+  return "\n     ".join(textwrap.wrap(text, 26))
+
+
+def _size(kept) -> dict[str, float]:
+  return {"width": _WIDTH, "height": 0.34 * len(kept) + 0.6}
 
 
 def ends(audit: Audit, kept) -> str:
   """Returns the picture of where ascent with each behaviour ends, below the frontier, as SVG."""
 
-  def draw(figure):
-    axes = figure.add_axes((0.08, 0.07, 0.9, 0.92))
+  def draw(axes):
     tree = audit["tree"]
     axes.plot(tree["frontier_kl"], tree["frontier_score"], color=INK, lw=1.2, alpha=0.6)
     axes.plot([tree["optimum_kl"]], [tree["optimum_score"]], "*", color=INK, markersize=15)
@@ -102,9 +112,8 @@ def ends(audit: Audit, kept) -> str:
       else:
         close.append((x, y, [behaviour["letter"]]))
     for x, y, letters in close:
-      place = {"xytext": (10, -14), "textcoords": "offset points", "fontsize": 9, "color": INK}
-      axes.annotate(" ".join(letters), (x, y), **place)
+      place = {"xytext": (9, -12), "textcoords": "offset points", "fontsize": 9, "color": INK}
+      axes.annotate(", ".join(letters), (x, y), **place)
     axes.set_xlim(left=0, right=1.1 * max(x for x, _, _ in close))
-    bare(axes)
 
-  return picture(draw, width=4.6, height=0.37 * len(kept) + 0.4)
+  return plot(draw, "KL(π‖ref), nats", **_size(kept))

@@ -2,11 +2,14 @@
 
 import numpy as np
 
-from klrl.report.page import Html, element, figure, note, page, paragraph, table
-from klrl.report.plots import INK, SERIES, bare, picture
+from klrl.figures import KL, find, shown
+from klrl.report.page import Html, element, figure, grid, note, page, paragraph, table
+from klrl.report.plots import INK, PAGE_COLOURS, SERIES, plot
 
 NAMES = {"kl_old_new": "KL(old\u2016new)", "kl_new_old": "KL(new\u2016old)"}
-COLUMNS = ("", "Score", "Gold", "KL(\u03c0\u2016ref)", "Score \u2212 \u03b2 KL", "Entropy")
+JUDGED = "score", "gold", KL, "objective", "entropy"
+COLUMNS = "", "Score", "Gold", "KL(\u03c0\u2016ref)", "Score \u2212 \u03b2 KL", "Entropy"
+_CSS = {"-": "solid", "--": "dashed"}
 # Colour and style of each run of the study of anchors, in its order.
 ANCHOR_STYLES = (
   (INK, "-"), (SERIES[0], "-"), (SERIES[1], "-"), (SERIES[2], "-"), (SERIES[1], "--"),
@@ -16,9 +19,8 @@ ANCHOR_STYLES = (
 
 def final_figures(run: dict, beta: float) -> list[str]:
   """Returns the cells of `COLUMNS` after the first."""
-  objective = run["score_after"] - beta * run["kl_ref_exact_after"]
-  figures = run["score_after"], run["gold_after"], run["kl_ref_exact_after"], objective
-  return [*(f"{x:.3f}".replace("-", "\u2212") for x in figures), f"{run['entropy_after']:.3f}"]
+  figures = run | {"objective_after": run["score_after"] - beta * run[f"{KL}_after"]}
+  return [shown(name, figures[f"{name}_after"]) for name in JUDGED]
 
 
 def report(results: dict) -> str:
@@ -47,15 +49,15 @@ def report(results: dict) -> str:
       f"{reach['kl_new_old']:.2g} under KL(new\u2016old) and to {reach['kl_old_new']:.2g} under "
       "KL(old\u2016new)."
     ),
-    _grid(
+    grid(
       figure(
-        "A rare action (1e-4), raised", "largest new probability, against the radius in nats",
-        picture(lambda f: _draw_moves(f, moves, "rare, raised"), width=4.2, height=2.4),
+        "A rare action (1e-4), raised", "largest new probability",
+        _lines(moves["radius"], moves["rare, raised"], "radius, nats", xscale="log", yscale="log"),
         NAMES.values(),
       ),
       figure(
-        "A common action (0.5), lowered", "least new probability, against the radius in nats",
-        picture(lambda f: _draw_moves(f, moves, "common, lowered"), width=4.2, height=2.4),
+        "A common action (0.5), lowered", "least new probability",
+        _lines(moves["radius"], moves["common, lowered"], "radius, nats", xscale="log"),
         NAMES.values(),
       ),
     ),
@@ -69,9 +71,11 @@ def report(results: dict) -> str:
       f"{bounds['linear'][last]:,.3g}."
     ),
     figure(
-      "KL(new\u2016old) and its bounds", "nats, against KL(old\u2016new); two outcomes, one of "
-      "probability 1e-3 that is raised",
-      picture(lambda f: _draw_bounds(f, bounds), width=4.6, height=2.6),
+      "KL(new\u2016old) and its bounds", "nats; an outcome of probability 1e-3 is raised",
+      _lines(
+        bounds["kl_old_new"], {x: bounds[x] for x in ("kl_new_old", "sharp", "log", "linear")},
+        "KL(old\u2016new), nats", xscale="log", yscale="log",
+      ),
       ("KL(new\u2016old)", "\u03ba(1 / p_min) \u03b4", "ln(1 + \u03b4 / p_min)", "\u03b4 / p_min"),
     ),
     element("h2", "For small moves they are one"),
@@ -80,8 +84,12 @@ def report(results: dict) -> str:
       "the third central moment of the move. A trust region with small steps need not choose."
     ),
     figure(
-      "KL over half the Fisher form", "against the size of the move in logits",
-      picture(lambda f: _draw_second_order(f, results["second_order"]), width=4.6, height=2.4),
+      "KL over half the Fisher form", "",
+      _lines(
+        results["second_order"]["eps"],
+        {x: results["second_order"][x] for x in ("old_new", "new_old")},
+        "size of the move in logits", xscale="log",
+      ),
       NAMES.values(),
     ),
     element("h2", "PPO with each anchor"),
@@ -111,97 +119,64 @@ def report(results: dict) -> str:
   )  # fmt: skip
 
 
-def _grid(*figures: Html) -> Html:
-  return element("div", *figures, class_="curves")
+def _lines(x, lines: dict[str, list], x_label: str, **scales) -> str:
+  """Returns the picture of some lines over common places, the first in the first colour."""
 
+  def draw(axes):
+    for y, colour, style in zip(lines.values(), SERIES, ("-", "--", "-.", ":"), strict=False):
+      axes.plot(x, y, style, color=colour, linewidth=1.5)
 
-def _axes(f, **scales):
-  axes = f.add_axes((0.11, 0.11, 0.87, 0.86))
-  axes.set(**scales)
-  bare(axes)
-  axes.minorticks_off()
-  return axes
-
-
-def _draw_moves(f, moves: dict, case: str) -> None:
-  axes = _axes(f, xscale="log", yscale="log" if "rare" in case else "linear")
-  for name, colour, style in zip(NAMES, SERIES, ("-", "--"), strict=False):
-    axes.plot(moves["radius"], moves[case][name], style, color=colour, linewidth=1.5)
-
-
-def _draw_bounds(f, bounds: dict) -> None:
-  axes = _axes(f, xscale="log", yscale="log")
-  names = "kl_new_old", "sharp", "log", "linear"
-  for name, colour, style in zip(names, SERIES, ("-", "--", "-.", ":"), strict=True):
-    axes.plot(bounds["kl_old_new"], bounds[name], style, color=colour, linewidth=1.5)
-
-
-def _draw_second_order(f, figures: dict) -> None:
-  axes = _axes(f, xscale="log")
-  axes.axhline(1.0, color=INK, alpha=0.4, linewidth=0.8)
-  for name, colour, style in zip(("old_new", "new_old"), SERIES, ("-", "--"), strict=False):
-    axes.plot(figures["eps"], figures[name], style, color=colour, linewidth=1.5)
+  return plot(draw, x_label, **scales)
 
 
 def _anchors(runs: list[dict]) -> Html:
   """Returns KL to the reference and gold over the iterations, the runs named at their line."""
 
-  def draw(f, key):
-    axes = _axes(f)
-    for run, (colour, style) in zip(runs, ANCHOR_STYLES, strict=True):
-      values = np.array(run["curves"][key], float)
-      axes.plot(np.arange(len(values)), values, style, color=colour, linewidth=1.3)
+  def drawn(key: str) -> Html:
+    about = find(key)
+    scale = 100.0 if about.is_share else 1.0
 
-  def named(title, unit, key):
-    return figure(title, unit, picture(lambda f: draw(f, key), width=4.2, height=2.6))
+    def draw(axes):
+      for run, (colour, style) in zip(runs, ANCHOR_STYLES, strict=True):
+        values = scale * np.array(run["curves"][key], float)
+        axes.plot(np.arange(len(values)), values, style, color=colour, linewidth=1.3)
 
-  lines = "; ".join(
-    f"{run['name']}: {place}"
-    for run, place in zip(
-      runs,
-      ("black or white", "blue", "orange", "green", "orange, dashed", "green, dashed"),
-      strict=True,
+    unit = f"% {about.unit}" if about.is_share else about.unit
+    return figure(about.label, unit, plot(draw, "iteration"))
+
+  names = [
+    element(
+      "span",
+      element("i", style=f"border-top: 2px {_CSS[style]} {PAGE_COLOURS[colour]}"),
+      run["name"],
     )
-  )
-  return element(
-    "div",
-    note(lines),
-    _grid(
-      named("KL(\u03c0\u2016ref), exact", "nats per sequence, over the iterations", "kl/ref_exact"),
-      named("KL(old\u2016\u03c0) of an iteration", "k3, nats per sequence", "kl/old_k3"),
-      named("Gold accuracy in training", "share, over the iterations", "gold/mean"),
-      named("Reward model\u2019s score in training", "over the iterations", "score/mean"),
-    ),
-  )
+    for run, (colour, style) in zip(runs, ANCHOR_STYLES, strict=True)
+  ]
+  legend = element("div", *names, class_="legend", style="margin: 1rem 0")
+  keys = "kl/ref_exact", "kl/old_k3", "gold/mean", "score/mean"
+  return element("div", legend, grid(*map(drawn, keys)))
 
 
 def _epochs(runs: list[dict], beta: float) -> Html:
   penalties = list(dict.fromkeys(run["penalty"] for run in runs))
 
-  def draw(f, figure_of, **scales):
-    axes = _axes(f, xscale="log", **scales)
-    epochs = sorted({run["num_epochs"] for run in runs})
-    for penalty, colour, style in zip(penalties, SERIES, ("-", "--", "-."), strict=False):
-      values = [figure_of(run) for run in runs if run["penalty"] == penalty]
-      axes.plot(epochs, values, style, color=colour, marker="o", markersize=4, linewidth=1.3)
-    axes.set_xticks(epochs, [str(x) for x in epochs])
+  epochs = sorted({run["num_epochs"] for run in runs})
 
-  panels = (
-    ("KL(\u03c0\u2016ref) reached", "nats per sequence", lambda run: run["kl_ref_exact_after"]),
-    (
-      "Score \u2212 \u03b2 KL reached",
-      "what is maximised",
-      lambda run: run["score_after"] - beta * run["kl_ref_exact_after"],
-    ),
-  )
-  return _grid(
-    *(
-      figure(
-        title,
-        f"{unit}, against passes over a rollout",
-        picture(lambda f, value=value: draw(f, value), width=4.2, height=2.4),
-        penalties,
-      )
-      for title, unit, value in panels
-    )
+  def drawn(figure_of) -> str:
+    def draw(axes):
+      for penalty, colour, style in zip(penalties, SERIES, ("-", "--", "-."), strict=False):
+        values = [figure_of(run) for run in runs if run["penalty"] == penalty]
+        axes.plot(epochs, values, style, color=colour, marker="o", markersize=4, linewidth=1.3)
+
+    return plot(draw, "passes over a rollout", x_ticks=epochs)
+
+  def objective(run):
+    return run["score_after"] - beta * run[f"{KL}_after"]
+
+  def kl(run):
+    return run[f"{KL}_after"]
+
+  return grid(
+    figure("KL(\u03c0\u2016ref) reached", "nats per sequence", drawn(kl), penalties),
+    figure("Score \u2212 \u03b2 KL reached", "what is maximised", drawn(objective), penalties),
   )

@@ -3,7 +3,7 @@
 import numpy as np
 
 from klrl.figures import digits
-from klrl.report.page import Html, element, page
+from klrl.report.page import Html, element, figure, grid, note, page, paragraph, table
 from klrl.report.plots import INK, SERIES, bare, picture
 
 FORWARD, REVERSE = SERIES[0], SERIES[1]
@@ -87,13 +87,21 @@ def _tilted(results):
   )
 
 
-# Statement, judgement, and why, from the results. The last two are what the article's words invite.
+# What is often said of the two directions, a judgement, and why, from the results.
 CLAIMS = (
   ("SFT is forward KL, and covers the modes.", "Right.", _sft_is_forward),
   ("RL is reverse KL to the data.", "Right for one reward.", _rl_is_reverse),
   ("To maximise \u2212log \u03c0 takes a 0/1 distribution.", "Wrong.", _maximum_entropy),
   ("RL therefore picks a mode.", "Not by itself.", _mode_seeking),
   ("A KL to the reference keeps RL near the data.", "Near the reference.", _tilted),
+)
+
+SOURCES = (
+  "The two directions of the KL and their modes: Christopher Bishop, \u201cPattern Recognition and "
+  "Machine Learning\u201d, 2006, section 10.1.2. The target of RL with a reference: Tomasz Korbak "
+  "and others, \u201cRL with KL penalties is better viewed as Bayesian inference\u201d, 2022. That "
+  "the target decides about modes, and not the direction: Anthony GX-Chen and others, "
+  "\u201cKL-Regularized Reinforcement Learning is Designed to Mode Collapse\u201d, 2025."
 )
 
 
@@ -125,7 +133,7 @@ def _fit(results, sees_prefix, beta, reference="uniform") -> dict:
 
 
 def _share(probability: float) -> str:
-  return f"{100 * probability:.3g} %"
+  return f"{digits(100 * probability)}%"
 
 
 def _normal(point: dict) -> str:
@@ -145,11 +153,11 @@ def _strips(rows: list[tuple[str, str]], draw, *, width: float, foot: float = 0.
   def whole(figure):
     for row, (label, figure_text) in enumerate(rows):
       bottom = (foot + ROW_HEIGHT * (len(rows) - 1 - row)) / height
-      axes = figure.add_axes((0.01, bottom, 0.98, 0.9 * ROW_HEIGHT / height))
+      axes = figure.add_axes((0.3 / width, bottom, 0.98 - 0.3 / width, 0.9 * ROW_HEIGHT / height))
       draw(axes, row, row == len(rows) - 1)
       bare(axes)
       axes.grid(visible=False)
-      axes.set_yticks([])
+      axes.tick_params(axis="y", labelsize=6.5)
       for x, text, side in ((0.0, label, "left"), (1.0, figure_text, "right")):
         place = {"transform": axes.transAxes, "ha": side, "va": "top"}
         axes.text(x, 0.98, text, size=8, color=INK, **place)
@@ -178,6 +186,7 @@ def _densities(gaussian: dict, fit: str, colour: str) -> Html:
     axes.plot(x, normal(*path[row][:2]), color=colour, linewidth=1.5)
     axes.set_xlim(-6, 6)
     axes.set_ylim(0, 1.12)
+    axes.set_yticks([0, 0.5])
     axes.set_xticks([-4, -2, 0, 2, 4] if is_last else [])
 
   rows = [
@@ -200,6 +209,7 @@ def _bars(results: dict, rows: list[tuple], colour: str, *, width: float) -> Htm
     axes.bar(places, with_others(probs), 0.5, color=colour, linewidth=0)
     axes.set_xlim(-0.6, places[-1] + 0.6)
     axes.set_ylim(0, 1.45)
+    axes.set_yticks([0, 1])
     axes.set_xticks(places if is_last else [])
     if is_last:
       # `bare` has a formatter for numbers; a name is a text of the axes.
@@ -211,17 +221,6 @@ def _bars(results: dict, rows: list[tuple], colour: str, *, width: float) -> Htm
   return _strips([row[:2] for row in rows], draw, width=width, foot=0.5)
 
 
-def _figure(title: str, about: str, drawn: Html) -> Html:
-  caption = element("figcaption", element("b", title), " ", element("span", about))
-  return element("figure", caption, drawn)
-
-
-def _grid(figures: list[Html], *, columns: int) -> Html:
-  least = {2: "24rem", 3: "19rem"}[columns]
-  style = f"grid-template-columns: repeat(auto-fit, minmax(min(100%, {least}), 1fr))"
-  return element("div", *figures, class_="curves", style=style)
-
-
 def _gaussian_part(gaussian: dict) -> list[Html]:
   fits = (
     ("Forward, as SFT", "from the right: ends between the modes", "forward_right", FORWARD),
@@ -229,17 +228,17 @@ def _gaussian_part(gaussian: dict) -> list[Html]:
     ("Reverse, as RL", "from the right: ends on the smaller mode", "reverse_right", REVERSE),
   )
   figures = [
-    _figure(title, about, _densities(gaussian, fit, colour)) for title, about, fit, colour in fits
+    figure(title, about, _densities(gaussian, fit, colour)) for title, about, fit, colour in fits
   ]
   return [
     element("h2", "One Gaussian for two modes"),
-    element(
-      "p", "A Gaussian cannot have two modes: whatever it does, something is lost. Forward KL "
+    paragraph(
+      "A Gaussian cannot have two modes: whatever it does, something is lost. Forward KL "
       "punishes data without policy, so it stretches over both; reverse KL punishes policy without "
       "data, so it settles on one. Grey is the data, the line the fit after so many steps of Adam, "
       "and the figure the KL that is minimised.",
     ),
-    _grid(figures, columns=3),
+    grid(*figures),
   ]  # fmt: skip
 
 
@@ -247,8 +246,8 @@ def _decoder_part(results: dict) -> list[Html]:
   steps = results["fits"][0]["steps"]
   parts = [
     element("h2", "The decoder, on a language of two words"),
-    element(
-      "p", "The data: \u201cemit\u201d seven times in ten, else \u201ctime\u201d, each letter "
+    paragraph(
+      "The data: \u201cemit\u201d seven times in ten, else \u201ctime\u201d, each letter "
       f"wrong once in a hundred; {results['language']['completions']:,} completions in all. The "
       "bars are the strings whose every letter is that of one word or the other, from "
       "\u201cemit\u201d to \u201ctime\u201d. Grey is the data, in colour the policy; the figure "
@@ -270,8 +269,8 @@ def _decoder_part(results: dict) -> list[Html]:
         for step, kl, probs in zip(steps, fit["path_kls"], fit["path"], strict=True)
       ]
       about = "minimises KL(p \u2016 \u03c0)" if beta is None else "minimises KL(\u03c0 \u2016 p)"
-      figures.append(_figure(name, about, _bars(results, rows, colour, width=5.2)))
-    parts += [element("h3", title), _grid(figures, columns=2)]
+      figures.append(figure(name, about, _bars(results, rows, colour, width=5.2)))
+    parts += [element("h3", title), grid(*figures, least=24)]
   return parts
 
 
@@ -289,15 +288,15 @@ def _beta_part(results: dict) -> list[Html]:
        fit["optimum"]["blends"])
       for fit in fits
     ]  # fmt: skip
-    figures.append(_figure(title, about, _bars(results, rows, REVERSE, width=3.4)))
+    figures.append(figure(title, about, _bars(results, rows, REVERSE, width=3.4)))
   return [
     element("h2", "KL-regularised RL: the target is not the data"),
-    element(
-      "p", "RL that maximises E[log p] \u2212 \u03b2 KL(\u03c0 \u2016 ref) goes to ref \u00b7 "
+    paragraph(
+      "RL that maximises E[log p] \u2212 \u03b2 KL(\u03c0 \u2016 ref) goes to ref \u00b7 "
       "exp(log p / \u03b2) / Z, in grey: flat for large \u03b2, a single word as \u03b2 falls. The "
       "gap is what the objective lacks of its best, in nats; the blind decoder cannot close it.",
     ),
-    _grid(figures, columns=3),
+    grid(*figures),
   ]  # fmt: skip
 
 
@@ -334,25 +333,9 @@ def _tables(results: dict) -> list[Html]:
   head = ("Data", "Direction", "Kind", "Mean", "\u03c3", "KL, nats")
   return [
     element("h2", "All figures"),
-    _table(about, FIT_COLUMNS, fits, words=2),
-    _table("Where the Gaussians end, by Newton's method.", head, rows, words=3),
+    table(FIT_COLUMNS, fits, caption=about, words=2),
+    table(head, rows, caption="Where the Gaussians end, by Newton's method.", words=3),
   ]
-
-
-def _table(caption: str, head: tuple, rows: list[list[str]], *, words: int) -> Html:
-  """Returns a table whose first `words` columns are words, the rest figures."""
-
-  def cell(name, text, column):
-    left = {"style": "text-align: left"} if column < words else {}
-    return element(name, text, **left)
-
-  body = [element("tr", *(cell("td", text, i) for i, text in enumerate(row))) for row in rows]
-  table = element(
-    "table", element("caption", caption),
-    element("thead", element("tr", *(cell("th", text, i) for i, text in enumerate(head)))),
-    element("tbody", *body), class_="figures",
-  )  # fmt: skip
-  return element("div", table, class_="wide", style="margin-top: 1.5rem")
 
 
 def report(results: dict) -> str:
@@ -369,12 +352,13 @@ def report(results: dict) -> str:
     *_gaussian_part(results["gaussian"]),
     *_decoder_part(results),
     *_beta_part(results),
-    element("h2", "Where the article is right, and where not"),
+    element("h2", "What is often said, and how far it is right"),
     *claims,
+    note(SOURCES),
     *_tables(results),
-    element(
-      "p", f"Nothing here is sampled: all figures are sums over every completion. Made in "
+    note(
+      "Nothing here is sampled: all figures are sums over every completion. Made in "
       f"{results['seconds']:.0f} s by python -m experiments.mode_seeking; every number is in "
-      "mode_seeking.json.", class_="note",
+      "mode_seeking.json."
     ),
   )  # fmt: skip

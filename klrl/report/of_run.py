@@ -18,7 +18,7 @@ import numpy as np
 from klrl import schema
 from klrl.errors import UserError
 from klrl.figures import KLS, before_and_after, find, number, shown
-from klrl.report.page import Html, duration, element, figure, grid, note, page, table
+from klrl.report.page import Html, duration, element, figure, fold, grid, note, page, table
 from klrl.report.plots import INK, MAX_POINTS, SERIES, Line, curves, plot
 from klrl.report.samples import samples_part
 from klrl.run import fingerprints
@@ -274,8 +274,8 @@ def _curves(series: dict) -> list[Html]:
   if constant:
     said = (f"{find(x).label} {shown(x, next(iter(series[x].values())))}" for x in constant)
     about += f" The same in every iteration, and not drawn: {'; '.join(said)}."
-  fold = element("details", element("summary", "All metrics that are not above"), grids[1])
-  return [note(about), grids[0], *([fold] if {*rest} - still else [])]
+  more = [fold("All metrics that are not above", grids[1])] if {*rest} - still else []
+  return [note(about), grids[0], *more]
 
 
 def _notices(title: str, lines: list, class_: str) -> list[Html]:

@@ -30,10 +30,10 @@ p { margin: .5rem 0; max-width: 46rem; }
 .missing { margin: 1.25rem 0; color: var(--quiet); font-size: .9rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; min-width: min(100%, 40rem); margin-top: .75rem; }
-th, td { padding: .38rem 0 .38rem 1.5rem; border-bottom: 1px solid var(--rule);
+th, td { padding: .3rem 0 .3rem 1.4rem; border-bottom: 1px solid var(--rule);
   text-align: right; vertical-align: baseline; font-weight: 400; }
 td { white-space: nowrap; }
-.words { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.words { text-align: left; white-space: normal; overflow-wrap: break-word; }
 td:first-child, th:first-child { padding-left: 0; }
 th span { margin-left: .35rem; }
 thead th span { display: block; margin: 0; }
@@ -153,9 +153,14 @@ def figure(title: str, about: str, svg: str, legend=(), *, below: str = "") -> H
   if not isinstance(legend, Html):
     places = zip(("first", "second", "third", "fourth"), legend, strict=False)
     names = [element("span", element("i", class_=place), name) for place, name in places]
-    legend = element("div", *names, class_="legend")
+    legend = element("div", *names, class_="legend") if names else ""
   caption = element("figcaption", element("b", title), " ", element("span", about), legend)
   return element("figure", caption, Html(svg), *([note(below)] if below else []))
+
+
+def fold(title: str, *content: Html) -> Html:
+  """Returns what a reader sees only who opens it."""
+  return element("details", element("summary", title), *content)
 
 
 def grid(*figures: Html, least: int = 19) -> Html:

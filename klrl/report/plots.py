@@ -215,16 +215,18 @@ def bare(axes) -> None:
   axes.set_axisbelow(True)
 
 
-def plot(draw, x_label: str, *, width=4.6, height=2.8, x_ticks=None, y_ticks=None, **scales) -> str:
+def plot(
+  draw, x_label: str, *, width=4.6, height=2.8, left=0.42, x_ticks=None, y_ticks=None, **scales
+) -> str:
   """Returns the SVG markup of `draw(axes)`; ticks that are given make an axis logarithmic.
 
-  `scales` is passed on to the axes, as in yscale="log".
+  Sizes are in inches, `left` that of the labels beside the axes. `scales` is passed on to the axes,
+  as in yscale="log".
   """
 
   def draw_axes(figure):
-    inches = 0.42, 0.44  # of the labels left and below
-    axes = figure.add_axes((inches[0] / width, inches[1] / height, 0.985 - inches[0] / width,
-                            0.97 - inches[1] / height))  # fmt: skip
+    below = 0.44 / height
+    axes = figure.add_axes((left / width, below, 0.985 - left / width, 0.97 - below))
     axes.set(**scales)
     bare(axes)
     axes.minorticks_off()

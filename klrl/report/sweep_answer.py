@@ -48,8 +48,7 @@ def answer(
     f"{shown(gain, before[gain])}."
   )
   notes = []
-  start = before[gain], before.get(f"{gain}_stderr") or 0.0
-  if not apart(mine, start):
+  if not apart(mine, (before[gain], before.get(f"{gain}_stderr") or 0.0)):
     notes.append(f"This may be chance: it is within two standard errors of {start}.")
   near = [x for x in settings if x is not best and not apart(standings[x.name], mine)]
   if near:
@@ -85,9 +84,9 @@ def exact_answer(settings) -> tuple[str, list[str]]:
   far = {name: gap for name, gap in gaps.items() if not gap <= SMALL_GAP}
   worst = max(gaps, key=gaps.get)
   if far:
-    listed = ", ".join(f"{name} ({gap:.1%})" for name, gap in far.items())
+    listed = ", ".join(f"{name} ({gap:.1%} short)" for name, gap in far.items())
     if len(far) > 3:
-      listed = f"{len(far)} of {len(gaps)} did not, the worst is {worst} ({gaps[worst]:.1%})"
+      listed = f"{len(far)} of {len(gaps)} did not, the worst is {worst} ({gaps[worst]:.1%} short)"
     sentence = f"Not every member reached the best policy for its β: {listed}."
   else:
     sentence = (
