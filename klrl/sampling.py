@@ -227,8 +227,8 @@ def _make_generate_fn(policy, max_completion_len, eos_id, pad_id):
     )
     state = append(state, hidden)
 
-    # A step reads its whole cache, so each loop has one at most twice as long as its content, and no
-    # cache grows for rows that have ended.
+    # A step reads its whole cache, so the cache of a loop is at most twice as long as its content,
+    # and no cache grows for rows that have ended.
     def run_all(state, cache, filled, cache_lens):
       state, cache = run(state, cache, filled, cache_lens[0])
       if len(cache_lens) == 1:
