@@ -121,6 +121,28 @@ def test_oversampling_trains_on_what_it_keeps_as_if_nothing_else_had_been_sample
   assert of_all.controller.beta == pytest.approx(BETA + step, abs=1e-5)
 
 
+REWARD_K1 = {"kl_placement": "reward", "kl_estimator": "k1", "kl_correction": "none"}
+
+
+@pytest.mark.parametrize(
+  ("penalty", "divides_the_scores_alone"),
+  [
+    (REWARD_K1 | {"kl_credit": "sequence"}, False),
+    (REWARD_K1 | {"kl_credit": "token"}, True),
+    ({"kl_placement": "loss", "kl_credit": "token"}, True),
+  ],
+)
+def test_a_groups_deviation_raises_what_a_nat_costs_where_the_kl_is_not_divided_by_it(
+  penalty, divides_the_scores_alone
+):
+  scores = 3 * scores_of(BATCH)
+  _, figures = update(make_config(**penalty), make_rollout(BATCH), scores)
+  groups = scores.reshape(-1, 6)
+  deviation = groups.std(axis=1, ddof=1).mean() if divides_the_scores_alone else 1.0
+  assert abs(groups.std() - 1) > 0.3
+  assert figures["controller/effective_beta"] == pytest.approx(BETA * deviation, rel=1e-3)
+
+
 @pytest.mark.parametrize(
   ("settings", "beta", "held"),
   [

@@ -10,7 +10,7 @@ import textwrap
 import jax
 import pytest
 
-from experiments import distill, grpo, ppo, reinforce, reward_model, sft
+from experiments import distill, grpo, ppo, reward_model, sft
 from experiments.settings import rl
 from klrl.errors import UserError
 from klrl.models import load_policy, load_scalar
@@ -171,14 +171,6 @@ def test_interrupted_run_with_own_rewards_goes_on_bit_for_bit(runs, own, monkeyp
   assert moved["decoder"]["embed"]["embedding"] == 0
 
 
-def test_another_seed_gives_another_run(runs, own):
-  lines = []
-  for seed in (0, 1):
-    ppo.main(ppo.Config(**{**own, "num_iterations": 1}, seed=seed, workdir=f"seed{seed}"))
-    lines.append((runs / f"seed{seed}/metrics.jsonl").read_text())
-  assert lines[0] != lines[1]
-
-
 def test_nan_score_stops_the_run_and_keeps_what_was_saved(runs, own):
   (runs / "nan.py").write_text(
     textwrap.dedent("""
@@ -207,14 +199,6 @@ def test_reference_and_value_model_of_ones_own(runs, own):
     )
   )
   assert json.loads((workdir / "summary.json").read_text())["kl_ref_exact_before"] > 0
-
-
-def test_without_kl_the_reference_is_never_loaded(runs, own):
-  config = ppo.Config(
-    **{**own, "num_iterations": 1, "kl_every": 0, "kl_placement": "none"}, workdir="no-kl"
-  )
-  summary = json.loads((ppo.main(config) / "summary.json").read_text())
-  assert summary["kl_ref_k1"] is None and summary["score_after"] is not None
 
 
 @pytest.mark.parametrize(
@@ -249,55 +233,42 @@ def test_models_with_different_tokenizers_are_refused(runs, own):
     ppo.main(ppo.Config(**own, reference=str(STORIES), workdir="wrong"))
 
 
-CRITIC_FREE = {
-  name: value for name, value in TINY.items() if name not in ("num_epochs", "num_minibatches")
-}
-
-
-def test_reinforce_and_grpo_train_no_value_model(runs, own):
-  runs_of = {
-    "reinforce": (reinforce, {**CRITIC_FREE, **STAGES}),
-    "dapo": (
-      grpo,
-      {
-        **own,
-        "num_epochs": 2,
-        "group_size": 4,
-        "oversampling": 2,
-        "overlong_buffer": 2,
-        "kl_placement": "none",
-      },
-    ),
+def test_dapo_trains_no_value_model_and_without_kl_no_reference_is_loaded(runs, own):
+  dapo = {
+    "num_epochs": 2,
+    "group_size": 4,
+    "oversampling": 2,
+    "overlong_buffer": 2,
+    "kl_placement": "none",
+    "kl_every": 0,
   }
-  for name, (experiment, settings) in runs_of.items():
-    workdir = experiment.main(experiment.Config(**settings, workdir=name))
-    summary = json.loads((workdir / "summary.json").read_text())
-    assert summary["num_iterations"] == TINY["num_iterations"]
-    assert not (workdir / "value_model").exists()
-    assert "kl_penalty" in summary
-    load_policy(workdir)
-  lines = read_lines(runs / "dapo/metrics.jsonl")
+  workdir = grpo.main(grpo.Config(**{**own, **dapo}, workdir="dapo"))
+  summary = json.loads((workdir / "summary.json").read_text())
+  assert summary["num_iterations"] == TINY["num_iterations"]
+  assert summary["kl_ref_k1"] is None and summary["score_after"] is not None
+  assert not (workdir / "value_model").exists()
+  assert "kl_penalty" in summary
+  load_policy(workdir)
+  lines = read_lines(workdir / "metrics.jsonl")
   assert all(0 <= line["rollout/informative_groups"] <= 1 for line in lines)
 
 
-@pytest.mark.parametrize("divergence", ["reverse", "forward", "jensen_shannon"])
-def test_a_student_comes_closer_to_its_teacher(runs, own, divergence):
+def test_a_student_comes_closer_to_its_teacher(runs, own):
   names = ("policy", "prompts", "max_completion_len", "num_eval_rows", "mesh", "batch_size")
   settings = {name: own[name] for name in names}
   workdir = distill.main(
     distill.Config(
       **settings,
       teacher="embedded",
-      divergence=divergence,
+      divergence="jensen_shannon",
       num_iterations=20,
       learning_rate=1e-3,
-      workdir=f"distilled-{divergence}",
+      workdir="distilled",
     )
   )
   summary = json.loads((workdir / "summary.json").read_text())
   assert summary["kl_ref_exact_after"] < 0.5 * summary["kl_ref_exact_before"]
-  assert ("KL(ref||pi)" in summary["kl_penalty"]) == (divergence == "forward")
-  assert ("Jensen-Shannon" in summary["kl_penalty"]) == (divergence == "jensen_shannon")
+  assert "Jensen-Shannon" in summary["kl_penalty"]
 
 
 def test_distillation_wants_a_teacher_and_one_divergence(own):
@@ -308,17 +279,13 @@ def test_distillation_wants_a_teacher_and_one_divergence(own):
 
 
 def test_pretraining_texts_are_mixed_into_the_loss(runs, own):
-  (runs / "texts.jsonl").write_text('{"text": "12+34=46"}\n{"text": "1"}\n' * 8)
   (runs / "texts.txt").write_text("<|endoftext|>".join(["12+34=46", "1"] * 8))
-  settings = {**own, "num_iterations": 2, "max_prompt_len": 8}
-  losses = []
-  for ptx_coef, file in ((0.1, "texts.jsonl"), (50.0, "texts.txt")):
-    config = ppo.Config(
-      **settings, pretrain_data=file, ptx_coef=ptx_coef, workdir=f"ptx-{ptx_coef}"
-    )
-    workdir = ppo.main(config)
-    losses.append(read_lines(workdir / "metrics.jsonl")[-1]["policy/pretraining_loss"])
-  assert losses[1] < losses[0]
+  settings = {**own, "num_iterations": 2, "max_prompt_len": 8, "learning_rate": 1e-2}
+  workdir = ppo.main(
+    ppo.Config(**settings, pretrain_data="texts.txt", ptx_coef=50.0, workdir="texts")
+  )
+  first, last = (line["policy/pretraining_loss"] for line in read_lines(workdir / "metrics.jsonl"))
+  assert last < first - 0.1
 
 
 @pytest.mark.parametrize(
@@ -361,8 +328,6 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
   ("arguments", "message"),
   [
     (["--trust_region=hope"], "value should be one of"),
-    (["--beta=-1"], "Error: --beta=-1.0: must be at least 0.0."),
-    (["--policy=nowhere"], "Error: --policy, a model of yours, needs prompts"),
     (["--kl_placement=none", "--beta=0.1"], "Error: --beta is set, but nothing reads it"),
   ],
 )

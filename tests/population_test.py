@@ -93,19 +93,27 @@ def set_up(config, mesh):
   return rlhf.set_up(config, mesh, models, inputs.load_task(config, models))
 
 
-def swept(config, members=None, num_iterations=NUM_ITERATIONS):
-  """Returns (members, state, metrics of each iteration) of a sweep without judge and folders."""
-  members = members or experiment.members_of(config)
-  mesh = parallel.sweep_mesh(config.mesh, len(members))
-  setup = set_up(members[0].config, mesh)
-  state, shardings = population.init_state(setup, [member.config for member in members])
-  lift = functools.partial(parallel.map_members, mesh, members_per_batch=config.members_per_batch)
-  step = rlhf.make_step_fn(setup, shardings, lift=lift, guard=population.guarded)
-  found = []
-  for iteration in range(num_iterations):
-    state, pairs = step(state, iteration)
-    found.append(jax.device_get(pairs))
-  return members, jax.device_get(state), found
+def swept(*configs):
+  """Returns of each sweep, without judge and folders, (states, metrics), each of all iterations.
+
+  One compiled program runs them all: their members differ in what is traced.
+  """
+  members = [experiment.members_of(config) for config in configs]
+  mesh = parallel.sweep_mesh(configs[0].mesh, len(members[0]))
+  setup, lift, found = set_up(members[0][0].config, mesh), None, []
+  for of_sweep in members:
+    state, shardings = population.init_state(setup, [member.config for member in of_sweep])
+    if lift is None:
+      per_batch = configs[0].members_per_batch
+      lift = functools.partial(parallel.map_members, mesh, members_per_batch=per_batch)
+      step = rlhf.make_step_fn(setup, shardings, lift=lift, guard=population.guarded)
+    states, metrics = [], []
+    for iteration in range(NUM_ITERATIONS):
+      state, pairs = step(state, iteration)
+      states.append(jax.device_get(state))
+      metrics.append(jax.device_get(pairs))
+    found.append((states, metrics))
+  return found
 
 
 def singles(config, num_iterations=NUM_ITERATIONS):
@@ -140,16 +148,19 @@ MANY = {
 }
 
 
+@functools.cache
+def many(name):
+  return swept(make_config(name, **MANY[name]))[0]
+
+
 @pytest.mark.parametrize("name", MANY)
 def test_a_member_is_its_single_run_bit_for_bit(name):
-  config = make_config(name, **MANY[name])
-  members, state, found = swept(config)
-  assert len(members) == 4
-  for i, (single, single_found) in enumerate(singles(config)):
+  (*_, state), found = many(name)
+  for i, (single, single_found) in enumerate(singles(make_config(name, **MANY[name]))):
     chex.assert_trees_all_equal(member_of(state.run, i), single)
     for of_all, of_one in zip(found, single_found, strict=True):
       chex.assert_trees_all_equal(member_of(of_all, i), jax.tree.map(np.asarray, of_one))
-  assert (state.diverged_at == 0).all()
+  assert (state.diverged_at == np.zeros(4)).all()
   found = state.run.params["policy"]["decoder"]["embed"]["embedding"]
   assert all(np.abs(found[i] - found[j]).max() > 1e-5 for i in range(4) for j in range(i))
 
@@ -165,19 +176,21 @@ def test_all_that_a_member_starts_with_is_its_own():
 
 
 def test_a_diverging_member_stays_as_it_was_and_touches_no_other():
-  config = make_config("reinforce", sweep="learning_rate=1e-3,1e30,1e-2")
-  members, state, found = swept(config)
-  _, good, good_found = swept(config, [members[0], members[2]])
+  ((first, _, state), found), ((*_, good), good_found) = swept(
+    *(
+      make_config("reinforce", sweep=f"learning_rate=1e-3,{second},1e-2")
+      for second in ("1e30", "1e-4")
+    )
+  )
   # Its first step ends at numbers that are finite, its second does not.
   assert state.diverged_at.tolist() == [0, 2, 0] and not good.diverged_at.any()
-  for i, j in ((0, 0), (2, 1)):
-    chex.assert_trees_all_equal(member_of(state, i), member_of(good, j))
-    for of_three, of_two in zip(found, good_found, strict=True):
-      chex.assert_trees_all_equal(member_of(of_three, i), member_of(of_two, j))
+  for i in (0, 2):
+    chex.assert_trees_all_equal(member_of(state, i), member_of(good, i))
+    for of_bad, of_good in zip(found, good_found, strict=True):
+      chex.assert_trees_all_equal(member_of(of_bad, i), member_of(of_good, i))
   assert state.run.iteration.tolist() == [3, 1, 3]
   chex.assert_tree_all_finite(state.run.params)
-  _, once, _ = swept(config, members[:2], num_iterations=1)
-  chex.assert_trees_all_equal(member_of(state.run, 1), member_of(once.run, 1))
+  chex.assert_trees_all_equal(member_of(state.run, 1), member_of(first.run, 1))
 
 
 class Run(NamedTuple):
@@ -214,24 +227,12 @@ def test_the_parameters_of_a_member_are_sent_alone():
     np.testing.assert_array_equal(own.view(np.int32), np.asarray(kernel[i]).view(np.int32))
 
 
-@pytest.fixture(scope="module")
-def one_by_one():
-  """Returns the members of a sweep on one device, one at a time."""
-  return swept(make_config(sweep="beta=0,0.3,0.5,0.7"))
-
-
-@pytest.mark.parametrize(
-  "layout",
-  [
-    {"mesh": "sweep=2,fsdp=2"},
-    {"members_per_batch": 3},
-    {"mesh": "sweep=2,data=2", "members_per_batch": 2},
-  ],
-)
-def test_devices_and_batches_of_members_change_nothing_but_rounding(one_by_one, layout):
-  _, one, one_found = one_by_one
-  members, several, several_found = swept(make_config(sweep="beta=0,0.3,0.5,0.7", **layout))
-  assert not any("sweep" in member.config.mesh for member in members)
+def test_devices_and_batches_of_members_change_nothing_but_rounding():
+  (*_, one), one_found = many("ppo")
+  layout = {"mesh": "sweep=2,fsdp=2", "members_per_batch": 2}
+  config = make_config(**MANY["ppo"], **layout)
+  assert not any("sweep" in member.config.mesh for member in experiment.members_of(config))
+  (((*_, several), several_found),) = swept(config)
   for a, b in zip(one_found, several_found, strict=True):
     chex.assert_trees_all_close(a, b, rtol=1e-4, atol=1e-5)
   chex.assert_trees_all_close(one.run.params, several.run.params, atol=1e-5)
@@ -279,7 +280,7 @@ def test_own_rewards_score_all_members_in_one_call(monkeypatch):
     return real(weighted, records, texts, *others)
 
   monkeypatch.setattr(rlhf.rewards, "weighted_scores", counted)
-  _, state, found = swept(config)
+  (((*_, state), found),) = swept(config)
   assert calls == [4 * 8] * NUM_ITERATIONS
   for i, (single, single_found) in enumerate(singles(config)):
     chex.assert_trees_all_equal(member_of(state.run, i), single)
@@ -357,11 +358,14 @@ def test_each_member_is_judged_at_its_own_temperature():
   assert entropies[0] < 0.8 * entropies[1]
 
 
-def test_an_interrupted_sweep_goes_on_bit_for_bit_on_other_devices(monkeypatch, request):
+def test_an_interrupted_sweep_goes_on_bit_for_bit_on_other_devices(monkeypatch, request, tmp_path):
   if BIT_FOR_BIT not in os.environ:  # In a process of its own, which compiles as a run does.
     command = [sys.executable, "-m", "pytest", "-n0", f"{__file__}::{request.node.name}"]
     inherited = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST")}
     own = inherited | {BIT_FOR_BIT: "1", "XLA_FLAGS": ""}
+    # What goes on where it began compiles nothing anew.
+    own |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    own |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     root = pathlib.Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""Tests of where a run's arrays are made."""
+"""Tests of where a run's arrays are made, and of whose scores a completion is taught by."""
 
 import collections
 import dataclasses
@@ -8,13 +8,14 @@ import sys
 import jax
 import numpy as np
 import pytest
-from small_decoders import arithmetic_decoder
+from small_decoders import BAG, BAG_VALUE, arithmetic_decoder, bag_params, bag_value_params
 
-from experiments import ppo
+from experiments import grpo, ppo
 from klrl import inputs, rlhf, supervised
 from klrl.devices import parallel
 from klrl.models import policy_model, scalar_model, scalar_params_from
-from klrl.tasks import arithmetic
+from klrl.tasks import arithmetic, data
+from klrl.tasks.rewards import Reward
 
 # Wide, so that what is never split, norms and biases, is little.
 DECODER = dataclasses.replace(arithmetic_decoder(num_heads=2, mlp_dim=256, max_len=32), width=64)
@@ -104,3 +105,43 @@ def test_a_head_on_a_policy_copies_nothing_to_a_device(models):
   _, found = models
   head, peaks = peaks_of(lambda: scalar_params_from(found.policy_params)["head"])
   assert head.shape == (64, 1) and not peaks
+
+
+def trained(rewards):
+  """Returns (parameters before, after two iterations of GRPO) with these rewards of the host."""
+  tokenizer = arithmetic.make_tokenizer()
+  size = tokenizer.tokenizer.get_vocab_size()
+  records = arithmetic.prompt_records(held_out=False)[:12]
+  prompts = data.encode_prompts(records, tokenizer, max_prompt_len=8)
+  policy, reference = (bag_params(size, seed=seed) for seed in (0, 1))
+  scorer = BAG_VALUE, bag_value_params(size, seed=2)
+  models = inputs.Models(tokenizer, BAG, policy, {}, BAG, BAG, reference, None, None, *scorer)
+  task = inputs.Task(prompts, prompts, 4, rewards, None, None)
+  config = grpo.Config(batch_size=8, group_size=4, num_minibatches=1, kl_every=0)
+  setup = rlhf.set_up(config, parallel.make_mesh("data=1"), models, task)
+  state = rlhf.init_state(setup)
+  step = rlhf.make_step_fn(setup, parallel.state_shardings(setup.mesh, state))
+  for iteration in range(2):
+    state, _ = step(state, iteration)
+  return policy, jax.device_get(state.params["policy"])
+
+
+def test_scores_of_the_host_teach_what_the_same_scores_of_the_device_teach():
+  calls = []
+
+  def noted(prompts, completions, prompt_ids, **columns):
+    calls.append((prompts, prompt_ids))
+    return np.zeros(len(prompts))
+
+  before, by_device = trained([])
+  _, by_host = trained([Reward("model", 1.0, None), Reward("noted", 1.0, noted)])
+  for of_device, of_host in zip(*map(jax.tree.leaves, (by_device, by_host)), strict=True):
+    np.testing.assert_allclose(of_device, of_host, atol=1e-6)
+  assert np.abs(by_device["unembedding"] - before["unembedding"]).max() > 1e-4
+  # Those of a group continue one prompt, and it is the one whose columns the reward is given.
+  encode = arithmetic.make_tokenizer().tokenizer.encode
+  for prompts, prompt_ids in calls:
+    groups = np.reshape(prompts, (2, 4))
+    assert (groups == groups[:, :1]).all() and groups[0, 0] != groups[1, 0]
+    assert prompt_ids == [encode(prompt).ids for prompt in prompts]
+  assert len(calls) == 2

@@ -61,8 +61,17 @@ def _head(params, hidden):
   return hidden @ params["head"]
 
 
+def _values(params, tokens, mask):
+  return _head(params, _hidden(params, tokens, mask))
+
+
+# What is not there adds nothing, so the last position has seen what the last real token has.
 BAG_VALUE = ScalarModel(
-  None, None, _head, lambda params, *texts: _head(params, _hidden(params, *texts)), scores=None
+  config=None,
+  init=None,
+  head=_head,
+  values=_values,
+  scores=lambda params, tokens, mask: _values(params, tokens, mask)[:, -1],
 )
 
 

@@ -164,6 +164,20 @@ def test_the_order_of_rows_and_groups_is_nothing(name):
   assert_same_update(run(name, make_batch(order=order)), whole(name))
 
 
+def test_pretraining_texts_count_by_their_real_tokens_after_the_first():
+  params, (_, _, texts) = models()[0]["policy"], make_batch()
+  embedded = np.where(texts.mask[..., None], params["decoder"]["embedding"][texts.tokens], 0)
+  logits = np.tanh(embedded.cumsum(axis=1)) @ params["unembedding"]
+  log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+  losses = [
+    -log_probs[i, t - 1, texts.tokens[i, t]]
+    for i, length in enumerate(LENGTHS[::-1])
+    for t in range(1, length)
+  ]
+  found = whole("clip")[1]["policy/pretraining_loss"]
+  np.testing.assert_allclose(found, np.mean(losses), rtol=1e-5)
+
+
 def test_a_group_may_lie_on_several_devices():
   mesh = parallel.make_mesh("data=2,fsdp=2")
   assert_same_update(run("gspo", make_batch(), mesh=mesh), whole("gspo"))
