@@ -43,24 +43,21 @@ def _gae(rewards, values, mask, bootstrap_values, gamma=GAMMA, gae_lambda=GAE_LA
 
 
 class GAETest(chex.TestCase):
-  @chex.all_variants
   def test_golden(self):
     # delta = (1 + .5 * 4 - 2, 3 - 4) = (1, -1); gamma * lambda = 1/4.
     rewards, values = jnp.array([[1.0, 3.0, 9.0]]), jnp.array([[2.0, 4.0, 9.0]])
     mask = jnp.array([[True, True, False]])
-    fn = self.variant(lambda *args: ops.gae(*args, gamma=0.5, gae_lambda=0.5))
+    fn = jax.jit(lambda *args: ops.gae(*args, gamma=0.5, gae_lambda=0.5))
     advantages, returns = fn(rewards, values, mask)
     np.testing.assert_allclose(advantages, [[0.75, -1.0, 0.0]])
     np.testing.assert_allclose(returns, [[2.75, 3.0, 0.0]])
 
-  @chex.all_variants
   def test_equals_a_loop_that_removes_masked_tokens(self):
     rewards, values, _, _, mask, bootstrap_values = _random_batch()
     truth = _loop(rewards, values, mask, bootstrap_values, np.ones(mask.shape), GAMMA, GAE_LAMBDA)
-    output = self.variant(_gae)(rewards, values, mask, bootstrap_values)
+    output = jax.jit(_gae)(rewards, values, mask, bootstrap_values)
     np.testing.assert_allclose(output, truth, rtol=1e-4, atol=1e-5)
 
-  @chex.all_variants
   def test_padding_reaches_neither_value_nor_gradient(self):
     rewards, values, _, _, mask, bootstrap_values = _random_batch()
     weights = jnp.sin(jnp.arange(1.0, mask.size + 1)).reshape(mask.shape)
@@ -72,7 +69,7 @@ class GAETest(chex.TestCase):
     gradient = jax.value_and_grad(total, argnums=(0, 1, 2))
     clean = gradient(rewards, values, bootstrap_values)
     dirty = [np.where(mask, x, np.float32(bad)) for x, bad in ((rewards, np.nan), (values, np.inf))]
-    output = self.variant(gradient)(*dirty, bootstrap_values)
+    output = jax.jit(gradient)(*dirty, bootstrap_values)
     chex.assert_trees_all_close(output, clean, rtol=1e-5, atol=1e-6)
 
   def test_it_ends_after_the_last_real_token_unless_bootstrapped(self):
@@ -123,14 +120,13 @@ class GAETest(chex.TestCase):
 
 
 class VTraceTest(chex.TestCase):
-  @chex.all_variants
   @parameterized.parameters(1.0, 2.0)
   def test_equals_a_loop_with_nan_in_the_padding(self, max_ratio):
     rewards, values, log_probs, old_log_probs, mask, bootstrap_values = _random_batch()
     weights = np.minimum(np.exp(log_probs - old_log_probs), max_ratio)
     truth = _loop(rewards, values, mask, bootstrap_values, weights, GAMMA, GAE_LAMBDA)
     dirty = [np.where(mask, x, np.float32(np.nan)) for x in (log_probs, old_log_probs, rewards)]
-    output = self.variant(
+    output = jax.jit(
       lambda *args: ops.vtrace(
         *args[:-1],
         gamma=GAMMA,
@@ -143,11 +139,10 @@ class VTraceTest(chex.TestCase):
 
 
 class DiscountedReturnsTest(chex.TestCase):
-  @chex.all_variants
   def test_golden_with_a_masked_token_inside(self):
     # 4 + 10/2 = 9 at the end; 2 + 9/2 = 6.5 where the token between is skipped.
     rewards, mask = jnp.array([[2.0, jnp.nan, 4.0, jnp.inf]]), jnp.array([[1, 0, 1, 0]], bool)
-    fn = self.variant(
+    fn = jax.jit(
       lambda rewards, bootstrap: ops.discounted_returns(
         rewards, mask, gamma=0.5, bootstrap_values=bootstrap
       )
@@ -158,7 +153,6 @@ class DiscountedReturnsTest(chex.TestCase):
 
 
 class GroupTest(chex.TestCase):
-  @chex.all_variants
   @parameterized.named_parameters(
     # Mean 3, squared deviations 4, 1, 9: sample variance 14 / 2.
     ("relative", ops.group_relative, np.array([-2, -1, 3]) / (np.sqrt(7) + 1e-4)),
@@ -167,22 +161,20 @@ class GroupTest(chex.TestCase):
   )
   def test_golden(self, fn, expected):
     scores = jnp.array([[1.0, 2.0, 6.0], [1.0, 2.0, 6.0]])
-    np.testing.assert_allclose(self.variant(fn)(scores), [expected] * 2, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(fn)(scores), [expected] * 2, rtol=1e-6)
 
-  @chex.all_variants
   @parameterized.named_parameters(
     ("relative", ops.group_relative),
     ("centred", ops.group_centred),
     ("leave_one_out", ops.leave_one_out),
   )
   def test_groups_of_one_and_of_equals_give_zero(self, fn):
-    np.testing.assert_array_equal(self.variant(fn)(jnp.array([[3.0], [4.0]])), np.zeros((2, 1)))
+    np.testing.assert_array_equal(jax.jit(fn)(jnp.array([[3.0], [4.0]])), np.zeros((2, 1)))
     np.testing.assert_array_equal(fn(jnp.full((2, 4), 0.5)), np.zeros((2, 4)))
     self.assertEqual(fn(jnp.array([1, 0, 0])).dtype, jnp.float32)
 
 
 class WhitenTest(chex.TestCase):
-  @chex.all_variants
   @parameterized.parameters(True, False)
   def test_golden_with_nan_and_inf_in_the_padding(self, shift_mean):
     # 1, 3, 5: mean 3, population variance 8/3.
@@ -190,9 +182,9 @@ class WhitenTest(chex.TestCase):
     mask = jnp.array([[1, 0, 1], [1, 0, 0]], bool)
     step, mean = 2 / np.sqrt(8 / 3), 0.0 if shift_mean else 3.0
     expected = [[mean - step, 0, mean], [mean + step, 0, 0]]
-    fn = self.variant(lambda x, mask: ops.whiten(x, mask, shift_mean=shift_mean))
+    fn = jax.jit(lambda x, mask: ops.whiten(x, mask, shift_mean=shift_mean))
     np.testing.assert_allclose(fn(x, mask), expected, rtol=1e-5, atol=1e-6)
-    gradient = self.variant(jax.grad(lambda x: ops.whiten(x, mask)[0, 0]))(x)
+    gradient = jax.jit(jax.grad(lambda x: ops.whiten(x, mask)[0, 0]))(x)
     clean = jax.grad(lambda x: ops.whiten(x, mask)[0, 0])(jnp.where(mask, x, 7.0))
     np.testing.assert_allclose(gradient, clean, rtol=1e-5, atol=1e-6)
 

@@ -45,11 +45,10 @@ def _start(beta=1.0):
 
 
 class ControllersTest(chex.TestCase):
-  @chex.all_variants
   @parameterized.named_parameters((name, *case) for name, case in CASES.items())
   def test_golden(self, rule, coefficients, measured_kls, expected):
     names = list(coefficients)
-    step = self.variant(
+    step = jax.jit(
       lambda state, kl, *values: rule(state, kl, **dict(zip(names, values, strict=True)))
     )
     state, betas = _start(), []

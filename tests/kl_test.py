@@ -48,7 +48,6 @@ def _assert_accumulated_in_float32(outputs, narrow):
 
 
 class EstimatorsTest(chex.TestCase):
-  @chex.all_variants
   @parameterized.named_parameters(
     # log_ratio = log 2, -log 2; exp(-log_ratio) = 1/2, 2.
     ("k1", ops.k1, [np.log(2), -np.log(2)]),
@@ -60,7 +59,7 @@ class EstimatorsTest(chex.TestCase):
   )
   def test_golden(self, estimator, expected):
     log_probs, other = jnp.log(jnp.array([[0.5, 0.25]])), jnp.log(jnp.array([[0.25, 0.5]]))
-    np.testing.assert_allclose(self.variant(estimator)(log_probs, other), [expected], rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(estimator)(log_probs, other), [expected], rtol=1e-5)
 
   @parameterized.named_parameters(
     ("k1", ops.k1, KL_PI_REF),
@@ -96,11 +95,10 @@ class EstimatorsTest(chex.TestCase):
     np.testing.assert_allclose(output[0], value, rtol=1e-12)
     np.testing.assert_allclose(output[1], gradient, atol=1e-14)
 
-  @chex.all_variants
   @parameterized.named_parameters(*ops.KL_ESTIMATORS.items())
   def test_every_estimator_in_the_table(self, estimator):
     log_probs = -jnp.arange(1.0, 7.0).reshape(2, 3)
-    fn = self.variant(estimator)
+    fn = jax.jit(estimator)
     np.testing.assert_array_equal(fn(log_probs, log_probs), np.zeros((2, 3)))
     chex.assert_numerical_grads(
       lambda x, y: fn(x, y).sum(), (log_probs, 0.9 * log_probs), order=1, atol=1e-2, rtol=1e-2
@@ -119,7 +117,6 @@ class EstimatorsTest(chex.TestCase):
     large = np.abs(log_ratio) > 1e-4
     np.testing.assert_allclose(values[large] / (log_ratio[large] ** 2 / 2), 1.0, atol=1.0)
 
-  @chex.all_variants
   @parameterized.named_parameters(
     ("k2", ops.k2), ("k3", ops.k3), ("kl_old_new", ops.kl_old_new), ("kl_new_old", ops.kl_new_old)
   )
@@ -131,16 +128,15 @@ class EstimatorsTest(chex.TestCase):
     def total(log_probs):
       return estimator(ops.zero_padding(log_probs, mask), ops.zero_padding(other, mask)).sum()
 
-    value, gradient = self.variant(jax.value_and_grad(total))(log_probs)
+    value, gradient = jax.jit(jax.value_and_grad(total))(log_probs)
     kept = jax.value_and_grad(lambda x: estimator(x, jnp.array(other[mask])).sum())(log_probs[mask])
     np.testing.assert_allclose(value, kept[0], rtol=1e-6)
     np.testing.assert_allclose(gradient, [kept[1][0], 0, kept[1][1], 0], rtol=1e-6)
 
 
 class ExactKLTest(chex.TestCase):
-  @chex.all_variants
   def test_golden_value_and_gradient(self):
-    kl = self.variant(jax.value_and_grad(lambda x, y: ops.exact_kl(x, y).sum(), argnums=(0, 1)))
+    kl = jax.jit(jax.value_and_grad(lambda x, y: ops.exact_kl(x, y).sum(), argnums=(0, 1)))
     value, (d_logits, d_ref_logits) = kl(jnp.log(PI)[None] + 3.0, jnp.log(REF)[None] - 1.0)
     np.testing.assert_allclose(value, KL_PI_REF, rtol=1e-5)
     np.testing.assert_allclose(d_logits[0], GRADIENT_PI_REF, atol=1e-6)
@@ -160,12 +156,11 @@ class ExactKLTest(chex.TestCase):
     logits = jax.random.normal(jax.random.key(0), (5, 7))
     np.testing.assert_array_equal(ops.exact_kl(logits, logits), np.zeros(5))
 
-  @chex.all_variants
   def test_tokens_that_the_policy_excludes_add_nothing(self):
     def total(logits, ref_logits, temperature):
       return ops.exact_kl(logits, ref_logits, temperature=temperature).sum()
 
-    gradient = self.variant(jax.value_and_grad(total, argnums=(0, 1, 2)))
+    gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
     logits = jnp.array([[1.0, -jnp.inf, 0.3]])
     both = gradient(logits, jnp.array([[0.2, -jnp.inf, 0.1]]), jnp.float32(0.9))
     kept = gradient(logits[:, ::2], jnp.array([[0.2, 0.1]]), jnp.float32(0.9))
@@ -194,7 +189,6 @@ class ExactKLFromHiddenTest(chex.TestCase):
     kl = ops.exact_kl_from_hidden(*args[:4], temperature=args[4], chunk_size=chunk_size)
     return (jnp.sin(jnp.arange(1.0, 11.0)).reshape(2, 5) * kl).sum()
 
-  @chex.all_variants
   @parameterized.parameters(1, 3, None)  # 10 rows: 10 chunks, 4 of which the last is short, one
   def test_it_equals_the_dense_form_in_value_and_gradient(self, chunk_size):
     def dense(hidden, unembedding, ref_hidden, ref_unembedding, temperature):
@@ -207,7 +201,7 @@ class ExactKLFromHiddenTest(chex.TestCase):
 
     with jax.enable_x64(True):
       outputs = [
-        self.variant(jax.value_and_grad(fn, argnums=range(5)))(
+        jax.jit(jax.value_and_grad(fn, argnums=range(5)))(
           *self._inputs(jnp.float64), jnp.float64(0.8)
         )
         for fn in (dense, chunked)
@@ -303,12 +297,11 @@ class ExactJSDTest(chex.TestCase):
   def _logits(self, dtype=jnp.float32):
     return 2 * jax.random.normal(jax.random.key(0), (2, 3, 4, 6)).astype(dtype)
 
-  @chex.all_variants
   @parameterized.parameters(0.1, 0.5, 0.8)
   def test_equals_the_definition_in_float64(self, weight):
     with jax.enable_x64(True):
       logits, ref_logits = self._logits(jnp.float64)
-      jsd = self.variant(lambda *args: ops.exact_jsd(*args, weight=weight, temperature=0.7))
+      jsd = jax.jit(lambda *args: ops.exact_jsd(*args, weight=weight, temperature=0.7))
       value = jsd(logits, ref_logits)
       self.assertEqual(value.dtype, jnp.float64)
       np.testing.assert_allclose(value, _jsd_by_loop(logits, ref_logits, weight, 0.7), rtol=1e-12)
@@ -349,12 +342,11 @@ class ExactJSDTest(chex.TestCase):
     np.testing.assert_allclose(ops.exact_jsd(*apart, weight=0.3), bound, rtol=1e-6)
     self.assertLess(ops.exact_jsd(*self._logits(), weight=0.3).max(), bound)
 
-  @chex.all_variants
   def test_excluded_tokens_cost_what_the_definition_says(self):
     def total(logits, ref_logits, temperature):
       return ops.exact_jsd(logits, ref_logits, weight=0.3, temperature=temperature).sum()
 
-    gradient = self.variant(jax.value_and_grad(total, argnums=(0, 1, 2)))
+    gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
     infinity = jnp.inf
     both = gradient(jnp.array([1.0, -infinity, 0.3]), jnp.array([0.2, -infinity, 0.1]), 0.9)
     kept = gradient(jnp.array([1.0, 0.3]), jnp.array([0.2, 0.1]), 0.9)
@@ -389,7 +381,6 @@ class ExactJSDFromHiddenTest(chex.TestCase):
     """A scalar in which no two rows weigh the same."""
     return (jnp.sin(jnp.arange(1.0, 11.0)).reshape(2, 5) * jsd).sum()
 
-  @chex.all_variants
   @parameterized.parameters(1, 3, None)
   def test_it_equals_the_definition_in_value_and_gradient(self, chunk_size):
     def dense(hidden, unembedding, ref_hidden, ref_unembedding, weight, temperature):
@@ -408,7 +399,7 @@ class ExactJSDFromHiddenTest(chex.TestCase):
     with jax.enable_x64(True):
       args = (*self._inputs(jnp.float64), jnp.float64(0.3), jnp.float64(0.8))
       outputs = [
-        self.variant(jax.value_and_grad(fn, argnums=range(6)))(*args) for fn in (dense, chunked)
+        jax.jit(jax.value_and_grad(fn, argnums=range(6)))(*args) for fn in (dense, chunked)
       ]
       chex.assert_trees_all_equal_dtypes(*outputs)
       chex.assert_trees_all_close(*outputs, rtol=1e-10, atol=1e-10)

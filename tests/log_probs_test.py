@@ -58,24 +58,22 @@ def _sizes(jaxpr):
 
 
 class LogitsTest(chex.TestCase):
-  @chex.all_variants
   def test_golden(self):
     # softmax(log 6, log 3, log 3) = 1/2, 1/4, 1/4; at temperature 1/2 the squares: 2/3, 1/6, 1/6.
     logits = jnp.log(jnp.array([[6.0, 3.0, 3.0], [6.0, 3.0, 3.0]]))
     tokens = jnp.array([0, 2])
-    log_probs = self.variant(ops.token_log_probs)(logits, tokens)
+    log_probs = jax.jit(ops.token_log_probs)(logits, tokens)
     np.testing.assert_allclose(log_probs, np.log([1 / 2, 1 / 4]), rtol=1e-6)
-    np.testing.assert_allclose(self.variant(ops.entropy)(logits), [1.5 * np.log(2)] * 2, rtol=1e-6)
-    cold = self.variant(lambda x, y: ops.token_log_probs(x, y, temperature=0.5))(logits, tokens)
+    np.testing.assert_allclose(jax.jit(ops.entropy)(logits), [1.5 * np.log(2)] * 2, rtol=1e-6)
+    cold = jax.jit(lambda x, y: ops.token_log_probs(x, y, temperature=0.5))(logits, tokens)
     np.testing.assert_allclose(cold, np.log([2 / 3, 1 / 6]), rtol=1e-6)
 
-  @chex.all_variants
   @parameterized.parameters(0.7, 3.0)
   def test_equals_a_loop(self, temperature):
     hidden, unembedding, tokens = _inputs()
     logits = hidden @ unembedding
     truth = _reference(logits, np.asarray(tokens), temperature)
-    output = self.variant(
+    output = jax.jit(
       lambda logits, tokens, temperature: (
         ops.token_log_probs(logits, tokens, temperature=temperature),
         ops.entropy(logits, temperature=temperature),
@@ -83,7 +81,6 @@ class LogitsTest(chex.TestCase):
     )(logits, tokens, jnp.float32(temperature))
     np.testing.assert_allclose(output, truth, rtol=1e-5, atol=1e-6)
 
-  @chex.all_variants
   def test_excluded_logits_give_no_nan(self):
     logits = jnp.array([[1.0, -jnp.inf, 0.5, -jnp.inf]])
     kept = jnp.array([[1.0, 0.5]])
@@ -94,7 +91,7 @@ class LogitsTest(chex.TestCase):
         + 2 * ops.entropy(logits, temperature=temperature)
       ).sum()
 
-    gradients = self.variant(jax.value_and_grad(outputs, argnums=(0, 2)))
+    gradients = jax.jit(jax.value_and_grad(outputs, argnums=(0, 2)))
     value, (d_logits, d_temperature) = gradients(logits, jnp.array([2]), jnp.float32(0.8))
     truth, (d_kept, d_truth) = gradients(kept, jnp.array([1]), jnp.float32(0.8))
     np.testing.assert_allclose(value, truth, rtol=1e-6)
@@ -134,7 +131,6 @@ class LogitsTest(chex.TestCase):
 
 
 class HiddenTest(chex.TestCase):
-  @chex.all_variants
   @parameterized.parameters(3, None)
   def test_back_ends_agree_in_value_and_gradient(self, chunk_size):
     hidden, unembedding, tokens = _inputs()
@@ -144,12 +140,11 @@ class HiddenTest(chex.TestCase):
       def scalar(hidden, unembedding, temperature):
         return _weighted(*back_end(hidden, unembedding, tokens, temperature))
 
-      return self.variant(jax.value_and_grad(scalar, argnums=(0, 1, 2)))(*arguments)
+      return jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2)))(*arguments)
 
     chunked = outputs(lambda *args: _chunked(*args, chunk_size))
     chex.assert_trees_all_close(chunked, outputs(_dense), rtol=1e-5, atol=1e-5)
 
-  @chex.all_variants
   def test_without_entropy_the_log_probs_and_their_gradient_are_the_same(self):
     hidden, unembedding, tokens = _inputs()
 
@@ -159,7 +154,7 @@ class HiddenTest(chex.TestCase):
 
     def outputs(from_hidden):
       gradient = jax.grad(scalar, argnums=(0, 1, 2), has_aux=True)
-      return self.variant(lambda *args: gradient(*args, from_hidden))(hidden, unembedding, 0.7)
+      return jax.jit(lambda *args: gradient(*args, from_hidden))(hidden, unembedding, 0.7)
 
     alone = outputs(
       lambda hidden, unembedding, tokens, temperature: ops.token_log_probs_from_hidden(

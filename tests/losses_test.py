@@ -71,7 +71,6 @@ def _batch(seed=0):
 
 
 class LossesTest(chex.TestCase):
-  @chex.all_variants
   @parameterized.named_parameters(
     # Ratios 2, 1/2, 2, 1/2 with advantages 1, 1, -1, -1.
     ("clipped", POLICY_LOSSES["clipped"], [-1.3, -0.5, 2.0, 0.8]),
@@ -80,19 +79,17 @@ class LossesTest(chex.TestCase):
   def test_golden_clip(self, loss, expected):
     log_ratio = jnp.log(jnp.array([2.0, 0.5, 2.0, 0.5]))
     advantages = jnp.array([1.0, 1.0, -1.0, -1.0])
-    output = self.variant(loss)(log_ratio - 1, -jnp.ones(4), advantages, jnp.ones(4, bool))
+    output = jax.jit(loss)(log_ratio - 1, -jnp.ones(4), advantages, jnp.ones(4, bool))
     np.testing.assert_allclose(output, expected, rtol=1e-6)
 
-  @chex.all_variants
   def test_golden_values(self):
     values, old_values = jnp.array([3.0, 3.0, 0.0]), jnp.array([1.0, 1.0, 0.0])
     returns, mask = jnp.array([1.0, 5.0, 2.0]), jnp.ones(3, bool)
-    fn = self.variant(lambda *args: ops.clipped_value_loss(*args, value_clip_eps=0.5))
+    fn = jax.jit(lambda *args: ops.clipped_value_loss(*args, value_clip_eps=0.5))
     # Values near the old ones: 1.5, 1.5, 0. Errors 2 or .5; -2 or -3.5; -2 or -2.
     np.testing.assert_allclose(fn(values, old_values, returns, mask), [2.0, 6.125, 2.0])
-    np.testing.assert_allclose(self.variant(ops.value_loss)(values, returns, mask), [2, 2, 2])
+    np.testing.assert_allclose(jax.jit(ops.value_loss)(values, returns, mask), [2, 2, 2])
 
-  @chex.all_variants
   @parameterized.named_parameters((name, name, loss) for name, loss in LOSSES)
   def test_equals_a_loop_with_nan_and_inf_in_the_padding(self, name, loss):
     x, old, target, mask = _batch()
@@ -116,7 +113,7 @@ class LossesTest(chex.TestCase):
       np.where(mask, array, np.float32(bad))
       for array, bad in ((x, -np.inf), (old, np.nan), (target, np.inf))
     ]
-    gradients, per_token = self.variant(gradient)(*dirty)
+    gradients, per_token = jax.jit(gradient)(*dirty)
     np.testing.assert_allclose(per_token, truth, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(gradients[0], clean[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(np.asarray(gradients[0])[~mask], 0.0)
@@ -189,13 +186,12 @@ class LossesTest(chex.TestCase):
     )
     np.testing.assert_allclose(value_loss, ops.value_loss(log_probs, advantages, mask))
 
-  @chex.all_variants
   def test_clip_fraction_marks_real_tokens_without_gradient(self):
     log_probs, old_log_probs, advantages, mask = _batch()
     args = (old_log_probs, advantages, mask)
-    clipped = self.variant(
-      lambda *args: ops.clip_fraction(*args, clip_eps_low=0.2, clip_eps_high=0.3)
-    )(log_probs, *args)
+    clipped = jax.jit(lambda *args: ops.clip_fraction(*args, clip_eps_low=0.2, clip_eps_high=0.3))(
+      log_probs, *args
+    )
     gradient = jax.grad(lambda x: POLICY_LOSSES["clipped"](x, *args).sum())(log_probs)
     np.testing.assert_array_equal(clipped, mask & (gradient == 0))
     self.assertBetween(clipped.sum(), 1, mask.sum() - 1)
@@ -222,32 +218,24 @@ class LossesTest(chex.TestCase):
 
 
 class PreferenceLossTest(chex.TestCase):
-  @chex.all_variants
   def test_golden(self):
     """Margins 0 and log(3) / 2 at beta 2: -log sigmoid is log(2) and log(4 / 3)."""
     log_probs = jnp.array([[-3.0, -4.0], [-5.0, -4.0], [-2.0, -4.0], [-4.0, -4.0 + jnp.log(3) / 2]])
     loss = lambda *args: ops.dpo_loss(*args, beta=2.0)  # noqa: E731
-    np.testing.assert_allclose(
-      self.variant(loss)(*log_probs), jnp.log(jnp.array([2, 4 / 3])), rtol=1e-6
-    )
-    gradients = self.variant(jax.grad(lambda *args: loss(*args).sum(), argnums=(0, 1, 2, 3)))(
-      *log_probs
-    )
+    np.testing.assert_allclose(jax.jit(loss)(*log_probs), jnp.log(jnp.array([2, 4 / 3])), rtol=1e-6)
+    gradients = jax.jit(jax.grad(lambda *args: loss(*args).sum(), argnums=(0, 1, 2, 3)))(*log_probs)
     np.testing.assert_allclose(gradients[0], [-1.0, -0.5], rtol=1e-6)
     np.testing.assert_allclose(gradients[1], [1.0, 0.5], rtol=1e-6)
     np.testing.assert_array_equal(gradients[2:], np.zeros((2, 2)))
 
-  @chex.all_variants
   def test_ipo_golden(self):
     """Margins 0, 1 / 4 and 1 at beta 2, which wants 1 / 4: squares 1 / 16, 0 and 9 / 16."""
     log_probs = jnp.array(
       [[-3.0, -2.0, -1.0], [-5.0, -4.0, -2.0], [-2.0, 0.0, 0.0], [-4.0, -1.75, 0.0]]
     )
     loss = lambda *args: ops.ipo_loss(*args, beta=2.0)  # noqa: E731
-    np.testing.assert_allclose(self.variant(loss)(*log_probs), [1 / 16, 0, 9 / 16], rtol=1e-6)
-    gradients = self.variant(jax.grad(lambda *args: loss(*args).sum(), argnums=(0, 1, 2, 3)))(
-      *log_probs
-    )
+    np.testing.assert_allclose(jax.jit(loss)(*log_probs), [1 / 16, 0, 9 / 16], rtol=1e-6)
+    gradients = jax.jit(jax.grad(lambda *args: loss(*args).sum(), argnums=(0, 1, 2, 3)))(*log_probs)
     np.testing.assert_allclose(gradients[0], [-0.5, 0, 1.5], rtol=1e-6)
     np.testing.assert_allclose(gradients[1], [0.5, 0, -1.5], rtol=1e-6)
     np.testing.assert_array_equal(gradients[2:], np.zeros((2, 3)))
@@ -267,7 +255,6 @@ class AggregationTest(chex.TestCase):
   LOSS = np.array([[1, 2, np.nan], [6, np.inf, np.nan], [np.nan] * 3], np.float32)
   MASK = np.array([[True, True, False], [True, False, False], [False] * 3])
 
-  @chex.all_variants
   @parameterized.named_parameters(
     # The last row has no token, so there are two sequences. Last: a token's weight in row one.
     ("token_mean", ops.token_mean, (9.0, 3.0), 1.0),
@@ -277,9 +264,9 @@ class AggregationTest(chex.TestCase):
   )
   def test_golden_with_nan_and_inf_in_the_padding(self, aggregate, expected, weight):
     aggregate = functools.partial(aggregate, constant_length=5)
-    output = self.variant(aggregate)(self.LOSS, self.MASK)
+    output = jax.jit(aggregate)(self.LOSS, self.MASK)
     np.testing.assert_allclose(output, expected, rtol=1e-6)
-    derivative = self.variant(jax.grad(lambda x, mask: aggregate(x, mask)[0]))
+    derivative = jax.jit(jax.grad(lambda x, mask: aggregate(x, mask)[0]))
     gradient = [[weight, weight, 0], [1, 0, 0], [0, 0, 0]]
     np.testing.assert_allclose(derivative(self.LOSS, self.MASK), gradient, rtol=1e-6)
 

@@ -20,11 +20,9 @@ def _rewards(scores, kl, beta=0.1):
 
 
 class ShapedRewardsTest(chex.TestCase):
-  @chex.all_variants
   def test_finished_truncated_interrupted_and_empty_completions(self):
-    np.testing.assert_allclose(self.variant(_rewards)(SCORES, KL), EXPECTED, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(jax.jit(_rewards)(SCORES, KL), EXPECTED, rtol=1e-6, atol=1e-7)
 
-  @chex.all_variants
   def test_padding_reaches_neither_value_nor_gradient(self):
     weights = jnp.arange(1.0, 17.0).reshape(4, 4)
     gradient = jax.value_and_grad(
@@ -33,12 +31,9 @@ class ShapedRewardsTest(chex.TestCase):
     dirty_kl = np.where(MASK, KL, np.array([np.nan, np.inf, -np.inf, np.nan], np.float32))
     dirty_scores = np.where(MASK.any(axis=1), SCORES, np.float32(np.nan))
     clean = gradient(SCORES, KL, 0.1)
-    chex.assert_trees_all_close(
-      self.variant(gradient)(dirty_scores, dirty_kl, 0.1), clean, rtol=1e-6
-    )
+    chex.assert_trees_all_close(jax.jit(gradient)(dirty_scores, dirty_kl, 0.1), clean, rtol=1e-6)
     np.testing.assert_allclose(clean[1][0], [2, 8, 11, 0])  # the weight at the last real token
 
-  @chex.all_variants
   def test_equals_a_loop_over_real_tokens(self):
     keys = jax.random.split(jax.random.key(0), 3)
     scores, kl = jax.random.normal(keys[0], (6,)), jax.random.normal(keys[1], (6, 8))
@@ -50,7 +45,7 @@ class ShapedRewardsTest(chex.TestCase):
         truth[row, t] = -0.3 * kl[row, t]
       if real.any():
         truth[row, np.flatnonzero(real)[-1]] += scores[row]
-    rewards = self.variant(lambda s, k, m: ops.shaped_rewards(s, k, m, beta=0.3))(scores, kl, mask)
+    rewards = jax.jit(lambda s, k, m: ops.shaped_rewards(s, k, m, beta=0.3))(scores, kl, mask)
     np.testing.assert_allclose(rewards, truth, rtol=1e-6, atol=1e-7)
 
   def test_one_sequence_alone_and_beta_zero(self):
