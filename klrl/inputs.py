@@ -1,4 +1,4 @@
-"""What a run of reinforcement learning starts from: models, prompts and how completions are scored.
+"""The inputs of a run of reinforcement learning: its models, prompts and rewards.
 
 check_inputs -> load_models -> load_task
 """
@@ -32,16 +32,16 @@ from klrl.run import progress
 from klrl.tasks import arithmetic, data, math_answers, rewards, tree
 from klrl.tasks.verifier import Verifier
 
-EMBEDDED = "embedded"  # what stands for a stage's model where no stage is run
+EMBEDDED = "embedded"  # stands for the model of a stage that is not run
 UNIFORM = "uniform"  # a reference that needs no directory
 _HELD_OUT_SHARE = 0.1
 
 
 class Models(NamedTuple):
-  """The models of a run, pure functions and parameters; absent ones are None.
+  """The models of a run, as pure functions and parameters; those that it lacks are None.
 
-  `policy_params` and `value_params` are what is trained; where that is adapters, `base` has the
-  rest of both, {"policy": ..., "value": ...}, which the reference shares.
+  `policy_params` and `value_params` are trained. If they are adapters, `base` has the other
+  parameters of both, {"policy": ..., "value": ...}, which the reference shares.
   """
 
   tokenizer: TokenizerInfo
@@ -58,12 +58,12 @@ class Models(NamedTuple):
 
 
 class Task(NamedTuple):
-  """Prompts to train on and to judge by, and how completions are scored."""
+  """The prompts to train on and to judge by, and the scores of completions."""
 
   training: data.Prompts
   held_out: data.Prompts
   max_completion_len: int
-  rewards: list[rewards.Reward]  # empty: the reward model scores on the device
+  rewards: list[rewards.Reward]  # if empty, the reward model scores on the device
   verifier: Verifier | None
   pretraining: Texts | None  # mixed into the loss
   exact: tree.Exact | None = None  # where all completions are enumerated
@@ -71,7 +71,7 @@ class Task(NamedTuple):
 
 @processes.together
 def check_inputs(config) -> None:
-  """Raises UserError where a directory, file or function that the config names cannot be used."""
+  """Raises UserError if a directory, file or function that the config names cannot be used."""
   for name in ("policy", "reference", "reward_model", "value_model"):
     if getattr(config, name) not in ("", UNIFORM, EMBEDDED):
       load_tokenizer(getattr(config, name))
@@ -82,7 +82,7 @@ def check_inputs(config) -> None:
 
 
 class Loaders(NamedTuple):
-  """How a model directory is read; each takes its path."""
+  """The functions that read a model directory; each takes its path."""
 
   policy: Callable = load_policy
   scalar: Callable = load_scalar
@@ -96,14 +96,14 @@ _FROM_DISK = Loaders()
 def load_models(config, *, policy: str, reward_model: str, loaders: Loaders = _FROM_DISK) -> Models:
   """Returns the models in the directories `policy` and `reward_model` ("" for none).
 
-  The reference is `config.reference`, else the policy as it starts; it is left out when nothing
-  measures or penalises a KL to it. The value model, where the advantage has a use for one, is
-  `config.value_model`, else it starts as a copy of the reward model, else of the policy's trunk
-  with a zero head; with `value_trunk=shared` it is a zero head on the policy. Other `loaders` than
-  those of the disk may give models without files.
+  The reference is `config.reference`, or else the policy at the start; there is none if no KL to it
+  is measured or penalised. The advantage `gae` needs a value model: it starts as
+  `config.value_model`, or else as a copy of the reward model, or else as a copy of the policy's
+  trunk with a zero head. With `value_trunk=shared` it is a zero head on the policy. `loaders` may
+  return models that have no files.
 
   Raises:
-    UserError: a directory that does not hold what it should, or tokenizers that differ.
+    UserError: a directory does not hold such a model, or the tokenizers differ.
   """
   others = (config.reference, reward_model, config.value_model)
   tokenizer, num_tokens = _vocabulary(policy, others, loaders.tokenizer)
@@ -169,7 +169,7 @@ def load_models(config, *, policy: str, reward_model: str, loaders: Loaders = _F
 
 
 def _vocabulary(policy, others, load) -> tuple[TokenizerInfo, int]:
-  """Returns the policy's tokenizer, and how many of its tokens all models of a run know.
+  """Returns the policy's tokenizer, and how many of its tokens all models of the run have.
 
   Raises:
     UserError: another model has another vocabulary.
@@ -187,13 +187,13 @@ def _vocabulary(policy, others, load) -> tuple[TokenizerInfo, int]:
       )
     num_tokens = min(num_tokens, num_shared)
   if tokenizer.pad_id >= num_tokens:
-    # It is masked wherever it is, so any token will do that all models have a row for.
+    # Padding is always masked, so any token serves for which all models have a row.
     tokenizer = dataclasses.replace(tokenizer, pad_id=tokenizer.eos_id or 0)
   return tokenizer, num_tokens
 
 
 def computing(config, model, num_tokens: int):
-  """Returns (model's config with the `dtype` and `remat` of the run's config, params).
+  """Returns (config of the model with `dtype` and `remat` of the run's `config`, params).
 
   Rows beyond `num_tokens`, which only fill a vocabulary up, are never predicted.
   """
@@ -206,7 +206,7 @@ def load_start(config, directory: str):
   """Returns the config, params and tokenizer of the language model that a stage starts from.
 
   Raises:
-    UserError: the directory does not hold what it should.
+    UserError: the directory does not hold such a model.
   """
   model, tokenizer = load_policy(directory), load_tokenizer(directory)
   check_tokenizer(tokenizer, model[0])
@@ -215,10 +215,10 @@ def load_start(config, directory: str):
 
 @processes.together
 def load_task(config, models: Models) -> Task:
-  """Returns the embedded task, or the prompts and the reward, that the config names.
+  """Returns the embedded task, or the prompts and the reward that the config names.
 
   Raises:
-    UserError: a prompt file or reward function that cannot be used.
+    UserError: the prompt file or the reward function cannot be used.
   """
   if config.prompts:
     max_completion_len = config.max_completion_len or 64
@@ -284,7 +284,7 @@ def load_task(config, models: Models) -> Task:
 
 
 def _exact(config, models: Models) -> tree.Exact | None:
-  """Returns what enumerates the tree, where the objective that a run ends with is known."""
+  """Returns the enumeration of the tree, if the objective at the end of the run is known."""
   known = (
     config.kl_placement != "none"
     and config.controller in ("fixed", "linear", "cosine")
@@ -306,7 +306,7 @@ def _check_tokens(tokens, models: Models, source: str) -> None:
 
 
 def _pretraining(config, tokenizer: TokenizerInfo, row_len: int) -> Texts:
-  """Returns the texts to keep likely, cut to `row_len` tokens, those of a rollout's rows."""
+  """Returns the pretraining texts, cut to `row_len` tokens, the length of a rollout's rows."""
   if data.is_text(config.pretrain_data):
     texts = data.read_documents(config.pretrain_data)
   else:

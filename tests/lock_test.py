@@ -79,7 +79,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(lock.fcntl, "lockf", refuse)
   with lock.held(tmp_path / "a", wait=False):
     pass
-  assert "has no locks. See to it" in " ".join(capsys.readouterr().out.split())
+  assert "has no locks. Make sure" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):

@@ -393,7 +393,7 @@ def test_figures_without_a_checkpoint_are_told_and_begun_anew(tmp_path, capsys):
   before = (tmp_path / "metrics.jsonl").read_bytes()
   shutil.rmtree(tmp_path / "checkpoints")
   assert len(run(tmp_path)) == 6
-  assert "no checkpoint: the run begins anew" in " ".join(capsys.readouterr().out.split())
+  assert "no checkpoint: the run starts again" in " ".join(capsys.readouterr().out.split())
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 

@@ -1,9 +1,9 @@
 """Saving and restoring the training state with Orbax.
 
-A state is one pytree of arrays (PRNG keys included). Every process takes part in a save; a
-checkpoint is visible only when it is whole, so a crash while saving loses nothing that was there.
-Each holds the iteration it was saved after and a digest of every array, and what is restored is
-held against them: storage that changes a bit says nothing of it.
+A state is one pytree of arrays, PRNG keys included. Every process takes part in a save. A
+checkpoint is visible only when it is whole, so a crash during a save loses no older one. Each
+checkpoint holds its iteration and a digest of every array, which are compared when it is restored,
+since storage may change a bit without an error.
 """
 
 import math
@@ -21,7 +21,7 @@ from klrl import schema
 from klrl.devices import processes
 from klrl.errors import UserError, is_of_the_machine
 
-_ITEM = "default"  # what Orbax calls the one thing that a checkpoint holds
+_ITEM = "default"  # Orbax's name for the only item of a checkpoint
 _METADATA = "_CHECKPOINT_METADATA"
 _RECORD = {
   "iteration": schema.integer(0),
@@ -33,11 +33,11 @@ _PART = 2**14  # elements
 
 
 class Damaged(Exception):
-  """A checkpoint that is not what was saved; the message says in which way."""
+  """A checkpoint differs from what was saved; the message says how."""
 
 
 class Checkpoints:
-  """What writes the checkpoints of one run, of which the newest `keep` stay."""
+  """Writes the checkpoints of one run, of which the newest `keep` stay."""
 
   def __init__(self, directory: pathlib.Path, *, keep: int):
     self._manager = ocp.CheckpointManager(
@@ -45,21 +45,21 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         create=True,
-        # A folder that cannot be made in the background is waited for, for 5 minutes.
+        # Otherwise Orbax waits 5 minutes for a folder that cannot be made.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
       ),
       item_handlers=ocp.StandardCheckpointHandler(),
     )
 
   def latest(self) -> int | None:
-    """Returns how many iterations the newest checkpoint has done, None where there is none."""
+    """Returns how many iterations the newest checkpoint has done, or None if there is none."""
     return self._manager.latest_step()
 
   def save(self, iteration: int, state) -> None:
     """Saves `state` after `iteration` finished iterations, unless that is saved already.
 
-    The arrays are copied before this returns, so they may be donated at once; the writing goes on
-    in the background until `close`. What fails there is raised by the next call.
+    The arrays are copied before this returns, so they may be donated at once. They are written in
+    the background, until `close`; an error in the background is raised by the next call.
     """
     if iteration != self.latest():
       record = {"iteration": iteration, "digests": digests(state)}
@@ -74,7 +74,7 @@ class Checkpoints:
 
 
 def saved_iterations(directory: pathlib.Path) -> list[int]:
-  """Returns after which iterations there are checkpoints in `directory`, the newest first."""
+  """Returns the iterations of the checkpoints in `directory`, the newest first."""
   if not directory.is_dir():
     return []
   names = [path.name for path in directory.iterdir() if path.is_dir()]
@@ -82,11 +82,11 @@ def saved_iterations(directory: pathlib.Path) -> list[int]:
 
 
 def restore(directory: pathlib.Path, iteration: int, state):
-  """Returns what was saved after `iteration`, in the structure, dtypes and shardings of `state`.
+  """Returns the state that was saved after `iteration`, with the shardings of `state`.
 
   Raises:
-    Damaged: it cannot be read, or is not what was saved; in all processes, if it is so in one.
-    UserError: it is of arrays of other names or shapes.
+    Damaged: it cannot be read, or is not what was saved. All processes raise it if one does.
+    UserError: its arrays have other names or shapes than those of `state`.
   """
   folder = directory.absolute() / str(iteration)
   shapes, record = _everywhere(_shapes_and_record)(folder)
@@ -101,7 +101,8 @@ def restore(directory: pathlib.Path, iteration: int, state):
   target = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
   )
-  # The handler itself: the manager would let the others wait for a process that cannot read.
+  # The handler is called directly: with the manager the other processes would wait for one that
+  # cannot read.
   found = _everywhere(ocp.StandardCheckpointHandler().restore)(
     folder / _ITEM, args=ocp.args.StandardRestore(target)
   )
@@ -114,7 +115,7 @@ def restore(directory: pathlib.Path, iteration: int, state):
 
 @processes.on_writer
 def set_aside(directory: pathlib.Path, iteration: int) -> pathlib.Path:
-  """Returns where a damaged checkpoint is from now on, where nothing takes it for one."""
+  """Renames a damaged checkpoint, so that nothing takes it for one, and returns its new path."""
   path = directory / str(iteration)
   aside = next(
     place
@@ -125,7 +126,7 @@ def set_aside(directory: pathlib.Path, iteration: int) -> pathlib.Path:
 
 
 def digests(state) -> dict[str, str]:
-  """Returns 16 hex digits for each array, by its name; the same on any devices.
+  """Returns 16 hex digits for each array, by its name; they are the same on any devices.
 
   All processes must call it at the same place.
   """
@@ -137,14 +138,14 @@ def digests(state) -> dict[str, str]:
 
 
 def _sums_here(leaf: jax.Array) -> np.ndarray:
-  """Returns [2] uint32, the sums over those parts of an array that this process has to count."""
+  """Returns [2] uint32, the sums over the parts of an array that this process counts."""
   total = np.zeros(2, np.uint32)
   for shard in leaf.addressable_shards:
     if shard.replica_id == 0:
       starts = [place.start or 0 for place in shard.index]
       offset = sum(map(operator.mul, starts, _strides(leaf.shape)))
       if next(iter(shard.data.devices())).platform == "cpu":
-        # It would wait longer for XLA's compiler than for NumPy.
+        # XLA would take longer to compile than NumPy takes to compute.
         total += _sums_on_host(np.asarray(shard.data), offset, leaf.shape)
       else:
         total += np.asarray(_sums_on_device(shard.data, np.uint32(offset % 2**32), leaf.shape))
@@ -152,7 +153,7 @@ def _sums_here(leaf: jax.Array) -> np.ndarray:
 
 
 def _sums_on_host(data: np.ndarray, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-  """Returns `_sums`, by parts that stay in a processor's cache: five times as fast."""
+  """Returns `_sums`, computed in parts that fit a processor's cache, which is five times faster."""
   if data.size <= _PART:
     return _sums(data, np.uint32(offset % 2**32), shape)
   if len(data) == 1:

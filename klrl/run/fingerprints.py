@@ -1,7 +1,7 @@
-"""What a run was made from, by content: edited prompts, rewards, tokenizers or weights are noticed.
+"""Digests of a run's inputs, by which edited prompts, rewards, tokenizers or weights are noticed.
 
-`inputs.json` in a run's folder holds, for each path that its flags name, digests of the files
-there. What a reward's file imports is not looked at.
+`inputs.json` in the folder of a run holds digests of the files at each path that its flags name.
+Files that a reward's file imports are not compared.
 """
 
 import concurrent.futures
@@ -37,7 +37,7 @@ def paths_of(config) -> list[str]:
 
 
 def digests(paths: Iterable[str]) -> dict[str, dict[str, str]]:
-  """Returns {path: {file's name: digest of its bytes}}, in a directory of the model's files."""
+  """Returns {path: {name of a file: digest of its bytes}}; of a directory, the model's files."""
   files = {path: _files(pathlib.Path(path)) for path in paths}
   every = [file for some in files.values() for file in some]
   with concurrent.futures.ThreadPoolExecutor() as pool:  # A disk is faster than one hash.
@@ -46,7 +46,7 @@ def digests(paths: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def differing(recorded: dict, present: dict) -> list[str]:
-  """Returns the files that are not the same in both, of the paths that are in both."""
+  """Returns the files that differ, at the paths that are in both."""
   return [
     path if file == pathlib.Path(path).name else f"{path}/{file}"
     for path in sorted(recorded.keys() & present.keys())
@@ -68,17 +68,17 @@ def read(directory: pathlib.Path) -> dict:
     return schema.check(schema.read(path), _RULES, path, required=_RULES)
   except UserError as error:
     raise UserError(
-      f"{error} Put it back from a copy, or move it away: then edited inputs go unnoticed."
+      f"{error} Put it back from a copy, or move it away; then edited inputs are not noticed."
     ) from error
 
 
 def check(directory: pathlib.Path, *, accept: bool) -> list[str]:
-  """Returns which inputs of the run in `directory` are other ones than it was begun with.
+  """Returns the inputs that have changed since the run in `directory` began.
 
-  An input that is missing now is reported where it is loaded.
+  An input that is missing now is reported when it is loaded.
 
   Raises:
-    UserError: there are some, and `accept` is false.
+    UserError: some have changed, and `accept` is false.
   """
   recorded = read(directory)["files"]
   changed = differing(recorded, digests(path for path in recorded if pathlib.Path(path).exists()))
@@ -88,14 +88,14 @@ def check(directory: pathlib.Path, *, accept: bool) -> list[str]:
     if not accept:
       raise UserError(
         f"{text} Its figures are of the old content. Put that back, choose another --workdir to "
-        "begin anew, or go on all the same with --accept_changed_inputs."
+        "start again, or go on anyway with --accept_changed_inputs."
       )
     progress.warn(f"{text} It is accepted.")
   return changed
 
 
 def record(directory: pathlib.Path, paths: Iterable[str], *, changed: list[str]) -> str:
-  """Returns what `inputs.json` is to hold now: what was read, and what was `changed` meanwhile."""
+  """Returns the new content of `inputs.json`: the inputs read, and those accepted as `changed`."""
   before = read(directory)
   accepted = before["accepted"] + [
     f"{file} was changed after the run had begun" for file in changed

@@ -1,7 +1,7 @@
-"""One command at a time works in a folder: the lock of a run's folder, which names its holder.
+"""The lock of a run's folder, in which one command works at a time. The file names its holder.
 
-The operating system releases it when the process ends, however it ends; what stays of a killed one
-is a file that says nothing any more.
+The operating system releases the lock when the process ends, however it ends. The file of a killed
+process stays, and has no effect.
 """
 
 import contextlib
@@ -18,24 +18,24 @@ from klrl.errors import UserError
 from klrl.run import progress
 
 FILE = ".lock"
-_SECONDS = 1.0  # between two looks at whether another has finished
+_SECONDS = 1.0  # between two tries while another command works in the folder
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _held: set[str] = set()  # by this process
 
 
 @contextlib.contextmanager
 def held(directory: pathlib.Path, *, wait: bool):
-  """Makes `directory` if need be and holds it; removes what it made, if nothing else is in there.
+  """Makes `directory` if needed and locks it; at the end removes it if nothing else is in it.
 
-  All processes of a command enter it, and the writer holds it. A process that holds it already
-  passes.
+  All processes of a command enter this context, and the writer holds the lock. A process that holds
+  it already may enter again.
 
   Args:
-    directory: of a run.
-    wait: whether to wait for another that holds it, which is said, or to refuse.
+    directory: the folder of a run.
+    wait: whether to wait, with a message, if another command holds the lock, or to raise.
 
   Raises:
-    UserError: another process holds it, and is named; or there can be no such folder.
+    UserError: another process, which is named, holds the lock; or the folder cannot be made.
   """
   with contextlib.ExitStack() as stack:
     holder = processes.on_writer(_hold)(directory, stack)
@@ -55,7 +55,7 @@ def held(directory: pathlib.Path, *, wait: bool):
 
 
 def _hold(directory: pathlib.Path, stack: contextlib.ExitStack) -> str:
-  """Returns "" with the lock held until `stack` ends, or who holds it."""
+  """Returns "" if the lock is now held, until `stack` ends, or else the name of its holder."""
   path = directory.resolve() / FILE
   if str(path) in _held:
     return ""
@@ -73,7 +73,7 @@ def _hold(directory: pathlib.Path, stack: contextlib.ExitStack) -> str:
       except FileNotFoundError:  # Its holder has just removed the folder.
         continue
       try:
-        # Not flock: what a reward forks would hold it on. This one also goes over NFS.
+        # With flock, processes that a reward forks would keep the lock. lockf also works on NFS.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except (BlockingIOError, PermissionError):
         file.seek(0)
@@ -82,7 +82,7 @@ def _hold(directory: pathlib.Path, stack: contextlib.ExitStack) -> str:
         if error.errno not in _NO_LOCKS:
           raise
         progress.warn(
-          f"The file system of {directory} has no locks. See to it that no other command uses it."
+          f"The file system of {directory} has no locks. Make sure that no other command uses it."
         )
       if not _is_there(path, file):  # Its holder has just removed it.
         continue
@@ -99,7 +99,7 @@ def _named(content: str) -> str:
   try:
     holder = json.loads(content)
     return f"process {int(holder['process'])} on {holder['host']}"
-  except (ValueError, KeyError, TypeError):  # It has not written it yet.
+  except (ValueError, KeyError, TypeError):  # The holder has not written it yet.
     return "another process"
 
 
@@ -111,7 +111,7 @@ def _is_there(path: pathlib.Path, file) -> bool:
 
 
 def _leave(path: pathlib.Path, made: list[pathlib.Path]) -> None:
-  """Removes the lock's file, and of the folders that were made for it those that stayed empty."""
+  """Removes the lock's file, and those folders made for it that are still empty."""
   _held.discard(str(path))
   with contextlib.suppress(OSError):
     path.unlink()

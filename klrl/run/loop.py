@@ -1,7 +1,7 @@
 """The loop that every experiment runs: step, check, record, save.
 
-It knows nothing of flags, of mathematics or of how progress is shown: it is a generator, and
-whoever iterates decides what to print.
+It knows nothing of flags, of mathematics or of how progress is shown: it is a generator, and its
+caller decides what to print.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ _PROFILED_ITERATIONS = 3
 
 
 class Interrupted(Exception):
-  """The run was asked to stop; everything up to here is saved."""
+  """The run was asked to stop; everything so far is saved."""
 
 
 def restore_or_init(workdir: pathlib.Path, state, *, keep: int):
-  """Returns (iterations done, state): the newest whole checkpoint of `workdir`, or 0 and `state`.
+  """Returns (iterations done, state) of the newest whole checkpoint in `workdir`, or (0, `state`).
 
-  A damaged one is named and set aside, and the one before is taken.
+  A damaged checkpoint is named and set aside, and the one before is taken.
 
   Raises:
-    UserError: all are damaged, of the `keep` that the run keeps; or one is of another model.
+    UserError: all checkpoints are damaged, or one is of another model. `keep` is in the message.
   """
   directory = workdir / "checkpoints"
   damages = {}
@@ -53,7 +53,7 @@ def restore_or_init(workdir: pathlib.Path, state, *, keep: int):
   if damages:
     raise UserError(
       f"{' '.join(damages.values())} No other is left (--keep={keep}). Put one back from a copy, "
-      f"or move {directory} away to begin anew."
+      f"or move {directory} away to start again."
     )
   return 0, state
 
@@ -67,8 +67,8 @@ def _close_all() -> None:
       iterations.close()
 
 
-# What is saved in the background needs thread pools, and the interpreter ends them before it calls
-# what `atexit` knows: the save of whoever leaves a run half way through would be lost.
+# Saving in the background needs thread pools, which the interpreter ends before it calls the
+# functions of `atexit`. A program that leaves a run half way through would lose the last save.
 threading._register_atexit(_close_all)
 
 
@@ -99,30 +99,32 @@ def run(
 ) -> Iterator[tuple[int, Any, dict[str, float | None]]]:
   """Yields (iterations done, state, figures) after each iteration.
 
-  Writes `metrics.jsonl` (figures, the same for the same seed), `timing.jsonl` and `checkpoints/`.
-  A state is saved only after its figures were read and found finite.
+  It writes `metrics.jsonl` (figures, the same for the same seed), `timing.jsonl` and
+  `checkpoints/`. A state is saved only after its figures were read and found finite.
 
   Args:
     step: (state, iteration) -> (state, metrics as (sum, count) pairs); may donate the state.
-    state: pytree of arrays; what `restore_or_init` returned.
-    start: iterations done already.
-    num_iterations: where to end.
+    state: a pytree of arrays, as `restore_or_init` returned it.
+    start: iterations that are done already.
+    num_iterations: iterations to have done at the end.
     workdir: the run's folder.
-    save_every: iterations between checkpoints; the last one is always saved.
-    keep: how many checkpoints stay.
+    save_every: iterations between checkpoints; the last state is always saved.
+    keep: how many checkpoints are kept.
     profile: whether to write a trace of a few iterations to `workdir/profile`.
     tensorboard: whether to write event files to `workdir/tensorboard`.
 
   Raises:
     Interrupted: after SIGINT or SIGTERM, between two iterations, with the state saved.
-    UserError: a figure is NaN or infinite; it is named, and the last checkpoint stays. Or the step
-      failed, and what was done before is saved; or the disk or the memory is full.
+    UserError: a figure, which is named, is NaN or infinite, and the last checkpoint stays; or the
+      step failed, and the state before it is saved; or the disk or the memory is full.
   """
   workdir = workdir.absolute()  # A reward may go to another folder.
   with contextlib.ExitStack() as stack:
     stack.enter_context(troubles_told())
     if not start and processes.on_writer(metrics.read_lines)(workdir / "metrics.jsonl"):
-      progress.warn(f"{workdir} has figures of iterations, but no checkpoint: the run begins anew.")
+      progress.warn(
+        f"{workdir} has figures of iterations, but no checkpoint: the run starts again."
+      )
     for name in ("metrics.jsonl", "timing.jsonl"):
       metrics.truncate(workdir / name, start)
     past = processes.on_writer(metrics.read_lines)(workdir / "timing.jsonl")
@@ -144,7 +146,7 @@ def run(
       try:
         state, pairs = step(state, iteration)
       except Exception as error:
-        # What fails in one process alone would leave it waiting for the others.
+        # If only one process fails, it must not wait for the others in order to save.
         is_common = isinstance(error, UserError) or processes.is_alone()
         saved = _save_if_whole(iteration, state, checkpoints) if is_common else ""
         if isinstance(error, UserError):
@@ -171,13 +173,13 @@ def run(
       if events:
         events.write(iteration, figures)
       done = iteration + 1
-      # Read once: what is said to be saved was saved. A signal may come to one process alone.
+      # It is read once, so that message and save agree. One process may get a signal alone.
       stop = processes.anywhere(bool(asked_to_stop))
       if stop or done == num_iterations or done % save_every == 0:
         checkpoints.save(done, state)
       try:
         yield done, state, figures
-      except GeneratorExit:  # Whoever iterates failed, or has seen enough.
+      except GeneratorExit:  # The caller failed, or stopped.
         if processes.is_alone():
           _save_if_whole(done, state, checkpoints)
         raise
@@ -186,12 +188,12 @@ def run(
           f"Stopped after iteration {done} of {num_iterations}, saved in {workdir}. "
           "Run the same command again to go on."
         )
-    if processes.anywhere(bool(asked_to_stop)):  # After the last look, with everything saved.
+    if processes.anywhere(bool(asked_to_stop)):  # The signal came late; everything is saved.
       raise Interrupted(f"Stopped after the last iteration, saved in {workdir}.")
 
 
 def _save_if_whole(iteration: int, state, checkpoints: Checkpoints) -> str:
-  """Saves the state after `iteration` if it is not used up; returns what there is to go on from."""
+  """Saves the state after `iteration` unless it was donated; returns a message of what is saved."""
   deleted = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
   if iteration and not processes.anywhere(deleted):
     checkpoints.save(iteration, state)
@@ -213,8 +215,8 @@ def _check_finite(figures, iteration: int, saved: int | None, workdir: pathlib.P
 def _deferred_signals():
   """Yields a list that is empty until SIGINT or SIGTERM arrives.
 
-  A state that is donated to a running iteration cannot be saved, so the first signal waits for the
-  iteration to end; a second one kills as usual.
+  A state that was donated to a running iteration cannot be saved, so the first signal waits until
+  the iteration ends; a second signal ends the program as usual.
   """
   received: list[int] = []
   previous = {}
@@ -223,13 +225,13 @@ def _deferred_signals():
     del frame
     received.append(number)
     signal.signal(number, previous[number])
-    # Not by the console, which may be at work where the signal arrives.
+    # The console may be at work when the signal arrives, so it is not used.
     os.write(2, b"\nStopping after this iteration, which is saved. Once more stops at once.\n")
 
   try:
     for number in (signal.SIGINT, signal.SIGTERM):
       previous[number] = signal.signal(number, note)
-  except ValueError:  # Not the main thread: signals are somebody else's business.
+  except ValueError:  # This is not the main thread, which alone can handle signals.
     previous.clear()
   try:
     yield received

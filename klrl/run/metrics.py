@@ -48,22 +48,22 @@ def append_line(path: pathlib.Path, record: dict) -> None:
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
-  """Returns the objects of a file of lines, without lines that are broken; [] without a file."""
+  """Returns the objects of a file of JSON lines, without broken lines; [] if there is no file."""
   return [record for _, record in _lines(path) if record is not None]
 
 
 def truncate(path: pathlib.Path, num_iterations: int) -> None:
-  """Keeps one record of each of the first `num_iterations` iterations, as a resumed run needs it.
+  """Keeps one record of each of the first `num_iterations` iterations, for a run that goes on.
 
-  Says what it finds broken, twice or missing: a crash leaves a last line cut, damage more.
+  It warns of records that are broken, missing or there twice. (A crash only cuts the last line.)
 
   Raises:
-    UserError: `path` is no file that can be read.
+    UserError: `path` cannot be read.
   """
   if not processes.is_writer():
     return
   lines = _lines(path)
-  # The last one of a file may have been cut off while it was written.
+  # The last line of a file may have been cut off while it was written.
   num_broken = sum("iteration" not in (record or {}) for _, record in lines[:-1])
   before = [pair for pair in lines if (pair[1] or {}).get("iteration", math.inf) < num_iterations]
   kept = {record["iteration"]: line for line, record in before}
@@ -86,7 +86,7 @@ def truncate(path: pathlib.Path, num_iterations: int) -> None:
 
 
 def _lines(path: pathlib.Path) -> list[tuple[bytes, dict | None]]:
-  """Returns each line with its newline and its record, None where it holds none."""
+  """Returns each line, with its newline, and its record, or None if it is broken."""
   try:
     content = path.read_bytes()
   except FileNotFoundError:
@@ -106,7 +106,7 @@ def _record(line: bytes) -> dict | None:
 
 
 def check_tensorboard():
-  """Returns the package that writes event files; raises UserError where it is not installed."""
+  """Returns the package that writes event files; raises UserError if it is not installed."""
   try:
     import tensorboardX
   except ImportError as error:

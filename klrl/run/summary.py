@@ -1,4 +1,4 @@
-"""`summary.json`: the figures that a finished run is judged by, and what it ran on."""
+"""`summary.json`: the figures of a finished run, and the versions and devices it ran on."""
 
 import importlib.metadata
 import json
@@ -17,7 +17,7 @@ from klrl.run import fingerprints, lock, metrics, progress
 from klrl.run.workdir import write_text
 
 _PACKAGES = ("klrl", "jax", "flax", "optax", "orbax-checkpoint", "chex")
-# Present in every summary, null where an experiment has no such figure.
+# These are in every summary, as null if the experiment has no such figure.
 _ALWAYS = (
   "score_before",
   "score_after",
@@ -28,7 +28,7 @@ _ALWAYS = (
 
 
 def environment() -> dict:
-  """Returns the versions and the device that figures were made with."""
+  """Returns the versions of the packages, and the devices."""
   return {
     "versions": {
       "python": platform.python_version(),
@@ -39,9 +39,9 @@ def environment() -> dict:
 
 
 def write_summary(workdir: pathlib.Path, figures: dict, num_iterations: int) -> dict:
-  """Writes `summary.json`, which marks the run of so many iterations as finished; returns it."""
+  """Writes `summary.json`, which marks the run as finished, and returns its content."""
   timing = processes.on_writer(metrics.read_lines)(workdir / "timing.jsonl")
-  # The first iteration compiles; a rate that includes it says nothing about the machine.
+  # The first iteration compiles, so its rate says nothing about the machine.
   rates = sorted(line.get("tokens_per_second") or 0.0 for line in timing[1:])
   summary = {
     **dict.fromkeys(_ALWAYS),
@@ -56,7 +56,7 @@ def write_summary(workdir: pathlib.Path, figures: dict, num_iterations: int) -> 
 
 
 def read_summary(workdir: pathlib.Path) -> dict | None:
-  """Returns the content of `summary.json`, None where the run has not finished.
+  """Returns the content of `summary.json`, or None if the run has not finished.
 
   Raises:
     UserError: the file is damaged.
@@ -70,20 +70,20 @@ def read_summary(workdir: pathlib.Path) -> dict | None:
     return schema.check(summary, dict.fromkeys(figures, schema.optional(schema.number())), path)
   except UserError as error:
     raise UserError(
-      f"{error} Remove it: the same command then makes it anew from the last checkpoint."
+      f"{error} Remove it: the same command then makes it again from the last checkpoint."
     ) from error
 
 
 def once(workdir: pathlib.Path, config, title: str, train: Callable[[], dict]) -> dict:
-  """Returns the summary of the run in `workdir`: of `train()`, unless it was finished before.
+  """Returns the summary of the run in `workdir`, by `train()` unless it was finished before.
 
-  Nobody else works in the folder meanwhile. Without `--workdir` whoever comes second waits and has
-  the same run; with it, it is refused.
+  No other command works in the folder at the same time. Without `--workdir` a second command waits
+  and then has the same run; with it, the second command is refused.
 
   Args:
     workdir: the run's folder.
-    config: reads `workdir` and `num_iterations`; a run of fewer is not finished.
-    title: what the run is called on the console.
+    config: its `workdir` and `num_iterations` are read; a run of fewer iterations is not finished.
+    title: the name of the run on the console.
     train: trains in `workdir` and returns the summary.
   """
   summary = _finished(workdir, config)
@@ -92,7 +92,7 @@ def once(workdir: pathlib.Path, config, title: str, train: Callable[[], dict]) -
       summary = _finished(workdir, config)
       if not summary:
         return train()
-      # Who waited has looked at the folder before there was anything in it.
+      # A command that waited has not yet compared the inputs of the run.
       fingerprints.check(workdir, accept=config.accept_changed_inputs)
   progress.console.print(f"{title}: finished before, in {workdir}", soft_wrap=True)
   return summary
@@ -100,7 +100,7 @@ def once(workdir: pathlib.Path, config, title: str, train: Callable[[], dict]) -
 
 @processes.on_writer
 def _finished(workdir: pathlib.Path, config) -> dict | None:
-  """Returns the summary of a run that has done all iterations of `config`, else None."""
+  """Returns the summary if the run has done all iterations of `config`, else None."""
   summary = read_summary(workdir)
   done = summary and summary.get("num_iterations")
   is_short = schema.integer().holds(done) and done < config.num_iterations
