@@ -1,4 +1,4 @@
-"""The one exception for what a person can mend, and the machine's troubles made into it."""
+"""The exception for errors that a person can mend; a full disk or memory becomes one too."""
 
 import contextlib
 import errno
@@ -14,8 +14,8 @@ class UserError(ValueError):
 
 
 _FULL = "Make room, for files as for bytes, or choose another --workdir."
-_REFUSED = "See to it that this can be read and written, or choose another --workdir."
-# What a disk may refuse: its number, the words that Orbax and TensorStore repeat, and what to do.
+_REFUSED = "Make it readable and writable, or choose another --workdir."
+# Errors of a disk: the number, the words that Orbax and TensorStore repeat, and what to do.
 _MACHINE = (
   (errno.ENOSPC, "No space left on device", _FULL),
   (errno.EDQUOT, "Disk quota exceeded", _FULL),
@@ -26,7 +26,7 @@ _MACHINE = (
   (errno.ESTALE, "Stale file handle", _REFUSED),
   (errno.EMFILE, "Too many open files", _REFUSED),
 )
-# What lies where another thing should.
+# Errors of something else that is where a file or folder should be.
 _LAYOUT = (
   (errno.EEXIST, "File exists", _REFUSED),
   (errno.ELOOP, "Too many levels of symbolic links", _REFUSED),
@@ -38,12 +38,12 @@ _LAYOUT = (
 
 @contextlib.contextmanager
 def troubles_told():
-  """Raises UserError in place of what a disk or a device's memory refuses."""
+  """Raises UserError in place of an error of a disk or of a device's memory."""
   try:
     yield
   except UserError:
     raise
-  except Exception as error:  # JAX, Orbax and TensorStore have no class for it.
+  except Exception as error:  # JAX, Orbax and TensorStore have no class for these errors.
     message = _disk_message(error, _MACHINE + _LAYOUT) or _memory_message(error)
     if message is None:
       raise
@@ -51,7 +51,7 @@ def troubles_told():
 
 
 def is_of_the_machine(error: Exception) -> bool:
-  """Returns whether a disk or a memory refuses something, whatever the file holds."""
+  """Returns whether it is an error of a disk or a memory, and not of the content of a file."""
   return bool(_disk_message(error, _MACHINE) or _memory_message(error))
 
 
@@ -80,7 +80,8 @@ def _memory_message(error: BaseException) -> str | None:
   number = re.search(r"(\d{8,}) bytes", text)
   size = f" ({int(number[1]) / 2**30:.1f} GiB at once)" if number else ""
   return (
-    f"The memory does not hold this: {said}{size}. --accumulation=K and --remat take less with the "
-    "same result, as does --mesh=fsdp=N over more devices; a smaller --batch_size or completion, "
-    "--dtype=bfloat16 and --lora_rank take less with another. --dry_run says what a run needs."
+    f"The memory does not hold this: {said}{size}. --accumulation=K, --remat and --mesh=fsdp=N "
+    "over more devices need less memory for the same result. A smaller --batch_size, shorter "
+    "completions, --dtype=bfloat16 and --lora_rank need less too, but change the result. --dry_run "
+    "says what a run needs."
   )

@@ -1,9 +1,10 @@
 """Many runs as one program: the training state gets a leading axis of members.
 
-A member is the run with the same flags: its own parameters, optimizer, controller, coefficients and
-key, under the same function. Prompts, the frozen reference and the reward model are shared. Members
-whose programs are the same (they differ in `TRACED` fields alone) run together as a group; a group
-in progress is one state with one checkpoint, and a finished member a folder like any run's.
+A member equals the single run with the same flags: it has parameters, optimizer, controller,
+coefficients and a key of its own, under the same function. Prompts, the frozen reference and the
+reward model are shared. Members that differ in `TRACED` fields alone have the same program and run
+together as a group. A group in progress is one state with one checkpoint; a finished member is a
+folder like that of any run.
 """
 
 import dataclasses
@@ -31,9 +32,9 @@ from klrl.run import loop, metrics, progress
 from klrl.run.summary import read_summary
 from klrl.run.workdir import create_workdir, write_text
 
-# Fields that are traced, so that members which differ in them share a program.
+# Traced fields: members that differ in these alone share a program.
 TRACED = (*learner.Hypers._fields, "trust_region_beta", "seed")
-# Fields of TrainState that members do not begin with in common.
+# Fields of TrainState in which members may differ at the start.
 _OWN = ("controller", "trust_region", "hypers", "key")
 
 _WATCHED = labels("score/mean", "gold/mean", "kl/ref_k1")
@@ -47,7 +48,7 @@ _SHOWN = (
 )
 
 
-# What members.json holds: which members go on together, on how many places.
+# The content of members.json: which members run together, and on how many places.
 _MEMBERS = {"members": schema.list_of(schema.text()), "places": schema.integer(1)}
 
 
@@ -65,7 +66,7 @@ class Member(NamedTuple):
     return read_summary(self.folder(workdir)) is not None
 
   def structure(self) -> dict[str, Any]:
-    """Returns the swept values that make another program."""
+    """Returns the swept values that are not traced."""
     return {name: value for name, value in self.values.items() if name not in TRACED}
 
 
@@ -125,9 +126,9 @@ def run(
 
 @processes.on_writer
 def group_members(workdir: pathlib.Path, members: list[Member]) -> list[list[Member]]:
-  """Returns the members that have to run, those together that share a program.
+  """Returns the members that have to run, in groups that share a program.
 
-  Members that began together go on together, whatever the sweep has besides by now.
+  Members that began together go on together, whatever else the sweep has by now.
   """
   by_name = {member.name: member for member in members}
   pending = {member.name: member for member in unfinished_of(workdir, members)}
@@ -158,21 +159,21 @@ def _run_group(
   hashed = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
   group_dir = workdir / "groups" / hashed
   begun = processes.on_writer(_places_of)(group_dir)
-  # The state that is saved has as many places; there may be other devices now.
+  # The saved state has this many places; the number of devices may have changed.
   mesh_of = parallel.mesh_of_places if begun else parallel.sweep_mesh
   mesh = mesh_of(mesh, begun or len(members))
   num_places = parallel.places(mesh, begun or len(members), members_per_batch=members_per_batch)
   if begun not in (None, num_places):
     raise UserError(
       f"{group_dir} began with {begun} places for members, and these devices have {num_places}. "
-      "Go on with as many devices as it began with; JAX_NUM_CPU_DEVICES is how many a processor is."
+      "Go on with as many devices as it began with; JAX_NUM_CPU_DEVICES sets those of a processor."
     )
   setup = rlhf.set_up(config, mesh, models, task)
   if num_places > len(members):
     progress.console.print(
       f"{num_places - len(members)} of {num_places} places on the devices stay without a member."
     )
-  # An empty place repeats the last member; nobody reads it.
+  # An empty place repeats the last member, and its results are not read.
   configs = [member.config for member in members]
   configs += configs[-1:] * (num_places - len(members))
   state, shardings = init_state(setup, configs)
@@ -223,7 +224,7 @@ def _run_group(
     if processes.is_writer() and (group_dir / "timing.jsonl").exists():
       shutil.copy(group_dir / "timing.jsonl", member.folder(workdir))
     after = judge(params, when="after")
-    # What diverged may have ended where a forward pass is not finite, though its parameters are.
+    # The parameters of a diverged member are finite, but its forward pass may not be.
     known = {name: x if x is None or np.isfinite(x) else None for name, x in after.figures.items()}
     rlhf.write_results(
       member.folder(workdir),
@@ -238,7 +239,7 @@ def _run_group(
 
 
 def init_state(setup: rlhf.Setup, configs: list) -> tuple[SweepState, SweepState]:
-  """Returns (what the runs of `configs` start with, on the devices, its shardings)."""
+  """Returns (the state at the start of the runs of `configs`, on the devices, its shardings)."""
   runs = [learner.init_state(config, {}, jax.random.key(config.seed)) for config in configs]
   own = {
     name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(getattr(run, name) for run in runs))
@@ -265,15 +266,15 @@ def _members_in(path: pathlib.Path) -> dict[str, Any]:
     return schema.check(schema.read(path), _MEMBERS, path, required=_MEMBERS)
   except UserError as error:
     raise UserError(
-      f"{error} Remove {path.parent}: its members begin anew, those that have finished stay."
+      f"{error} Remove {path.parent}: its members start again, and finished members stay."
     ) from error
 
 
 def make_params_fn(mesh: jax.sharding.Mesh, params) -> Callable:
   """Returns params_of(params of all members, i) -> those of member i, on every device of `sweep`.
 
-  To take a slice would send all members to all devices. The largest number of one, and of minus
-  infinity for all others, is sent as one.
+  A slice would send all members to all devices. Instead the other members are set to minus
+  infinity, and the maximum over members, which is sent once, is the member.
   """
 
   def own(x, i):
@@ -290,7 +291,7 @@ def make_params_fn(mesh: jax.sharding.Mesh, params) -> Callable:
 def guarded(fn: Callable) -> Callable:
   """Returns fn(run, ...) -> (run, found) as a function of one member's `SweepState`.
 
-  Where parameters or what is found are not finite the run stays as it was, then and ever after.
+  If parameters or results are not finite, the run stays as it was, from then on.
   """
 
   @functools.wraps(fn)
@@ -298,7 +299,7 @@ def guarded(fn: Callable) -> Callable:
     run, found = fn(state.run, *arguments)
     found = jax.tree.map(jnp.asarray, found)
     finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(run.params)]).all()
-    # Some hundred scalars: looked at one by one they take XLA two seconds more to compile.
+    # There are some hundred scalars, and to check each by itself takes two more seconds to compile.
     finite &= jnp.isfinite(ravel_pytree(found)[0]).all()
     diverged_at = jnp.where(
       finite | (state.diverged_at > 0), state.diverged_at, state.run.iteration + 1
@@ -312,8 +313,8 @@ def guarded(fn: Callable) -> Callable:
 def _recording(step: Callable, folders: list[pathlib.Path], start: int) -> Callable:
   """Returns `step` that appends to every member's `metrics.jsonl`, and whose metrics are of all.
 
-  What a diverged member measures is null. Of the watched figures the median, the least and the most
-  over the others come back as pairs.
+  The figures of a diverged member are null. Of the watched figures, the median, the least and the
+  most over the other members are returned as pairs.
   """
   for folder in folders:
     metrics.truncate(folder / "metrics.jsonl", start)

@@ -1,4 +1,4 @@
-"""The one reader of JSON: what a file may hold, and one message where it holds something else.
+"""Reads JSON and checks it against rules, with one message if a rule does not hold.
 
     config = schema.read(path)
     schema.check(config, {"hidden_size": integer(1, 10**6)}, path, required=("hidden_size",))
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from klrl.errors import UserError
 
 MAX_BYTES = 2**24
-# Python's own limit of recursion is 1,000, which copying and writing a value use up sooner.
+# Python's limit of recursion is 1,000, and to copy or write a value takes several levels for each.
 MAX_DEPTH = 100
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
@@ -28,12 +28,12 @@ _SHORT.maxlevel = 2
 class Rule(NamedTuple):
   """What a value must be."""
 
-  what: str  # reads on after "must be"
+  what: str  # completes the sentence "it must be ..."
   holds: Callable[[Any], bool]
 
 
 def integer(minimum: int = -(2**63), maximum: int = 2**63 - 1) -> Rule:
-  """Returns the rule of a whole number within bounds; true and 1.0 are none."""
+  """Returns the rule of a whole number within bounds; true and 1.0 do not count."""
 
   def holds(value):
     return type(value) is int and minimum <= value <= maximum
@@ -42,10 +42,10 @@ def integer(minimum: int = -(2**63), maximum: int = 2**63 - 1) -> Rule:
 
 
 def number(minimum: float = -math.inf, maximum: float = math.inf) -> Rule:
-  """Returns the rule of a finite number within bounds; true is none."""
+  """Returns the rule of a finite number within bounds; true does not count."""
 
   def holds(value):
-    # An integer of 400 digits compares with a float, but does not become one.
+    # An integer of 400 digits can be compared with a float, but not converted to one.
     return type(value) in (int, float) and minimum <= value <= maximum and _is_finite(value)
 
   return Rule(f"a finite number from {minimum} to {maximum}", holds)
@@ -60,7 +60,7 @@ def text(max_len: int = 10_000) -> Rule:
 
 
 def boolean() -> Rule:
-  """Returns the rule of true and false; "false", 0 and 1 are none."""
+  """Returns the rule of true and false; "false", 0 and 1 do not count."""
   return Rule("true or false", lambda value: isinstance(value, bool))
 
 
@@ -103,16 +103,16 @@ def parse(content: str | bytes, where: str | pathlib.Path) -> Any:
   """Returns the value of a JSON text.
 
   Raises:
-    UserError: the text is no JSON, nested deeper than `MAX_DEPTH`, or holds half a character;
-      `where` begins the message.
+    UserError: the text is not JSON, is nested deeper than `MAX_DEPTH`, or holds half a character.
+      The message begins with `where`.
   """
   try:
     value = json.loads(content)
-    if isinstance(content, bytes):  # UTF-8, UTF-16 or UTF-32, as its first bytes say.
+    if isinstance(content, bytes):  # Its first bytes tell UTF-8, UTF-16 and UTF-32 apart.
       content = content.decode(json.detect_encoding(content))
     if is_deep(value, content):
       raise RecursionError
-    # Two escapes make a character beyond the first 65,536; one alone is none.
+    # Two escapes make a character beyond the first 65,536; one alone is no character.
     if "\\ud" in content.lower():
       json.dumps(value, ensure_ascii=False).encode()
   except RecursionError as error:
@@ -154,7 +154,7 @@ def check(
   *,
   required: Collection[str] = (),
 ) -> dict[str, Any]:
-  """Returns `value`, an object whose values of these names are what the rules say.
+  """Returns `value`, an object, after checking the rules for the values of these names.
 
   Raises:
     UserError: `value` is no object, lacks a `required` name, or a rule does not hold; the message
@@ -172,7 +172,7 @@ def check(
 
 
 def show(value: Any) -> str:
-  """Returns a value as a message shows it, in at most about a hundred characters."""
+  """Returns a value for a message, in at most about a hundred characters."""
   if isinstance(value, bool) or value is None:  # as the file has it
     return json.dumps(value)
   return _SHORT.repr(value)
@@ -186,7 +186,7 @@ def _is_finite(value) -> bool:
 
 
 def is_deep(value, content: str) -> bool:
-  """Returns whether a value, which is that of a JSON text, is nested deeper than `MAX_DEPTH`."""
+  """Returns whether the value of a JSON text is nested deeper than `MAX_DEPTH`."""
   level = [value] if content.count("[") + content.count("{") > MAX_DEPTH else []
   for _ in range(MAX_DEPTH):
     children = [item.values() if isinstance(item, dict) else item for item in level]

@@ -1,4 +1,4 @@
-"""What a run would cost its devices, which need not be there: its program is compiled and read.
+"""Compiles the programs of a run, for devices that may not be there, and reads what they cost.
 
     shapes of models -> shapes of the state -> compile for a mesh -> memory, work, traffic, time
 
@@ -27,7 +27,7 @@ from klrl.run.workdir import DRY_RUN, write_text
 
 
 class Chip(NamedTuple):
-  """What one device has, by its maker's figures."""
+  """The figures of one device, by its maker."""
 
   memory: float  # bytes
   flops: float  # per second, bfloat16
@@ -63,7 +63,7 @@ FROM_CONFIGS = inputs.Loaders(_fresh_policy, _fresh_scalar)
 def shapes_of_models(config, loaders: inputs.Loaders, **directories: str) -> inputs.Models:
   """Returns `inputs.load_models` of the same arguments, with shapes in place of arrays.
 
-  What would be one array in two places is one shape in two places.
+  An array that two models would share is one shape that both share.
   """
   traced = whole = None
 
@@ -83,7 +83,7 @@ def _arrays(models: inputs.Models) -> dict[str, Any]:
 
 
 def of_run(config, models: inputs.Models, task: inputs.Task) -> list[dict[str, Any]]:
-  """Returns what each program of a run would cost, as `_report` has it.
+  """Returns the cost of each program of a run, as `_report` returns it.
 
   Args:
     config: the experiment's; reads `mesh` and `topology`.
@@ -100,7 +100,7 @@ def of_run(config, models: inputs.Models, task: inputs.Task) -> list[dict[str, A
 def of_members(
   configs: list, models: inputs.Models, task: inputs.Task, *, mesh: str, members_per_batch: int
 ) -> list[dict[str, Any]]:
-  """Returns what each program of a group of a sweep's members would cost; see `of_run`."""
+  """Returns the cost of each program of a group of a sweep's members; see `of_run`."""
   config = configs[0]
   mesh = parallel.sweep_mesh(mesh, len(configs), devices_of(config))
   setup = _set_up(config, mesh, models, task)
@@ -123,7 +123,7 @@ def of_members(
 
 
 def devices_of(config) -> list | None:
-  """Returns the devices of `--topology`, None for those that are there."""
+  """Returns the devices of `--topology`, or None for the devices of this machine."""
   return parallel.topology_devices(config.topology) if config.topology else None
 
 
@@ -169,7 +169,7 @@ def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
 
 
 def _judge_reports(setup) -> list[dict[str, Any]]:
-  """Returns what the programs of the judge would cost; of a sweep's, for one of the members."""
+  """Returns the cost of the programs of the judge; in a sweep it is that of one member."""
   models, task, mesh = setup.models, setup.task, setup.mesh
   tokenizer, horizon = models.tokenizer, task.max_completion_len
   programs = judging.make_programs(mesh, models.policy, models.reference, tokenizer, horizon)
@@ -205,7 +205,7 @@ def _report(name: str, program, mesh, *arguments, **named) -> tuple[dict[str, An
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    # The first lines say how much is used of how much, the others by what.
+    # The first lines say how much memory is used, and the others what uses it.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     raise UserError(
       f"The program `{name}` does not fit on a device: {' '.join(lines[:2])} Use --lora_rank, "
@@ -289,7 +289,7 @@ def show(reports: list[dict[str, Any]]) -> None:
 
 
 def write(workdir: pathlib.Path, reports: list[dict[str, Any]]) -> None:
-  """Writes `dry_run.json`, which the run itself may find there."""
+  """Writes `dry_run.json`, beside which a run may be made later."""
   workdir.mkdir(parents=True, exist_ok=True)
   write_text(workdir / DRY_RUN, json.dumps(reports, indent=2) + "\n")
   progress.console.print(f"Dry run: {workdir / DRY_RUN}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a bar on a terminal, a line now and then in a log."""
+"""Shows the progress of a run: a bar on a terminal, and a line now and then in a log."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from klrl.figures import shown
 
 
 class _Console(Console):
-  """Shows every string as it is: no brackets or colons are markup, and a terminal obeys nothing."""
+  """Shows every string as it is: brackets and colons are no markup, and escapes have no effect."""
 
   def render_str(self, text, **settings):
     return super().render_str(visible(text), **settings)
