@@ -25,39 +25,38 @@ class Figure(NamedTuple):
   label: str
   unit: str
   meaning: str
-  is_share: bool = False  # from 0 to 1, written as per cent
-  brief: str = ""  # the label in a line of several
 
   @property
-  def is_kl(self) -> bool:
-    return "KL" in self.label
+  def title(self) -> str:
+    """What it is, without how it is measured."""
+    return self.label.partition(", ")[0]
+
+  @property
+  def scale(self) -> float:
+    """What a value is multiplied by where it is shown: shares are kept from 0 to 1."""
+    return 100.0 if self.unit.startswith("%") else 1.0
 
 
 # Held out, in the order of the table "Before and after".
 JUDGED = (
-  Figure("gold", "Gold accuracy", "of completions",
-         "Share of sampled completions that an exact check finds right; nothing is trained on it.",
-         True, "gold"),
-  Figure("gold_greedy", "Gold accuracy, greedy", "of prompts",
-         "The same share among the most likely completions, one for each prompt.", True),
-  Figure("pass_at_K", "pass@K", "of prompts",
-         "Share of prompts of which at least one of K sampled completions is right.", True),
-  Figure("majority_at_K", "maj@K", "of prompts",
-         "Share of prompts of which the most frequent answer of K completions is right.", True),
-  Figure("held_out_accuracy", "Agreement with labels", "of pairs",
-         "Share of pairs of which the model prefers the chosen completion; chance has half.", True),
+  Figure("gold", "Gold accuracy", "% of completions",
+         "Share of completions that an exact check finds right; nothing is trained on it."),
+  Figure("gold_greedy", "Gold accuracy, greedy", "% of prompts",
+         "The same share among the most likely completions, one for each prompt."),
+  Figure("pass_at_K", "pass@K", "% of prompts",
+         "Share of prompts of which at least one of K completions is right."),
+  Figure("majority_at_K", "maj@K", "% of prompts",
+         "Share of prompts whose most frequent answer of K completions is right."),
+  Figure("held_out_accuracy", "Agreement with labels", "% of pairs",
+         "Share of pairs whose chosen completion the model prefers; chance has half."),
   Figure("score", "Score", "per completion",
-         "Mean of what is trained on: the reward model's score, or the reward function's.",
-         False, "score"),
-  Figure("objective_gap", "Gap to the best policy", "of what it gains",
-         "What E[score] - beta * KL lacks of its best, as a share of the best policy's gain over "
-         "the reference (--task=tree).", True),
+         "Mean score of the completions, by what is trained on: a model or a function."),
+  Figure("objective_gap", "Gap to the best policy", "% of what it gains",
+         "Lack of E[score] - beta * KL, over the best policy's gain on the reference (tree)."),
   Figure("tv_to_optimum", "Total variation to the best policy", "from 0 to 1",
-         "Half the sum of the differences of all probabilities from the best policy's "
-         "(--task=tree)."),
+         "Half the sum of all differences from the best policy's probabilities (tree)."),
   Figure("kl_ref_exact", "KL(π‖ref), exact", PER_SEQUENCE,
-         "KL(policy ‖ reference): the exact KL of each next-token distribution, summed over the "
-         "policy's completions.", False, "KL"),
+         "KL(policy ‖ reference): that of each next token, summed along own completions."),
   Figure("kl_ref_k1", "KL(π‖ref), k1", PER_SEQUENCE,
          "The same KL, estimated by k1 = log π - log ref of the tokens drawn."),
   Figure("kl_ref_k3", "KL(π‖ref), k3", PER_SEQUENCE,
@@ -75,15 +74,14 @@ JUDGED = (
          "Mean loss of held-out pairs: Bradley-Terry's, DPO's or IPO's."),
   Figure("held_out_margin", "Implicit reward margin", "reward",
          "beta * log(π/ref) of the chosen completion less that of the rejected one."),
-  Figure("held_out_calibration_error", "Calibration error", "from 0 to 1",
-         "How far the reward model's confidence in a pair is from the share that it has right.",
-         True),
+  Figure("held_out_calibration_error", "Calibration error", "%",
+         "Distance of the reward model's confidence from the share it has right."),
   Figure("entropy", "Entropy", PER_TOKEN, "Mean entropy of the policy's next-token distributions."),
   Figure("length", "Length", "tokens", "Mean number of tokens of a completion."),
   Figure("nll", "NLL under the reference", PER_TOKEN,
          "Mean of -log ref over the tokens that the policy draws."),
-  Figure("distinct_2", "Distinct-2", "of bigrams",
-         "Share of different ones among all neighbouring pairs of words.", True),
+  Figure("distinct_2", "Distinct-2", "% of bigrams",
+         "Share of different ones among neighbouring pairs of words."),
 )  # fmt: skip
 # Held out as well, but not in that table.
 MORE = (
@@ -91,116 +89,110 @@ MORE = (
          "Mean score of the most likely completion of each prompt."),
   Figure("kl_ref_forward_per_token", "KL(ref‖π), exact", PER_TOKEN,
          "The other direction for each token."),
-  Figure("finished_fraction", "Ended by itself", "of completions",
-         "Share of completions that ended before the limit of tokens.", True),
-  Figure("distinct_1", "Distinct-1", "of words", "Share of different words.", True),
-  Figure("distinct_3", "Distinct-3", "of trigrams",
-         "Share of different ones among all neighbouring triples of words.", True),
+  Figure("finished_fraction", "Ended by itself", "% of completions",
+         "Share of completions that ended before the limit of tokens."),
+  Figure("distinct_1", "Distinct-1", "% of words", "Share of different words."),
+  Figure("distinct_3", "Distinct-3", "% of trigrams",
+         "Share of different ones among neighbouring triples of words."),
   Figure("held_out_entropy", "Entropy of the data", PER_TOKEN,
          "Entropy of the known distribution of the embedded demonstrations."),
   Figure("held_out_mean_score", "Mean score of a pair", "score",
          "Mean of the reward model's scores of both completions."),
   Figure("held_out_examples", "Held-out examples", "", "How many pairs or rows were held out."),
   Figure("exact_score", "Score, by enumeration", "per completion",
-         "E[score] over all completions (--task=tree)."),
+         "E[score] over all completions (tree)."),
   Figure("exact_kl", "KL(π‖ref), by enumeration", PER_SEQUENCE,
-         "KL(policy ‖ reference) over all completions (--task=tree)."),
+         "KL(policy ‖ reference) over all completions (tree)."),
   Figure("objective", "Score - β KL, by enumeration", "",
-         "E[score] - beta * KL(policy ‖ reference) (--task=tree)."),
+         "E[score] - beta * KL(policy ‖ reference) (tree)."),
   Figure("optimal_objective", "Score - β KL, of the best policy", "",
-         "The most that any policy has of it (--task=tree)."),
+         "The most that any policy has of it (tree)."),
 )  # fmt: skip
 # Of an iteration, in the order of the curves.
 TRAINING = (
   Figure("score/mean", "Score", "per completion",
-         "Mean score of the completions sampled in an iteration, before any penalty.",
-         False, "score"),
+         "Mean score of the completions sampled in an iteration, before any penalty."),
   Figure("score/std", "Deviation of the scores", "per completion",
          "Standard deviation of these scores."),
   Figure("score/NAME", "Score of one reward", "per completion",
          "Mean of one of several rewards, by its name."),
-  Figure("gold/mean", "Gold accuracy", "of completions",
-         "Share of these completions that an exact check finds right.", True, "gold"),
+  Figure("gold/mean", "Gold accuracy", "% of completions",
+         "Share of these completions that an exact check finds right."),
   Figure("objective/mean", "Score - β KL", "per completion", "Mean of score - beta * k1."),
   Figure("kl/ref_k1", "KL to the reference, k1", PER_SEQUENCE,
-         "Mean over completions of k1, summed over tokens.", False, "KL"),
+         "Mean over completions of k1, summed over tokens."),
   Figure("kl/ref_k3", "KL to the reference, k3", PER_SEQUENCE,
          "Mean over completions of k3, summed over tokens."),
   Figure("kl/ref_exact", "KL to the reference, exact", PER_SEQUENCE,
-         "Mean over completions of the exact KL, summed over tokens; every --kl_every iterations."),
+         "Mean of the exact KL, summed over tokens; every --kl_every iterations."),
   Figure("kl/old_k1", "KL to the old policy, k1", PER_SEQUENCE,
-         "KL(old ‖ new) by k1: how far an iteration's steps went from the policy that sampled."),
+         "KL(old ‖ new) by k1: how far the steps went from the policy that sampled."),
   Figure("kl/old_k3", "KL to the old policy, k3", PER_SEQUENCE, "The same by k3."),
   Figure("kl/sampler_k1", "KL to the sampler, k1", PER_SEQUENCE,
-         "How far the sampler's log-probs are from the trainer's: rounding, if all is well."),
+         "Distance of the sampler's log-probs from the trainer's: rounding, if all is well."),
   Figure("kl/sampler_k3", "KL to the sampler, k3", PER_SEQUENCE, "The same by k3."),
-  Figure("kl/prefix_cap_fraction", "Capped prefix weights", "of tokens",
-         "Share of tokens whose prefix weight --prefix_cap bounds.", True),
+  Figure("kl/prefix_cap_fraction", "Capped prefix weights", "% of tokens",
+         "Share of tokens whose prefix weight --prefix_cap bounds."),
   Figure("kl/prefix_cap_lost", "KL lost to the cap", PER_SEQUENCE,
          "What the bounded weights take off the KL."),
   Figure("loss/cross_entropy", "Cross-entropy", PER_TOKEN,
-         "Mean of -log π over completion tokens.", False, "cross-entropy"),
+         "Mean of -log π over completion tokens."),
   Figure("policy/pretraining_loss", "Cross-entropy, pretraining", PER_TOKEN,
          "The same over the pretraining texts that are mixed in."),
-  Figure("loss/bradley_terry", "Bradley-Terry loss", "nats per pair",
-         "-log sigmoid(chosen - rejected), without margin and smoothing.", False, "loss"),
-  Figure("loss/dpo", "Preference loss, DPO", "per pair", "What DPO minimises.", False, "loss"),
-  Figure("loss/ipo", "Preference loss, IPO", "per pair", "What IPO minimises.", False, "loss"),
+  Figure("loss/bradley_terry", "Preference loss, Bradley-Terry", "nats per pair",
+         "-log sigmoid(chosen - rejected), without margin and smoothing."),
+  Figure("loss/dpo", "Preference loss, DPO", "per pair", "What DPO minimises."),
+  Figure("loss/ipo", "Preference loss, IPO", "per pair", "What IPO minimises."),
   Figure("loss/total", "Loss", "per pair", "What the reward model minimises, all terms together."),
-  Figure("loss/accuracy", "Agreement with labels", "of pairs",
-         "Share of the batch's pairs whose chosen text has the higher score; a tie has not.",
-         True, "agreement"),
-  Figure("preference/accuracy", "Agreement with labels", "of pairs",
-         "Share of the batch's pairs whose margin is above 0; at the start all margins are 0.",
-         True, "agreement"),
+  Figure("loss/accuracy", "Agreement with labels", "% of pairs",
+         "Share of pairs whose chosen text has the higher score; a tie has not."),
+  Figure("preference/accuracy", "Agreement with labels", "% of pairs",
+         "Share of pairs whose margin is above 0; at the start all margins are 0."),
   Figure("loss/mean_score", "Mean score of a pair", "score",
          "Mean of the scores of both completions."),
   Figure("preference/margin", "Implicit reward margin", "reward",
-         "beta * log(π/ref) of the chosen completion less that of the rejected one.",
-         False, "margin"),
-  Figure("preference/chosen_log_prob", "Log-probability of the pair, chosen",
-         "nats per completion", "Mean log-probability of the chosen completions."),
-  Figure("preference/rejected_log_prob", "Log-probability of the pair, rejected",
-         "nats per completion", "Mean log-probability of the rejected completions."),
+         "beta * log(π/ref) of the chosen completion less that of the rejected one."),
+  Figure("preference/chosen_log_prob", "Log-probability of the pair, chosen", "nats",
+         "Mean log-probability of the chosen completions."),
+  Figure("preference/rejected_log_prob", "Log-probability of the pair, rejected", "nats",
+         "Mean log-probability of the rejected completions."),
   Figure("policy/loss", "Policy loss", "", "The surrogate that the steps minimise."),
   Figure("policy/kl_loss", "KL loss", PER_SEQUENCE,
          "The KL's own term of the loss, before beta; its value need not be a KL."),
   Figure("policy/entropy", "Entropy", PER_TOKEN, "Mean entropy of the next-token distributions."),
   Figure("policy/entropy_bonus", "Entropy bonus", "nats",
          "The same, aggregated as the loss is; --entropy_coef multiplies it."),
-  Figure("policy/clip_fraction", "Clip fraction, policy", "of tokens",
-         "Share of tokens whose ratio is clipped, so that they have no gradient.", True),
-  Figure("value/clip_fraction", "Clip fraction, value", "of tokens",
-         "Share of tokens whose value is clipped.", True),
+  Figure("policy/clip_fraction", "Clip fraction, policy", "% of tokens",
+         "Share of tokens whose ratio is clipped, so that they have no gradient."),
+  Figure("value/clip_fraction", "Clip fraction, value", "% of tokens",
+         "Share of tokens whose value is clipped."),
   Figure("policy/ratio", "Importance ratio", "", "Mean of π/old over tokens."),
   Figure("policy/ratio_deviation", "Importance ratio from 1", "", "Mean distance of π/old from 1."),
   Figure("policy/sampler_weight", "Sampler weight", "",
          "Mean weight that corrects for the sampler."),
-  Figure("policy/sampler_capped_fraction", "Capped sampler weights", "of tokens",
-         "Share of these weights that --sampler_cap bounds.", True),
+  Figure("policy/sampler_capped_fraction", "Capped sampler weights", "% of tokens",
+         "Share of these weights that --sampler_cap bounds."),
   Figure("policy/num_updates", "Gradient steps", "per iteration", "Steps before --max_kl_old."),
   Figure("value/loss", "Value loss", "squared reward", "Half the squared error of the values."),
   Figure("value/explained_variance", "Explained variance", "of the returns",
          "1 - Var(returns - values) / Var(returns)."),
-  Figure("controller/beta", "Beta", "reward per nat", "The coefficient of the KL.", False, "beta"),
+  Figure("controller/beta", "Beta", "reward per nat", "The coefficient of the KL."),
   Figure("controller/effective_beta", "Effective beta", "score per nat",
-         "Beta in the unit of the scores as they came, where something divides these."),
+         "Beta in the unit of the scores as they came, if something divides these."),
   Figure("controller/at_bound", "Beta at a bound", "0 or 1",
-         "Whether the controller is held at --beta_min or --beta_max.", False, "beta at a bound"),
+         "Whether the controller is held at --beta_min or --beta_max."),
   Figure("controller/trust_region_beta", "Beta of the trust region", "per nat",
          "The coefficient of the KL to the old policy."),
   Figure("controller/trust_region_at_bound", "Beta of the trust region at a bound", "0 or 1",
          "Whether its rule is held at a bound."),
-  Figure("rollout/length", "Length", "tokens per completion", "Mean number of tokens.",
-         False, "length"),
-  Figure("rollout/finished_fraction", "Ended by itself", "of completions",
-         "Share of completions that ended before the limit.", True),
-  Figure("rollout/informative_groups", "Informative groups", "of groups",
-         "Share of the sampled groups whose scores differ (--oversampling).", True),
+  Figure("rollout/length", "Length", "tokens per completion", "Mean number of tokens."),
+  Figure("rollout/finished_fraction", "Ended by itself", "% of completions",
+         "Share of completions that ended before the limit."),
+  Figure("rollout/informative_groups", "Informative groups", "% of groups",
+         "Share of the sampled groups whose scores differ (--oversampling)."),
   Figure("rollout/tokens", "Tokens", "per iteration", "Completion tokens sampled."),
-  Figure("gradient/norm", "Gradient norm", "", "Before clipping.", False, "gradient"),
-  Figure("sweep/diverged", "Diverged", "members", "How many are not finite any more.",
-         False, "diverged"),
+  Figure("gradient/norm", "Gradient norm", "", "Before clipping."),
+  Figure("sweep/diverged", "Diverged", "members", "How many are not finite any more."),
   Figure("tokens_per_second", "Speed", "tokens per second", "Completion tokens over all time."),
 )  # fmt: skip
 
@@ -226,8 +218,10 @@ def find(name: str) -> Figure:
 
 
 def labels(*names: str) -> tuple[tuple[str, str], ...]:
-  """Returns (key, brief label) of each, as `progress.watch` takes them."""
-  return tuple((name, find(name).brief or find(name).label) for name in names)
+  """Returns (key, what it is) of each, as `progress.watch` takes them."""
+  titles = (find(name).title for name in names)
+  lower = (x[:1].lower() + x[1:] if x[1:2].islower() else x for x in titles)
+  return tuple(zip(names, lower, strict=True))
 
 
 def number(value: object) -> float | None:
@@ -265,10 +259,12 @@ def shown(name: str, value: object, stderr: object = None) -> str:
   if x is None or not math.isfinite(x):
     return digits(x)
   known = error is not None and math.isfinite(error)
-  if figure.is_share:
+  if figure.scale != 1:
     about = f" \N{PLUS-MINUS SIGN} {100 * error:.1f}" if known else ""
     return f"{100 * x:.1f}{about}%".replace("-", "\N{MINUS SIGN}")
-  if figure.is_kl and max(abs(x), error if known else 0.0) < 5e-4:  # rounding, of either sign
+  if (
+    "KL" in figure.label and max(abs(x), error if known else 0.0) < 5e-4
+  ):  # rounding, of either sign
     return "0.000 \N{PLUS-MINUS SIGN} 0.000" if known else "0.000"
   return digits(x, error)
 

@@ -210,7 +210,7 @@ def held_out_figures(summary: Mapping[str, str], before: dict, after: dict) -> d
   for name, metric in summary.items():
     (sums, counts), (sums_before, _) = after[metric], before[metric]
     found |= evaluation.ratio_and_stderr(name, sums, counts)
-    if not find(name).is_share:
+    if find(name).scale == 1:
       found |= evaluation.ratio_and_stderr(f"{name}_before", sums_before, counts)
       change = evaluation.ratio_and_stderr("change", sums - sums_before, counts)
       found[f"{name}_change_stderr"] = change["change_stderr"]

@@ -34,7 +34,7 @@ def test_a_figure_is_written_in_one_way(name, value, stderr, text):
 
 def test_parts_of_a_name_that_a_run_chooses_are_found():
   assert figures.find("pass_at_8_after").label == "pass@8"
-  assert figures.find("majority_at_4").is_share
+  assert figures.find("majority_at_4").scale == 100
   assert figures.find("score/length").key == "score/length"
   assert figures.find("kl/ref_exact_per_token").unit == figures.PER_TOKEN
   assert figures.find("mine/own_figure").label == "mine/own figure"

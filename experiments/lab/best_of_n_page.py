@@ -8,7 +8,7 @@ from klrl.report.plots import INK, SERIES, plot
 
 COLUMNS = ("n", "KL at most", "KL of the pool", "score", "gold", "wins")
 BANDIT_COLUMNS = ("n", "probabilities", "KL", "KL at most", "score", "best score at this KL")
-X_LABEL = f"{find(KL).label.partition(',')[0]}, {find(KL).unit}"
+X_LABEL = f"{find(KL).title}, {find(KL).unit}"
 EXACT_COLUMNS = ("n", "KL", "KL at most", "score", "best score at this KL", "gold")
 RUN_COLUMNS = ("run", "KL", "score", "score\nof best of n", "gold", "gold\nof best of n")
 RUN_COLUMNS += ("score\nbefore training",)
@@ -79,7 +79,7 @@ def report(results: dict) -> str:
     ),
     *(
       figure(
-        find(name).label, ("% " if find(name).is_share else "") + find(name).unit,
+        find(name).label, find(name).unit,
         plot(lambda axes, name=name: _draw_pool(axes, rows, compared, name), X_LABEL), names,
       )
       for name in kinds
@@ -166,7 +166,7 @@ def _bandit_cells(row: dict) -> tuple[str, ...]:
 
 
 def _draw_pool(axes, rows: list[dict], compared: list[dict], name: str) -> None:
-  scale = 100.0 if find(name).is_share else 1.0
+  scale = find(name).scale
 
   def bars(x, row, marker, colour, size):
     error = 2 * scale * (row[f"{name}_stderr"] or 0.0)

@@ -134,15 +134,13 @@ def _anchors(runs: list[dict]) -> Html:
 
   def drawn(key: str) -> Html:
     about = find(key)
-    scale = 100.0 if about.is_share else 1.0
 
     def draw(axes):
       for run, (colour, style) in zip(runs, ANCHOR_STYLES, strict=True):
-        values = scale * np.array(run["curves"][key], float)
+        values = about.scale * np.array(run["curves"][key], float)
         axes.plot(np.arange(len(values)), values, style, color=colour, linewidth=1.3)
 
-    unit = f"% {about.unit}" if about.is_share else about.unit
-    return figure(about.label, unit, plot(draw, "iteration"))
+    return figure(about.label, about.unit, plot(draw, "iteration"))
 
   names = [
     element(

@@ -230,7 +230,7 @@ def _panel(names: tuple[str, ...], series: dict) -> Html:
   drawn, legend = [], []
   for name, (colour, style, mark) in zip(names, STYLES, strict=False):
     if name in series:
-      scale = 100.0 if find(name).is_share else 1.0
+      scale = find(name).scale
       iterations, values = np.array([*series[name]]), np.array([*series[name].values()])
       errors = series.get(f"{name}_stderr")
       stderrs = errors and scale * np.array([errors.get(i, math.nan) for i in iterations])
@@ -241,9 +241,8 @@ def _panel(names: tuple[str, ...], series: dict) -> Html:
       mark = (element("i", class_=mark), f"{how} ") if how else ()
       legend.append(element("span", *mark, last))
   first = find(next(name for name in names if name in series))
-  unit = f"% {first.unit}" if first.is_share else first.unit
   legend = element("div", *legend, class_="legend")
-  return figure(first.label.partition(", ")[0], unit, curves(drawn) if drawn else "", legend)
+  return figure(first.title, first.unit, curves(drawn) if drawn else "", legend)
 
 
 def _curves(series: dict) -> list[Html]:

@@ -169,7 +169,7 @@ def _frontier(settings, before, kl_name, best_of_n, optimum, start) -> list[Html
       root=root, line=line,
       lines=[x for x in lines.values() if x_name == kl_name and x[0].get(name)],
     )  # fmt: skip
-    figures.append(figure(*_caption(name), svg))
+    figures.append(figure(find(name).label, find(name).unit, svg))
   text = "A mark is a member after training, "
   text += "by enumeration. " if optimum else "judged on held-out prompts. "
   if max(len(setting.records) for setting in settings) > 1:
@@ -187,11 +187,6 @@ def _frontier(settings, before, kl_name, best_of_n, optimum, start) -> list[Html
     note(f"{text}The ring is {start}."),
     *(_best_of_n_notes(best_of_n, optimum, start) if best_of_n else []),
   ]
-
-
-def _caption(name: str) -> tuple[str, str]:
-  about = find(name)
-  return about.label, f"% {about.unit}" if about.is_share else about.unit
 
 
 def _best_of_n_notes(best_of_n, optimum, start) -> list[Html]:
@@ -225,7 +220,7 @@ def _turn(frontier: dict) -> str:
 
 def _training(settings, series) -> list[Html]:
   drawn = ((name, sweep_pictures.curves(settings, series, name)) for name in _CURVES)
-  figures = [figure(*_caption(name), svg) for name, svg in drawn if svg is not None]
+  figures = [figure(find(x).label, find(x).unit, svg) for x, svg in drawn if svg is not None]
   if not figures:
     return [note("No iteration was recorded.")]
   return [

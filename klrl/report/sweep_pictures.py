@@ -51,11 +51,6 @@ class Setting(NamedTuple):
     return _MARKERS[self.position % len(_MARKERS)]
 
 
-def scale_of(name: str) -> float:
-  """Returns what a figure is multiplied by where it is drawn."""
-  return 100.0 if find(name).is_share else 1.0
-
-
 def legend(settings: list[Setting], others=()) -> Html:
   """Returns the names of settings beside their marker, and others with the style of their line."""
   names = [
@@ -99,7 +94,7 @@ def frontier(
   def place(x):
     return np.sqrt(np.maximum(x, 0.0)) if root else np.asarray(x, float)
 
-  scale = scale_of(name)
+  scale = find(name).scale
   points = [(place(x.each(x_name)), scale * x.each(name)) for x in settings]
   start = place(before[x_name])
   least, most = (reduce([start, *(reduce(x) for x, _ in points)]) for reduce in (np.min, np.max))
@@ -196,4 +191,4 @@ def curves(settings: list[Setting], series: dict[str, list[dict]], name: str) ->
 
 def _values(rows: list[dict], name: str) -> np.ndarray:
   values = [np.nan if row.get(name) is None else row[name] for row in rows]
-  return scale_of(name) * np.array(values, float)
+  return find(name).scale * np.array(values, float)
