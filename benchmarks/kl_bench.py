@@ -2,16 +2,14 @@
 
     python -m benchmarks.kl_bench
 
-Beside it stand two other ways to the same numbers: `dense` holds all logits, `checkpointed` makes a
-chunk's logits again by `jax.checkpoint` and lets JAX differentiate the formula. Three things are
-asked of each:
-
-1. The value.
-2. Value and gradient of the policy's arrays; the reference is frozen by `stop_gradient`.
-3. Value and gradient of all four arrays and the temperature.
+It is compared with two other ways to the same numbers: `dense` holds all logits, and
+`jax.checkpoint` computes the logits of a chunk again and lets JAX differentiate the formula. Each
+computes the value; value and gradient of the policy's arrays, with a reference that `stop_gradient`
+freezes; and value and gradient of all four arrays and the temperature.
 
 Prints medians over interleaved repetitions, with the fastest and slowest, ratios to the first line
-of each group, and the temporary memory that the compiler set aside.
+of each group, and the temporary memory of the compiled program. --record writes the figures into
+benchmarks/results.
 """
 
 import argparse
@@ -20,6 +18,7 @@ import statistics
 import jax
 import jax.numpy as jnp
 
+from benchmarks import results
 from benchmarks.sampling_bench import measure
 from klrl import ops
 from klrl.ops.log_probs import chunk_rows, matmul, num_chunks_of, unchunk_rows
@@ -45,7 +44,7 @@ def checkpointed(hidden, unembedding, ref_hidden, ref_unembedding, *, temperatur
   return unchunk_rows(kl, len(hidden))
 
 
-WAYS = {"dense": dense, "checkpointed": checkpointed, "custom VJP": ops.exact_kl_from_hidden}
+WAYS = {"dense": dense, "jax.checkpoint": checkpointed, "custom VJP": ops.exact_kl_from_hidden}
 
 
 def total(way, frozen):
@@ -60,9 +59,9 @@ def total(way, frozen):
 
 
 QUESTIONS = {
-  "1. value": lambda way: total(way, frozen=True),
-  "2. gradient, frozen reference": lambda way: jax.value_and_grad(total(way, True), (0, 1)),
-  "3. gradient of everything": lambda way: jax.value_and_grad(total(way, False), range(5)),
+  "value": lambda way: total(way, frozen=True),
+  "value and gradient, frozen reference": lambda way: jax.value_and_grad(total(way, True), (0, 1)),
+  "value and gradient of everything": lambda way: jax.value_and_grad(total(way, False), range(5)),
 }
 
 
@@ -73,6 +72,7 @@ def main():
   parser.add_argument("--width", type=int, default=64)
   parser.add_argument("--ref_width", type=int, default=96)
   parser.add_argument("--repetitions", type=int, default=5)
+  parser.add_argument("--record", action="store_true", help="write benchmarks/results")
   args = parser.parse_args()
   keys = jax.random.split(jax.random.key(0), 4)
   inputs = []
@@ -82,11 +82,12 @@ def main():
   inputs.append(jnp.float32(0.9))
   logits = args.rows * args.vocab_size * 4 / MIB
   print(f"{jax.devices()[0]}, {args.rows} rows of {args.vocab_size}: {logits:.0f} MiB of logits")
+  figures = {}
   for title, question in QUESTIONS.items():
     compiled = {name: jax.jit(question(way)).lower(*inputs).compile() for name, way in WAYS.items()}
     calls = {name: lambda fn=fn: fn(*inputs) for name, fn in compiled.items()}
     print(title)
-    first = None
+    first, figures[title] = None, {}
     for name, seconds in measure(calls, args.repetitions).items():
       median = statistics.median(seconds)
       first = first or median
@@ -95,6 +96,10 @@ def main():
         f"  {name:12} {median:6.2f} s  [{min(seconds):.2f}, {max(seconds):.2f}]  "
         f"x{median / first:.2f}  {memory:7.1f} MiB"
       )
+      figures[title][f"{name}, s"] = [round(x, 2) for x in (median, min(seconds), max(seconds))]
+      figures[title][f"{name}, MiB"] = round(memory)
+  if args.record:
+    results.record("kl_bench", figures)
 
 
 if __name__ == "__main__":

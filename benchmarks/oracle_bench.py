@@ -7,12 +7,14 @@ log-probabilities of all completions, and the optimal policy for random scores. 
 and CPU seconds.
 """
 
+import argparse
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import results
 from klrl.exact import oracle
 
 TREES = ((10, 6, None), (11, 6, 0), (2, 20, None), (3, 19, 0))  # vocabulary, horizon, EOS
@@ -41,12 +43,21 @@ def everything(vocab_size: int, horizon: int, eos_id: int | None) -> int:
 
 def main() -> None:
   """Prints one line for each tree."""
+  parser = argparse.ArgumentParser(description="Seconds that the oracle takes on large trees.")
+  parser.add_argument("--record", action="store_true", help="write benchmarks/results")
+  args = parser.parse_args()
+  figures = {}
   with jax.enable_x64(True):
     for tree in TREES:
       wall, cpu = time.monotonic(), time.process_time()
       num = everything(*tree)
       wall, cpu = time.monotonic() - wall, time.process_time() - cpu
       print(f"{tree}: {num:,} completions, {wall:.1f} s, {cpu:.1f} s of CPU")
+      vocab_size, horizon, eos_id = tree
+      name = f"{vocab_size} tokens x {horizon}{'' if eos_id is None else ', EOS'}"
+      figures[name] = {"seconds": round(wall, 1)}
+  if args.record:
+    results.record("oracle_bench", figures)
 
 
 if __name__ == "__main__":

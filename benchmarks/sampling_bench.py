@@ -7,7 +7,7 @@
 3. What drawing and the log-probs add to a step, against taking the most likely token.
 
 Prints medians over interleaved repetitions, with the fastest and slowest, and ratios to the first
-line of each group.
+line of each group. --record writes the ratios into benchmarks/results.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from benchmarks import results
 from klrl.models.decoder import DecoderConfig, policy_model
 from klrl.sampling import make_greedy_fn, make_sample_fn
 
@@ -62,19 +63,23 @@ def measure(calls, repetitions):
 
 
 def report(title, calls, repetitions):
+  """Prints a group of figures, and returns {name: {"time": median over that of the first}}."""
   print(title)
-  first = None
+  first, ratios = None, {}
   for name, seconds in measure(calls, repetitions).items():
     ms = sorted(1e3 * s for s in seconds)
     median = statistics.median(ms)
     first = first or median
     print(f"  {name:16} {median:8.2f} ms  [{ms[0]:.2f}, {ms[-1]:.2f}]  x{median / first:.2f}")
+    ratios[name] = {"time": round(median / first, 2)}
+  return ratios
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--batch_size", type=int, default=32)
   parser.add_argument("--repetitions", type=int, default=7)
+  parser.add_argument("--record", action="store_true", help="write benchmarks/results")
   args = parser.parse_args()
   policy = policy_model(CONFIG)
   params = jax.jit(policy.init)(jax.random.key(0))
@@ -91,16 +96,20 @@ def main():
   longest = sampler(ending, 4096)().completion_mask.sum(axis=1).max()
   print(f"{jax.devices()[0]}, batch {args.batch_size}, longest completion {longest}")
   rooms = {f"room for {n}": sampler(ending, n) for n in (64, 256, 1024, 4096)}
-  report(f"1. {NUM_TOKENS} tokens in a larger room", rooms, args.repetitions)
-  ends = {f"end after {n}": sampler(ending_policy(policy, n), NUM_TOKENS) for n in (64, 32, 8)}
-  report("2. all rows end early", ends, args.repetitions)
+  figures = report(f"1. {NUM_TOKENS} tokens in a larger room", rooms, args.repetitions)
+  ends = {
+    f"all rows end after {n}": sampler(ending_policy(policy, n), NUM_TOKENS) for n in (64, 32, 8)
+  }
+  figures |= report("2. all rows end early", ends, args.repetitions)
   settings = {"max_completion_len": NUM_TOKENS, "eos_id": EOS_ID, "pad_id": 0}
   greedy = jax.jit(make_greedy_fn(policy, **settings))
   drawing = {
     "greedy": lambda: greedy(params, prompts, mask),
     "sample": sampler(policy, NUM_TOKENS),
   }
-  report("3. drawing", drawing, args.repetitions)
+  figures |= report("3. drawing", drawing, args.repetitions)
+  if args.record:
+    results.record("sampling_bench", figures)
 
 
 if __name__ == "__main__":
