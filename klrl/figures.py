@@ -32,6 +32,11 @@ class Figure(NamedTuple):
     return self.label.partition(", ")[0]
 
   @property
+  def per(self) -> str:
+    """The unit beside a value that has its own sign of per cent."""
+    return self.unit.removeprefix("%").strip()
+
+  @property
   def scale(self) -> float:
     """What a value is multiplied by where it is shown: shares are kept from 0 to 1."""
     return 100.0 if self.unit.startswith("%") else 1.0
@@ -262,9 +267,8 @@ def shown(name: str, value: object, stderr: object = None) -> str:
   if figure.scale != 1:
     about = f" \N{PLUS-MINUS SIGN} {100 * error:.1f}" if known else ""
     return f"{100 * x:.1f}{about}%".replace("-", "\N{MINUS SIGN}")
-  if (
-    "KL" in figure.label and max(abs(x), error if known else 0.0) < 5e-4
-  ):  # rounding, of either sign
+  # What rounding leaves of a KL has either sign.
+  if "KL" in figure.label and max(abs(x), error if known else 0.0) < 5e-4:
     return "0.000 \N{PLUS-MINUS SIGN} 0.000" if known else "0.000"
   return digits(x, error)
 

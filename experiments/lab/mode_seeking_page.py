@@ -20,8 +20,8 @@ def verdict(results: dict) -> str:
   best = int(np.argmax(blind_rl["words"]))
   return (
     "Covering and picking are about what a policy can hold, not about SFT and RL. A decoder that "
-    f"can hold both words ends {sft['kl_from_data']:.4f} nats from the data by SFT and "
-    f"{rl['kl_to_data']:.4f} by RL. One that cannot gives {_share(blind_sft['between'])} of "
+    f"can hold both words ends {sft['kl_from_data']:.3f} nats from the data by SFT and "
+    f"{rl['kl_to_data']:.3f} by RL. One that cannot gives {_share(blind_sft['between'])} of "
     f"its completions to strings between them by SFT, and {_share(blind_rl['words'][best])} to "
     f"\u201c{results['language']['words'][best]}\u201d by RL."
   )
@@ -111,7 +111,7 @@ def fit_cells(fit: dict) -> list[str]:
   return [
     "sees" if fit["sees_prefix"] else "blind",
     _objective(fit),
-    *(f"{x:.4f}" for x in (*figures, fit["entropy"], fit["gap"])),
+    *map(_decimals, (*figures, fit["entropy"], fit["gap"])),
   ]
 
 
@@ -130,6 +130,11 @@ def _fit(results, sees_prefix, beta, reference="uniform") -> dict:
     if (fit["sees_prefix"], fit["beta"], fit["reference"]) == wanted
   )  # fmt: skip
   return found
+
+
+def _decimals(x: float) -> str:
+  """Returns a figure with three decimals, which never is minus nothing."""
+  return f"{round(x, 3) + 0.0:.3f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _share(probability: float) -> str:
@@ -190,7 +195,7 @@ def _densities(gaussian: dict, fit: str, colour: str) -> Html:
     axes.set_xticks([-4, -2, 0, 2, 4] if is_last else [])
 
   rows = [
-    (_after(step), f"{kl:.4f} nats") for step, (*_, kl) in zip(gaussian["steps"], path, strict=True)
+    (_after(step), f"{kl:.3f} nats") for step, (*_, kl) in zip(gaussian["steps"], path, strict=True)
   ]
   return _strips(rows, draw, width=3.4)
 
@@ -265,7 +270,7 @@ def _decoder_part(results: dict) -> list[Html]:
     ):
       fit = _fit(results, sees, beta)
       rows = [
-        (_after(step), f"{kl:.4f} nats", probs, results["data"]["blends"])
+        (_after(step), f"{kl:.3f} nats", probs, results["data"]["blends"])
         for step, kl, probs in zip(steps, fit["path_kls"], fit["path"], strict=True)
       ]
       about = "minimises KL(p \u2016 \u03c0)" if beta is None else "minimises KL(\u03c0 \u2016 p)"
@@ -284,7 +289,7 @@ def _beta_part(results: dict) -> list[Html]:
   for title, about, sees, reference, betas in groups:
     fits = [_fit(results, sees, beta, reference) for beta in betas]
     rows = [
-      (f"\u03b2 = {fit['beta']:g}", f"gap {fit['gap']:.4f}", fit["blends"],
+      (f"\u03b2 = {fit['beta']:g}", f"gap {fit['gap']:.3f}", fit["blends"],
        fit["optimum"]["blends"])
       for fit in fits
     ]  # fmt: skip
@@ -304,7 +309,7 @@ def _tables(results: dict) -> list[Html]:
   data = results["data"]
   figures = (0.0, 0.0, *data["words"], data["between"], data["entropy"])
   fits = [
-    ["", "the data", *(f"{x:.4f}" for x in figures), ""],
+    ["", "the data", *map(_decimals, figures), ""],
     *(fit_cells(fit) for fit in results["fits"]),
   ]
   about = (
@@ -312,29 +317,21 @@ def _tables(results: dict) -> list[Html]:
     "neither word. Gap: how far the objective is from its best over all policies. KLs, entropy and "
     "gap in nats per completion."
   )
-  rows = []
-  for name, label in (
-    ("equal", "0.5 and 0.5 at \u22122 and 2, \u03c3 0.5"),
-    ("unequal", "0.7 and 0.3 at \u22122 and 2, \u03c3 0.5"),
-    ("overlapping", "0.5 and 0.5 at \u22121 and 1, \u03c3 1"),
-  ):
-    for fit, words in (
-      ("forward_right", "forward"),
-      ("reverse_left", "reverse, from the left"),
-      ("reverse_right", "reverse, from the right"),
-      ("reverse_middle", "reverse, from the middle"),
-      ("reverse_saddle", "reverse, where two basins meet"),
-    ):
-      if point := results["gaussian"][name]["points"].get(fit):
-        figures = (
-          f"{round(point[key], 4) + 0.0:.4f}".replace("-", "\u2212") for key in ("mean", "sigma")
-        )
-        rows.append([label, words, point["kind"], *figures, f"{point['kl']:.4f}"])
+  ends = [
+    [name, fit.replace("_", ", from the "), point["kind"],
+     *(_decimals(point[key]) for key in ("mean", "sigma", "kl"))]
+    for name in ("equal", "unequal", "overlapping")
+    for fit, point in results["gaussian"][name]["points"].items()
+  ]  # fmt: skip
+  where = (
+    "Where the Gaussians end, by Newton's method. Equal: weights 0.5 and 0.5 at \u22122 and 2, "
+    "\u03c3 0.5; unequal: 0.7 and 0.3 there; overlapping: 0.5 and 0.5 at \u22121 and 1, \u03c3 1."
+  )
   head = ("Data", "Direction", "Kind", "Mean", "\u03c3", "KL, nats")
   return [
     element("h2", "All figures"),
     table(FIT_COLUMNS, fits, caption=about, words=2),
-    table(head, rows, caption="Where the Gaussians end, by Newton's method.", words=3),
+    table(head, ends, caption=where, words=3),
   ]
 
 

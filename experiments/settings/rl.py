@@ -359,6 +359,6 @@ def show_summary(summary: dict, title: str) -> None:
   for column, justify in (("", "left"), ("before", "right"), ("after", "right")):
     table.add_column(column, justify=justify)
   for figure, before, after in before_and_after(summary):
-    unit = f", {figure.unit}" if figure.unit else ""
+    unit = f", {figure.per}" if figure.per else ""
     table.add_row(f"{figure.label}{unit}", before, after)
   progress.console.print(table)

@@ -193,7 +193,7 @@ def _table(figures: dict[str, object]) -> Html:
   rows = before_and_after(figures)
   if not rows:
     return note("No figures before and after.")
-  cells = [(f"{x.label}\n{x.unit}", before, after) for x, before, after in rows]
+  cells = [(f"{x.label}\n{x.per}", before, after) for x, before, after in rows]
   about = "π is the policy, ref the reference; ± is one standard error."
   return table(("", "Before", "After"), cells, caption=about)
 

@@ -236,7 +236,7 @@ def _training(settings, series) -> list[Html]:
 def _members(settings, before, gain, kl_name, start) -> list[Html]:
   of_optimum = [x for x in EXACT if any(r.get(x) is not None for y in settings for r in y.records)]
   names = [*_kinds(before), *filter(None, [kl_name]), "entropy", "length", *of_optimum]
-  columns = ["", "seed", *(f"{find(x).label}\n{find(x).unit}" for x in names), ""]
+  columns = ["", "seed", *(f"{find(x).label}\n{find(x).per}" for x in names), ""]
 
   def mean(setting, name):
     x = setting.each(name)
