@@ -445,7 +445,6 @@ def test_missing_scores_of_the_reward_model_are_an_error():
 
 def test_the_verifier_needs_its_library_before_the_run_begins(monkeypatch):
   monkeypatch.setitem(sys.modules, "math_verify", None)
-  math_answers.math_verify.cache_clear()
   with pytest.raises(UserError, match=r"pip install 'klrl\[math\]'"):
     load_rewards("math")
 

@@ -6,23 +6,18 @@ number. Two numbers are equal if they are exactly; of other answers math-verify 
 
 A completion is anybody's text, so math-verify gets to see bounded arithmetic and algebra only: at
 most 100 characters, small powers, few brackets, single letters, commands of a fixed list; what else
-an answer may be is compared as text. What passes may still take long, so it is stopped after two
-seconds, by the Unix alarm, which exists in the main thread only.
-
-math-verify's extraction of plain expressions is never used, for it hands them to Python's eval. The
-LaTeX parser that is used lets nothing but literals of numbers get there.
+an answer may be is compared as text. What passes may still take long, so `math_worker` does it in
+a process of its own, which is ended after two seconds.
 """
 
 import functools
-import gc
-import logging
+import importlib.util
 import re
-import signal
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 from klrl.errors import UserError
+from klrl.tasks.math_worker import Worker
 from klrl.tasks.verifier import Verifier
 
 _MAX_LEN = 100  # characters of an answer
@@ -58,24 +53,16 @@ _BOUNDED = re.compile(
 )
 
 
-@functools.cache
-def math_verify():
-  """Returns the library math-verify, imported when it is first needed.
+def check_installed() -> None:
+  """Raises UserError where math-verify is not installed; it is imported by `math_worker` alone."""
+  if importlib.util.find_spec("math_verify") is None:
+    raise UserError("The reward `math` needs the library math-verify: pip install 'klrl[math]'.")
 
-  Raises:
-    UserError: it is not installed, or the system has no alarm to stop it by.
-  """
-  if not hasattr(signal, "SIGALRM"):
-    raise UserError("The reward `math` runs on Unix only: its time limit is an alarm.")
-  try:
-    import math_verify as library
-  except ImportError as error:
-    raise UserError(
-      "The reward `math` needs the library math-verify: pip install 'klrl[math]'."
-    ) from error
-  # It warns that its own time limit is off; `_in_time` is ours.
-  logging.getLogger("math_verify").setLevel(logging.ERROR)
-  return library
+
+@functools.cache
+def _worker() -> Worker:
+  check_installed()
+  return Worker()
 
 
 def final_answer(text: str) -> str | None:
@@ -99,8 +86,7 @@ def is_right(completion: str, reference_answer: str) -> bool:
   what cannot be compared.
 
   Raises:
-    UserError: math-verify cannot be used, or the reference holds no answer.
-    ValueError: it is needed outside of the main thread.
+    UserError: math-verify is needed and not installed, or the reference holds no answer.
   """
   reference = _marked(reference_answer)
   reference = _normal_form(reference_answer if reference is None else reference)
@@ -176,53 +162,7 @@ def _is_bounded(answer: str) -> bool:
 
 
 def _verified(reference: str, answer: str) -> bool:
-  library = math_verify()
-
-  def parse(text):
-    return library.parse(
-      rf"\boxed{{{text}}}",
-      [library.LatexExtractionConfig()],
-      fallback_mode="no_fallback",
-      parsing_timeout=None,
-    )
-
-  return _in_time(
-    lambda: library.verify(parse(reference), parse(answer), timeout_seconds=None), otherwise=False
-  )
-
-
-class _TooLate(BaseException):
-  """No Exception, which libraries catch."""
-
-
-def _in_time(fn: Callable[[], bool], *, otherwise: bool) -> bool:
-  """Returns what `fn` returns within the time limit.
-
-  math-verify's own limit is lost for good where its exception is raised in a destructor or in a
-  callback of the garbage collector (JAX has one), which swallow exceptions. So the collector rests,
-  and the alarm comes again.
-  """
-
-  def stop(signum, frame):
-    raise _TooLate
-
-  collects = gc.isenabled()
-  before = signal.signal(signal.SIGALRM, stop)
-  gc.disable()
-  try:
-    try:
-      signal.setitimer(signal.ITIMER_REAL, _TIMEOUT, 1)
-      result = fn()
-    finally:
-      signal.setitimer(signal.ITIMER_REAL, 0)
-  except _TooLate:  # also when it came just before the timer was off
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    result = otherwise
-  finally:
-    signal.signal(signal.SIGALRM, before)
-    if collects:
-      gc.enable()
-  return result
+  return _worker().verified(reference, answer, timeout=_TIMEOUT)
 
 
 def _is_right_of(completion: str, record: dict[str, Any]) -> bool:

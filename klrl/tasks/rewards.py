@@ -46,7 +46,7 @@ def load_rewards(spec: str) -> list[Reward]:
   for item in spec.split(","):
     weight, source = _weight_and_source(item.strip())
     if source == MATH:
-      math_answers.math_verify()
+      math_answers.check_installed()
       reward = Reward(MATH, weight, math_answers.math_reward)
     elif source == MODEL:
       reward = Reward(MODEL, weight, None)
