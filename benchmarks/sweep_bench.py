@@ -30,8 +30,8 @@ import time
 import jax
 
 from experiments import sweep as experiment
-from experiments.settings import rl
-from klrl import inputs, population, rlhf
+from experiments.settings import training
+from klrl import inputs, population, programs
 from klrl.devices import parallel
 from klrl.models import DecoderConfig, policy_model, save_policy, save_scalar, scalar_model
 from klrl.tasks import arithmetic
@@ -106,16 +106,16 @@ class Programs:
     self.config = config
     self.members = [member.config for member in experiment.members_of(config)]
     first = self.members[0]
-    self.models = inputs.load_models(first, **rl.model_directories(first))
-    self.task = inputs.load_task(first, self.models)
+    self.models = inputs.load_models(first.sources(), **training.model_directories(first))
+    self.task = inputs.load_task(first.sources(), self.models)
 
   def together(self, members_per_batch: int, mesh: str = "sweep=1"):
     """Returns iterate(), which does one iteration of all members."""
     mesh = parallel.sweep_mesh(mesh, len(self.members))
-    setup = rlhf.set_up(self.members[0], mesh, self.models, self.task)
+    setup = programs.set_up(self.members[0], mesh, self.models, self.task)
     state, shardings = population.init_state(setup, self.members)
     lift = functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch)
-    step = rlhf.make_step_fn(setup, shardings, lift=lift, guard=population.guarded)
+    step = programs.make_step_fn(setup, shardings, lift=lift, guard=population.guarded)
     iteration = 0
 
     def iterate():
@@ -129,11 +129,13 @@ class Programs:
   def one_after_another(self):
     """Returns iterate(), which does one iteration of each member by a single run's program."""
     mesh = parallel.make_mesh("data=1")
-    setup = rlhf.set_up(self.members[0], mesh, self.models, self.task)
-    shardings = parallel.state_shardings(mesh, rlhf.init_state(setup))
-    step = rlhf.make_step_fn(setup, shardings)
+    setup = programs.set_up(self.members[0], mesh, self.models, self.task)
+    shardings = parallel.state_shardings(mesh, programs.init_state(setup))
+    step = programs.make_step_fn(setup, shardings)
     states = [
-      parallel.put(rlhf.init_state(setup._replace(config=member)), shardings)
+      parallel.put(
+        programs.init_state(setup._replace(config=member, hypers=member.hypers())), shardings
+      )
       for member in self.members
     ]
     iteration = 0

@@ -29,9 +29,9 @@ from rich.table import Table
 from experiments.lab import laboratory
 from experiments.lab.best_of_n_page import COLUMNS, report, row_cells, verdict
 from experiments.lab.dpo_pairs import in_chunks
-from experiments.settings import common, rl
+from experiments.settings import common, rl, training
 from experiments.settings.common import setting
-from klrl import inputs, judging, ops, rlhf, schema
+from klrl import inputs, judging, ops, programs, schema
 from klrl.algorithm import completions
 from klrl.devices import parallel
 from klrl.errors import UserError
@@ -48,7 +48,7 @@ _CHUNK = 2048  # completions drawn or scored at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.LabConfig, common.TaskFields, common.StageFields):
+class Config(common.LabConfig, common.PromptFields, common.ScoreFields, common.StageFields):
   """Settings of best-of-n."""
 
   n: str = setting("1,2,4,8,16,32,64", "draws of which the best is kept, below the pool's size")
@@ -93,9 +93,10 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   def compute(_):
     compared = [run_figures(directory) for directory in filter(None, config.compare.split(","))]
     settings = config.rl_config()
-    inputs.check_inputs(settings)
-    models = inputs.load_models(settings, **rl.model_directories(settings))
-    task = inputs.load_task(settings, models)
+    sources = settings.sources()
+    inputs.check_inputs(sources)
+    models = inputs.load_models(sources, **training.model_directories(settings))
+    task = inputs.load_task(sources, models)
     prompts = first_prompts(task.held_out, config.num_prompts)
     scores, gold = draw_pool(config, models, task, prompts)
     exact = None
@@ -154,20 +155,20 @@ def first_prompts(prompts: data.Prompts, num: int) -> data.Prompts:
 def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts: data.Prompts):
   """Returns scores and gold scores [P, N] of N completions of each prompt; gold may be None."""
   mesh = parallel.make_mesh("")
-  programs = judging.make_programs(
+  judge = judging.make_programs(
     mesh, models.policy, None, models.tokenizer, task.max_completion_len
   )
   params = parallel.put_once(mesh, models.policy_params)
   score = judging.make_completion_score_fn(
     mesh, task.rewards, models.reward_model, models.reward_params
   )
-  gold = rlhf.make_gold_fn(prompts, models.tokenizer)
+  gold = programs.make_gold_fn(prompts, models.tokenizer)
   num_prompts, size = len(prompts.tokens), config.completions_per_prompt
   key = jax.random.key(config.seed)
 
   def chunk(rows):
     of = rows // size
-    rollout = programs.sample(
+    rollout = judge.sample(
       params,
       prompts.tokens[of],
       prompts.mask[of],

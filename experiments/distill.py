@@ -20,37 +20,25 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import ClassVar
 
 from experiments import ppo
-from experiments.settings import common, rl
+from experiments.settings import common, rl, training
 from experiments.settings.common import setting
 from experiments.settings.kl import PENALISED
 from klrl import inputs
-from klrl.algorithm import objective
+from klrl.algorithm import Algorithm, Hypers, kl_terms, objective
 from klrl.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(rl.SurrogateConfig):
+class Config(rl.SurrogateFields, rl.PolicyConfig):
   """Settings of distillation."""
-
-  scored: ClassVar[bool] = False
-  reward: ClassVar[str] = ""
-  reward_model: ClassVar[str] = ""
-  reward_model_iterations: ClassVar[int] = 1000
-  reference: ClassVar[property] = property(lambda config: config.teacher)
-  reference_update: ClassVar[str] = "frozen"
-  reference_decay: ClassVar[float] = 0.0
-  reference_every: ClassVar[int] = 1
-  normalise_scores: ClassVar[bool] = False
-  kl_refresh: ClassVar[str] = "iteration"  # its advantage is of whole completions
 
   teacher: str = setting("", "model directory to learn from; default: the default PPO run")
   divergence: str = setting(
     "reverse",
     "KL(student || teacher), KL(teacher || student), or the Jensen-Shannon divergence",
-    choices=("reverse", "forward", "jensen_shannon"),
+    choices=tuple(kl_terms.DIVERGENCES),
   )
   jsd_weight: float = setting(
     0.5,
@@ -70,12 +58,22 @@ class Config(rl.SurrogateConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    penalty = objective.penalty_of(self)
+    penalty = self.penalty()
     if self.divergence != "reverse" and str(penalty) != "loss/exact/none/token":
       raise UserError(
         f"--divergence={self.divergence} is a loss at given prefixes; with {penalty} its gradient "
         "would be no divergence's. Leave the --kl_ flags out."
       )
+
+  def algorithm(self) -> Algorithm:
+    divergence = kl_terms.DIVERGENCES[self.divergence]
+    return dataclasses.replace(super().algorithm(), divergence=divergence)
+
+  def hypers(self) -> Hypers:
+    return super().hypers()._replace(jsd_weight=self.jsd_weight)
+
+  def sources(self) -> inputs.Sources:
+    return dataclasses.replace(super().sources(), reference=self.teacher)
 
   def missing_inputs(self) -> list[str]:
     """Returns the flags that a student of the user's takes and that are not given."""
@@ -103,7 +101,7 @@ def make_train_fn(config, root: str) -> Callable[[ppo.Config], pathlib.Path | st
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is shown, not run again."""
   config = with_teacher(config, make_train_fn(config, root))
-  return rl.run(config, "distill", "Distillation", root=root)
+  return training.run(config, "distill", "Distillation", root=root)
 
 
 if __name__ == "__main__":

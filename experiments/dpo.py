@@ -39,7 +39,7 @@ from experiments.lab.dpo_pairs import (
   own_start,
   stages_config,
 )
-from experiments.settings import common, rl
+from experiments.settings import common, training
 from experiments.settings.common import setting
 from klrl import evaluation, judging, ops
 from klrl.devices import parallel
@@ -97,7 +97,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   workdir = find_workdir("dpo", config, root=root)
   title = config.loss.upper()
   summary = once(workdir, config, title, lambda: _train(config, workdir))
-  rl.show_summary(summary, title)
+  training.show_summary(summary, title)
   agreement, many, margin = (
     of_summary(summary, f"held_out_{name}") for name in ("accuracy", "examples", "margin")
   )
@@ -112,7 +112,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
 def _train(config: Config, workdir: pathlib.Path) -> dict:
   parallel.check_batch_size(parallel.make_mesh(config.mesh), config.batch_size)
   start = (own_start if config.data else embedded_start)(config)
-  stages = {} if config.policy else rl.model_directories(stages_config(config))
+  stages = {} if config.policy else training.model_directories(stages_config(config))
   create_workdir(workdir, "dpo", config, read=stages.values())
   return run(config, workdir, start)
 

@@ -37,7 +37,7 @@ from experiments.lab.estimators_page import (
   report,
   verdict,
 )
-from experiments.settings import common, rl
+from experiments.settings import common, training
 from experiments.settings.common import setting
 from klrl import evaluation, ops
 from klrl.errors import UserError
@@ -272,7 +272,7 @@ def model_directories(config: Config, *, root: str) -> tuple[str, str]:
     return config.policy, config.reference
   embedded = ppo.Config()
   policy = ppo.main(embedded, root=root)
-  return str(policy), rl.model_directories(embedded)["policy"]
+  return str(policy), training.model_directories(embedded)["policy"]
 
 
 def measure_policies(config: Config, policy_dir: str, reference_dir: str) -> list[dict]:

@@ -15,10 +15,10 @@ Departures from the paper:
 import dataclasses
 import pathlib
 
-from experiments.settings import common, rl
+from experiments.settings import common, rl, training
 from experiments.settings.common import setting
 from experiments.settings.kl import PENALISED
-from klrl.algorithm import advantage_rules, objective
+from klrl.algorithm import Algorithm, Hypers, advantage_rules, objective
 from klrl.errors import UserError
 
 
@@ -30,7 +30,7 @@ class Config(rl.SurrogateConfig):
   num_minibatches: int = setting(2, "gradient steps per pass", minimum=1)
   group_size: int = setting(8, "completions of each prompt", minimum=1)
   advantage: str = setting(
-    "group_relative", "the advantage of a completion", choices=advantage_rules.RULES[1:]
+    "group_relative", "the advantage of a completion", choices=tuple(advantage_rules.RULES)
   )
   whiten_advantages: bool = setting(
     False,
@@ -65,8 +65,8 @@ class Config(rl.SurrogateConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    within_prompt = self.advantage in advantage_rules.GROUP_RULES and self.advantage != "batch_mean"
-    if within_prompt and self.group_size < 2:
+    self.check_divides("group_size", self.batch_size, "--batch_size")
+    if self.advantage in advantage_rules.GROUP_RULES and self.group_size < 2:
       raise UserError(
         f"--group_size={self.group_size}: --advantage={self.advantage} compares the completions of "
         "a prompt; it takes two or more."
@@ -75,11 +75,30 @@ class Config(rl.SurrogateConfig):
       raise UserError(
         "--oversampling drops groups of equal scores; a --group_size of 1 has no other."
       )
+    if self.advantage == "batch_mean" and self.batch_size < 2:
+      raise UserError("--batch_size=1: the baseline is the mean of the rest of the batch.")
+    if self.kl_refresh == "minibatch" and self.advantage != "returns":
+      raise UserError(
+        f"--kl_refresh=minibatch needs an advantage per token; {self.advantage} compares whole "
+        "completions. Use a KL in the loss, which is fresh in every minibatch."
+      )
+
+  def algorithm(self) -> Algorithm:
+    return dataclasses.replace(
+      super().algorithm(),
+      advantage=advantage_rules.RULES[self.advantage],
+      whiten_advantages=self.whiten_advantages,
+      group_size=self.group_size,
+      oversampling=self.oversampling,
+    )
+
+  def hypers(self) -> Hypers:
+    return super().hypers()._replace(overlong_buffer=self.overlong_buffer)
 
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is shown, not run again."""
-  return rl.run(config, "grpo", "GRPO", root=root)
+  return training.run(config, "grpo", "GRPO", root=root)
 
 
 if __name__ == "__main__":

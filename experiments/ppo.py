@@ -20,18 +20,56 @@ Departures from InstructGPT:
 
 import dataclasses
 import pathlib
-from typing import ClassVar
+from collections.abc import Callable
 
-from experiments.settings import common, rl
+from experiments.settings import common, rl, training
 from experiments.settings.common import setting
+from klrl import inputs, ops
+from klrl.algorithm import Algorithm, Hypers, kl_terms, policy_losses
+from klrl.algorithm.terms import Advantages, Experience, Losses, Terms
 from klrl.errors import UserError
+
+
+def advantages(x: Experience, algorithm: Algorithm, hypers: Hypers) -> Advantages:
+  """Returns GAE of the rewards: the score at the last token, less beta times the KL of each."""
+  rewards, charges = kl_terms.penalised_rewards(
+    algorithm.penalty, x.scores, x.kl, x.mask, beta=x.beta, gamma=hypers.gamma
+  )
+  advantages, returns = ops.gae(
+    rewards, x.values, x.mask, gamma=hypers.gamma, gae_lambda=hypers.gae_lambda
+  )
+  return Advantages(advantages - charges, returns)
+
+
+def make_loss(policy_loss: Callable) -> Callable:
+  """Returns loss(terms, hypers) -> (what each token costs, metrics), the sum of actor and critic.
+
+  `policy_loss` is a row of `policy_losses.POLICY_LOSSES`, by default the clipped surrogate
+  -min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A).
+  """
+
+  def loss(terms: Terms, hypers: Hypers) -> tuple[Losses, dict]:
+    actor, metrics = policy_loss(terms, hypers)
+    critic = ops.clipped_value_loss(
+      terms.values,
+      terms.old_values,
+      terms.returns,
+      terms.mask,
+      value_clip_eps=hypers.value_clip_eps,
+    )
+    return {
+      "policy/loss": (1.0, terms.sampler_weights * actor),
+      "policy/entropy_bonus": (-hypers.entropy_coef, terms.entropy),
+      "value/loss": (hypers.vf_coef, critic),
+      "policy/kl_loss": (terms.beta, terms.kl_loss),  # with --kl_placement=loss or both
+    }, metrics
+
+  return loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(rl.SurrogateConfig):
-  """Settings of PPO. A change of those in `learner.Hypers`, or of beta, compiles nothing anew."""
-
-  advantage: ClassVar[str] = "gae"
+  """Settings of PPO; a change of those in `Hypers` compiles nothing anew."""
 
   value_trunk: str = setting(
     "separate",
@@ -74,10 +112,43 @@ class Config(rl.SurrogateConfig):
     if self.value_trunk == "shared" and self.value_init != "reward_model":
       raise UserError("--value_init is set, but a --value_trunk=shared starts as the policy.")
 
+  def algorithm(self) -> Algorithm:
+    return dataclasses.replace(
+      super().algorithm(),
+      advantage=advantages,
+      whiten_advantages=self.whiten_advantages,
+      loss=make_loss(policy_losses.POLICY_LOSSES[self.trust_region]),
+      shared_trunk=self.value_trunk == "shared",
+    )
+
+  def hypers(self) -> Hypers:
+    return (
+      super()
+      .hypers()
+      ._replace(
+        gamma=self.gamma,
+        gae_lambda=self.gae_lambda,
+        dual_clip=self.dual_clip,
+        value_clip_eps=self.value_clip_eps,
+        vf_coef=self.vf_coef,
+        ptx_coef=self.ptx_coef,
+      )
+    )
+
+  def sources(self) -> inputs.Sources:
+    return dataclasses.replace(
+      super().sources(),
+      has_value_model=True,
+      shared_trunk=self.value_trunk == "shared",
+      value_model=self.value_model,
+      value_init=self.value_init,
+      pretrain_data=self.pretrain_data,
+    )
+
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is shown, not run again."""
-  return rl.run(config, "ppo", "PPO", root=root)
+  return training.run(config, "ppo", "PPO", root=root)
 
 
 if __name__ == "__main__":

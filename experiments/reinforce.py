@@ -6,33 +6,56 @@
 
 One gradient step on each rollout; b is the mean R of the rest of the batch (Williams, "Simple
 Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", 1992). Models,
-prompts, scores and the KL penalty are the flags of every RL experiment. To make another algorithm,
-copy this file and change what the class variables say: `algorithm.advantage_rules.RULES` has the
-advantages, `algorithm.epochs.TRUST_REGIONS` the policy losses, `ops.AGGREGATIONS` what a loss is
-divided by.
+prompts, scores and the KL penalty are the flags of every RL experiment. The algorithm is the two
+functions below: to make another one, copy this file and change a line of them.
 """
 
 import dataclasses
 import pathlib
-from typing import ClassVar
 
-from experiments.settings import common, rl
+import jax.numpy as jnp
+
+from experiments.settings import common, rl, training
 from experiments.settings.common import setting
+from klrl import ops
+from klrl.algorithm import Algorithm, Hypers, kl_terms
+from klrl.algorithm.terms import Advantages, Experience, Losses, Terms
+
+
+def advantages(x: Experience, algorithm: Algorithm, hypers: Hypers) -> Advantages:
+  """Returns R - b of each completion, for all of its tokens."""
+  # The total is R; the charges are what a token pays for its own KL alone (--kl_credit=token).
+  totals, charges = kl_terms.compared_totals(algorithm.penalty, x.scores, x.kl, x.mask, beta=x.beta)
+  baseline = (totals.sum() - totals) / (len(totals) - 1)
+  return Advantages((totals - baseline)[:, None] - charges, jnp.zeros_like(charges))
+
+
+def loss(terms: Terms, hypers: Hypers) -> tuple[Losses, dict]:
+  """Returns what each token costs, and no metrics of its own."""
+  return {
+    "policy/loss": (
+      1.0,
+      terms.sampler_weights * ops.reinforce_loss(terms.log_probs, terms.advantages, terms.mask),
+    ),
+    "policy/entropy_bonus": (-hypers.entropy_coef, terms.entropy),
+    "policy/kl_loss": (terms.beta, terms.kl_loss),  # with --kl_placement=loss or both
+  }, {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(rl.RLConfig):
   """Settings of REINFORCE."""
 
-  advantage: ClassVar[str] = "batch_mean"
-
   num_iterations: int = setting(200, "iterations", minimum=1)
   batch_size: int = setting(256, "completions per iteration", minimum=2)
+
+  def algorithm(self) -> Algorithm:
+    return dataclasses.replace(super().algorithm(), advantage=advantages, loss=loss)
 
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is shown, not run again."""
-  return rl.run(config, "reinforce", "REINFORCE", root=root)
+  return training.run(config, "reinforce", "REINFORCE", root=root)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from absl import flags
 from rich.table import Table
 
 from experiments import best_of_n, distill, grpo, ppo, reinforce
-from experiments.settings import common, rl, usage
+from experiments.settings import common, training, usage
 from experiments.settings.common import LabConfig, setting
 from klrl import inputs, population
 from klrl.cost import dry_run
@@ -113,14 +113,15 @@ def _run(config, workdir: pathlib.Path, members: list[population.Member], root: 
   # Members of one program have the same inputs.
   for member in {json.dumps(member.structure()): member for member in members}.values():
     parallel.check_batch_size(mesh, member.config.batch_size)
-    inputs.check_inputs(member.config)
+    inputs.check_inputs(member.config.sources())
 
   def load(member_config):
-    directories = rl.model_directories(member_config)
-    stages = rl.stages_of(member_config, directories)
+    sources = member_config.sources()
+    directories = training.model_directories(member_config)
+    stages = training.stages_of(member_config, directories)
     create_workdir(workdir, "sweep", config, read={*read, *stages})
-    models = inputs.load_models(member_config, **directories)
-    return models, inputs.load_task(member_config, models)
+    models = inputs.load_models(sources, **directories)
+    return models, inputs.load_task(sources, models)
 
   if config.experiment == "distill":
     train = distill.make_train_fn(config, root)
@@ -153,7 +154,7 @@ def best_of_n_config(config, members, workdir: pathlib.Path) -> best_of_n.Config
   It draws from the policy that all members start with, and that is their reference, and is scored
   and judged as they are.
   """
-  if not (config.best_of_n and members[0].config.scored and processes.is_alone()):
+  if not (config.best_of_n and members[0].config.reads_scores() and processes.is_alone()):
     return None
   shared = {field.name for field in dataclasses.fields(best_of_n.Config)} - {"workdir", "seed"}
   shared &= {field.name for field in dataclasses.fields(members[0].config)}
@@ -174,7 +175,7 @@ def _dry_run(config, workdir: pathlib.Path, members: list[population.Member]) ->
       configs = [distill.with_teacher(member, train) for member in configs]
     found = dry_run.of_members(
       configs,
-      *rl.shapes_of_inputs(configs[0]),
+      *training.shapes_of_inputs(configs[0]),
       mesh=config.mesh,
       members_per_batch=config.members_per_batch,
     )

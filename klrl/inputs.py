@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from klrl.algorithm.epochs import Texts
+from klrl.algorithm.terms import Texts
 from klrl.devices import processes
 from klrl.errors import UserError
 from klrl.models import (
@@ -35,6 +35,44 @@ from klrl.tasks.verifier import Verifier
 EMBEDDED = "embedded"  # stands for the model of a stage that is not run
 UNIFORM = "uniform"  # a reference that needs no directory
 _HELD_OUT_SHARE = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sources:
+  """Where models, prompts and scores of a run come from; "" is a source that it does without.
+
+  `policy`, `reference`, `reward_model` and `value_model` are model directories.
+  """
+
+  policy: str = ""
+  """What the user gave; a stage may leave another one in its place."""
+  reference: str = ""
+  """Or `uniform`; else the policy as it starts."""
+  reward_model: str = ""
+  value_model: str = ""
+  value_init: str = "reward_model"
+  """What a value model without a directory starts as: `reward_model` or `policy`."""
+  has_reference: bool = True
+  has_value_model: bool = False
+  shared_trunk: bool = False
+  """Whether the value model is a head on the policy."""
+  task: str = "arithmetic"
+  """The embedded task, where there are no `prompts`."""
+  prompts: str = ""
+  prompt_template: str = "{prompt}"
+  reward: str = ""
+  """As `rewards.load_rewards` takes it; else the reward model scores."""
+  pretrain_data: str = ""
+  max_prompt_len: int = 0
+  max_completion_len: int = 0
+  enumerated: bool = False
+  """Whether all completions are, beside what the objective is worth at its best."""
+  lora_rank: int = 0
+  dtype: str = "float32"
+  remat: bool = False
+  sampler_dtype: str = "trainer"
+  init_seed: int = 0
+  data_seed: int = 0
 
 
 class Models(NamedTuple):
@@ -70,15 +108,16 @@ class Task(NamedTuple):
 
 
 @processes.together
-def check_inputs(config) -> None:
-  """Raises UserError if a directory, file or function that the config names cannot be used."""
-  for name in ("policy", "reference", "reward_model", "value_model"):
-    if getattr(config, name) not in ("", UNIFORM, EMBEDDED):
-      load_tokenizer(getattr(config, name))
-  if config.prompts:
-    data.read_prompts(config.prompts, config.prompt_template)
-  if config.reward:
-    rewards.load_rewards(config.reward)
+def check_inputs(sources: Sources) -> None:
+  """Raises UserError if a directory, file or function that is named cannot be used."""
+  directories = sources.policy, sources.reference, sources.reward_model, sources.value_model
+  for directory in directories:
+    if directory not in ("", UNIFORM, EMBEDDED):
+      load_tokenizer(directory)
+  if sources.prompts:
+    data.read_prompts(sources.prompts, sources.prompt_template)
+  if sources.reward:
+    rewards.load_rewards(sources.reward)
 
 
 class Loaders(NamedTuple):
@@ -93,19 +132,20 @@ _FROM_DISK = Loaders()
 
 
 @processes.together
-def load_models(config, *, policy: str, reward_model: str, loaders: Loaders = _FROM_DISK) -> Models:
+def load_models(
+  sources: Sources, *, policy: str, reward_model: str, loaders: Loaders = _FROM_DISK
+) -> Models:
   """Returns the models in the directories `policy` and `reward_model` ("" for none).
 
-  The reference is `config.reference`, or else the policy at the start; there is none if no KL to it
-  is measured or penalised. The advantage `gae` needs a value model: it starts as
-  `config.value_model`, or else as a copy of the reward model, or else as a copy of the policy's
-  trunk with a zero head. With `value_trunk=shared` it is a zero head on the policy. `loaders` may
-  return models that have no files.
+  The reference is `sources.reference`, or else the policy at the start. A value model starts as
+  `sources.value_model`, or else as a copy of the reward model, or else as a copy of the policy's
+  trunk with a zero head; with a shared trunk it is a zero head on the policy. `loaders` may return
+  models that have no files.
 
   Raises:
     UserError: a directory does not hold such a model, or the tokenizers differ.
   """
-  others = (config.reference, reward_model, config.value_model)
+  others = (sources.reference, reward_model, sources.value_model)
   tokenizer, num_tokens = _vocabulary(policy, others, loaders.tokenizer)
 
   def loaded(load, directory):
@@ -115,44 +155,44 @@ def load_models(config, *, policy: str, reward_model: str, loaders: Loaders = _F
         f"The model in {directory} has vocab_size={model_config.vocab_size}, but the tokenizer's "
         f"ids go up to {num_tokens - 1}: this tokenizer belongs to another model."
       )
-    return computing(config, (model_config, params), num_tokens)
+    return computing(sources, (model_config, params), num_tokens)
 
   base_config, base_params = loaded(loaders.policy, policy)
   check_tokenizer(tokenizer, base_config)
-  policy_key, value_key = jax.random.split(jax.random.key(config.init_seed))
+  policy_key, value_key = jax.random.split(jax.random.key(sources.init_seed))
   policy_config, policy_params, frozen = add_lora(
-    base_config, base_params, policy_key, rank=config.lora_rank
+    base_config, base_params, policy_key, rank=sources.lora_rank
   )
   base = {"policy": frozen} if frozen else {}
   reference = reference_params = scorer = reward_params = value_model = value_params = None
-  if config.kl_placement != "none" or config.kl_every:
-    if config.reference == UNIFORM:
+  if sources.has_reference:
+    if sources.reference == UNIFORM:
       reference, reference_params = uniform_policy(num_tokens, base_config.max_len), {}
-    elif config.reference:
-      reference_config, reference_params = loaded(loaders.policy, config.reference)
+    elif sources.reference:
+      reference_config, reference_params = loaded(loaders.policy, sources.reference)
       reference = policy_model(reference_config)
     else:
       reference, reference_params = policy_model(base_config), base_params
   if reward_model:
     reward_config, reward_params = loaded(loaders.scalar, reward_model)
     scorer = scalar_model(reward_config)
-  if config.advantage == "gae":
-    if config.value_trunk == "shared":
+  if sources.has_value_model:
+    if sources.shared_trunk:
       value_config = policy_config
       value_params = {"head": scalar_params_from(base_params)["head"]}
     else:
-      if config.value_model:
-        start = loaded(loaders.scalar, config.value_model)
-      elif reward_model and config.value_init == "reward_model":
+      if sources.value_model:
+        start = loaded(loaders.scalar, sources.value_model)
+      elif reward_model and sources.value_init == "reward_model":
         start = reward_config, reward_params
       else:
         start = base_config, scalar_params_from(base_params)
-      value_config, value_params, frozen = add_lora(*start, value_key, rank=config.lora_rank)
+      value_config, value_params, frozen = add_lora(*start, value_key, rank=sources.lora_rank)
       base |= {"value": frozen} if frozen else {}
     value_model = scalar_model(value_config)
-  if config.task == "tree":
+  if sources.task == "tree":
     scorer, reward_params = tree.scorer(policy_config)
-  sampler_dtype = config.dtype if config.sampler_dtype == "trainer" else config.sampler_dtype
+  sampler_dtype = sources.dtype if sources.sampler_dtype == "trainer" else sources.sampler_dtype
   return Models(
     tokenizer,
     policy_model(policy_config),
@@ -214,29 +254,29 @@ def load_start(config, directory: str):
 
 
 @processes.together
-def load_task(config, models: Models) -> Task:
-  """Returns the embedded task, or the prompts and the reward that the config names.
+def load_task(sources: Sources, models: Models) -> Task:
+  """Returns the embedded task, or the prompts and the reward, that are named.
 
   Raises:
     UserError: the prompt file or the reward function cannot be used.
   """
-  if config.prompts:
-    max_completion_len = config.max_completion_len or 64
-    records = data.read_prompts(config.prompts, config.prompt_template)
-    if config.max_prompt_len:
-      kept = data.short_prompts(records, models.tokenizer, max_prompt_len=config.max_prompt_len)
+  if sources.prompts:
+    max_completion_len = sources.max_completion_len or 64
+    records = data.read_prompts(sources.prompts, sources.prompt_template)
+    if sources.max_prompt_len:
+      kept = data.short_prompts(records, models.tokenizer, max_prompt_len=sources.max_prompt_len)
       progress.console.print(f"{len(kept)} of {len(records)} prompts are short enough")
       records = kept
     if len(records) < 2:
-      raise UserError(f"{config.prompts} has one prompt; at least one more is needed to hold out.")
-    order = np.random.default_rng((config.data_seed, 3)).permutation(len(records))
+      raise UserError(f"{sources.prompts} has one prompt; at least one more is needed to hold out.")
+    order = np.random.default_rng((sources.data_seed, 3)).permutation(len(records))
     num_held_out = max(1, int(_HELD_OUT_SHARE * len(records)))
     parts = [records[i] for i in order[num_held_out:]], [records[i] for i in order[:num_held_out]]
-  elif config.task == "tree":
+  elif sources.task == "tree":
     max_completion_len = tree.HORIZON
     parts = tree.prompt_records(), tree.prompt_records()
   else:
-    max_completion_len = config.max_completion_len or arithmetic.MAX_COMPLETION_LEN
+    max_completion_len = sources.max_completion_len or arithmetic.MAX_COMPLETION_LEN
     parts = tuple(arithmetic.prompt_records(held_out=held_out) for held_out in (False, True))
   context = min(
     model.config.max_len
@@ -253,8 +293,8 @@ def load_task(config, models: Models) -> Task:
     for part in parts
   )
   for part in (training, held_out):
-    _check_tokens(part.tokens, models, config.prompts)
-  is_arithmetic = not config.prompts and config.task == "arithmetic"
+    _check_tokens(part.tokens, models, sources.prompts)
+  is_arithmetic = not sources.prompts and sources.task == "arithmetic"
   if is_arithmetic:
     training, held_out = (
       part._replace(
@@ -265,10 +305,12 @@ def load_task(config, models: Models) -> Task:
       for part in (training, held_out)
     )
   row_len = training.tokens.shape[1] + max_completion_len
-  pretraining = config.pretrain_data and _pretraining(config, models.tokenizer, row_len)
+  pretraining = sources.pretrain_data and _pretraining(
+    sources.pretrain_data, models.tokenizer, row_len
+  )
   if pretraining:
-    _check_tokens(pretraining.tokens, models, config.pretrain_data)
-  weighted = rewards.load_rewards(config.reward) if config.reward else []
+    _check_tokens(pretraining.tokens, models, sources.pretrain_data)
+  weighted = rewards.load_rewards(sources.reward) if sources.reward else []
   verifier = arithmetic.VERIFIER if is_arithmetic else None
   if any(reward.name == rewards.MATH for reward in weighted):
     verifier = math_answers.VERIFIER
@@ -279,21 +321,10 @@ def load_task(config, models: Models) -> Task:
     weighted,
     verifier,
     pretraining or None,
-    _exact(config, models),
+    tree.Exact(models.policy, models.reference, models.reference_params)
+    if sources.enumerated
+    else None,
   )
-
-
-def _exact(config, models: Models) -> tree.Exact | None:
-  """Returns the enumeration of the tree, if the objective at the end of the run is known."""
-  known = (
-    config.kl_placement != "none"
-    and config.controller in ("fixed", "linear", "cosine")
-    and config.reference_update == "frozen"
-    and not config.normalise_scores
-  )
-  if config.task != "tree" or not known:
-    return None
-  return tree.Exact(models.policy, models.reference, models.reference_params)
 
 
 def _check_tokens(tokens, models: Models, source: str) -> None:
@@ -305,12 +336,12 @@ def _check_tokens(tokens, models: Models, source: str) -> None:
     )
 
 
-def _pretraining(config, tokenizer: TokenizerInfo, row_len: int) -> Texts:
+def _pretraining(path: str, tokenizer: TokenizerInfo, row_len: int) -> Texts:
   """Returns the pretraining texts, cut to `row_len` tokens, the length of a rollout's rows."""
-  if data.is_text(config.pretrain_data):
-    texts = data.read_documents(config.pretrain_data)
+  if data.is_text(path):
+    texts = data.read_documents(path)
   else:
-    texts = [record["text"] for record in data.read_records(config.pretrain_data, ("text",))]
+    texts = [record["text"] for record in data.read_records(path, ("text",))]
   encoded = data.windows(data.encode_texts([("", text) for text in texts], tokenizer), row_len)
   examples = data.examples_of(encoded, tokenizer.pad_id)
   return Texts(examples.tokens, examples.mask)

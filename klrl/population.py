@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from klrl import rlhf, schema
-from klrl.algorithm import learner
+from klrl import programs, rlhf, schema
+from klrl.algorithm import Hypers, learner
 from klrl.devices import parallel, processes
 from klrl.errors import UserError
 from klrl.figures import labels
@@ -33,7 +33,7 @@ from klrl.run.summary import read_summary
 from klrl.run.workdir import create_workdir, write_text
 
 # Traced fields: members that differ in these alone share a program.
-TRACED = (*learner.Hypers._fields, "trust_region_beta", "seed")
+TRACED = (*Hypers._fields, "seed")
 # Fields of TrainState in which members may differ at the start.
 _OWN = ("controller", "trust_region", "hypers", "key")
 
@@ -168,7 +168,7 @@ def _run_group(
       f"{group_dir} began with {begun} places for members, and these devices have {num_places}. "
       "Go on with as many devices as it began with; JAX_NUM_CPU_DEVICES sets those of a processor."
     )
-  setup = rlhf.set_up(config, mesh, models, task)
+  setup = programs.set_up(config, mesh, models, task)
   if num_places > len(members):
     progress.console.print(
       f"{num_places - len(members)} of {num_places} places on the devices stay without a member."
@@ -194,7 +194,7 @@ def _run_group(
   for member in unfinished:
     create_workdir(member.folder(workdir), experiment, member.config)
   lift = functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch)
-  step = rlhf.make_step_fn(setup, shardings, lift=lift, guard=guarded)
+  step = programs.make_step_fn(setup, shardings, lift=lift, guard=guarded)
   folders = [member.folder(workdir) for member in members]
   step = _recording(step, folders, start)
   iterations = loop.run(step, state, start=start, workdir=group_dir, **config.loop_settings())
@@ -208,6 +208,7 @@ def _run_group(
   )
   params_of = make_params_fn(mesh, state.run.params)
   diverged_at = parallel.fetch(state.diverged_at).tolist()
+  betas = parallel.fetch(state.run.controller.beta)
   for i, member in enumerate(members):
     if member not in unfinished:
       continue
@@ -233,19 +234,23 @@ def _run_group(
       before,
       after._replace(figures=known),
       figures,
+      beta=betas[i],
     )
   processes.on_writer((group_dir / "members.json").unlink)()
   processes.on_writer(shutil.rmtree)(group_dir / "checkpoints")
 
 
-def init_state(setup: rlhf.Setup, configs: list) -> tuple[SweepState, SweepState]:
+def init_state(setup: programs.Setup, configs: list) -> tuple[SweepState, SweepState]:
   """Returns (the state at the start of the runs of `configs`, on the devices, its shardings)."""
-  runs = [learner.init_state(config, {}, jax.random.key(config.seed)) for config in configs]
+  runs = [
+    learner.init_state(config.algorithm(), config.hypers(), {}, jax.random.key(config.seed))
+    for config in configs
+  ]
   own = {
     name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(getattr(run, name) for run in runs))
     for name in _OWN
   }
-  common = rlhf.init_state(setup)._replace(**dict.fromkeys(_OWN))
+  common = programs.init_state(setup)._replace(**dict.fromkeys(_OWN))
 
   def build(common, own):
     shared = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(configs), *x.shape)), common)

@@ -60,7 +60,11 @@ def make_supervised_step(loss_fn, config):
     loss_fn: a loss of all parameters, the trained and the `frozen` ones.
     config: its num_iterations, warmup_iterations, learning_rate_schedule and accumulation are read.
   """
-  schedule = make_schedule(config)
+  schedule = make_schedule(
+    config.learning_rate_schedule,
+    num_iterations=config.num_iterations,
+    warmup_iterations=config.warmup_iterations,
+  )
 
   def step(state: SupervisedState, frozen, batch):
     gradients, metrics = gradients_of(

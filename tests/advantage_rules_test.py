@@ -1,7 +1,6 @@
 """Tests of the advantage rules, of what shapes scores and picks groups, and of GRPO's presets."""
 
 import pathlib
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,10 @@ from absl import flags
 
 from experiments import grpo, ppo, reinforce
 from experiments.settings import common
-from klrl.algorithm import advantage_rules, learner, objective, preparation
+from klrl.algorithm import Algorithm, Hypers, advantage_rules, learner, preparation
+from klrl.algorithm.advantage_rules import RULES
 from klrl.algorithm.objective import KLPenalty
+from klrl.algorithm.terms import Experience
 from klrl.errors import UserError
 from klrl.models import DecoderConfig, policy_model
 from klrl.sampling import Rollout
@@ -24,14 +25,19 @@ K1, NONE = KLPenalty("reward", "k1", "none", "sequence"), KLPenalty("none")
 PRESETS = sorted(pathlib.Path(grpo.__file__).parent.glob("presets/*.flags"))
 
 
-def rule(name, penalty=NONE, *, group_size=2, whiten=False, beta=0.5):
-  config = types.SimpleNamespace(advantage=name, group_size=group_size, whiten_advantages=whiten)
-  hypers = types.SimpleNamespace(gamma=1.0, gae_lambda=1.0)
+def rule(name, penalty=NONE):
+  algorithm = Algorithm(batch_size=4, num_iterations=1, group_size=2, penalty=penalty)
   kl = KL if penalty.in_reward else jnp.zeros_like(KL)
-  found = advantage_rules.advantages_of(
-    config, penalty, SCORES, kl, jnp.zeros_like(KL), MASK, hypers=hypers, beta=beta
-  )
+  x = Experience(SCORES, kl, jnp.zeros_like(KL), MASK, 0.5)
+  found = RULES[name](x, algorithm, Hypers())
   return np.where(MASK, found.advantages, 0.0)
+
+
+def test_the_baseline_that_reinforce_shows_is_the_one_of_the_table():
+  algorithm = Algorithm(batch_size=4, num_iterations=1, penalty=K1)
+  x = Experience(SCORES, KL, jnp.zeros_like(KL), MASK, 0.5)
+  shown = reinforce.advantages(x, algorithm, Hypers()).advantages
+  np.testing.assert_allclose(np.where(MASK, shown, 0.0), rule("batch_mean", K1), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +69,7 @@ def test_later_kl_is_charged_to_the_token_before_it_and_credit_token_to_its_own(
 
 
 def test_group_deviation_is_the_mean_of_what_divides_the_scores():
-  config = types.SimpleNamespace(group_size=2)
-  found = advantage_rules.group_deviation(config, SCORES)
+  found = advantage_rules.group_deviation(SCORES, 2)
   np.testing.assert_allclose(found, np.sqrt(0.5), rtol=1e-6)
 
 
@@ -80,9 +85,7 @@ def test_scores_pay_for_length_and_for_a_missing_end():
   rollout = rollout_of([1, 3, 4, 4], [True, True, True, False])
 
   def shaped(**settings):
-    hypers = types.SimpleNamespace(overlong_buffer=0.0, missing_eos_penalty=0.0, length_penalty=0.0)
-    vars(hypers).update(settings)
-    return preparation.shaped_scores(SCORES, rollout, 4, hypers)
+    return preparation.shaped_scores(SCORES, rollout, Hypers(**settings))
 
   np.testing.assert_array_equal(shaped(), SCORES)
   np.testing.assert_allclose(shaped(overlong_buffer=2.0), SCORES - np.array([0, 0.5, 1, 1]))
@@ -91,10 +94,11 @@ def test_scores_pay_for_length_and_for_a_missing_end():
 
 
 def test_groups_of_equal_scores_give_way_to_others():
-  config = types.SimpleNamespace(group_size=2, batch_size=4)
   scores = jnp.array([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 2.0, 1.0])
   rollout = rollout_of([4] * 8, [True] * 8)
-  kept, kept_scores, share = preparation.informative_groups(rollout, scores, config)
+  kept, kept_scores, share = preparation.informative_groups(
+    rollout, scores, group_size=2, batch_size=4
+  )
   np.testing.assert_array_equal(kept_scores, [0.0, 1.0, 2.0, 1.0])
   np.testing.assert_array_equal(kept.tokens, rollout.tokens[jnp.array([2, 3, 6, 7])])
   assert share == 0.5
@@ -125,9 +129,9 @@ def traced_update(config):
   """Returns the shapes of the metrics of one update, which is traced and not run."""
   policy = policy_model(DECODER)
   params = {"policy": policy.init(jax.random.key(0))}
-  state = learner.init_state(config, params, jax.random.key(1))
-  num_rows = config.batch_size * config.oversampling
-  update = learner.make_update_fn(config, 4, policy, None, policy)
+  state = learner.init_state(config.algorithm(), config.hypers(), params, jax.random.key(1))
+  num_rows = config.algorithm().samples
+  update = learner.make_update_fn(config.algorithm(), policy, None, policy)
   frozen = {"reference": params["policy"], "base": {}}
   rollout = rollout_of([4] * num_rows, [True] * num_rows)
   _, metrics = jax.eval_shape(update, state, frozen, rollout, jnp.zeros(num_rows))
@@ -139,12 +143,12 @@ def test_a_preset_is_a_configuration_that_the_learner_takes(path):
   config = config_of_preset(path)
   assert config != config_class_of(path)()
   metrics = traced_update(config)
-  assert ("rollout/informative_groups" in metrics) == (config.oversampling > 1)
+  assert ("rollout/informative_groups" in metrics) == (config.algorithm().oversampling > 1)
   assert ("controller/effective_beta" in metrics) == (config.kl_placement != "none")
 
 
 def test_presets_have_the_penalties_of_their_papers():
-  penalties = {path.stem: objective.penalty_of(config_of_preset(path)) for path in PRESETS}
+  penalties = {path.stem: config_of_preset(path).penalty() for path in PRESETS}
   assert str(penalties["deepseekmath"]) == "loss/k3/none/token"
   assert penalties["rloo"] == penalties["reinforce_plus_plus"] == K1
   assert {str(penalties[name]) for name in ("dr_grpo", "dapo", "gspo", "cispo")} == {"none"}

@@ -126,13 +126,13 @@ def models(tmp_path_factory):
   save_policy(directory / "policy", config, params, tokenizer)
   save_scalar(directory / "reward", config, scalar, tokenizer)
   directories = {"policy": str(directory / "policy"), "reward_model": str(directory / "reward")}
-  return directory, inputs.load_models(best_of_n.Config().rl_config(), **directories)
+  return directory, inputs.load_models(best_of_n.Config().rl_config().sources(), **directories)
 
 
 def test_a_pool_agrees_with_all_completions_of_its_problems(models):
   _, models = models
   config = best_of_n.Config(n="1,3,8", completions_per_prompt=600, max_completion_len=3)
-  task = inputs.load_task(config.rl_config(), models)
+  task = inputs.load_task(config.rl_config().sources(), models)
   prompts = best_of_n.first_prompts(task.held_out, 4)
   assert best_of_n.enumerable(models, task)
   scores, gold = best_of_n.draw_pool(config, models, task, prompts)

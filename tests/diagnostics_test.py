@@ -53,12 +53,14 @@ def scores_of(num_rows, seed=0):
 
 
 def start(config):
-  return learner.init_state(config, {"policy": PARAMS}, jax.random.key(2))
+  return learner.init_state(
+    config.algorithm(), config.hypers(), {"policy": PARAMS}, jax.random.key(2)
+  )
 
 
 @functools.cache
 def compiled(config):
-  return jax.jit(learner.make_update_fn(config, MAX_LEN, BAG, None, BAG))
+  return jax.jit(learner.make_update_fn(config.algorithm(), BAG, None, BAG))
 
 
 def update(config, rollout, scores, state=None):
@@ -80,13 +82,13 @@ def k1_of(rollout):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_objective_is_the_mean_score_less_beta_times_k1_of_all_that_was_sampled(name):
   config = make_config(**SETTINGS[name])
-  rollout = make_rollout(BATCH * config.oversampling)
-  scores, k1 = scores_of(BATCH * config.oversampling), k1_of(rollout)
+  rollout = make_rollout(BATCH * config.algorithm().oversampling)
+  scores, k1 = scores_of(BATCH * config.algorithm().oversampling), k1_of(rollout)
   _, figures = update(config, rollout, scores)
   assert figures["score/mean"] == pytest.approx(scores.mean(), abs=1e-5)
   assert figures["kl/ref_k1"] == pytest.approx(k1.mean(), rel=1e-4)
   assert figures["objective/mean"] == pytest.approx((scores - BETA * k1).mean(), abs=1e-4)
-  if config.oversampling > 1:
+  if config.algorithm().oversampling > 1:
     # The groups that are dropped are another half than the one that is kept.
     kept = (np.arange(len(scores)) // 6) % 2 == 0
     assert abs(k1[kept].mean() - k1.mean()) > 0.05
@@ -157,7 +159,7 @@ def test_a_run_says_when_a_bound_of_beta_holds(settings, beta, held):
   if "controller" not in settings:
     settings = SETTINGS["oversampled"] | settings
   config = make_config(**settings)
-  num_rows = BATCH * config.oversampling
+  num_rows = BATCH * config.algorithm().oversampling
   state, figures = update(config, make_rollout(num_rows), scores_of(num_rows))
   assert figures["controller/at_bound"] == held
   if beta is not None:

@@ -13,7 +13,7 @@ import pytest
 from experiments import dpo, sft
 from experiments.lab import dpo_pairs
 from experiments.lab.dpo_pairs import Pairs
-from experiments.settings import rl
+from experiments.settings import training
 from klrl.algorithm.gradients import scalar
 from klrl.errors import UserError
 from klrl.exact import oracle
@@ -319,7 +319,7 @@ def test_embedded_run_is_judged_by_score_and_gold(own, tmp_path, monkeypatch):
   scalar = scalar_params_from(params)
   save_scalar(tmp_path / "reward", config, scalar, arithmetic.make_tokenizer())
   directories = {"policy": own["policy"], "reward_model": reward_model}
-  monkeypatch.setattr(rl, "model_directories", lambda config: directories)
+  monkeypatch.setattr(training, "model_directories", lambda config: directories)
   workdir = dpo.main(dpo.Config(**TINY, num_pairs=100, workdir=str(tmp_path / "run")))
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   assert lines[0]["loss/dpo"] == pytest.approx(np.log(2), rel=1e-5)

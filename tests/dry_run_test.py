@@ -148,7 +148,7 @@ def test_models_need_no_weights_and_equal_ones_are_one_argument(tmp_path):
     policy=str(tmp_path), prompts="p", reward="f.py:f", lora_rank=2, value_init="policy"
   )
   models = dry_run.shapes_of_models(
-    config, dry_run.FROM_CONFIGS, policy=str(tmp_path), reward_model=""
+    config.sources(), dry_run.FROM_CONFIGS, policy=str(tmp_path), reward_model=""
   )
   kernel = ("decoder", "embed", "embedding")
   base, reference = models.base["policy"], models.reference_params

@@ -11,8 +11,9 @@ import pytest
 
 from experiments import ppo
 from klrl import ops
-from klrl.algorithm import completions, kl_terms, learner
+from klrl.algorithm import Hypers, completions, kl_terms, learner
 from klrl.algorithm.objective import KLPenalty
+from klrl.algorithm.terms import Experience
 from klrl.exact import oracle
 from klrl.models import DecoderConfig, Policy, ScalarModel, policy_model, scalar_model
 from klrl.sampling import Rollout, make_sample_fn
@@ -87,8 +88,8 @@ def two_steps(config):
   policy, value_model, params, ref_params = models("float64")
   params = {"policy": params, "value": jax.jit(value_model.init)(jax.random.key(1))}
   rollout = jax.jit(make_rollout)()
-  update = learner.make_update_fn(config, TREE.horizon, policy, value_model, policy)
-  state = learner.init_state(config, params, jax.random.key(2))
+  update = learner.make_update_fn(config.algorithm(), policy, value_model, policy)
+  state = learner.init_state(config.algorithm(), config.hypers(), params, jax.random.key(2))
   state = state._replace(controller=ops.ControllerState(jnp.float32(BETA), jnp.int32(0)))
   frozen = {"reference": ref_params, "base": {}}
 
@@ -192,9 +193,8 @@ def whitened(penalty, refresh):
   def advantages(terms):
     kl = kl_terms.reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl)
     values = jnp.zeros_like(terms.log_probs)
-    return kl_terms.penalised_advantages(
-      penalty, SCORES, kl, values, terms.mask, beta=BETA, gamma=1.0, gae_lambda=1.0
-    )[0]
+    x = Experience(SCORES, kl, values, terms.mask, BETA)
+    return ppo.advantages(x, make_config(penalty, refresh).algorithm(), Hypers()).advantages
 
   def f(terms):
     old = terms._replace(log_probs=terms.old_log_probs, exact_kl=terms.old_exact_kl)

@@ -1,30 +1,28 @@
 """Tests of the order in which the inner epochs read a rollout, and of whose prompts it has."""
 
-import types
-
 import jax
 import numpy as np
 
-from klrl import rlhf
-from klrl.algorithm import epochs
+from klrl import programs
+from klrl.algorithm import Algorithm, epochs
 
 
 def test_every_epoch_reads_each_row_once_in_an_order_of_its_own():
-  config = types.SimpleNamespace(num_epochs=3, num_minibatches=4)
-  rows = epochs.minibatch_rows(config, 24, jax.random.key(0))
+  algorithm = Algorithm(batch_size=24, num_iterations=1, num_epochs=3, num_minibatches=4)
+  rows = epochs.minibatch_rows(algorithm, 24, jax.random.key(0))
   assert rows.shape == (12, 6)
   orders = rows.reshape(3, 24)
   np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(24), (3, 1)))
   in_turn = np.arange(24)
-  different = [*orders, epochs.minibatch_rows(config, 24, jax.random.key(1)).reshape(3, 24)[0]]
+  different = [*orders, epochs.minibatch_rows(algorithm, 24, jax.random.key(1)).reshape(3, 24)[0]]
   for i, order in enumerate(different):
     assert not np.array_equal(order, in_turn)
     assert not any(np.array_equal(order, other) for other in different[:i])
 
 
 def test_the_completions_of_a_prompt_stand_side_by_side():
-  config = types.SimpleNamespace(data_seed=0, batch_size=12, group_size=4, oversampling=2)
-  groups = rlhf.prompt_rows(config, 0, 50).reshape(-1, 4)
+  algorithm = Algorithm(batch_size=12, num_iterations=1, group_size=4, oversampling=2)
+  groups = programs.prompt_rows(algorithm, 0, 50, seed=0).reshape(-1, 4)
   assert (groups == groups[:, :1]).all()
   assert len(set(groups[:, 0].tolist())) == 6
-  assert not np.array_equal(groups, rlhf.prompt_rows(config, 1, 50).reshape(-1, 4))
+  assert not np.array_equal(groups, programs.prompt_rows(algorithm, 1, 50, seed=0).reshape(-1, 4))

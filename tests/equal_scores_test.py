@@ -50,12 +50,14 @@ def make_rollout(num_rows, max_length=MAX_LEN - 1):
 
 @functools.cache
 def compiled(config):
-  return jax.jit(learner.make_update_fn(config, MAX_LEN, BAG, None, BAG))
+  return jax.jit(learner.make_update_fn(config.algorithm(), BAG, None, BAG))
 
 
 def after(config, scores, num_iterations=2):
   """Returns the state after iterations that all have these scores."""
-  state = learner.init_state(config, {"policy": make_params()}, jax.random.key(2))
+  state = learner.init_state(
+    config.algorithm(), config.hypers(), {"policy": make_params()}, jax.random.key(2)
+  )
   frozen = {"reference": make_params(), "base": {}}
   for _ in range(num_iterations):
     state, _ = compiled(config)(state, frozen, make_rollout(len(scores)), jnp.float32(scores))
@@ -65,7 +67,7 @@ def after(config, scores, num_iterations=2):
 @pytest.mark.parametrize("name", RULES)
 def test_equal_scores_move_no_parameter(name):
   config = RULES[name]
-  num_rows = config.batch_size * config.oversampling
+  num_rows = config.algorithm().samples
   for score in SCORES:
     state = after(config, np.full(num_rows, score))
     moved = jax.tree.map(lambda x, y: jnp.abs(x - y).max(), state.params["policy"], make_params())
@@ -96,12 +98,12 @@ def test_a_difference_of_a_thousandth_is_one_whatever_the_size_of_the_scores():
 
 
 def test_numbers_that_a_program_rounds_in_two_ways_are_equal():
-  config = grpo.Config(batch_size=3, group_size=3, num_minibatches=1, oversampling=2)
-
   @jax.jit
   def found(twice):
     varied = jnp.concatenate([twice, twice[0] + jnp.arange(3.0)])
-    _, kept, share = preparation.informative_groups(make_rollout(6), varied, config)
+    _, kept, share = preparation.informative_groups(
+      make_rollout(6), varied, group_size=3, batch_size=3
+    )
     rules = ops.group_relative(twice), ops.leave_one_out(twice), ops.whiten(twice, twice == twice)
     return *rules, memory.normalised(memory.no_scores(), twice)[1], kept - varied[3:], share - 0.5
 

@@ -269,7 +269,7 @@ def test_models_of_different_shape_are_refused(models, settings, tmp_path):
 def test_without_models_the_embedded_run_is_used(monkeypatch):
   monkeypatch.setattr(estimators.ppo, "main", lambda config, root: f"{root}/ppo")
   monkeypatch.setattr(
-    estimators.rl, "model_directories", lambda config: {"policy": "sft", "reward_model": "r"}
+    estimators.training, "model_directories", lambda config: {"policy": "sft", "reward_model": "r"}
   )
   assert estimators.model_directories(estimators.Config(), root="r") == ("r/ppo", "sft")
 

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from experiments import distill, grpo, ppo, reward_model, sft
-from experiments.settings import rl
+from experiments.settings import training
 from klrl.errors import UserError
 from klrl.models import load_policy, load_scalar
 from klrl.run import loop
@@ -105,7 +105,7 @@ def test_a_finished_run_is_shown_and_not_run_again(runs, capsys):
 def test_stages_are_found_again_by_another_run(runs):
   stages = sorted(path.name for path in (runs / "runs/stages").iterdir())
   config = ppo.Config(**TINY, **STAGES)
-  rl.model_directories(config)
+  training.model_directories(config)
   assert sorted(path.name for path in (runs / "runs/stages").iterdir()) == stages
   assert len(stages) == 2
 

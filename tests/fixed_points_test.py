@@ -105,9 +105,9 @@ def train(problem, penalty, *, num_iterations=3000, **settings):
     },
   )
   policy, value_model = tables(tree)
-  update = learner.make_update_fn(config, tree.horizon, policy, value_model, policy)
+  update = learner.make_update_fn(config.algorithm(), policy, value_model, policy)
   params = {"policy": ref_logits, "value": jnp.zeros(len(ref_logits))}
-  state = learner.init_state(config, params, jax.random.key(0))
+  state = learner.init_state(config.algorithm(), config.hypers(), params, jax.random.key(0))
   state = state._replace(controller=ops.ControllerState(jnp.float32(beta), jnp.int32(0)))
   frozen = {"reference": ref_logits, "base": {}}
 

@@ -27,7 +27,7 @@ from small_decoders import arithmetic_decoder
 from experiments import distill, dpo, grpo, ppo, reinforce, reward_model, sft
 from experiments.lab import dpo_pairs
 from experiments.settings.common import EvaluationFields
-from klrl import evaluation, judging, rlhf, supervised
+from klrl import evaluation, judging, programs, supervised
 from klrl.algorithm import epochs, learner
 from klrl.algorithm.optimizer import apply_gradients
 from klrl.cost import dry_run
@@ -296,7 +296,7 @@ def workplace(tmp_path_factory):
     for module in (epochs, supervised):
       patch.setattr(module, "apply_gradients", APPLY_GRADIENTS)
     write_inputs()
-    for module in (judging, rlhf):
+    for module in (judging, programs):
       patch.setattr(module, "make_sample_fn", make_fake_sample_fn)
     patch.setattr(judging, "make_greedy_fn", make_fake_greedy_fn)
     patch.setattr(evaluation, "make_evaluate_fn", make_fake_evaluate_fn)

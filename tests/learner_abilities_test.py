@@ -16,7 +16,6 @@ from small_decoders import bag_params, bag_value_params
 from experiments import ppo
 from klrl import ops
 from klrl.algorithm import completions, epochs, learner, memory
-from klrl.algorithm.optimizer import make_schedule
 from klrl.models import DecoderConfig, add_lora, join, policy_model, scalar_model
 from klrl.sampling import make_sample_fn
 
@@ -85,7 +84,7 @@ def scores_of(rollout):
 
 @functools.cache
 def compiled(config, policy=POLICY, value=VALUE, reference=POLICY):
-  return jax.jit(learner.make_update_fn(config, MAX_LEN, policy, value, reference))
+  return jax.jit(learner.make_update_fn(config.algorithm(), policy, value, reference))
 
 
 def update(config, rollout=None, *, state=None, frozen=None, **models):
@@ -98,7 +97,9 @@ def update(config, rollout=None, *, state=None, frozen=None, **models):
 
 
 def start(config, params=None):
-  return learner.init_state(config, params or make_params(), jax.random.key(2))
+  return learner.init_state(
+    config.algorithm(), config.hypers(), params or make_params(), jax.random.key(2)
+  )
 
 
 def gradient(state, name="policy"):
@@ -241,7 +242,7 @@ def test_adapters_learn_and_their_base_is_the_reference():
 
 def test_the_learning_rate_rises_and_falls():
   def factors(**changes):
-    schedule = make_schedule(make_config(num_iterations=10, **changes))
+    schedule = make_config(num_iterations=10, **changes).algorithm().learning_rate_factor
     return np.array([schedule(i) for i in range(10)])
 
   np.testing.assert_allclose(factors(), np.ones(10))

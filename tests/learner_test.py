@@ -31,7 +31,7 @@ def make_state(config, *, seed=0):
     "policy": bag_params(VOCAB, seed=2 * seed),
     "value": bag_value_params(VOCAB, seed=2 * seed + 1),
   }
-  return learner.init_state(config, params, jax.random.key(seed + 1))
+  return learner.init_state(config.algorithm(), config.hypers(), params, jax.random.key(seed + 1))
 
 
 def make_prompts():
@@ -60,7 +60,7 @@ def frozen():
 
 @functools.cache
 def compiled_update(config):
-  return jax.jit(learner.make_update_fn(config, MAX_COMPLETION_LEN, POLICY, VALUE, POLICY))
+  return jax.jit(learner.make_update_fn(config.algorithm(), POLICY, VALUE, POLICY))
 
 
 def update(config, rollout=None, *, state=None, scores=None):
@@ -68,9 +68,7 @@ def update(config, rollout=None, *, state=None, scores=None):
   # Traced coefficients do not need a program of their own.
   fields = {field.name for field in dataclasses.fields(config)} & {*learner.Hypers._fields}
   traced = {name: getattr(make_config(), name) for name in fields}
-  fn = compiled_update(
-    dataclasses.replace(config, **traced, trust_region_beta=make_config().trust_region_beta)
-  )
+  fn = compiled_update(dataclasses.replace(config, **traced))
   state, metrics = fn(
     make_state(config) if state is None else state,
     frozen(),
@@ -264,7 +262,7 @@ def test_without_kl_in_the_objective_the_reference_is_scored_at_its_cadence_only
   assert float(first["kl/ref_k1"][1]) > 0
   assert float(second["kl/ref_k1"][1]) == 0
   never = make_config(kl_placement="none", kl_every=0)
-  fn = learner.make_update_fn(never, MAX_COMPLETION_LEN, POLICY, VALUE, POLICY)
+  fn = learner.make_update_fn(never.algorithm(), POLICY, VALUE, POLICY)
   rollout = make_rollout()
   poisoned = jax.tree.map(lambda x: x * jnp.nan, frozen())
   state, _ = jax.jit(fn)(make_state(never), poisoned, rollout, scores_of(rollout))
@@ -317,9 +315,9 @@ def test_an_update_of_decoders_on_a_mesh_equals_that_on_one_device():
   policy, value = policy_model(decoder), scalar_model(decoder)
   params = {"policy": policy.init(jax.random.key(0)), "value": value.init(jax.random.key(1))}
   config, rollout = make_config(), make_rollout()
-  start = learner.init_state(config, params, jax.random.key(2))
+  start = learner.init_state(config.algorithm(), config.hypers(), params, jax.random.key(2))
   others = {"reference": policy.init(jax.random.key(3)), "base": {}}
-  fn = learner.make_update_fn(config, MAX_COMPLETION_LEN, policy, value, policy)
+  fn = learner.make_update_fn(config.algorithm(), policy, value, policy)
   whole = jax.jit(fn)(start, others, rollout, scores_of(rollout))
   mesh = parallel.make_mesh("fsdp=2,tensor=2")
   shardings, rows = parallel.state_shardings(mesh, start), parallel.by_rows(mesh)
@@ -345,8 +343,7 @@ def test_ppo_learns_which_token_pays():
   sample = make_sample_fn(POLICY, max_completion_len=MAX_COMPLETION_LEN, eos_id=EOS, pad_id=0)
   iterate = jax.jit(
     learner.make_iteration_fn(
-      config,
-      MAX_COMPLETION_LEN,
+      config.algorithm(),
       POLICY,
       VALUE,
       POLICY,

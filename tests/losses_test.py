@@ -1,5 +1,3 @@
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -260,10 +258,9 @@ class AggregationTest(chex.TestCase):
     ("token_mean", ops.token_mean, (9.0, 3.0), 1.0),
     ("sequence_mean_token_mean", ops.sequence_mean_token_mean, (1.5 + 6.0, 2.0), 0.5),
     ("sequence_mean_token_sum", ops.sequence_mean_token_sum, (9.0, 2.0), 1.0),
-    ("constant", ops.constant, (9.0, 2.0 * 5), 1.0),
+    ("constant", ops.constant, (9.0, 2.0 * 3), 1.0),
   )
   def test_golden_with_nan_and_inf_in_the_padding(self, aggregate, expected, weight):
-    aggregate = functools.partial(aggregate, constant_length=5)
     output = jax.jit(aggregate)(self.LOSS, self.MASK)
     np.testing.assert_allclose(output, expected, rtol=1e-6)
     derivative = jax.jit(jax.grad(lambda x, mask: aggregate(x, mask)[0]))
@@ -273,20 +270,16 @@ class AggregationTest(chex.TestCase):
   @parameterized.named_parameters(*ops.AGGREGATIONS.items())
   def test_micro_batches_add_up(self, aggregate):
     loss, _, _, mask = _batch()
-    whole = aggregate(loss, mask, constant_length=7)
-    parts = [aggregate(loss[i : i + 1], mask[i : i + 1], constant_length=7) for i in range(3)]
+    whole = aggregate(loss, mask)
+    parts = [aggregate(loss[i : i + 1], mask[i : i + 1]) for i in range(3)]
     np.testing.assert_allclose(whole, np.sum(parts, axis=0), rtol=1e-5)
 
   @parameterized.named_parameters(*ops.AGGREGATIONS.items())
   def test_no_token_at_all_divides_to_zero(self, aggregate):
-    loss = lambda x: ops.divide(*aggregate(x, np.zeros((3, 3), bool), constant_length=5))  # noqa: E731
+    loss = lambda x: ops.divide(*aggregate(x, np.zeros((3, 3), bool)))  # noqa: E731
     value, gradient = jax.value_and_grad(loss)(self.LOSS)
     self.assertEqual(value, 0.0)
     np.testing.assert_array_equal(gradient, np.zeros((3, 3)))
-
-  def test_a_constant_without_a_length_is_refused(self):
-    with self.assertRaisesRegex(ValueError, "constant_length"):
-      ops.constant(self.LOSS, self.MASK)
 
 
 if __name__ == "__main__":

@@ -56,9 +56,8 @@ def test_a_rollout_comes_back_after_as_many_iterations(staleness):
 def test_a_reference_follows_by_average_or_by_reset():
   old, new = {"w": jnp.array([0.0, 1.0])}, {"w": jnp.array([1.0, 3.0])}
   hypers = types.SimpleNamespace(reference_decay=jnp.float32(0.75))
-  ema = types.SimpleNamespace(reference_update="ema")
-  moved = memory.moved_reference(ema, old, new, hypers, 0)
+  moved = memory.REFERENCE_RULES["ema"](old, new, 0, None, hypers)
   np.testing.assert_allclose(moved["w"], [0.25, 1.5])
-  reset = types.SimpleNamespace(reference_update="reset", reference_every=3)
-  kept = [memory.moved_reference(reset, old, new, hypers, i)["w"][0] for i in range(6)]
+  every_third, reset = types.SimpleNamespace(reference_every=3), memory.REFERENCE_RULES["reset"]
+  kept = [reset(old, new, i, every_third, hypers)["w"][0] for i in range(6)]
   assert kept == [0, 0, 1, 0, 0, 1]

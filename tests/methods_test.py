@@ -18,7 +18,7 @@ import pytest
 
 from experiments import distill, grpo, ppo, reinforce
 from klrl.algorithm import learner
-from klrl.algorithm.epochs import TRUST_REGIONS
+from klrl.algorithm.policy_losses import POLICY_LOSSES
 from klrl.exact import oracle
 from klrl.models import Policy, ScalarModel, uniform_policy
 from klrl.sampling import Rollout
@@ -93,9 +93,9 @@ def preset(name, module=grpo, **settings):
 def first_gradient(config, tree, params, rollout, scores, *, reference, ref_params):
   """Returns what one update descends: Adam's first moment is a running mean of gradients."""
   policy, value_model = tables(tree)
-  value_model = value_model if config.advantage == "gae" else None
-  update = learner.make_update_fn(config, tree.horizon, policy, value_model, reference or policy)
-  state = learner.init_state(config, params, jax.random.key(0))
+  value_model = value_model if config.sources().has_value_model else None
+  update = learner.make_update_fn(config.algorithm(), policy, value_model, reference or policy)
+  state = learner.init_state(config.algorithm(), config.hypers(), params, jax.random.key(0))
   state, _ = update(state, {"reference": ref_params, "base": {}}, rollout, scores)
   return jax.tree.map(lambda x: x / 0.1, optax.tree.get(state.opt_state, "mu"))
 
@@ -106,7 +106,7 @@ def batches_of(tree, num_rows):
 
 def ascent(config, *, scores=SCORES, values=VALUES, sampler=LOGITS, reference=None, tree=TREE):
   """Returns [S, V], the mean over all batches of minus the gradient that the learner descends."""
-  batches = batches_of(tree, config.batch_size * config.oversampling)
+  batches = batches_of(tree, config.algorithm().samples)
   logits, ref, sampler = (x[: len(tree.depths)] for x in (LOGITS, REF, sampler))
   models = {"reference": reference, "ref_params": {} if reference else ref}
 
@@ -119,7 +119,7 @@ def ascent(config, *, scores=SCORES, values=VALUES, sampler=LOGITS, reference=No
     weights = jnp.exp(oracle.log_probs(tree, sampler)[batches].sum(axis=1))
     return -jnp.tensordot(weights, jax.vmap(one)(batches), 1)
 
-  values = {"value": values} if config.advantage == "gae" else {}
+  values = {"value": values} if config.sources().has_value_model else {}
   return mean({"policy": logits} | values, jnp.asarray(scores))
 
 
@@ -185,7 +185,7 @@ def test_these_climb_the_regularised_objective(config, options):
   assert_same(ascent(config, **options), gradient_of(regularised))
 
 
-@pytest.mark.parametrize("trust_region", TRUST_REGIONS)
+@pytest.mark.parametrize("trust_region", POLICY_LOSSES)
 def test_at_the_old_policy_every_trust_region_climbs_the_score(trust_region):
   config = make_config(grpo, trust_region=trust_region, **LEAVE_ONE_OUT, **NO_KL, **SUM)
   assert_same(ascent(config), gradient_of(mean_score))

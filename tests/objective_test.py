@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import re
+from typing import NamedTuple
 
 import hypothesis
 import jax
@@ -15,9 +16,10 @@ import pytest
 from hypothesis import strategies as st
 
 from experiments import ppo
-from klrl.algorithm import kl_terms, objective
+from klrl.algorithm import Hypers, kl_terms, objective
 from klrl.algorithm.kl_terms import TokenTerms
 from klrl.algorithm.objective import KLPenalty
+from klrl.algorithm.terms import Experience
 from klrl.errors import UserError
 from klrl.exact import oracle
 from klrl.report.of_run import write_report
@@ -204,32 +206,32 @@ def test_a_config_raises_for_what_is_refused_and_says_which_flags_to_use(placeme
       continue
     claim = objective.audit(penalty)
     if claim.verdict != "refused":
-      assert objective.warnings_of(config_of(penalty)) == []
+      assert config_of(penalty).kl_warnings() == []
       continue
     with pytest.raises(UserError) as error:
       config_of(penalty)
     assert objective.flags_of(claim.instead) in str(error.value)
     assert "--allow_biased_kl" in str(error.value)
     flags = dict(re.findall(r"--(kl_\w+)=(\w+)", str(error.value)))
-    assert objective.penalty_of(ppo.Config(**flags)) == claim.instead
-    (warning,) = objective.warnings_of(config_of(penalty, allow_biased_kl=True))
+    assert ppo.Config(**flags).penalty() == claim.instead
+    (warning,) = config_of(penalty, allow_biased_kl=True).kl_warnings()
     assert str(penalty) in warning and str(claim.instead) in warning
 
 
 def test_without_a_penalty_nothing_is_refused():
-  assert objective.warnings_of(ppo.Config(kl_placement="none")) == []
+  assert ppo.Config(kl_placement="none").kl_warnings() == []
 
 
 def test_a_mean_over_each_completion_is_warned_of():
   in_loss = {"kl_placement": "loss", "kl_estimator": "k3", "kl_correction": "prefix"}
   config = ppo.Config(loss_aggregation="sequence_mean_token_mean", **in_loss)
-  (warning,) = objective.warnings_of(config)
+  (warning,) = config.kl_warnings()
   assert "long completions are held less" in warning
 
 
 def test_the_warning_of_an_allowed_penalty_is_in_the_report(tmp_path):
   config = config_of(KLPenalty("loss", "k1", "none", "token"), allow_biased_kl=True)
-  warnings = objective.warnings_of(config)
+  warnings = config.kl_warnings()
   settings = {"experiment": "ppo", **config.__dict__}
   (tmp_path / "config.json").write_text(json.dumps(settings))
   (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 0, "score/mean": 0.5}) + "\n")
@@ -254,6 +256,12 @@ def some_terms(padding, *, extra=0, dtype=np.float32):
   return TokenTerms(*fields[:3], jnp.asarray(np.pad(MASK, width)), *fields[3:])
 
 
+class AlgorithmOf(NamedTuple):
+  """What an advantage rule reads of an algorithm."""
+
+  penalty: KLPenalty
+
+
 def all_of(penalty, terms):
   """Returns everything that training computes of a penalty, [3, T] each, and the gradients."""
   zeros = jnp.zeros_like(terms.log_probs)
@@ -263,9 +271,8 @@ def all_of(penalty, terms):
     outputs += [kl_terms.prefix_cap_effect(penalty, terms, prefix_cap=1.5)[1]]
   if penalty.in_reward:
     kl = kl_terms.reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl)
-    outputs += kl_terms.penalised_advantages(
-      penalty, zeros[:, 0] + 1.0, kl, zeros, terms.mask, beta=0.5, gamma=0.9, gae_lambda=0.8
-    )
+    x = Experience(zeros[:, 0] + 1.0, kl, zeros, terms.mask, 0.5)
+    outputs += ppo.advantages(x, AlgorithmOf(penalty), Hypers(gamma=0.9, gae_lambda=0.8))
 
   def total(log_probs, exact_kl):
     changed = terms._replace(log_probs=log_probs, exact_kl=exact_kl)
@@ -356,9 +363,8 @@ def test_advantages_of_each_placement_and_credit(penalty, expected):
   kl, mask = jnp.array([1.0, 2.0, 4.0, 1e9]), jnp.arange(4) < 3
   log_probs = jnp.zeros(4)
   estimate = kl if penalty.in_reward else kl_terms.reward_kl(penalty, log_probs, log_probs)
-  advantages, _ = kl_terms.penalised_advantages(
-    penalty, jnp.float32(8.0), estimate, log_probs, mask, beta=0.1, gamma=0.5, gae_lambda=1.0
-  )
+  x = Experience(jnp.float32(8.0), estimate, log_probs, mask, 0.1)
+  advantages, _ = ppo.advantages(x, AlgorithmOf(penalty), Hypers(gamma=0.5))
   np.testing.assert_allclose(advantages, [*expected, 0], rtol=1e-6)
 
 

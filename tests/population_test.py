@@ -22,8 +22,8 @@ from small_decoders import arithmetic_decoder
 
 from experiments import ppo
 from experiments import sweep as experiment
-from experiments.settings import rl
-from klrl import inputs, population, rlhf
+from experiments.settings import training
+from klrl import inputs, population, programs
 from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.models import policy_model, save_policy, save_scalar, scalar_model
@@ -89,8 +89,8 @@ def make_config(name="ppo", **changes):
 
 
 def set_up(config, mesh):
-  models = inputs.load_models(config, **rl.model_directories(config))
-  return rlhf.set_up(config, mesh, models, inputs.load_task(config, models))
+  models = inputs.load_models(config.sources(), **training.model_directories(config))
+  return programs.set_up(config, mesh, models, inputs.load_task(config.sources(), models))
 
 
 def swept(*configs):
@@ -106,7 +106,7 @@ def swept(*configs):
     if lift is None:
       per_batch = configs[0].members_per_batch
       lift = functools.partial(parallel.map_members, mesh, members_per_batch=per_batch)
-      step = rlhf.make_step_fn(setup, shardings, lift=lift, guard=population.guarded)
+      step = programs.make_step_fn(setup, shardings, lift=lift, guard=population.guarded)
     states, metrics = [], []
     for iteration in range(NUM_ITERATIONS):
       state, pairs = step(state, iteration)
@@ -120,10 +120,13 @@ def singles(config, num_iterations=NUM_ITERATIONS):
   """Yields (state, metrics of each iteration) of the single runs, by one compiled program."""
   members = experiment.members_of(config)
   setup = set_up(members[0].config, parallel.make_mesh(members[0].config.mesh))
-  shardings = parallel.state_shardings(setup.mesh, rlhf.init_state(setup))
-  step = rlhf.make_step_fn(setup, shardings)
+  shardings = parallel.state_shardings(setup.mesh, programs.init_state(setup))
+  step = programs.make_step_fn(setup, shardings)
   for member in members:
-    state = jax.device_put(rlhf.init_state(setup._replace(config=member.config)), shardings)
+    state = jax.device_put(
+      programs.init_state(setup._replace(config=member.config, hypers=member.config.hypers())),
+      shardings,
+    )
     found = []
     for iteration in range(num_iterations):
       state, pairs = step(state, iteration)
@@ -171,7 +174,9 @@ def test_all_that_a_member_starts_with_is_its_own():
   setup = set_up(members[0].config, parallel.make_mesh("data=1"))
   state, _ = population.init_state(setup, [member.config for member in members])
   for i, member in enumerate(members):
-    single = rlhf.init_state(setup._replace(config=member.config))
+    single = programs.init_state(
+      setup._replace(config=member.config, hypers=member.config.hypers())
+    )
     chex.assert_trees_all_equal(jax.device_get(member_of(state.run, i)), jax.device_get(single))
 
 
@@ -273,13 +278,13 @@ REWARDED = {"reward": "2*reward.py:sevens,0.5*model,-1*reward.py:length"}
 
 def test_own_rewards_score_all_members_in_one_call(monkeypatch):
   config = make_config(**REWARDED, sweep="beta=0,0.3", seeds=2)
-  calls, real = [], rlhf.rewards.weighted_scores
+  calls, real = [], programs.rewards.weighted_scores
 
   def counted(weighted, records, texts, *others):
     calls.append(len(texts))
     return real(weighted, records, texts, *others)
 
-  monkeypatch.setattr(rlhf.rewards, "weighted_scores", counted)
+  monkeypatch.setattr(programs.rewards, "weighted_scores", counted)
   (((*_, state), found),) = swept(config)
   assert calls == [4 * 8] * NUM_ITERATIONS
   for i, (single, single_found) in enumerate(singles(config)):

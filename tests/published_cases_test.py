@@ -264,8 +264,10 @@ class LossesTest(PublishedCase):
     """google/tunix, common_test.py; a fully masked sequence does not count."""
     inputs, expected, tolerance = self.case(name)
     loss, mask = _array(inputs["per_token_loss"]), np.array(inputs["mask"], bool)
-    total = ops.AGGREGATIONS[aggregation](loss, mask, constant_length=constant_length)
-    np.testing.assert_allclose(ops.divide(*total), expected[key], **tolerance)
+    found = ops.divide(*ops.AGGREGATIONS[aggregation](loss, mask))
+    if constant_length is not None:  # Ours is the longest that a completion can be.
+      found *= mask.shape[-1] / constant_length
+    np.testing.assert_allclose(found, expected[key], **tolerance)
 
   def test_grpo_on_policy(self):
     """google/tunix, algo_core_test.py: advantages spread over completions of length 3 and 1."""

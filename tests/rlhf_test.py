@@ -11,7 +11,7 @@ import pytest
 from small_decoders import BAG, BAG_VALUE, arithmetic_decoder, bag_params, bag_value_params
 
 from experiments import grpo, ppo
-from klrl import inputs, rlhf, supervised
+from klrl import inputs, programs, supervised
 from klrl.devices import parallel
 from klrl.models import policy_model, scalar_model, scalar_params_from
 from klrl.tasks import arithmetic, data
@@ -40,7 +40,9 @@ def models():
     lambda path: arithmetic.make_tokenizer(),
   )
   config = ppo.Config(reference_update="ema", value_init="policy")
-  return config, inputs.load_models(config, loaders=loaders, policy="policy", reward_model="reward")
+  return config, inputs.load_models(
+    config.sources(), loaders=loaders, policy="policy", reward_model="reward"
+  )
 
 
 def peaks_of(fn):
@@ -79,8 +81,8 @@ def assert_no_device_held_more_than_its_share(arrays, peaks):
 
 def test_parameters_moments_and_a_moving_reference_are_made_in_shards(models):
   config, found = models
-  setup = rlhf.Setup(config, found, None, MESH, {}, None)
-  state, peaks = peaks_of(lambda: rlhf.init_state(setup))
+  setup = programs.Setup(config, found, None, MESH, {}, None)
+  state, peaks = peaks_of(lambda: programs.init_state(setup))
   policy = state.params["policy"]
   assert "value" in state.params
   arrays = state.params, state.opt_state, state.reference
@@ -118,9 +120,9 @@ def trained(rewards):
   models = inputs.Models(tokenizer, BAG, policy, {}, BAG, BAG, reference, None, None, *scorer)
   task = inputs.Task(prompts, prompts, 4, rewards, None, None)
   config = grpo.Config(batch_size=12, group_size=4, num_minibatches=1, kl_every=0)
-  setup = rlhf.set_up(config, parallel.make_mesh("data=1"), models, task)
-  state = rlhf.init_state(setup)
-  step = rlhf.make_step_fn(setup, parallel.state_shardings(setup.mesh, state))
+  setup = programs.set_up(config, parallel.make_mesh("data=1"), models, task)
+  state = programs.init_state(setup)
+  step = programs.make_step_fn(setup, parallel.state_shardings(setup.mesh, state))
   for iteration in range(2):
     state, _ = step(state, iteration)
   return policy, jax.device_get(state.params["policy"])

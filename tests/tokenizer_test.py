@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import types
 
 import jax
 import numpy as np
@@ -248,23 +247,6 @@ def test_vocabularies_that_differ_in_what_never_occurs_are_the_same():
   assert shared_tokens(ours, renamed) is None
 
 
-# What `load_models` reads of a run's config.
-RUN = {
-  "value_model": "",
-  "value_trunk": "separate",
-  "value_init": "reward_model",
-  "advantage": "gae",
-  "kl_placement": "reward",
-  "kl_every": 0,
-  "init_seed": 0,
-  "lora_rank": 0,
-  "task": "arithmetic",
-  "dtype": "float32",
-  "remat": False,
-  "sampler_dtype": "trainer",
-}
-
-
 def test_models_of_one_run_predict_the_tokens_that_all_of_them_know(tmp_path):
   def save(name, save_model, make_model, vocab_size, info):
     config = dataclasses.replace(LLAMA, vocab_size=vocab_size)
@@ -275,11 +257,12 @@ def test_models_of_one_run_predict_the_tokens_that_all_of_them_know(tmp_path):
   policy = save("policy", hf.save_policy, policy_model, 16, padded)
   reward = save("reward", hf.save_scalar, scalar_model, 11, with_tokens())
   reference = save("reference", hf.save_policy, policy_model, 12, with_tokens("<y>"))
-  config = types.SimpleNamespace(**RUN, reference=reference)
+  sources = inputs.Sources(reference=reference, has_value_model=True)
   with pytest.raises(UserError, match="reference has another vocabulary than the policy"):
-    inputs.load_models(config, policy=policy, reward_model=reward)
+    inputs.load_models(sources, policy=policy, reward_model=reward)
   reference = save("reference", hf.save_policy, policy_model, 13, with_tokens("<fill>", "<y>"))
-  models = inputs.load_models(config, policy=policy, reward_model=reward)
+  sources = dataclasses.replace(sources, reference=reference)
+  models = inputs.load_models(sources, policy=policy, reward_model=reward)
   for model, params in (
     (models.policy, models.policy_params),
     (models.reference, models.reference_params),

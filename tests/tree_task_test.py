@@ -159,8 +159,8 @@ def test_a_schedule_is_held_against_the_beta_that_it_ends_with(workplace):
 def test_a_moving_objective_has_no_optimum(workplace, given):
   config = reinforce.Config(**RUN, **given)
   directory = str(tree.write_policy(workplace, 0))
-  models = inputs.load_models(config, policy=directory, reward_model="")
-  assert inputs.load_task(config, models).exact is None
+  models = inputs.load_models(config.sources(), policy=directory, reward_model="")
+  assert inputs.load_task(config.sources(), models).exact is None
 
 
 @pytest.mark.parametrize(

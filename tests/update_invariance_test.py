@@ -18,7 +18,7 @@ from small_decoders import bag_params, bag_value_params
 from experiments import grpo, ppo
 from klrl import ops
 from klrl.algorithm import learner
-from klrl.algorithm.epochs import Texts
+from klrl.algorithm.terms import Texts
 from klrl.devices import parallel
 from klrl.sampling import Rollout
 
@@ -110,11 +110,11 @@ def update_fn(name, accumulation):
   """Returns (f(state, reference, batch) -> (gradients, metrics), state before)."""
   config = CASES[name](accumulation=accumulation)
   value_model, params = VALUE, models()[0]
-  if config.advantage != "gae":
+  if not config.sources().has_value_model:
     value_model, params = None, {"policy": params["policy"]}
   elif config.value_trunk == "shared":
     params = params | {"value": {"head": params["value"]["head"]}}
-  update = learner.make_update_fn(config, MAX_LEN, POLICY, value_model, POLICY)
+  update = learner.make_update_fn(config.algorithm(), POLICY, value_model, POLICY)
 
   @jax.jit
   def f(state, reference, batch):
@@ -124,7 +124,7 @@ def update_fn(name, accumulation):
     gradients = jax.tree.map(lambda x: x / 0.1, optax.tree.get(state.opt_state, "mu"))
     return gradients, {key: ops.divide(*pair) for key, pair in metrics.items()}
 
-  return f, learner.init_state(config, params, jax.random.key(3))
+  return f, learner.init_state(config.algorithm(), config.hypers(), params, jax.random.key(3))
 
 
 def run(name, batch, accumulation=1, *, mesh=None):

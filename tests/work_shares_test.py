@@ -4,13 +4,13 @@ Counted are the products of matrices of compiled programs, of one device and of 
 Nothing is run. Eight devices take a process of their own, which is this file.
 """
 
+import dataclasses
 import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
-from typing import ClassVar
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from small_decoders import arithmetic_decoder
 
 from experiments import ppo, reward_model, sft
 from klrl import inputs, supervised
-from klrl.algorithm import epochs
+from klrl.algorithm import terms
 from klrl.cost import dry_run, hlo
 from klrl.devices import parallel
 from klrl.models import policy_model, scalar_model
@@ -42,8 +42,8 @@ LOADERS = inputs.Loaders(
 class Everything(ppo.Config):
   """A run whose rows are gathered in every way: kept, late, in minibatches and in their parts."""
 
-  group_size: ClassVar[int] = 4
-  oversampling: ClassVar[int] = 2
+  def algorithm(self):
+    return dataclasses.replace(super().algorithm(), group_size=4, oversampling=2)
 
 
 RUN = Everything(
@@ -61,10 +61,10 @@ RUN = Everything(
 
 @functools.cache
 def models_and_task():
-  models = dry_run.shapes_of_models(RUN, LOADERS, policy="policy", reward_model="reward")
-  texts = epochs.Texts(np.zeros((4, 8), np.int32), np.ones((4, 8), bool))
+  models = dry_run.shapes_of_models(RUN.sources(), LOADERS, policy="policy", reward_model="reward")
+  texts = terms.Texts(np.zeros((4, 8), np.int32), np.ones((4, 8), bool))
   own = [rewards.Reward("own", 1.0, len)]  # Of the host, so that rollout and update are apart.
-  return models, inputs.load_task(RUN, models)._replace(pretraining=texts, rewards=own)
+  return models, inputs.load_task(RUN.sources(), models)._replace(pretraining=texts, rewards=own)
 
 
 def reports(spec):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments.settings import rl
+from experiments.settings import rl, training
 from klrl import inputs, judging, ops
 from klrl.devices import parallel
 from klrl.models import (
@@ -149,8 +149,8 @@ def stages_config(config) -> rl.RLConfig:
 def embedded_start(config) -> Start:
   """Returns the embedded task, with pairs of which the SFT policy drew both completions."""
   embedded = stages_config(config)
-  models = inputs.load_models(embedded, **rl.model_directories(embedded))
-  task = inputs.load_task(embedded, models)
+  models = inputs.load_models(embedded.sources(), **training.model_directories(embedded))
+  task = inputs.load_task(embedded.sources(), models)
   mesh = parallel.make_mesh(config.mesh)
   score = judging.make_completion_score_fn(mesh, None, models.reward_model, models.reward_params)
   programs = judging.make_programs(

@@ -20,8 +20,8 @@ from klrl import ops
 from klrl.algorithm.kl_terms import (
   TokenTerms,
   estimate,
-  penalised_advantages,
   unclipped_policy_loss,
+  undiscounted_advantages,
 )
 from klrl.algorithm.objective import KLPenalty
 
@@ -134,11 +134,8 @@ def _stale(terms):
 
 def _advantages(kl, terms, credit):
   """What klrl's own path from a reward to advantages makes of `kl`, stopped."""
-  scores, values = jnp.zeros_like(kl[..., 0]), jnp.zeros_like(kl)
   penalty = KLPenalty("reward", "k1", "none", credit)
-  kl = jax.lax.stop_gradient(kl)
-  coefficients = {"beta": 1.0, "gamma": 1.0, "gae_lambda": 1.0}
-  return penalised_advantages(penalty, scores, kl, values, terms.mask, **coefficients)[0]
+  return undiscounted_advantages(penalty, jax.lax.stop_gradient(kl), terms.mask, beta=1.0)
 
 
 def reward(kl, terms):

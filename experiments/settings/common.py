@@ -161,8 +161,8 @@ class RunConfig(LabConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskFields:
-  """Prompts and scores; to be mixed into a config that has `policy`."""
+class PromptFields:
+  """Prompts; to be mixed into a config that has `policy`."""
 
   task: str = setting(
     "arithmetic",
@@ -170,7 +170,6 @@ class TaskFields:
     choices=("arithmetic", "tree"),
     read_when=("policy", ("",)),
   )
-  reward_model: str = setting("", "model directory that scores; default: the embedded stage")
   prompts: str = setting("", "JSON lines with a column prompt; default: embedded arithmetic")
   prompt_template: str = setting(
     "{prompt}", r"a prompt, made of a line's columns, e.g. 'Question: {question}\nAnswer:'"
@@ -181,13 +180,20 @@ class TaskFields:
     "one is an error)",
     minimum=0,
   )
+  max_completion_len: int = setting(
+    0, "most tokens of a completion; 0: 4 for embedded arithmetic, else 64", minimum=0
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreFields:
+  """Where scores come from."""
+
+  reward_model: str = setting("", "model directory that scores; default: the embedded stage")
   reward: str = setting(
     "",
     "what scores: FILE.py:FUNCTION with f(prompts, completions, **columns), or math, or model; "
     "several with weights as model,0.1*FILE.py:FUNCTION; default: model",
-  )
-  max_completion_len: int = setting(
-    0, "most tokens of a completion; 0: 4 for embedded arithmetic, else 64", minimum=0
   )
 
 
@@ -206,12 +212,18 @@ class EvaluationFields:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StageFields:
+class SftStageFields:
   """The embedded stages before; to be mixed into a config that has `policy`."""
 
   sft_iterations: int = setting(
     700, "iterations of the embedded SFT stage", minimum=1, read_when=("policy", ("",))
   )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageFields(SftStageFields):
+  """The embedded reward model stage too."""
+
   reward_model_iterations: int = setting(
     1000, "iterations of the embedded reward model stage", minimum=1, read_when=("policy", ("",))
   )

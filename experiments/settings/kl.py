@@ -1,7 +1,6 @@
 """The KL penalty's settings: the same flags, with the same names, on every RL experiment."""
 
 import dataclasses
-from typing import ClassVar
 
 from experiments.settings.common import RunConfig, setting
 from klrl import ops
@@ -17,11 +16,6 @@ PENALISED = ("reward", "loss", "both")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KLConfig(RunConfig):
   """The KL penalty and its beta; see docs/kl.md."""
-
-  # What only several steps on one rollout have a use for.
-  prefix_cap: ClassVar[float] = float("inf")
-  kl_refresh: ClassVar[str] = "iteration"
-  divergence: ClassVar[str] = "reverse"  # KL(pi || pi_ref); "forward" exchanges the two
 
   beta: float = setting(
     0.5,
@@ -92,7 +86,7 @@ class KLConfig(RunConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    objective.warnings_of(self)  # raises where the penalty is refused
+    self.kl_warnings()  # raises where the penalty is refused
     if self.beta == 0 and self.controller in _MULTIPLYING:
       raise UserError(f"--controller={self.controller} multiplies beta, and --beta=0 stays 0.")
     lowest = self.beta_min if self.controller in _MULTIPLYING else 0.0
@@ -102,6 +96,24 @@ class KLConfig(RunConfig):
         f"--beta={self.beta} is {bound} --beta_{name}={getattr(self, f'beta_{name}')}, where "
         f"--controller={self.controller} would keep it: give another --beta or --beta_{name}."
       )
+
+  def penalty(self) -> objective.KLPenalty:
+    """Returns the KL penalty."""
+    return objective.KLPenalty(
+      self.kl_placement, self.kl_estimator, self.kl_correction, self.kl_credit
+    )
+
+  def kl_warnings(self) -> list[str]:
+    """Returns what is wrong with the penalty and was allowed all the same.
+
+    Raises:
+      UserError: as `objective.warnings_of`.
+    """
+    return objective.warnings_of(
+      self.penalty(),
+      allowed=self.allow_biased_kl,
+      per_token_mean=self.loss_aggregation == "sequence_mean_token_mean",
+    )
 
   def check_horizon(self) -> None:
     """Raises UserError where one step of the proportional rule could take all of beta, or more."""

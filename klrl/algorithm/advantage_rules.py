@@ -1,97 +1,65 @@
 """The advantage that each token of a rollout gets: the rules by name.
 
-    gae             from a value model, with lambda
     returns         what follows the token, without a baseline; to be whitened over the batch
     batch_mean      the completion's total less the mean total of the rest of the batch
     leave_one_out   the total less the mean total of the other completions of its prompt (RLOO)
     group_centred   the total less the mean of its prompt's completions (Dr. GRPO)
     group_relative  that, divided by their standard deviation (GRPO)
 
-A total is the score less beta times the KL that the penalty puts in the reward. The last four give
-one number to all tokens of a completion; the completions of one prompt stand side by side.
+A rule is f(experience, algorithm, hypers) -> `Advantages`. A total is the score less beta times the
+KL that the penalty puts in the reward. The last four give one number to all tokens of a completion.
+PPO's, with a value model, is in experiments/ppo.py.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from klrl import ops
-from klrl.algorithm import kl_terms, objective
+from klrl.algorithm import kl_terms
+from klrl.algorithm.terms import Advantages, Experience
 
+
+def returns(x: Experience, algorithm, hypers) -> Advantages:
+  """Returns the discounted rewards from each token on."""
+  rewards, charges = kl_terms.penalised_rewards(
+    algorithm.penalty, x.scores, x.kl, x.mask, beta=x.beta, gamma=hypers.gamma
+  )
+  advantages, found = ops.gae(
+    rewards, jnp.zeros_like(rewards), x.mask, gamma=hypers.gamma, gae_lambda=1.0
+  )
+  return Advantages(advantages - charges, found)
+
+
+def batch_mean(x: Experience, algorithm, hypers) -> Advantages:
+  """Returns the total less the mean of all others."""
+  return _compared(ops.leave_one_out, x, algorithm, len(x.scores))
+
+
+def _within_group(relative):
+  def rule(x: Experience, algorithm, hypers) -> Advantages:
+    return _compared(relative, x, algorithm, algorithm.group_size)
+
+  return rule
+
+
+def _compared(relative, x: Experience, algorithm, group_size: int) -> Advantages:
+  totals, charges = kl_terms.compared_totals(algorithm.penalty, x.scores, x.kl, x.mask, beta=x.beta)
+  advantages = relative(totals.reshape(-1, group_size)).reshape(-1, 1) - charges
+  return Advantages(advantages, jnp.zeros_like(advantages))
+
+
+# Those that compare the completions of a prompt, of which there must be several.
 GROUP_RULES = {
-  "batch_mean": ops.leave_one_out,  # of the batch as one group
-  "leave_one_out": ops.leave_one_out,
-  "group_centred": ops.group_centred,
-  "group_relative": ops.group_relative,
+  "leave_one_out": _within_group(ops.leave_one_out),
+  "group_centred": _within_group(ops.group_centred),
+  "group_relative": _within_group(ops.group_relative),
 }
-RULES = ("gae", "returns", *GROUP_RULES)
+RULES = {"returns": returns, "batch_mean": batch_mean, **GROUP_RULES}
 
 
-class Advantages(NamedTuple):
-  """What the policy loss and the value loss read."""
-
-  advantages: jax.Array  # [B, T]; anything in the padding
-  returns: jax.Array  # [B, T], targets of the value model; zeros where there is none
-  mean: jax.Array  # what whitening took off
-  std: jax.Array  # what whitening divided by: beta in the loss is divided by it; else 1
-
-
-def advantages_of(
-  config, penalty: objective.KLPenalty, scores, kl, old_values, mask, *, hypers, beta
-) -> Advantages:
-  """Returns the advantages by the rule `config.advantage`.
-
-  Args:
-    config: frozen; read are advantage, group_size, whiten_advantages.
-    penalty: the KL penalty; its reward part is subtracted.
-    scores: [B].
-    kl: [B, T], what `kl_terms.reward_kl` returned.
-    old_values: [B, T] of the value model, zeros without one.
-    mask: [B, T] bool.
-    hypers: `learner.Hypers`; read are gamma and gae_lambda.
-    beta: scalar, reward per nat.
-  """
-  mean, std = jnp.float32(0.0), jnp.float32(1.0)
-  if config.advantage in GROUP_RULES:
-    advantages = _grouped(config, penalty, scores, kl, mask, beta=beta)
-    return Advantages(advantages, jnp.zeros_like(advantages), mean, std)
-  advantages, returns = kl_terms.penalised_advantages(
-    penalty,
-    scores,
-    kl,
-    old_values,
-    mask,
-    beta=beta,
-    gamma=hypers.gamma,
-    gae_lambda=hypers.gae_lambda,
-  )
-  if config.whiten_advantages:
-    mean, std = ops.mean_and_std(advantages, mask)
-    advantages = ops.whiten(advantages, mask)
-  return Advantages(advantages, returns, mean, std)
-
-
-def _grouped(config, penalty, scores, kl, mask, *, beta):
-  kl = ops.zero_padding(kl, mask)
-  # A KL that is charged token by token has no part in the total that completions are compared by.
-  per_token = penalty.credit == "token" or kl_terms.credits_later_kl(penalty)
-  totals = scores if per_token else scores - beta * kl.sum(axis=-1)
-  group_size = len(scores) if config.advantage == "batch_mean" else config.group_size
-  relative = GROUP_RULES[config.advantage](totals.reshape(-1, group_size)).reshape(-1, 1)
-  zeros = jnp.zeros_like(kl)
-  if not per_token:
-    return relative + zeros
-  charges, _ = kl_terms.penalised_advantages(
-    penalty, zeros[..., 0], kl, zeros, mask, beta=beta, gamma=1.0, gae_lambda=1.0
-  )
-  return relative + charges
-
-
-def group_deviation(config, scores) -> jax.Array:
+def group_deviation(scores, group_size: int) -> jax.Array:
   """Returns the standard deviation that `group_relative` divides scores by, on average.
 
   Beta times it is what a KL term in the loss weighs against the score itself, reward per nat.
   """
-  groups = scores.reshape(-1, config.group_size)
-  return ops.deviation(groups, axis=-1, ddof=1).mean()
+  return ops.deviation(scores.reshape(-1, group_size), axis=-1, ddof=1).mean()

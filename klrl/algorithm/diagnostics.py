@@ -1,4 +1,4 @@
-"""Figures of a rollout, as (sum, count) pairs.
+"""Figures of a rollout and of a minibatch, as (sum, count) pairs.
 
 Whatever is divided by a number of sequences is a mean of sequence sums; only names that end in
 `_per_token` are divided by a number of tokens.
@@ -7,6 +7,8 @@ Whatever is divided by a number of sequences is a mean of sequence sums; only na
 import jax.numpy as jnp
 
 from klrl import ops
+from klrl.algorithm import kl_terms
+from klrl.algorithm.terms import Terms
 from klrl.sampling import Rollout
 
 
@@ -48,3 +50,34 @@ def explained_variance(values, returns, mask):
   residual = ops.masked_var(returns - values, mask)
   total = ops.masked_var(returns, mask)
   return jnp.where(total > 0, total - residual, 0.0), jnp.where(total > 0, total, 0.0)
+
+
+def of_minibatch(algorithm, terms: Terms, kl: kl_terms.TokenTerms, sampler_log_probs, hypers):
+  """Returns the figures of a minibatch that its loss has no part in.
+
+  Ratios, entropy, the KLs between sampler, old and present policy, what caps and clips bite.
+  """
+  mask, log_ratio = terms.mask, terms.log_probs - terms.old_log_probs
+  num_tokens = mask.sum() * 1.0
+
+  def per_token(x):
+    return jnp.where(mask, x, 0.0).sum(), num_tokens
+
+  # Means over the old policy's draws: the first is 1 wherever the draws are really its own.
+  ratio = jnp.exp(log_ratio)
+  metrics = {
+    "policy/ratio": per_token(ratio),
+    "policy/ratio_deviation": per_token(abs(ratio - 1)),
+    "policy/entropy": per_token(terms.entropy),
+    "kl/old_k3": per_sequence(ops.k3(terms.old_log_probs, terms.log_probs), mask),
+    "kl/sampler_k1": per_sequence(ops.k1(sampler_log_probs, terms.log_probs), mask),
+    "kl/sampler_k3": per_sequence(ops.k3(sampler_log_probs, terms.log_probs), mask),
+  }
+  if terms.values is not None:
+    clipped = abs(terms.values - terms.old_values) > hypers.value_clip_eps
+    metrics["value/clip_fraction"] = per_token(clipped)
+  if algorithm.penalty.in_loss and algorithm.penalty.correction == "prefix":
+    bites, lost = kl_terms.prefix_cap_effect(algorithm.penalty, kl, prefix_cap=hypers.prefix_cap)
+    metrics["kl/prefix_cap_fraction"] = (bites.sum(), num_tokens)
+    metrics["kl/prefix_cap_lost"] = per_sequence(lost, mask)
+  return metrics

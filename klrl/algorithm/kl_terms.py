@@ -124,31 +124,52 @@ def credits_later_kl(penalty: KLPenalty) -> bool:
   return penalty.placement == "both" and penalty.estimator != "k3"
 
 
-def penalised_advantages(
-  penalty: KLPenalty, scores, kl, values, mask, *, beta, gamma, gae_lambda
+def penalised_rewards(
+  penalty: KLPenalty, scores, kl, mask, *, beta, gamma
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns (advantages, returns), [..., T] each, of scores less the penalty's reward part.
+  """Returns (rewards, charges), [..., T] each, in units of the score.
+
+  The rewards, of which an advantage is made, have the score and what KL earlier tokens answer for;
+  the charges are what a token pays for its own choice alone, to be subtracted from its advantage.
 
   Args:
     penalty: the choice.
     scores: [...] one per completion.
     kl: [..., T] what `reward_kl` returned.
-    values: [..., T] of the state before each token.
     mask: [..., T] bool.
-    beta: scalar, reward per nat; may be traced, as gamma and gae_lambda.
+    beta: scalar, reward per nat; may be traced, as gamma.
     gamma: discount per token.
-    gae_lambda: lambda of `ops.gae`.
   """
   kl = ops.zero_padding(kl, mask)
-  through_return = kl if penalty.credit == "sequence" else jnp.zeros_like(kl)
-  if credits_later_kl(penalty):
+  through_return, charges = kl, jnp.zeros_like(kl)
+  if penalty.credit == "token":
+    through_return, charges = charges, beta * kl
+  elif credits_later_kl(penalty):
     # The loss term has a token's own KL, the reward only what comes after it: shifted by one.
     through_return = gamma * jnp.concatenate([kl[..., 1:], jnp.zeros_like(kl[..., :1])], axis=-1)
-  rewards = ops.shaped_rewards(scores, through_return, mask, beta=beta)
-  advantages, returns = ops.gae(rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda)
-  if penalty.credit == "token":
-    advantages = advantages - beta * kl
-  return advantages, returns
+  return ops.shaped_rewards(scores, through_return, mask, beta=beta), charges
+
+
+def compared_totals(penalty: KLPenalty, scores, kl, mask, *, beta) -> tuple[jax.Array, jax.Array]:
+  """Returns (totals [...] that completions are compared by, charges [..., T] of each token).
+
+  A total is the score less beta times the KL of the completion; a KL that is charged token by
+  token has no part in it. Arguments as in `penalised_rewards`; nothing is discounted.
+  """
+  kl = ops.zero_padding(kl, mask)
+  if penalty.credit == "sequence" and not credits_later_kl(penalty):
+    return scores - beta * kl.sum(axis=-1), jnp.zeros_like(kl)
+  return scores, -undiscounted_advantages(penalty, kl, mask, beta=beta)
+
+
+def undiscounted_advantages(penalty: KLPenalty, kl, mask, *, beta) -> jax.Array:
+  """Returns [..., T] the advantages that the KL alone makes, without score, baseline or discount.
+
+  Arguments as in `penalised_rewards`.
+  """
+  zeros = jnp.zeros_like(kl)
+  rewards, charges = penalised_rewards(penalty, zeros[..., 0], kl, mask, beta=beta, gamma=1.0)
+  return ops.gae(rewards, zeros, mask, gamma=1.0, gae_lambda=1.0)[0] - charges
 
 
 def unclipped_policy_loss(terms: TokenTerms, advantages) -> jax.Array:
@@ -177,16 +198,8 @@ def surrogate(
     if penalty.in_loss:
       total = total + kl_loss(penalty, terms, prefix_cap=prefix_cap)
     if penalty.in_reward:
-      advantages, _ = penalised_advantages(
-        penalty,
-        jnp.zeros(total.shape[:-1], total.dtype),
-        _reward_estimate(penalty, terms, kl_refresh),
-        jnp.zeros_like(total),
-        terms.mask,
-        beta=1.0,
-        gamma=1.0,
-        gae_lambda=1.0,
-      )
+      kl = _reward_estimate(penalty, terms, kl_refresh)
+      advantages = undiscounted_advantages(penalty, kl, terms.mask, beta=1.0)
       total = total + unclipped_policy_loss(terms, advantages)
     return total
 
@@ -210,3 +223,26 @@ def _reward_estimate(penalty, terms: TokenTerms, kl_refresh):
   if kl_refresh == "iteration":
     return reward_kl(penalty, terms.old_log_probs, terms.ref_log_probs, terms.old_exact_kl)
   return reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl)
+
+
+def reverse_kl(policy, reference, hypers):
+  """Returns KL(pi || pi_ref) of each next-token distribution, [B, T], nats per token.
+
+  `policy` and `reference` are (hidden states [B, T, D], unembedding), as of the other two.
+  """
+  return ops.exact_kl_from_hidden(*policy, *reference, temperature=hypers.temperature)
+
+
+def forward_kl(policy, reference, hypers):
+  """Returns KL(pi_ref || pi)."""
+  return ops.exact_kl_from_hidden(*reference, *policy, temperature=hypers.temperature)
+
+
+def jensen_shannon(policy, reference, hypers):
+  """Returns the Jensen-Shannon divergence, with `jsd_weight` on the reference."""
+  return ops.exact_jsd_from_hidden(
+    *policy, *reference, temperature=hypers.temperature, weight=hypers.jsd_weight
+  )
+
+
+DIVERGENCES = {"reverse": reverse_kl, "forward": forward_kl, "jensen_shannon": jensen_shannon}

@@ -2,10 +2,7 @@
 
     J = E[r] - beta * KL(pi || pi_ref)      (Ouyang et al., InstructGPT, 2022, eq. 2)
 
-An algorithm is a choice of advantage (`advantages.RULES`; a value model serves `gae` alone), of
-policy loss (`epochs.TRUST_REGIONS`), of aggregation and of KL penalty (`objective.KLPenalty`).
-Everything that a sweep may vary is a traced scalar in `Hypers`; what changes the program
-(placements, epochs, aggregation) is read from the frozen config.
+What an iteration does is an `Algorithm`; the coefficients that it does it with are `Hypers`.
 """
 
 from typing import NamedTuple
@@ -15,8 +12,14 @@ import jax.numpy as jnp
 import optax
 
 from klrl import ops
-from klrl.algorithm import completions, diagnostics, kl_terms, memory, objective
-from klrl.algorithm.advantage_rules import advantages_of, group_deviation
+from klrl.algorithm import (
+  advantage_rules,
+  completions,
+  diagnostics,
+  kl_terms,
+  memory,
+  preparation,
+)
 from klrl.algorithm.epochs import (
   Batch,
   Context,
@@ -26,42 +29,10 @@ from klrl.algorithm.epochs import (
   value_params,
 )
 from klrl.algorithm.optimizer import init_optimizer
-from klrl.algorithm.preparation import informative_groups, rescored, sampler_weights, shaped_scores
+from klrl.algorithm.spec import Algorithm, Hypers
+from klrl.algorithm.terms import Experience
 from klrl.models import join
 from klrl.sampling import Rollout
-
-
-class Hypers(NamedTuple):
-  """Coefficients, float32 scalars; traced, so that changing one compiles nothing."""
-
-  learning_rate: jax.Array
-  max_grad_norm: jax.Array
-  temperature: jax.Array
-  gamma: jax.Array
-  gae_lambda: jax.Array
-  clip_eps_low: jax.Array
-  clip_eps_high: jax.Array
-  dual_clip: jax.Array
-  value_clip_eps: jax.Array
-  vf_coef: jax.Array
-  entropy_coef: jax.Array
-  ptx_coef: jax.Array
-  overlong_buffer: jax.Array
-  missing_eos_penalty: jax.Array
-  length_penalty: jax.Array
-  sampler_cap: jax.Array
-  reference_decay: jax.Array
-  jsd_weight: jax.Array
-  max_kl_old: jax.Array
-  prefix_cap: jax.Array
-  kl_target: jax.Array
-  trust_region_target: jax.Array
-  beta_min: jax.Array
-  beta_max: jax.Array
-  beta_final: jax.Array
-  kl_horizon: jax.Array
-  kl_step_size: jax.Array
-  beta: jax.Array  # where a schedule starts; losses read the controller's
 
 
 class TrainState(NamedTuple):
@@ -71,7 +42,7 @@ class TrainState(NamedTuple):
   opt_state: optax.OptState
   controller: ops.ControllerState  # beta, of KL(pi || pi_ref)
   trust_region: ops.ControllerState  # trust_region_beta, of the KL to the old policy
-  hypers: Hypers
+  hypers: Hypers  # arrays
   key: jax.Array
   iteration: jax.Array  # int32
   score_stats: memory.ScoreStats
@@ -79,59 +50,53 @@ class TrainState(NamedTuple):
   replay: memory.Replay | None = None  # where rollouts are trained on late
 
 
-def hypers_from_config(config) -> Hypers:
-  """Returns the config's fields of the same names as float32 scalars."""
-  return Hypers(*(jnp.float32(getattr(config, name)) for name in Hypers._fields))
-
-
-def init_state(config, params: dict, key) -> TrainState:
+def init_state(algorithm: Algorithm, hypers: Hypers, params: dict, key) -> TrainState:
   """Returns the state before the first iteration, with a frozen reference and nothing to replay."""
+  hypers = hypers.traced()
+  has_kl = algorithm.penalty.placement != "none"
+  # Copies: an update donates each buffer once.
+  beta = jnp.array(hypers.beta) if has_kl else jnp.float32(0.0)
+  trust_region_beta = jnp.array(hypers.trust_region_beta)
   return TrainState(
     params=params,
     opt_state=init_optimizer(params),
-    controller=ops.ControllerState(
-      jnp.float32(config.beta if config.kl_placement != "none" else 0.0), jnp.int32(0)
-    ),
-    trust_region=ops.ControllerState(jnp.float32(config.trust_region_beta), jnp.int32(0)),
-    hypers=hypers_from_config(config),
+    controller=ops.ControllerState(beta, jnp.int32(0)),
+    trust_region=ops.ControllerState(trust_region_beta, jnp.int32(0)),
+    hypers=hypers,
     key=key,
     iteration=jnp.int32(0),
     score_stats=memory.no_scores(),
   )
 
 
-def make_update_fn(config, max_completion_len: int, policy, value_model, reference):
+def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
   """Returns update(state, frozen, rollout, scores [B], pretraining) -> (state, metrics).
 
   One call is one iteration after sampling: reference log-probs and values, advantages with the KL
-  penalty's reward part, then `num_epochs` over `num_minibatches` minibatches. `frozen` holds the
-  parameters of the `reference` and, where adapters are trained, those of their `base`.
-  `pretraining` is an `epochs.Texts` of B rows, whose log-likelihood is mixed into the loss, or
-  None. Pure; to be compiled by the caller. Metrics are (sum, count) pairs; `kl/ref_*` and
-  `objective/mean`, the mean of score - beta * k1 with the score as it was given, are of all that
-  was sampled, before scores are shaped and groups dropped.
+  penalty's reward part, then the inner epochs. `frozen` holds the parameters of the `reference`
+  and, where adapters are trained, those of their `base`. `pretraining` is a `terms.Texts` of B
+  rows, whose log-likelihood is mixed into the loss, or None. Pure; to be compiled by the caller.
+  Metrics are (sum, count) pairs; `kl/ref_*` and `objective/mean`, the mean of score - beta * k1
+  with the score as it was given, are of all that was sampled, before scores are shaped and groups
+  dropped.
 
   Args:
-    config: frozen; read are the fields of the KL penalty (`objective.penalty_of`), divergence,
-      kl_refresh, kl_every, controller, advantage, group_size, whiten_advantages, oversampling,
-      trust_region, trust_region_adaptive, loss_aggregation, num_epochs, num_minibatches,
-      num_iterations, batch_size, accumulation, the schedule of the learning rate, value_trunk,
-      sampler_correction, staleness, normalise_scores, reference_update, reference_every.
-    max_completion_len: T, the constant of the aggregation `constant`.
+    algorithm: the choices.
     policy: a `models.Policy`; its old log-probs come from the sampler.
-    value_model: a `models.ScalarModel`, or None where `advantage` is not `gae`.
+    value_model: a `models.ScalarModel`, or None where the advantage rule reads no values.
     reference: a `models.Policy`; another architecture than the policy's is fine.
   """
-  penalty = objective.penalty_of(config)
-  loss_fn = make_loss_fn(config, max_completion_len, policy, value_model)
-  next_controller = _make_controller(config)
+  penalty = algorithm.penalty
+  has_kl = penalty.placement != "none"
+  loss_fn = make_loss_fn(algorithm, policy, value_model)
 
   def update(state: TrainState, frozen, rollout: Rollout, scores, pretraining=None):
-    hypers, base = state.hypers, frozen["base"]
+    hypers, base, beta = state.hypers, frozen["base"], state.controller.beta
     models = join(base, state.params)
     metrics = diagnostics.rollout_metrics(rollout, scores)
-    rollout = rescored(config, policy, models["policy"], rollout, hypers)
-    if config.staleness:
+    if algorithm.sampler_correction != "none":
+      rollout = preparation.rescored(policy, models["policy"], rollout, hypers)
+    if algorithm.staleness:
       replay, rollout, scores = memory.exchanged(state.replay, rollout, scores, state.iteration)
       state = state._replace(replay=replay)
     reference_params = frozen["reference"]
@@ -139,31 +104,36 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
       reference_params = join(base, {"policy": state.reference})["policy"]
     # Of all that was sampled: the groups that are trained on are no draw of the policy's.
     ref, kl_metrics = _measured_reference(
-      config, policy, reference, state, models["policy"], reference_params, rollout
+      algorithm, policy, reference, state, models["policy"], reference_params, rollout
     )
-    beta = state.controller.beta
-    if penalty.placement != "none":
+    if has_kl:
       kl_sum, num_sequences = kl_metrics["kl/ref_k1"]
       metrics["objective/mean"] = (scores.sum() - beta * kl_sum, num_sequences)
-    scores = shaped_scores(scores, rollout, max_completion_len, hypers)
+    scores = preparation.shaped_scores(scores, rollout, hypers)
     score_std = jnp.float32(1.0)
-    if config.normalise_scores:
+    if algorithm.normalise_scores:
       score_stats, scores, score_std = memory.normalised(state.score_stats, scores)
       state = state._replace(score_stats=score_stats)
-    if config.oversampling > 1:
-      (rollout, ref), scores, share = informative_groups((rollout, ref), scores, config)
+    if algorithm.oversampling > 1:
+      (rollout, ref), scores, share = preparation.informative_groups(
+        (rollout, ref), scores, group_size=algorithm.group_size, batch_size=algorithm.batch_size
+      )
       metrics["rollout/informative_groups"] = (share, 1.0)
     mask = rollout.completion_mask
     key, epochs_key = jax.random.split(state.key)
-    weights, sampler_metrics = sampler_weights(config, rollout, hypers)
+    weights, sampler_metrics = preparation.corrected(rollout, algorithm.sampler_correction, hypers)
     old_values = jnp.zeros_like(rollout.old_log_probs)
     if value_model is not None:
-      old_values = completions.values(value_model, value_params(config, models), rollout)
+      of_values = value_params(models, shared_trunk=algorithm.shared_trunk)
+      old_values = completions.values(value_model, of_values, rollout)
     kl = kl_terms.reward_kl(penalty, rollout.old_log_probs, ref.log_probs, ref.exact_kl)
-    advantages, returns, mean, std = advantages_of(
-      config, penalty, scores, kl, old_values, mask, hypers=hypers, beta=beta
-    )
-    fresh_exact_kl = needs_exact_kl(config, penalty)
+    experience = Experience(scores, kl, old_values, mask, beta)
+    advantages, returns = algorithm.advantage(experience, algorithm, hypers)
+    mean, std = jnp.float32(0.0), jnp.float32(1.0)
+    if algorithm.whiten_advantages:
+      mean, std = ops.mean_and_std(advantages, mask)
+      advantages = ops.whiten(advantages, mask)
+    fresh_exact_kl = needs_exact_kl(algorithm)
     batch = Batch(
       rollout,
       scores,
@@ -180,7 +150,7 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
       hypers, base, beta, state.trust_region.beta, mean, std, ref_unembedding, state.iteration
     )
     params, opt_state, epoch_metrics = inner_epochs(
-      config, loss_fn, state.params, state.opt_state, batch, context, epochs_key
+      algorithm, loss_fn, state.params, state.opt_state, batch, context, epochs_key
     )
     log_probs = completions.log_probs(
       policy, join(base, params)["policy"], rollout, temperature=hypers.temperature
@@ -194,31 +164,18 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
       "kl/old_k3": diagnostics.per_sequence(ops.k3(rollout.old_log_probs, log_probs), mask),
     }
     if value_model is not None:
-      metrics["value/explained_variance"] = diagnostics.explained_variance(
-        old_values, returns, mask
-      )
+      explained = diagnostics.explained_variance(old_values, returns, mask)
+      metrics["value/explained_variance"] = explained
     # What a nat of KL costs in the scores' own unit, where something divides the scores alone.
-    if config.advantage == "group_relative" and (penalty.in_loss or penalty.credit == "token"):
-      score_std *= group_deviation(config, scores)
-    if penalty.placement != "none":
+    is_relative = algorithm.advantage is advantage_rules.GROUP_RULES["group_relative"]
+    if is_relative and (penalty.in_loss or penalty.credit == "token"):
+      score_std *= advantage_rules.group_deviation(scores, algorithm.group_size)
+    if has_kl:
       metrics["controller/effective_beta"] = (beta * score_std, 1.0)
-    controller, trust_region = state.controller, state.trust_region
-    if penalty.placement != "none":
-      controller = next_controller(controller, ops.divide(*metrics["kl/ref_k1"]), hypers)
-    if config.controller in ("doubling", "proportional", "dual_ascent"):
-      lowest = 0.0 if config.controller == "dual_ascent" else hypers.beta_min
-      metrics["controller/at_bound"] = _one_if(
-        ops.at_bound(controller, minimum=lowest, maximum=hypers.beta_max)
-      )
-    if config.trust_region in ("kl_old_new", "kl_new_old"):
-      metrics["controller/trust_region_beta"] = (trust_region.beta, 1.0)
-    if config.trust_region_adaptive:
-      measured = ops.divide(*metrics["kl/old_k3"])
-      trust_region = ops.doubling(trust_region, measured, target_kl=hypers.trust_region_target)
-      metrics["controller/trust_region_at_bound"] = _one_if(ops.at_bound(trust_region))
+    controller, trust_region, controller_metrics = _controlled(algorithm, state, metrics)
     if state.reference is not None:
-      moved = memory.moved_reference(
-        config, state.reference, params["policy"], hypers, state.iteration
+      moved = algorithm.reference_rule(
+        state.reference, params["policy"], state.iteration, algorithm, hypers
       )
       state = state._replace(reference=moved)
     state = state._replace(
@@ -229,13 +186,32 @@ def make_update_fn(config, max_completion_len: int, policy, value_model, referen
       key=key,
       iteration=state.iteration + 1,
     )
-    return state, metrics
+    return state, metrics | controller_metrics
 
   return update
 
 
+def _controlled(algorithm: Algorithm, state: TrainState, metrics):
+  """Returns (controller, trust region, metrics) after an iteration with these `metrics`."""
+  hypers, controller, trust_region = state.hypers, state.controller, state.trust_region
+  found = {}
+  if algorithm.penalty.placement != "none":
+    measured = ops.divide(*metrics["kl/ref_k1"])
+    controller = algorithm.controller.step(controller, measured, algorithm, hypers)
+    if algorithm.controller.lowest is not None:
+      lowest = algorithm.controller.lowest(hypers)
+      found["controller/at_bound"] = _one_if(
+        ops.at_bound(controller, minimum=lowest, maximum=hypers.beta_max)
+      )
+  if algorithm.adapts_trust_region:
+    measured = ops.divide(*metrics["kl/old_k3"])
+    trust_region = ops.doubling(trust_region, measured, target_kl=hypers.trust_region_target)
+    found["controller/trust_region_at_bound"] = _one_if(ops.at_bound(trust_region))
+  return controller, trust_region, found
+
+
 def make_iteration_fn(
-  config, max_completion_len: int, policy, value_model, reference, sample, score, gold=None
+  algorithm: Algorithm, policy, value_model, reference, sample, score, gold=None
 ):
   """Returns iteration(state, frozen, prompts, prompt_mask, rows, pretraining) -> (state, metrics).
 
@@ -243,7 +219,7 @@ def make_iteration_fn(
   `score(frozen, rollout, rows) -> [B]`. `rows [B]` int32 says which prompts to sample from.
   `gold(rollout, rows) -> [B]` is measured where it is given, and nothing is trained on it.
   """
-  update = make_update_fn(config, max_completion_len, policy, value_model, reference)
+  update = make_update_fn(algorithm, policy, value_model, reference)
 
   def iteration(state, frozen, prompts, prompt_mask, rows, pretraining=None):
     rollout = sample_rollout(sample, state, frozen, prompts, prompt_mask, rows)
@@ -285,14 +261,16 @@ class _Reference(NamedTuple):
   hidden: jax.Array | None  # [B, T, D_ref]
 
 
-def _measured_reference(config, policy, reference, state, params, reference_params, rollout):
+def _measured_reference(
+  algorithm: Algorithm, policy, reference, state, params, reference_params, rollout
+):
   """Returns (what the penalty reads of the reference, the kl/ref_* metrics).
 
   All estimators are of KL(pi || pi_ref) at the policy that sampled; of a late rollout the exact one
   is that of the present policy, whose next-token distributions are at hand. It, and all of them
   when the objective has no KL, are measured every `kl_every` iterations only.
   """
-  penalty, mask = objective.penalty_of(config), rollout.completion_mask
+  penalty, mask = algorithm.penalty, rollout.completion_mask
   temperature = state.hypers.temperature
 
   def sampled(hidden):
@@ -324,7 +302,7 @@ def _measured_reference(config, policy, reference, state, params, reference_para
       hidden = completions.completion_hidden(reference, reference_params, rollout)
       return sampled(hidden)[1] | exact(hidden)[1]
 
-    metrics = _at_cadence(config, state, all_estimators)
+    metrics = _at_cadence(algorithm.kl_every, state, all_estimators)
     return _Reference(jnp.zeros_like(rollout.old_log_probs), None, None), metrics
 
   hidden = completions.completion_hidden(reference, reference_params, rollout)
@@ -332,7 +310,7 @@ def _measured_reference(config, policy, reference, state, params, reference_para
   if penalty.in_reward and penalty.reads_exact_kl:
     exact_kl, exact_metrics = exact(hidden)
     return _Reference(log_probs, exact_kl, hidden), metrics | exact_metrics
-  metrics |= _at_cadence(config, state, lambda: exact(hidden)[1])
+  metrics |= _at_cadence(algorithm.kl_every, state, lambda: exact(hidden)[1])
   return _Reference(log_probs, None, hidden), metrics
 
 
@@ -341,47 +319,10 @@ def _one_if(condition):
   return condition.astype(jnp.float32), 1.0
 
 
-def _at_cadence(config, state, measure):
+def _at_cadence(kl_every: int, state, measure):
   """Returns `measure()` every `kl_every` iterations, and pairs with count 0 otherwise."""
-  if not config.kl_every:
+  if not kl_every:
     return {}
   not_measured = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure))
-  due = state.iteration % config.kl_every == 0
+  due = state.iteration % kl_every == 0
   return jax.lax.cond(due, measure, lambda: not_measured)
-
-
-def _make_controller(config):
-  """Returns next(state, measured_kl, hypers) -> state, the rule that moves beta."""
-
-  def schedule(rule):
-    # The last iteration is the one that has `beta_final`.
-    num_steps = max(1, config.num_iterations - 1)
-    return lambda state, kl, hypers: rule(
-      state, kl, initial=hypers.beta, final=hypers.beta_final, num_iterations=num_steps
-    )
-
-  rules = {
-    "fixed": lambda state, kl, hypers: ops.fixed(state, kl),
-    "doubling": lambda state, kl, hypers: ops.doubling(
-      state, kl, target_kl=hypers.kl_target, minimum=hypers.beta_min, maximum=hypers.beta_max
-    ),
-    "proportional": lambda state, kl, hypers: ops.proportional(
-      state,
-      kl,
-      target_kl=hypers.kl_target,
-      num_samples=config.batch_size,
-      horizon=hypers.kl_horizon,
-      minimum=hypers.beta_min,
-      maximum=hypers.beta_max,
-    ),
-    "dual_ascent": lambda state, kl, hypers: ops.dual_ascent(
-      state,
-      kl,
-      target_kl=hypers.kl_target,
-      step_size=hypers.kl_step_size,
-      maximum=hypers.beta_max,
-    ),
-    "linear": schedule(ops.linear_schedule),
-    "cosine": schedule(ops.cosine_schedule),
-  }
-  return rules[config.controller]

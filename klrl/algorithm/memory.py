@@ -72,19 +72,23 @@ def exchanged(replay: Replay, rollout: Rollout, scores, iteration):
   return replay, *chosen
 
 
-REFERENCE_UPDATES = ("frozen", "ema", "reset")
+def _moving_average(reference, params, iteration, algorithm, hypers):
+  """decay * reference + (1 - decay) * params: Alexandre Ramé et al., "WARP", 2024.
 
-
-def moved_reference(config, reference, params, hypers, iteration):
-  """Returns the reference's trained parameters after an iteration that ended with `params`.
-
-  `ema`: reference_decay * reference + (1 - reference_decay) * params (Alexandre Ramé et al.,
-  "WARP", 2024); of adapters that is the mean of the factors, not of their product. `reset`: a copy
-  of `params` every `reference_every` iterations (Mingjie Liu et al., "ProRL", 2025, who begin with
-  a new optimizer as well).
+  Of adapters that is the mean of the factors, not of their product.
   """
-  if config.reference_update == "ema":
-    decay = hypers.reference_decay
-    return jax.tree.map(lambda ref, x: decay * ref + (1 - decay) * x, reference, params)
-  due = (iteration + 1) % config.reference_every == 0
+  decay = hypers.reference_decay
+  return jax.tree.map(lambda ref, x: decay * ref + (1 - decay) * x, reference, params)
+
+
+def _reset(reference, params, iteration, algorithm, hypers):
+  """A copy of `params` every `reference_every` iterations.
+
+  Mingjie Liu et al., "ProRL", 2025, who begin with a new optimizer as well.
+  """
+  due = (iteration + 1) % algorithm.reference_every == 0
   return jax.tree.map(lambda ref, x: jnp.where(due, x, ref), reference, params)
+
+
+# What the reference's trained parameters are after an iteration that ended with `params`.
+REFERENCE_RULES = {"frozen": None, "ema": _moving_average, "reset": _reset}

@@ -46,11 +46,7 @@ class KLPenalty(NamedTuple):
     return self.placement != "none" and self.estimator == "exact"
 
 
-def penalty_of(config) -> KLPenalty:
-  """Returns the penalty that the fields kl_placement, kl_estimator, ... of a config name."""
-  return KLPenalty(*(getattr(config, f"kl_{name}") for name in KLPenalty._fields))
-
-
+NO_PENALTY = KLPenalty(placement="none")
 PLACEMENTS = ("reward", "loss", "both", "none")
 ESTIMATORS = ("k1", "k2", "k3", "exact")
 CORRECTIONS = ("none", "token", "prefix")
@@ -177,16 +173,18 @@ def description(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> str:
   )
 
 
-def warnings_of(config) -> list[str]:
+def warnings_of(penalty: KLPenalty, *, allowed: bool, per_token_mean: bool) -> list[str]:
   """Returns what is wrong with the KL penalty of a run and was allowed all the same.
 
-  Reads the fields kl_placement, ..., allow_biased_kl and loss_aggregation.
+  Args:
+    penalty: the choice.
+    allowed: whether a refused one is (--allow_biased_kl).
+    per_token_mean: whether a completion's loss is divided by its length.
 
   Raises:
     UserError: the penalty is refused and not allowed; the message says which gradient it has and
       what to use. Or it is allowed with nothing to allow.
   """
-  penalty = penalty_of(config)
   if penalty.placement == "none":
     return []
   warnings = []
@@ -196,12 +194,12 @@ def warnings_of(config) -> list[str]:
       f"The KL penalty {penalty} does not descend KL(pi||ref): its expected gradient is "
       f"{_named(claim.gradient)}. Use {claim.instead} instead"
     )
-    if not config.allow_biased_kl:
+    if not allowed:
       raise UserError(f"{what} ({flags_of(claim.instead)}), or pass --allow_biased_kl.")
     warnings.append(f"{what}.")
-  elif config.allow_biased_kl:
+  elif allowed:
     raise UserError(f"--allow_biased_kl is set, but the KL penalty {penalty} is not refused.")
-  if penalty.in_loss and config.loss_aggregation == "sequence_mean_token_mean":
+  if penalty.in_loss and per_token_mean:
     warnings.append(
       "The aggregation sequence_mean_token_mean divides the KL loss by each completion's length, "
       "so beta is not reward per nat of sequence KL: long completions are held less."

@@ -12,16 +12,16 @@ _DECAYS = {
 SCHEDULES = tuple(_DECAYS)
 
 
-def make_schedule(config) -> optax.Schedule:
+def make_schedule(name: str, *, num_iterations: int, warmup_iterations: int) -> optax.Schedule:
   """Returns factor(iteration), what the learning rate is multiplied by.
 
-  It rises to 1 over `warmup_iterations`, then falls by `learning_rate_schedule` until
-  `num_iterations`.
+  It rises to 1 over `warmup_iterations`, then falls by the schedule `name` until `num_iterations`.
   """
-  warmup = config.warmup_iterations
-  decay = _DECAYS[config.learning_rate_schedule](max(1, config.num_iterations - warmup))
-  rise = optax.linear_schedule(1 / (warmup + 1), 1.0, max(1, warmup))
-  return optax.join_schedules([rise, decay], [warmup]) if warmup else decay
+  decay = _DECAYS[name](max(1, num_iterations - warmup_iterations))
+  if not warmup_iterations:
+    return decay
+  rise = optax.linear_schedule(1 / (warmup_iterations + 1), 1.0, warmup_iterations)
+  return optax.join_schedules([rise, decay], [warmup_iterations])
 
 
 def make_optimizer(learning_rate, max_grad_norm) -> optax.GradientTransformation:

@@ -9,7 +9,7 @@ from klrl.devices import parallel
 from klrl.sampling import Rollout
 
 
-def shaped_scores(scores, rollout: Rollout, max_completion_len: int, hypers) -> jax.Array:
+def shaped_scores(scores, rollout: Rollout, hypers) -> jax.Array:
   """Returns `scores` [B] less what a completion pays for its length and for having no end.
 
   Each token costs `length_penalty`.
@@ -18,6 +18,7 @@ def shaped_scores(scores, rollout: Rollout, max_completion_len: int, hypers) -> 
   off; `missing_eos_penalty` is subtracted where the completion was cut off at the limit.
   """
   lengths = rollout.completion_mask.sum(axis=-1)
+  max_completion_len = rollout.completion_mask.shape[-1]
   buffer = jnp.maximum(hypers.overlong_buffer, 1.0)
   over = jnp.clip((lengths - (max_completion_len - buffer)) / buffer, 0.0, 1.0)
   over = jnp.where(hypers.overlong_buffer > 0, over, 0.0)
@@ -25,43 +26,40 @@ def shaped_scores(scores, rollout: Rollout, max_completion_len: int, hypers) -> 
   return scores - over - unfinished - hypers.length_penalty * lengths
 
 
-def informative_groups(rollout: Rollout, scores, config):
+def informative_groups(rollout: Rollout, scores, *, group_size: int, batch_size: int):
   """Returns (rollout, scores, share): the first `batch_size` rows of groups whose scores differ.
 
   Where they do not suffice, groups of equal scores fill the batch; their advantages are zero.
   `share` is the share of groups whose scores differ. Qiying Yu et al., "DAPO", 2025, section 3.2,
   with a fixed amount of oversampling instead of sampling until the batch is full.
   """
-  groups = scores.reshape(-1, config.group_size)
+  groups = scores.reshape(-1, group_size)
   uniform = (ops.mean_and_deviations(groups, axis=-1)[1] == 0).all(axis=-1)
-  kept = jnp.argsort(uniform, stable=True)[: config.batch_size // config.group_size]
-  rows = (kept[:, None] * config.group_size + jnp.arange(config.group_size)[None]).reshape(-1)
+  kept = jnp.argsort(uniform, stable=True)[: batch_size // group_size]
+  rows = (kept[:, None] * group_size + jnp.arange(group_size)[None]).reshape(-1)
   rollout, scores = parallel.split_rows(jax.tree.map(lambda x: x[rows], (rollout, scores)))
   return rollout, scores, 1.0 - uniform.mean()
 
 
-def rescored(config, policy, params, rollout: Rollout, hypers) -> Rollout:
-  """Returns the rollout with the trainer's old_log_probs, where a correction asks for them.
+def rescored(policy, params, rollout: Rollout, hypers) -> Rollout:
+  """Returns the rollout with the trainer's old_log_probs in place of the sampler's.
 
-  `params` are those that sampled it, so a late rollout is rescored before it waits. Without a
-  correction the sampler's own are the old ones.
+  `params` are those that sampled it, so a late rollout is rescored before it waits.
   """
-  if config.sampler_correction == "none":
-    return rollout
   log_probs = completions.log_probs(policy, params, rollout, temperature=hypers.temperature)
   return rollout._replace(old_log_probs=jnp.where(rollout.completion_mask, log_probs, 0.0))
 
 
-def sampler_weights(config, rollout: Rollout, hypers):
+def corrected(rollout: Rollout, correction: str, hypers):
   """Returns (weights [B, T] of a `rescored` rollout, metrics); ones without a correction."""
-  if config.sampler_correction == "none":
+  if correction == "none":
     return jnp.ones_like(rollout.old_log_probs), {}
   mask = rollout.completion_mask
   weights, capped = ops.sampler_weights(
     rollout.old_log_probs,
     rollout.sampler_log_probs,
     mask,
-    correction=config.sampler_correction,
+    correction=correction,
     cap=hypers.sampler_cap,
   )
   num_tokens = mask.sum() * 1.0

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from klrl import inputs, judging, population, rlhf
+from klrl import inputs, judging, population, programs
 from klrl.cost import hlo
 from klrl.devices import parallel
 from klrl.errors import UserError
@@ -60,7 +60,9 @@ def _fresh_scalar(path):
 FROM_CONFIGS = inputs.Loaders(_fresh_policy, _fresh_scalar)
 
 
-def shapes_of_models(config, loaders: inputs.Loaders, **directories: str) -> inputs.Models:
+def shapes_of_models(
+  sources: inputs.Sources, loaders: inputs.Loaders, **directories: str
+) -> inputs.Models:
   """Returns `inputs.load_models` of the same arguments, with shapes in place of arrays.
 
   An array that two models would share is one shape that both share.
@@ -69,7 +71,7 @@ def shapes_of_models(config, loaders: inputs.Loaders, **directories: str) -> inp
 
   def load():
     nonlocal traced, whole
-    traced = inputs.load_models(config, loaders=loaders, **directories)
+    traced = inputs.load_models(sources, loaders=loaders, **directories)
     arrays, whole = parallel.distinct(_arrays(traced))
     return arrays
 
@@ -94,7 +96,9 @@ def of_run(config, models: inputs.Models, task: inputs.Task) -> list[dict[str, A
   setup = _set_up(config, mesh, models, task)
   state = _state(setup)
   shardings = parallel.state_shardings(mesh, state)
-  return _reports(setup, state, shardings, functools.partial(rlhf.make_programs, setup, shardings))
+  return _reports(
+    setup, state, shardings, functools.partial(programs.make_programs, setup, shardings)
+  )
 
 
 def of_members(
@@ -113,7 +117,7 @@ def of_members(
   state = jax.tree.map(stack, population.SweepState(_state(setup), diverged_at))
   shardings = parallel.state_shardings(mesh, state, members=True)
   make = functools.partial(
-    rlhf.make_programs,
+    programs.make_programs,
     setup,
     shardings,
     lift=functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch),
@@ -127,23 +131,23 @@ def devices_of(config) -> list | None:
   return parallel.topology_devices(config.topology) if config.topology else None
 
 
-def _set_up(config, mesh, models, task) -> rlhf.Setup:
+def _set_up(config, mesh, models, task) -> programs.Setup:
   parallel.check_batch_size(mesh, config.batch_size)
-  return rlhf.set_up(config, mesh, models, task)
+  return programs.set_up(config, mesh, models, task)
 
 
-def _state(setup: rlhf.Setup):
+def _state(setup: programs.Setup):
   """Returns the shapes of a run's state."""
   arrays, whole = parallel.distinct(_arrays(setup.models))
 
   def init(arrays):
-    return rlhf.init_state(setup._replace(models=setup.models._replace(**whole(arrays))))
+    return programs.init_state(setup._replace(models=setup.models._replace(**whole(arrays))))
 
   return jax.eval_shape(init, arrays)
 
 
 def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
-  config, mesh, training = setup.config, setup.mesh, setup.task.training
+  algorithm, mesh, training = setup.algorithm, setup.mesh, setup.task.training
   whole, by_rows = parallel.replicated(mesh), parallel.by_rows(mesh)
 
   def shape_of(array, sharding, *leading):
@@ -153,18 +157,18 @@ def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
   state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
   frozen, _ = parallel.distinct(setup.frozen)
   prompts = shape_of(training.tokens, whole), shape_of(training.mask, whole)
-  num_rows = config.oversampling * config.batch_size
-  rows = jax.ShapeDtypeStruct((num_rows,), jnp.int32, sharding=by_rows)
-  texts = jax.tree.map(lambda x: shape_of(x, by_rows, config.batch_size), setup.task.pretraining)
-  programs = make()
-  if "iterate" in programs:
-    report, _ = _report("iterate", programs["iterate"], mesh, state, frozen, *prompts, rows, texts)
+  rows = jax.ShapeDtypeStruct((algorithm.samples,), jnp.int32, sharding=by_rows)
+  num_texts = algorithm.batch_size
+  texts = jax.tree.map(lambda x: shape_of(x, by_rows, num_texts), setup.task.pretraining)
+  made = make()
+  if "iterate" in made:
+    report, _ = _report("iterate", made["iterate"], mesh, state, frozen, *prompts, rows, texts)
     return [report, *_judge_reports(setup)]
-  sampling, rollout = _report("rollout", programs["rollout"], mesh, state, frozen, *prompts, rows)
+  sampling, rollout = _report("rollout", made["rollout"], mesh, state, frozen, *prompts, rows)
   shape = rollout.finished.shape
   by_rows = parallel.by_rows(mesh, members=len(shape) > 1)
   scores = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_rows)
-  update, _ = _report("update", programs["update"], mesh, state, frozen, rollout, scores, texts)
+  update, _ = _report("update", made["update"], mesh, state, frozen, rollout, scores, texts)
   return [sampling, update, *_judge_reports(setup)]
 
 
@@ -172,7 +176,7 @@ def _judge_reports(setup) -> list[dict[str, Any]]:
   """Returns the cost of the programs of the judge; in a sweep it is that of one member."""
   models, task, mesh = setup.models, setup.task, setup.mesh
   tokenizer, horizon = models.tokenizer, task.max_completion_len
-  programs = judging.make_programs(mesh, models.policy, models.reference, tokenizer, horizon)
+  judge = judging.make_programs(mesh, models.policy, models.reference, tokenizer, horizon)
   trained = parallel.put_once(mesh, {"policy": models.policy_params})
   params = join(setup.frozen["base"], trained)["policy"]
   shape = setup.config.num_eval_rows, task.held_out.tokens.shape[1]
@@ -183,11 +187,11 @@ def _judge_reports(setup) -> list[dict[str, Any]]:
   key = jax.eval_shape(lambda: jax.random.key(0))
   temperature = setup.config.temperature
   draw, rollout = _report(
-    "judge_draw", programs.sample, mesh, params, prompts, mask, key, temperature=temperature
+    "judge_draw", judge.sample, mesh, params, prompts, mask, key, temperature=temperature
   )
   reference = setup.frozen["reference"]
   evaluate, _ = _report(
-    "judge_evaluate", programs.evaluate, mesh, params, reference, rollout, temperature=temperature
+    "judge_evaluate", judge.evaluate, mesh, params, reference, rollout, temperature=temperature
   )
   return [draw, evaluate]
 

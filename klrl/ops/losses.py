@@ -323,9 +323,7 @@ def _error(values, returns, mask):
   return values - jax.lax.stop_gradient(zero_padding(returns, mask))
 
 
-def token_mean(
-  loss: jax.Array, mask: jax.Array, *, constant_length: jax.Array | float | None = None
-) -> tuple[jax.Array, jax.Array]:
+def token_mean(loss: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns (sum over tokens, number of tokens): every token weighs the same.
 
   >>> loss = jnp.array([[1.0, 1.0, 1.0], [4.0, 0.0, 0.0]])
@@ -333,13 +331,10 @@ def token_mean(
   >>> print(ops.divide(*ops.token_mean(loss, mask)))
   1.75
   """
-  del constant_length
   return masked_sum_count(loss, mask)
 
 
-def sequence_mean_token_mean(
-  loss: jax.Array, mask: jax.Array, *, constant_length: jax.Array | float | None = None
-) -> tuple[jax.Array, jax.Array]:
+def sequence_mean_token_mean(loss: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns (sum of the means of sequences, their number): tokens of long sequences weigh less.
 
   >>> loss = jnp.array([[1.0, 1.0, 1.0], [4.0, 0.0, 0.0]])
@@ -347,13 +342,10 @@ def sequence_mean_token_mean(
   >>> print(ops.divide(*ops.sequence_mean_token_mean(loss, mask)))
   2.5
   """
-  del constant_length
   return masked_mean(loss, mask, axis=-1).sum(), _num_sequences(loss, mask)
 
 
-def sequence_mean_token_sum(
-  loss: jax.Array, mask: jax.Array, *, constant_length: jax.Array | float | None = None
-) -> tuple[jax.Array, jax.Array]:
+def sequence_mean_token_sum(loss: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns (sum over tokens, number of sequences): the loss of a sequence is its tokens' sum.
 
   >>> loss = jnp.array([[1.0, 1.0, 1.0], [4.0, 0.0, 0.0]])
@@ -361,26 +353,20 @@ def sequence_mean_token_sum(
   >>> print(ops.divide(*ops.sequence_mean_token_sum(loss, mask)))
   3.5
   """
-  del constant_length
   return zero_padding(loss, mask).sum(), _num_sequences(loss, mask)
 
 
-def constant(
-  loss: jax.Array, mask: jax.Array, *, constant_length: jax.Array | float | None = None
-) -> tuple[jax.Array, jax.Array]:
-  """Returns (sum over tokens, number of sequences * constant_length), as in Dr. GRPO.
+def constant(loss: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns (sum over tokens, number of sequences * T), where T is the longest that one can be.
 
   >>> loss = jnp.array([[1.0, 1.0, 1.0], [4.0, 0.0, 0.0]])
   >>> mask = jnp.array([[True, True, True], [True, False, False]])
-  >>> print(ops.divide(*ops.constant(loss, mask, constant_length=4)))
-  0.875
+  >>> print(ops.divide(*ops.constant(loss, mask)))
+  1.167
 
-  Raises:
-    ValueError: `constant_length` is None.
+  Zichen Liu et al., "Understanding R1-Zero-Like Training", 2025 (Dr. GRPO), divide by a constant.
   """
-  if constant_length is None:
-    raise ValueError("constant aggregation divides by constant_length: give a number of tokens.")
-  return zero_padding(loss, mask).sum(), _num_sequences(loss, mask) * constant_length
+  return zero_padding(loss, mask).sum(), _num_sequences(loss, mask) * mask.shape[-1]
 
 
 def _num_sequences(loss, mask):

@@ -1,0 +1,62 @@
+"""The rules that move beta from one iteration to the next, by name; `ops` has what they compute."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from klrl import ops
+
+
+class BetaRule(NamedTuple):
+  """A rule; `lowest` is None for one that no measurement moves."""
+
+  step: Callable  # (state, measured KL in nats per sequence, algorithm, hypers) -> state
+  lowest: Callable | None = None  # hypers -> the smallest beta that it ends at
+
+
+def _fixed(state, kl, algorithm, hypers):
+  return ops.fixed(state, kl)
+
+
+def _doubling(state, kl, algorithm, hypers):
+  return ops.doubling(
+    state, kl, target_kl=hypers.kl_target, minimum=hypers.beta_min, maximum=hypers.beta_max
+  )
+
+
+def _proportional(state, kl, algorithm, hypers):
+  return ops.proportional(
+    state,
+    kl,
+    target_kl=hypers.kl_target,
+    num_samples=algorithm.batch_size,
+    horizon=hypers.kl_horizon,
+    minimum=hypers.beta_min,
+    maximum=hypers.beta_max,
+  )
+
+
+def _dual_ascent(state, kl, algorithm, hypers):
+  return ops.dual_ascent(
+    state, kl, target_kl=hypers.kl_target, step_size=hypers.kl_step_size, maximum=hypers.beta_max
+  )
+
+
+def _scheduled(schedule):
+  def step(state, kl, algorithm, hypers):
+    # The last iteration is the one that has `beta_final`.
+    num_steps = max(1, algorithm.num_iterations - 1)
+    return schedule(
+      state, kl, initial=hypers.beta, final=hypers.beta_final, num_iterations=num_steps
+    )
+
+  return step
+
+
+RULES = {
+  "fixed": BetaRule(_fixed),
+  "doubling": BetaRule(_doubling, lambda hypers: hypers.beta_min),
+  "proportional": BetaRule(_proportional, lambda hypers: hypers.beta_min),
+  "dual_ascent": BetaRule(_dual_ascent, lambda hypers: 0.0),
+  "linear": BetaRule(_scheduled(ops.linear_schedule)),
+  "cosine": BetaRule(_scheduled(ops.cosine_schedule)),
+}

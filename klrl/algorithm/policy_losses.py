@@ -1,0 +1,101 @@
+"""What each token costs: the policy losses by name, and the loss of an algorithm without a critic.
+
+A policy loss is f(terms, hypers) -> ([B, T] loss, metrics as (sum, count) pairs); a new one is a
+function and a row of `POLICY_LOSSES`. The gradient flows through `terms.log_probs` alone.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from klrl import ops
+from klrl.algorithm.terms import Losses, Terms
+
+
+def clip(terms: Terms, hypers):
+  """PPO's clipped surrogate, with a dual clip; `ops.clipped_policy_loss`."""
+  arguments = terms.log_probs, terms.old_log_probs, terms.advantages, terms.mask
+  eps = {"clip_eps_low": hypers.clip_eps_low, "clip_eps_high": hypers.clip_eps_high}
+  clipped = ops.clip_fraction(*arguments, **eps)
+  loss = ops.clipped_policy_loss(*arguments, **eps, dual_clip=hypers.dual_clip)
+  return loss, {"policy/clip_fraction": (clipped.sum(), terms.mask.sum() * 1.0)}
+
+
+def sequence_clip(terms: Terms, hypers):
+  """GSPO's clip of the completion's ratio; `ops.gspo_loss`."""
+  loss = ops.gspo_loss(
+    terms.log_probs,
+    terms.old_log_probs,
+    terms.advantages,
+    terms.mask,
+    clip_eps_low=hypers.clip_eps_low,
+    clip_eps_high=hypers.clip_eps_high,
+  )
+  return loss, {}
+
+
+def truncated(terms: Terms, hypers):
+  """CISPO's truncated weight; `ops.cispo_loss`."""
+  loss = ops.cispo_loss(
+    terms.log_probs,
+    terms.old_log_probs,
+    terms.advantages,
+    terms.mask,
+    max_ratio=1 + hypers.clip_eps_high,
+  )
+  return loss, {}
+
+
+def kl_penalised(kl: Callable) -> Callable:
+  """PPO's KL penalty, with `kl` = `ops.kl_old_new` as published, or `ops.kl_new_old`."""
+
+  def loss(terms: Terms, hypers):
+    measured = kl(terms.log_probs, terms.old_log_probs)
+    metrics = {"controller/trust_region_beta": (terms.trust_region_beta, 1.0)}
+    return _surrogate(terms, measured, terms.trust_region_beta), metrics
+
+  return loss
+
+
+def unbounded(terms: Terms, hypers):
+  """The importance-weighted surrogate, held by nothing."""
+  return _surrogate(terms, jnp.zeros_like(terms.log_probs), 0.0), {}
+
+
+def _surrogate(terms: Terms, kl, trust_region_beta):
+  return ops.kl_penalised_policy_loss(
+    terms.log_probs,
+    terms.old_log_probs,
+    terms.advantages,
+    kl,
+    terms.mask,
+    trust_region_beta=trust_region_beta,
+  )
+
+
+# What holds the policy near the one that sampled.
+POLICY_LOSSES = {
+  "clip": clip,
+  "sequence_clip": sequence_clip,
+  "truncated": truncated,
+  "kl_old_new": kl_penalised(ops.kl_old_new),
+  "kl_new_old": kl_penalised(ops.kl_new_old),
+  "none": unbounded,
+}
+
+
+def without_critic(policy_loss: Callable) -> Callable:
+  """Returns loss(terms, hypers) -> (losses, metrics): policy, entropy bonus and KL term."""
+
+  def loss(terms: Terms, hypers) -> tuple[Losses, dict]:
+    policy, metrics = policy_loss(terms, hypers)
+    return {
+      "policy/loss": (1.0, policy * terms.sampler_weights),
+      "policy/entropy_bonus": (-hypers.entropy_coef, terms.entropy),
+      "policy/kl_loss": (terms.beta, terms.kl_loss),
+    }, metrics
+
+  return loss
+
+
+reinforce = without_critic(unbounded)

@@ -1,0 +1,256 @@
+"""The compiled functions of a run, and what one iteration does with them."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from klrl.algorithm import Algorithm, Hypers, completions, learner, memory
+from klrl.devices import parallel, processes
+from klrl.inputs import Models, Task
+from klrl.models import ScalarModel, TokenizerInfo, join
+from klrl.run import progress
+from klrl.sampling import Rollout, make_sample_fn
+from klrl.tasks import arithmetic, data, reward_calls, rewards
+
+_SLOW_REWARD_SHARE = 0.5
+
+
+class Setup(NamedTuple):
+  """What does not change during a run, nor between the members of a sweep."""
+
+  config: Any  # of the experiment
+  algorithm: Algorithm
+  hypers: Hypers
+  models: Models
+  task: Task
+  mesh: jax.sharding.Mesh
+  frozen: dict  # parameters on the devices: of the base, the reference, the reward model
+  sample: Callable[..., Rollout]
+
+
+def set_up(config, mesh, models: Models, task: Task) -> Setup:
+  """Returns the setup of a run, its frozen parameters on the devices."""
+  frozen = {
+    "base": models.base,
+    "reference": models.reference_params,
+    "reward_model": models.reward_params,
+  }
+  sample = make_sample_fn(
+    models.sampler,
+    max_completion_len=task.max_completion_len,
+    eos_id=models.tokenizer.eos_ids,
+    pad_id=models.tokenizer.pad_id,
+  )
+  frozen = parallel.put_once(mesh, frozen)
+  return Setup(config, config.algorithm(), config.hypers(), models, task, mesh, frozen, sample)
+
+
+def init_state(setup: Setup) -> learner.TrainState:
+  """Returns the state before the first iteration, on the devices, by `parallel.state_shardings`.
+
+  Its buffers are its own, and no device ever holds more of parameters and moments than its shard.
+  """
+  algorithm, models = setup.algorithm, setup.models
+  params = {"policy": models.policy_params}
+  if models.value_model is not None:
+    params["value"] = models.value_params
+  own = functools.partial(parallel.put_own, setup.mesh)
+  key = jax.random.key(setup.config.seed)
+  state = learner.init_state(algorithm, setup.hypers, own(params), key)
+  replay = algorithm.staleness and memory.empty_replay(_rollout_shapes(setup), algorithm.staleness)
+  state = state._replace(
+    reference=algorithm.reference_rule and own(params["policy"]),
+    replay=replay or None,
+  )
+  return parallel.put(state, parallel.state_shardings(setup.mesh, state))
+
+
+def _rollout_shapes(setup: Setup):
+  """Returns the shapes of what is sampled in an iteration."""
+  models, training, num_rows = setup.models, setup.task.training, setup.algorithm.samples
+  params = join(models.base, {"policy": models.policy_params})["policy"]
+  prompts = training.tokens[:1].repeat(num_rows, axis=0)
+  mask = training.mask[:1].repeat(num_rows, axis=0)
+  return jax.eval_shape(setup.sample, params, prompts, mask, jax.random.key(0), temperature=1.0)
+
+
+def _alone(fn: Callable, in_axes) -> Callable:
+  """Returns `fn`: the `lift` of a run by itself."""
+  del in_axes
+  return fn
+
+
+def make_programs(
+  setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn
+) -> dict[str, Callable]:
+  """Returns the compiled functions of an iteration; those that change the state donate it.
+
+  `iterate(state, frozen, prompts, prompt_mask, rows, pretraining) -> (state, metrics)` alone, or
+  where the host scores `rollout(state, frozen, prompts, prompt_mask, rows) -> rollout` and
+  `update(state, frozen, rollout, scores, pretraining) -> (state, metrics)`. `frozen` are the
+  distinct arrays in that of `setup`.
+
+  Args:
+    setup: of the run.
+    shardings: of the state.
+    lift: lift(fn, in_axes) makes `fn` of one run one of several, as `vmap` does; by default there
+      is one. Metrics then have a leading axis.
+    guard: made of each function (state, ...) -> (state, ...) before it is lifted.
+  """
+  _, algorithm, _, models, task, mesh, frozen, sample = setup
+  # A reference that follows the policy is of its making.
+  reference = models.policy if algorithm.reference_rule else models.reference
+  parts = (algorithm, models.policy, models.value_model, reference)
+  _, whole = parallel.distinct(frozen)
+
+  def lifted(fn, in_axes):
+    of_whole = lift(guard(fn), in_axes)
+
+    @functools.wraps(fn)
+    def of_distinct(state, distinct, *arguments):
+      return of_whole(state, whole(distinct), *arguments)
+
+    return parallel.on_mesh(mesh, of_distinct)
+
+  jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+
+  if not task.rewards:
+    score = make_score_fn(models.reward_model)
+    gold = make_gold_fn(task.training, models.tokenizer)
+    iterate = learner.make_iteration_fn(*parts, sample, score, gold)
+    return {"iterate": jit(lifted(iterate, (0, None, None, None, None, None)))}
+  update = learner.make_update_fn(*parts)
+
+  def rollout(state, *arguments):
+    return state, learner.sample_rollout(sample, state, *arguments)
+
+  def update_after_sampling(state, *arguments):
+    return update(learner.after_sampling(state), *arguments)
+
+  sampling = lifted(rollout, (0, None, None, None, None))
+  return {
+    "rollout": jax.jit(lambda *arguments: sampling(*arguments)[1]),
+    "update": jit(lifted(update_after_sampling, (0, None, 0, 0, None))),
+  }
+
+
+def prompt_rows(algorithm: Algorithm, iteration: int, num_prompts: int, *, seed: int) -> np.ndarray:
+  """Returns which prompt each completion of an iteration continues, int.
+
+  The `group_size` completions of a prompt stand side by side, as advantage rules read them.
+  """
+  num_groups = algorithm.samples // algorithm.group_size
+  rows = data.batch_rows(seed, iteration, num_groups, num_prompts)
+  return np.repeat(rows, algorithm.group_size)
+
+
+def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -> Callable:
+  """Returns step(state, iteration) -> (state, metrics) for `loop.run`; arguments as above."""
+  config, algorithm, _, models, task, mesh, frozen, _ = setup
+  programs = make_programs(setup, shardings, lift=lift, guard=guard)
+  distinct, _ = parallel.distinct(frozen)
+  rows_sharding = parallel.by_rows(mesh)
+  prompts, prompt_mask = parallel.put(
+    (task.training.tokens, task.training.mask), parallel.replicated(mesh)
+  )
+
+  def rows_of(iteration):
+    num_prompts = len(task.training.tokens)
+    return prompt_rows(algorithm, iteration, num_prompts, seed=config.data_seed)
+
+  def pretraining_of(iteration):
+    if task.pretraining is None:
+      return None
+    num_texts = len(task.pretraining.tokens)
+    rows = data.batch_rows(config.data_seed + 1, iteration, algorithm.batch_size, num_texts)
+    return parallel.put(data.take(task.pretraining, rows), rows_sharding)
+
+  if not task.rewards:
+
+    def step(state, iteration):
+      rows = parallel.put(rows_of(iteration), rows_sharding)
+      texts = pretraining_of(iteration)
+      return programs["iterate"](state, distinct, prompts, prompt_mask, rows, texts)
+
+    return step
+
+  score = lift(make_score_fn(models.reward_model), (None, 0, None))
+  score = jax.jit(parallel.on_mesh(mesh, score))
+  gold = make_gold_fn(task.training, models.tokenizer)
+  gold = gold and jax.jit(lift(gold, (0, None)))
+  reads_model = any(reward.fn is None for reward in task.rewards)
+  notice_slow = _SlowRewardNotice()
+
+  def step_with_host_reward(state, iteration):
+    rows = rows_of(iteration)
+    began = time.monotonic()
+    device_rows = parallel.put(rows, rows_sharding)
+    rollout = programs["rollout"](state, distinct, prompts, prompt_mask, device_rows)
+    # One call scores everything: rows of all members beneath each other.
+    shape = rollout.finished.shape
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), parallel.fetch(rollout))
+    texts = data.completion_texts(models.tokenizer, flat)
+    sampled = time.monotonic()
+    records = [task.training.records[row] for row in rows] * (len(texts) // len(rows))
+    model_scores = None
+    if reads_model:
+      model_scores = parallel.fetch(score(frozen, rollout, device_rows)).reshape(-1)
+    weighted = processes.on_writer(rewards.weighted_scores)
+    ids = reward_calls.Ids(*data.token_ids(flat))
+    scores, each = weighted(task.rewards, records, texts, model_scores, ids)
+    scored = time.monotonic()
+    scores = parallel.put(scores.reshape(shape), parallel.by_rows(mesh, members=len(shape) > 1))
+    state, pairs = programs["update"](state, distinct, rollout, scores, pretraining_of(iteration))
+    jax.block_until_ready(pairs)
+    if len(each) > 1:
+      sums = {name: x.reshape(shape).sum(axis=-1) for name, x in each.items()}
+      pairs |= {f"score/{name}": (x, len(rows)) for name, x in sums.items()}
+    if gold is not None:
+      pairs["gold/mean"] = (gold(rollout, device_rows).sum(axis=-1), len(rows))
+    notice_slow(scored - sampled, time.monotonic() - began, len(texts))
+    return state, pairs
+
+  return step_with_host_reward
+
+
+def make_score_fn(reward_model: ScalarModel | None) -> Callable:
+  """Returns score(frozen, rollout, rows) -> [B], the reward model's score; 0 without one."""
+  if reward_model is None:
+    return lambda frozen, rollout, rows: jnp.zeros(rollout.finished.shape)
+  return lambda frozen, rollout, rows: completions.reward_model_scores(
+    reward_model, frozen["reward_model"], rollout
+  )
+
+
+def make_gold_fn(prompts: data.Prompts, tokenizer: TokenizerInfo) -> Callable | None:
+  """Returns gold(rollout, rows) -> [B], 1 for a right completion, else 0; None without answers."""
+  if prompts.answers is None:
+    return None
+  answers = jnp.asarray(prompts.answers)
+  return lambda rollout, rows: arithmetic.accuracy(
+    completions.completion_tokens(rollout),
+    rollout.completion_mask,
+    answers[rows],
+    pad_id=tokenizer.pad_id,
+  )
+
+
+class _SlowRewardNotice:
+  """Says once when the user's reward function takes most of an iteration."""
+
+  def __init__(self):
+    self._said = False
+
+  def __call__(self, reward_seconds: float, iteration_seconds: float, num: int) -> None:
+    slow = reward_seconds > 1.0 and reward_seconds > _SLOW_REWARD_SHARE * iteration_seconds
+    if slow and not self._said:
+      self._said = True
+      progress.console.print(
+        f"The reward function takes {reward_seconds:.1f} s for {num} completions, "
+        f"{reward_seconds / iteration_seconds:.0%} of an iteration."
+      )
