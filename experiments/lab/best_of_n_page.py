@@ -74,7 +74,7 @@ def report(results: dict) -> str:
     element("p", verdict(results), class_="verdict"),
     note(
       f"{results['num_prompts']} held-out prompts, {results['completions_per_prompt']} completions "
-      "of each; \u00b1 is one standard error over prompts. All n share these completions, so that "
+      "of each; ± is one standard error over prompts. All n share these completions, so that "
       "their errors go together."
     ),
     *(
@@ -85,23 +85,23 @@ def report(results: dict) -> str:
       for name in kinds
     ),
     paragraph(
-      "Best-of-n is a policy that was never trained. Its KL to the policy drawn from is "
-      "log n \u2212 (n \u2212 1)/n where no two scores tie, and less where the same completion "
-      "comes up more than once. \u201cKL of the pool\u201d is the KL of best-of-n to a draw from "
-      "the pool itself, which tends to the true one as the pool grows; it is the fair place on "
-      "the axis, the bound is the safe one."
+      "Best-of-n is a policy that was never trained. Its KL to the policy drawn from is log n "
+      "\u2212 (n \u2212 1)/n where no two scores tie, and less where the same completion comes up "
+      "more than once. “KL of the pool” is the KL of best-of-n to a draw from the pool itself, "
+      "which tends to the true one as the pool grows; it is the fair place on the axis, the bound "
+      "is the safe one."
     ),
     table(COLUMNS, [row_cells(row) for row in rows]),
     note(
-      "\u201cWins\u201d: the chance that its score beats one more draw\u2019s, ties counted half; "
-      "n/(n + 1) without ties."
+      "“Wins”: the chance that its score beats one more draw\u2019s, ties counted half; n/(n + 1) "
+      "without ties."
     ),
     *_runs(rows, compared),
     *_exact(results["exact"]),
     element("h2", "Four choices"),
     paragraph(
-      "Probabilities 0.4, 0.3, 0.2, 0.1 and scores 0 to 3, all exact. The best score at this KL is "
-      "that of ref \u00b7 exp(score/\u03b2)/Z with \u03b2 chosen to have it."
+      "Probabilities 0.4, 0.3, 0.2, 0.1 and scores 0 to 3, all exact. The best score at this KL "
+      "is that of ref · exp(score/β)/Z with β chosen to have it."
     ),
     table(BANDIT_COLUMNS, [_bandit_cells(row) for row in results["bandit"]]),
   )  # fmt: skip
@@ -124,8 +124,8 @@ def _runs(rows: list[dict], compared: list[dict]) -> list[Html]:
     note(
       "From the runs\u2019 own evaluations, KL exact. They belong on these axes if they started "
       "from the same policy, were scored by the same function and were judged on the same "
-      "prompts: their score before training is then that of n = 1, up to its error. \u201cBest of "
-      "n\u201d is what that has at the run\u2019s KL, between the points of the pool."
+      "prompts: their score before training is then that of n = 1, up to its error. “Best of n” "
+      "is what that has at the run\u2019s KL, between the points of the pool."
     ),
   ]
 
@@ -148,7 +148,7 @@ def _exact(exact: dict | None) -> list[Html]:
     paragraph(
       f"All {exact['num_completions']:,} completions of {exact['num_problems']} problems, with "
       "their probabilities and scores. The frontier is the most score that any policy can have "
-      "for its KL: ref \u00b7 exp(score/\u03b2)/Z, one \u03b2 for all problems."
+      "for its KL: ref · exp(score/β)/Z, one β for all problems."
     ),
     figure(
       "Score", "per completion", plot(lambda axes: _draw_exact(axes, exact), X_LABEL),

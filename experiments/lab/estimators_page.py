@@ -70,16 +70,16 @@ def report(results: dict) -> str:
   largest = max(policy["estimators"]["k3"]["largest_share"] for policy in policies)
   return page(
     "Estimators of the KL",
-    element("h1", "How well do samples tell KL(\u03c0 \u2016 ref)?"),
+    element("h1", "How well do samples tell KL(π ‖ ref)?"),
     element("p", verdict(policies), class_="verdict"),
     note(
-      "\u03c0 is the policy that draws, ref the reference, u = ref/\u03c0. \u201cTo within\u201d "
-      "is one standard deviation; for the mean of N samples it is \u221aN times smaller."
+      "π is the policy that draws, ref the reference, u = ref/π. “To within” is one standard "
+      "deviation; for the mean of N samples it is √N times smaller."
     ),
     element("h2", "What one sample is worth"),
     paragraph(
-      "A token is drawn from \u03c0, and both models say how likely it was. k1 is the difference "
-      "of the log-probabilities: its mean is the KL, but single values have either sign and mostly "
+      "A token is drawn from π, and both models say how likely it was. k1 is the difference of "
+      "the log-probabilities: its mean is the KL, but single values have either sign and mostly "
       "cancel. k2, half its square, is never negative, and its mean is the KL only while the two "
       "models are close. k3 = k1 + (u \u2212 1) is never negative and has the right mean. Its "
       "price is on the left: where the reference likes a token much more than the policy does, it "
@@ -89,7 +89,7 @@ def report(results: dict) -> str:
       "Value of each estimator", "nats",
       plot(
         lambda axes: _draw_estimators(axes, results["curves"]),
-        "log \u03c0 \u2212 log ref of the token drawn",
+        "log π \u2212 log ref of the token drawn",
       ),
       ESTIMATORS,
     ),
@@ -98,23 +98,23 @@ def report(results: dict) -> str:
       "Models on the straight line through the parameters of the SFT policy (step 0, the "
       "reference) and the PPO policy (step 1), and beyond. For each, "
       f"{policies[0]['num_completions']:,} completions of held-out problems, estimates summed over "
-      "a completion. Knowing the KL to 10% takes 100 \u00d7 deviation\u00b2 completions."
+      "a completion. Knowing the KL to 10% takes 100 \u00d7 deviation² completions."
     ),
     figure(
       "Standard deviation of one completion, over the KL",
-      "Dotted: \u221a(2/KL), what k1 tends to near the reference",
+      "Dotted: √(2/KL), what k1 tends to near the reference",
       plot(
         lambda axes: _draw_policies(axes, policies),
-        "KL(\u03c0 \u2016 ref), nats per sequence", x_ticks=TICKS, y_ticks=TICKS,
+        "KL(π ‖ ref), nats per sequence", x_ticks=TICKS, y_ticks=TICKS,
       ),
       NAMES,
     ),
     table(POLICY_COLUMNS, [policy_row(policy) for policy in policies]),
     note(
-      "KL in nats per sequence, then standard deviations and biases over the KL; \u00b1 is one "
-      "standard error. The KL is the mean of the exact one, which has no bias. "
-      f"k3\u2019s deviation rests on rare completions, up to {largest:.0%} of its variance on a "
-      "single one: read it as a size, not as a figure."
+      "KL in nats per sequence, then standard deviations and biases over the KL; ± is one "
+      "standard error. The KL is the mean of the exact one, which has no bias. k3\u2019s "
+      f"deviation rests on rare completions, up to {largest:.0%} of its variance on a single one: "
+      "read it as a size, not as a figure."
     ),
     element("h2", "Schulman\u2019s two tables, and three more cases"),
     paragraph(
@@ -155,7 +155,7 @@ def _heavy(heavy: dict, true: float) -> list[Html]:
       f"mean. A batch of 1,000 misses it {(1 - rarest) ** 1000:.0%} of the time: k3 is then far "
       "too low, with a small spread that gives no warning. k1 hardly notices."
     ),
-    table(("\u03c0", "ref", *ESTIMATORS, "share of k3"), rows),
+    table(("π", "ref", *ESTIMATORS, "share of k3"), rows),
     figure(
       "Mean over the first N samples", "nats. Dotted: the KL",
       plot(
@@ -179,8 +179,8 @@ def _alarms(truncated: dict, small: dict) -> Html:
       f"k3 below zero: log-ratio x = {small['log_ratio']:g}", _scientific(small["true"]),
       f"exp(\u2212x) \u2212 1 + x: {_scientific(small['textbook'])}; by expm1: "
       f"{_scientific(small['ops'])}",
-      "float32 cannot hold a difference that small of numbers near 1. Write expm1(\u2212x) + x, as "
-      "klrl does.",
+      "float32 cannot hold a difference that small of numbers near 1. Write expm1(\u2212x) + x, "
+      "as klrl does.",
     ),
   )  # fmt: skip
   return table(("What is seen", "true KL or k3", "found", "Cause and cure"), rows, words=4)

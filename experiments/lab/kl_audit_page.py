@@ -152,8 +152,8 @@ def _top(audit: Audit, kept) -> list[Html]:
     ),
     element("p", *signs.values(), class_="note"),
     paragraph(
-      "The same β and the same estimator do different things in different places: k1 taken off the "
-      "reward is right, k1 as a loss has no pull at all; k3 as a loss pulls to the other "
+      "The same β and the same estimator do different things in different places: k1 taken off "
+      "the reward is right, k1 as a loss has no pull at all; k3 as a loss pulls to the other "
       "divergence, k3 taken off the reward to none."
     ),
     note("The letters. Penalties of klrl are placement/estimator/correction/credit."),
@@ -247,6 +247,6 @@ def _how(audit: Audit) -> str:
     f"the reference, in {constants['steps_of_ascent']} natural-gradient steps. A penalty that is "
     "no divergence can have several resting points, and which one is reached depends on the path. "
     "The variance is the trace of the covariance of one completion's gradient. Cosines, biases in "
-    "nats and what moved in the second half of the ascent are in audit.json beside this page, with "
-    "their units."
+    "nats and what moved in the second half of the ascent are in audit.json beside this page, "
+    "with their units."
   )

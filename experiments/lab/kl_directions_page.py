@@ -6,9 +6,9 @@ from klrl.figures import KL, find, shown
 from klrl.report.page import Html, element, figure, grid, note, page, paragraph, table
 from klrl.report.plots import INK, PAGE_COLOURS, SERIES, plot
 
-NAMES = {"kl_old_new": "KL(old\u2016new)", "kl_new_old": "KL(new\u2016old)"}
+NAMES = {"kl_old_new": "KL(old‖new)", "kl_new_old": "KL(new‖old)"}
 JUDGED = "score", "gold", KL, "objective", "entropy"
-COLUMNS = "", "Score", "Gold", "KL(\u03c0\u2016ref)", "Score \u2212 \u03b2 KL", "Entropy"
+COLUMNS = "", "Score", "Gold", "KL(π‖ref)", "Score \u2212 β KL", "Entropy"
 _CSS = {"-": "solid", "--": "dashed"}
 # Colour and style of each run of the study of anchors, in its order.
 ANCHOR_STYLES = (
@@ -42,12 +42,12 @@ def report(results: dict) -> str:
     ),
     element("h2", "Which moves each direction permits"),
     paragraph(
-      "A policy may move within a KL of its old self. KL(new\u2016old) charges for giving mass to "
-      "what was rare; KL(old\u2016new) charges for taking mass from what was common. Neither is "
-      "blind: both charge for every move, one of them by a bounded amount. At a radius of "
+      "A policy may move within a KL of its old self. KL(new‖old) charges for giving mass to what "
+      "was rare; KL(old‖new) charges for taking mass from what was common. Neither is blind: both "
+      "charge for every move, one of them by a bounded amount. At a radius of "
       f"{moves['radius'][middle]:.2g} nats an action of probability 1e-4 may rise to "
-      f"{reach['kl_new_old']:.2g} under KL(new\u2016old) and to {reach['kl_old_new']:.2g} under "
-      "KL(old\u2016new)."
+      f"{reach['kl_new_old']:.2g} under KL(new‖old) and to {reach['kl_old_new']:.2g} under "
+      "KL(old‖new)."
     ),
     grid(
       figure(
@@ -63,20 +63,19 @@ def report(results: dict) -> str:
     ),
     element("h2", "How large one can be when the other is known"),
     paragraph(
-      "With p_min the least old probability and \u03b4 = KL(old\u2016new), KL(new\u2016old) is "
-      "at most \u03b4 / p_min. That is true, and exponentially loose for sequences; "
-      "\u03ba(1 / p_min) \u03b4 is sharp, with \u03ba(t) about ln t \u2212 1. At the right end "
-      f"of the picture (p_min = {bounds['p_min']:g}): {bounds['kl_new_old'][last]:.3g} nats, with "
-      f"bounds {bounds['sharp'][last]:.3g}, {bounds['log'][last]:.3g} and "
-      f"{bounds['linear'][last]:,.3g}."
+      "With p_min the least old probability and δ = KL(old‖new), KL(new‖old) is at most δ / "
+      "p_min. That is true, and exponentially loose for sequences; κ(1 / p_min) δ is sharp, with "
+      f"κ(t) about ln t \u2212 1. At the right end of the picture (p_min = {bounds['p_min']:g}): "
+      f"{bounds['kl_new_old'][last]:.3g} nats, with bounds {bounds['sharp'][last]:.3g}, "
+      f"{bounds['log'][last]:.3g} and {bounds['linear'][last]:,.3g}."
     ),
     figure(
-      "KL(new\u2016old) and its bounds", "nats; an outcome of probability 1e-3 is raised",
+      "KL(new‖old) and its bounds", "nats; an outcome of probability 1e-3 is raised",
       _lines(
         bounds["kl_old_new"], {x: bounds[x] for x in ("kl_new_old", "sharp", "log", "linear")},
-        "KL(old\u2016new), nats", xscale="log", yscale="log",
+        "KL(old‖new), nats", xscale="log", yscale="log",
       ),
-      ("KL(new\u2016old)", "\u03ba(1 / p_min) \u03b4", "ln(1 + \u03b4 / p_min)", "\u03b4 / p_min"),
+      ("KL(new‖old)", "κ(1 / p_min) δ", "ln(1 + δ / p_min)", "δ / p_min"),
     ),
     element("h2", "For small moves they are one"),
     paragraph(
@@ -94,9 +93,9 @@ def report(results: dict) -> str:
     ),
     element("h2", "PPO with each anchor"),
     paragraph(
-      "The embedded task: one SFT policy, one reward model, the same seed. Global is "
-      f"\u03b2 = {beta:g} times the KL to the reference in the reward; local is a penalty on the "
-      "KL to the policy that sampled, in place of the clip."
+      f"The embedded task: one SFT policy, one reward model, the same seed. Global is β = {beta:g} "
+      "times the KL to the reference in the reward; local is a penalty on the KL to the policy "
+      "that sampled, in place of the clip."
     ),
     table(COLUMNS, [(run["name"], *final_figures(run, beta)) for run in results["anchors"]]),
     note(
@@ -112,7 +111,7 @@ def report(results: dict) -> str:
       "reward, the KL is measured once, at the policy that sampled: for the rest of the iteration "
       "it pays for distance from the old policy, and the leash is gone. Measured anew in every "
       "minibatch it pulls again. As a loss of its own, with the exact KL and the importance ratio "
-      "of the prefix, its gradient is that of KL(\u03c0\u2016ref) at every step."
+      "of the prefix, its gradient is that of KL(π‖ref) at every step."
     ),
     table(COLUMNS, [(run["name"], *final_figures(run, beta)) for run in results["epochs"]]),
     _epochs(results["epochs"], beta),
@@ -175,6 +174,6 @@ def _epochs(runs: list[dict], beta: float) -> Html:
     return run[f"{KL}_after"]
 
   return grid(
-    figure("KL(\u03c0\u2016ref) reached", "nats per sequence", drawn(kl), penalties),
-    figure("Score \u2212 \u03b2 KL reached", "what is maximised", drawn(objective), penalties),
+    figure("KL(π‖ref) reached", "nats per sequence", drawn(kl), penalties),
+    figure("Score \u2212 β KL reached", "what is maximised", drawn(objective), penalties),
   )

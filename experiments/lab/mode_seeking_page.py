@@ -8,7 +8,7 @@ from klrl.report.plots import INK, SERIES, bare, picture
 
 FORWARD, REVERSE = SERIES[0], SERIES[1]
 FIT_COLUMNS = (
-  "Decoder", "Objective", "KL(p \u2016 \u03c0)", "KL(\u03c0 \u2016 p)", "emit", "time", "between",
+  "Decoder", "Objective", "KL(p ‖ π)", "KL(π ‖ p)", "emit", "time", "between",
   "Entropy", "Gap",
 )  # fmt: skip
 
@@ -21,40 +21,39 @@ def verdict(results: dict) -> str:
   return (
     "Covering and picking are about what a policy can hold, not about SFT and RL. A decoder that "
     f"can hold both words ends {sft['kl_from_data']:.3f} nats from the data by SFT and "
-    f"{rl['kl_to_data']:.3f} by RL. One that cannot gives {_share(blind_sft['between'])} of "
-    f"its completions to strings between them by SFT, and {_share(blind_rl['words'][best])} to "
-    f"\u201c{results['language']['words'][best]}\u201d by RL."
+    f"{rl['kl_to_data']:.3f} by RL. One that cannot gives {_share(blind_sft['between'])} of its "
+    f"completions to strings between them by SFT, and {_share(blind_rl['words'][best])} to "
+    f"“{results['language']['words'][best]}” by RL."
   )
 
 
 def _sft_is_forward(results):
   x, gauss = results["three_tokens"], results["gaussian"]["unequal"]["points"]["forward_right"]
   return (
-    f"E_p[\u2212log \u03c0] is the entropy of the data plus KL(p \u2016 \u03c0): "
-    f"{x['cross_entropy']:.4f} = {x['data_entropy']:.4f} + {x['forward_kl']:.4f} nats on three "
-    f"tokens. Where the policy cannot hold both modes it covers: one Gaussian becomes "
-    f"{_normal(gauss)}."
+    f"E_p[\u2212log π] is the entropy of the data plus KL(p ‖ π): {x['cross_entropy']:.4f} = "
+    f"{x['data_entropy']:.4f} + {x['forward_kl']:.4f} nats on three tokens. Where the policy "
+    f"cannot hold both modes it covers: one Gaussian becomes {_normal(gauss)}."
   )
 
 
 def _rl_is_reverse(results):
   x = results["three_tokens"]
   return (
-    "With reward log p and the entropy of \u03c0 as bonus, the objective is \u2212KL(\u03c0 \u2016 "
-    f"p): \u2212{-x['rl']:.4f} nats on the same three tokens. For any other reward r and weight "
-    "\u03b1 of the entropy the target is exp(r / \u03b1) / Z, which is the data only where r is "
-    "\u03b1 log p and a constant."
+    "With reward log p and the entropy of π as bonus, the objective is \u2212KL(π ‖ p): "
+    f"\u2212{-x['rl']:.4f} nats on the same three tokens. For any other reward r and weight \u03b1 of "
+    "the entropy the target is exp(r / \u03b1) / Z, which is the data only where r is \u03b1 log p and a "
+    "constant."
   )
 
 
 def _maximum_entropy(results):
   x = results["three_tokens"]
   return (
-    f"E[\u2212log \u03c0] is the entropy. It is largest at the uniform policy, "
+    "E[\u2212log π] is the entropy. It is largest at the uniform policy, "
     f"{x['entropy_at_uniform']:.4f} nats, and zero for a single token. Added to the reward log p it"
-    f" makes \u03c0 = p the best policy, with {digits(abs(x['rl_at_data']))}; the likeliest token "
-    f"alone has {digits(x['rl_at_one_hot'])}. Only the reward without the entropy asks for one "
-    f"token: {digits(x['reward_at_one_hot'])} against {digits(x['reward_at_data'])} at p."
+    f" makes π = p the best policy, with {digits(abs(x['rl_at_data']))}; the likeliest token alone "
+    f"has {digits(x['rl_at_one_hot'])}. Only the reward without the entropy asks for one token: "
+    f"{digits(x['reward_at_one_hot'])} against {digits(x['reward_at_data'])} at p."
   )
 
 
@@ -65,25 +64,24 @@ def _mode_seeking(results):
   middle = gauss["reverse_middle"]
   overlapping = results["gaussian"]["overlapping"]["points"]["reverse_right"]
   return (
-    "It takes a policy that cannot hold both, or a small \u03b2. A decoder that can hold both "
-    f"words keeps both, {_share(full['words'][0])} and {_share(full['words'][1])} at \u03b2 = 1 "
-    f"over uniform; at \u03b2 = 0.25 over the SFT policy \u201cemit\u201d takes "
-    f"{_share(cold['words'][0])} instead of {_share(results['data']['words'][0])}. Even a single "
-    "Gaussian need not pick: to equal modes the reverse KL has a third, shallow minimum that "
-    f"covers, {_normal(middle)} at {middle['kl']:.3f} nats, and where the modes overlap it covers "
-    f"from either side, {_normal(overlapping)}."
+    "It takes a policy that cannot hold both, or a small β. A decoder that can hold both words "
+    f"keeps both, {_share(full['words'][0])} and {_share(full['words'][1])} at β = 1 over uniform; "
+    f"at β = 0.25 over the SFT policy “emit” takes {_share(cold['words'][0])} instead of "
+    f"{_share(results['data']['words'][0])}. Even a single Gaussian need not pick: to equal modes "
+    f"the reverse KL has a third, shallow minimum that covers, {_normal(middle)} at "
+    f"{middle['kl']:.3f} nats, and where the modes overlap it covers from either side, "
+    f"{_normal(overlapping)}."
   )
 
 
 def _tilted(results):
   fits = [_fit(results, True, beta, "sft") for beta in (4.0, 1.0, 0.25)]
-  got = ", ".join(f"{_share(fit['words'][0])} at \u03b2 = {fit['beta']:g}" for fit in fits)
+  got = ", ".join(f"{_share(fit['words'][0])} at β = {fit['beta']:g}" for fit in fits)
   want = ", ".join(_share(fit["optimum"]["words"][0]) for fit in fits)
   return (
-    "RL minimises KL(\u03c0 \u2016 p*) with p* = ref \u00b7 exp(r / \u03b2) / Z. From the SFT "
-    "policy, which is the data already, with the same reward log p, it goes past the data: "
-    f"\u201cemit\u201d gets {got}; p* has {want}. Over uniform it is \u03b2 = 1 alone that "
-    "makes p* the data."
+    "RL minimises KL(π ‖ p*) with p* = ref · exp(r / β) / Z. From the SFT policy, which is the "
+    f"data already, with the same reward log p, it goes past the data: “emit” gets {got}; p* has "
+    f"{want}. Over uniform it is β = 1 alone that makes p* the data."
   )
 
 
@@ -91,17 +89,17 @@ def _tilted(results):
 CLAIMS = (
   ("SFT is forward KL, and covers the modes.", "Right.", _sft_is_forward),
   ("RL is reverse KL to the data.", "Right for one reward.", _rl_is_reverse),
-  ("To maximise \u2212log \u03c0 takes a 0/1 distribution.", "Wrong.", _maximum_entropy),
+  ("To maximise \u2212log π takes a 0/1 distribution.", "Wrong.", _maximum_entropy),
   ("RL therefore picks a mode.", "Not by itself.", _mode_seeking),
   ("A KL to the reference keeps RL near the data.", "Near the reference.", _tilted),
 )
 
 SOURCES = (
-  "The two directions of the KL and their modes: Christopher Bishop, \u201cPattern Recognition and "
-  "Machine Learning\u201d, 2006, section 10.1.2. The target of RL with a reference: Tomasz Korbak "
-  "and others, \u201cRL with KL penalties is better viewed as Bayesian inference\u201d, 2022. That "
-  "the target decides about modes, and not the direction: Anthony GX-Chen and others, "
-  "\u201cKL-Regularized Reinforcement Learning is Designed to Mode Collapse\u201d, 2025."
+  "The two directions of the KL and their modes: Christopher Bishop, “Pattern Recognition and "
+  "Machine Learning”, 2006, section 10.1.2. The target of RL with a reference: Tomasz Korbak and "
+  "others, “RL with KL penalties is better viewed as Bayesian inference”, 2022. That the target "
+  "decides about modes, and not the direction: Anthony GX-Chen and others, “KL-Regularized "
+  "Reinforcement Learning is Designed to Mode Collapse”, 2025."
 )
 
 
@@ -120,7 +118,7 @@ def _objective(fit: dict) -> str:
     return "SFT"
   if not fit["beta"]:
     return "log p alone, from SFT"
-  return f"RL, \u03b2 {fit['beta']:g} over {'SFT' if fit['reference'] == 'sft' else 'uniform'}"
+  return f"RL, β {fit['beta']:g} over {'SFT' if fit['reference'] == 'sft' else 'uniform'}"
 
 
 def _fit(results, sees_prefix, beta, reference="uniform") -> dict:
@@ -143,7 +141,7 @@ def _share(probability: float) -> str:
 
 def _normal(point: dict) -> str:
   mean = f"{point['mean']:.2f}" if abs(point["mean"]) > 5e-3 else "0"
-  return f"N({mean}, {point['sigma']:.2f}\u00b2)".replace("-", "\N{MINUS SIGN}")
+  return f"N({mean}, {point['sigma']:.2f}²)".replace("-", "\N{MINUS SIGN}")
 
 
 # Pictures: rows from top to bottom on one axis, each with a label and a figure.
@@ -238,10 +236,10 @@ def _gaussian_part(gaussian: dict) -> list[Html]:
   return [
     element("h2", "One Gaussian for two modes"),
     paragraph(
-      "A Gaussian cannot have two modes: whatever it does, something is lost. Forward KL "
-      "punishes data without policy, so it stretches over both; reverse KL punishes policy without "
-      "data, so it settles on one. Grey is the data, the line the fit after so many steps of Adam, "
-      "and the figure the KL that is minimised.",
+      "A Gaussian cannot have two modes: whatever it does, something is lost. Forward KL punishes "
+      "data without policy, so it stretches over both; reverse KL punishes policy without data, "
+      "so it settles on one. Grey is the data, the line the fit after so many steps of Adam, and "
+      "the figure the KL that is minimised.",
     ),
     grid(*figures),
   ]  # fmt: skip
@@ -252,11 +250,10 @@ def _decoder_part(results: dict) -> list[Html]:
   parts = [
     element("h2", "The decoder, on a language of two words"),
     paragraph(
-      "The data: \u201cemit\u201d seven times in ten, else \u201ctime\u201d, each letter "
-      f"wrong once in a hundred; {results['language']['completions']:,} completions in all. The "
-      "bars are the strings whose every letter is that of one word or the other, from "
-      "\u201cemit\u201d to \u201ctime\u201d. Grey is the data, in colour the policy; the figure "
-      "is the KL that is minimised.",
+      "The data: “emit” seven times in ten, else “time”, each letter wrong once in a hundred; "
+      f"{results['language']['completions']:,} completions in all. The bars are the strings whose "
+      "every letter is that of one word or the other, from “emit” to “time”. Grey is the data, in "
+      "colour the policy; the figure is the KL that is minimised.",
     ),
   ]  # fmt: skip
   for sees, title in (
@@ -273,7 +270,7 @@ def _decoder_part(results: dict) -> list[Html]:
         (_after(step), f"{kl:.3f} nats", probs, results["data"]["blends"])
         for step, kl, probs in zip(steps, fit["path_kls"], fit["path"], strict=True)
       ]
-      about = "minimises KL(p \u2016 \u03c0)" if beta is None else "minimises KL(\u03c0 \u2016 p)"
+      about = "minimises KL(p ‖ π)" if beta is None else "minimises KL(π ‖ p)"
       figures.append(figure(name, about, _bars(results, rows, colour, width=5.2)))
     parts += [element("h3", title), grid(*figures, least=24)]
   return parts
@@ -289,7 +286,7 @@ def _beta_part(results: dict) -> list[Html]:
   for title, about, sees, reference, betas in groups:
     fits = [_fit(results, sees, beta, reference) for beta in betas]
     rows = [
-      (f"\u03b2 = {fit['beta']:g}", f"gap {fit['gap']:.3f}", fit["blends"],
+      (f"β = {fit['beta']:g}", f"gap {fit['gap']:.3f}", fit["blends"],
        fit["optimum"]["blends"])
       for fit in fits
     ]  # fmt: skip
@@ -297,9 +294,9 @@ def _beta_part(results: dict) -> list[Html]:
   return [
     element("h2", "KL-regularised RL: the target is not the data"),
     paragraph(
-      "RL that maximises E[log p] \u2212 \u03b2 KL(\u03c0 \u2016 ref) goes to ref \u00b7 "
-      "exp(log p / \u03b2) / Z, in grey: flat for large \u03b2, a single word as \u03b2 falls. The "
-      "gap is what the objective lacks of its best, in nats; the blind decoder cannot close it.",
+      "RL that maximises E[log p] \u2212 β KL(π ‖ ref) goes to ref · exp(log p / β) / Z, in grey: "
+      "flat for large β, a single word as β falls. The gap is what the objective lacks of its "
+      "best, in nats; the blind decoder cannot close it.",
     ),
     grid(*figures),
   ]  # fmt: skip
@@ -313,9 +310,9 @@ def _tables(results: dict) -> list[Html]:
     *(fit_cells(fit) for fit in results["fits"]),
   ]
   about = (
-    "The decoders. One that sees has its own prefix before it. \u201cBetween\u201d is all that is "
-    "neither word. Gap: how far the objective is from its best over all policies. KLs, entropy and "
-    "gap in nats per completion."
+    "The decoders. One that sees has its own prefix before it. “Between” is all that is neither "
+    "word. Gap: how far the objective is from its best over all policies. KLs, entropy and gap in "
+    "nats per completion."
   )
   ends = [
     [name, fit.replace("_", ", from the "), point["kind"],
@@ -324,10 +321,10 @@ def _tables(results: dict) -> list[Html]:
     for fit, point in results["gaussian"][name]["points"].items()
   ]  # fmt: skip
   where = (
-    "Where the Gaussians end, by Newton's method. Equal: weights 0.5 and 0.5 at \u22122 and 2, "
-    "\u03c3 0.5; unequal: 0.7 and 0.3 there; overlapping: 0.5 and 0.5 at \u22121 and 1, \u03c3 1."
+    "Where the Gaussians end, by Newton's method. Equal: weights 0.5 and 0.5 at \u22122 and 2, σ "
+    "0.5; unequal: 0.7 and 0.3 there; overlapping: 0.5 and 0.5 at \u22121 and 1, σ 1."
   )
-  head = ("Data", "Direction", "Kind", "Mean", "\u03c3", "KL, nats")
+  head = ("Data", "Direction", "Kind", "Mean", "σ", "KL, nats")
   return [
     element("h2", "All figures"),
     table(FIT_COLUMNS, fits, caption=about, words=2),

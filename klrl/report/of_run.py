@@ -266,8 +266,8 @@ def _curves(series: dict) -> list[Html]:
   )
   if max(map(len, series.values())) > MAX_POINTS:
     about += (
-      f" A line of more than {MAX_POINTS} points is drawn as the means of as many stretches, "
-      "its band from their lowest to their highest value."
+      f" A line of more than {MAX_POINTS} points is drawn as the means of as many stretches, its "
+      "band from their lowest to their highest value."
     )
   constant = [x for names in (*present, *rest) if names in still for x in names if x in series]
   if constant:
@@ -341,7 +341,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   body = [
     element("h1", title),
     element("p", _verdict(figures, series, experiment), class_="verdict"),
-    note(" \u00b7 ".join(facts)), *([note(str(penalty))] if penalty else []),
+    note(" · ".join(facts)), *([note(str(penalty))] if penalty else []),
     *_notices("Warnings", warnings, "warnings"), *_notices("Not complete", gaps, "missing"),
     element("h2", "Before and after"), _table(figures), *_optimum(optimum, figures, series),
     element("h2", "Curves"), *_curves(series),

@@ -42,8 +42,27 @@ def write_page(workdir: pathlib.Path, *, best_of_n: bool = False) -> pathlib.Pat
   optimum = _read_optimum(optimum) if optimum.exists() else None
   if optimum:
     found["before"] |= {"score": optimum["score"][0], "score_stderr": None}
+  settings, gain, before = settings_of(found), found["gain"], found["before"]
+  kl_name, start = kl_name_of(found), start_of(config)
+  finite = [setting for setting in settings if setting.records]
+  sentence, notes = (
+    exact_answer(finite) if optimum else answer(finite, gain, before, kl_name, start)
+  )
+  title = f"Sweep of {config['experiment']}"
+  text = page(
+    title,
+    element("h1", f"{title}: {len(found['members'])} members"),
+    element("p", sentence, class_="verdict"),
+    *map(paragraph, notes),
+    *_frontier(finite, before, kl_name, beside, optimum, start),
+    element("h2", "Members"),
+    *_members(settings, before, gain, kl_name, start),
+    element("h2", "Training"),
+    *_training(finite, series),
+    *_samples(finite, gain, samples, start),
+  )
   path = workdir / "report.html"
-  write_text(path, report(found, config, series, samples, beside, optimum))
+  write_text(path, text)
   return path
 
 
@@ -97,45 +116,6 @@ def start_of(config: dict) -> str:
   """Returns what the policy is called that all members begin with."""
   own = config.get("policy") or config.get("task") == "tree"
   return "the policy at the start" if own else "the SFT policy"
-
-
-def report(
-  found: dict,
-  config: dict,
-  series: dict,
-  samples: dict,
-  best_of_n: dict | None,
-  optimum: dict | None,
-) -> str:
-  """Returns the page.
-
-  Args:
-    found: what frontier.json holds.
-    config: what config.json holds.
-    series: member -> the objects of its metrics.jsonl.
-    samples: member -> the objects of its samples.jsonl.
-    best_of_n: what best_of_n.json holds, or None.
-    optimum: {"kl", "score"} of the best policies, where the task is enumerated.
-  """
-  settings, gain, before = settings_of(found), found["gain"], found["before"]
-  kl_name, start = kl_name_of(found), start_of(config)
-  finite = [setting for setting in settings if setting.records]
-  sentence, notes = (
-    exact_answer(finite) if optimum else answer(finite, gain, before, kl_name, start)
-  )
-  title = f"Sweep of {config['experiment']}"
-  return page(
-    title,
-    element("h1", f"{title}: {len(found['members'])} members"),
-    element("p", sentence, class_="verdict"),
-    *map(paragraph, notes),
-    *_frontier(finite, before, kl_name, best_of_n, optimum, start),
-    element("h2", "Members"),
-    *_members(settings, before, gain, kl_name, start),
-    element("h2", "Training"),
-    *_training(finite, series),
-    *_samples(finite, gain, samples, start),
-  )
 
 
 def _kinds(before: dict) -> list[str]:
@@ -212,9 +192,8 @@ def _turn(frontier: dict) -> str:
     return ""
   return (
     f" Their gold accuracy is highest at {digits(kl[top])} nats, {shown('gold', gold[top])}. "
-    "Further away the score still rises and the gold accuracy falls, to "
-    f"{shown('gold', gold[-1])} at {digits(kl[-1])} nats: what is gained there are the errors of "
-    "the reward model."
+    f"Further away the score still rises and the gold accuracy falls, to {shown('gold', gold[-1])} "
+    f"at {digits(kl[-1])} nats: what is gained there are the errors of the reward model."
   )
 
 
