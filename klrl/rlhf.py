@@ -67,7 +67,12 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str
 def announce(config) -> dict[str, Any]:
   """Says on screen what the KL penalty is and what is wrong with it; returns that as figures."""
   algorithm, warnings = config.algorithm(), config.kl_warnings()
-  description = objective.description(algorithm.penalty, kl_refresh=algorithm.kl_refresh)
+  steps = algorithm.num_epochs * algorithm.num_minibatches
+  description = objective.description(
+    algorithm.penalty,
+    kl_refresh=algorithm.kl_refresh,
+    one_step=steps == 1 and not algorithm.staleness,
+  )
   if algorithm.divergence is not kl_terms.reverse_kl:
     is_forward = algorithm.divergence is kl_terms.forward_kl
     name = "KL(ref||pi)" if is_forward else "Jensen-Shannon divergence"

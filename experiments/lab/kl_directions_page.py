@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from klrl.figures import KL, find, shown
+from klrl.figures import KL, digits, find, shown
 from klrl.report.page import Html, element, figure, grid, note, page, paragraph, table
 from klrl.report.plots import INK, PAGE_COLOURS, SERIES, plot
 
@@ -66,8 +66,8 @@ def report(results: dict) -> str:
       "With p_min the least old probability and δ = KL(old‖new), KL(new‖old) is at most δ / "
       "p_min. That is true, and exponentially loose for sequences; κ(1 / p_min) δ is sharp, with "
       f"κ(t) about ln t \u2212 1. At the right end of the picture (p_min = {bounds['p_min']:g}): "
-      f"{bounds['kl_new_old'][last]:.3g} nats, with bounds {bounds['sharp'][last]:.3g}, "
-      f"{bounds['log'][last]:.3g} and {bounds['linear'][last]:,.3g}."
+      f"{digits(bounds['kl_new_old'][last])} nats, with bounds {digits(bounds['sharp'][last])}, "
+      f"{digits(bounds['log'][last])} and {digits(bounds['linear'][last])}."
     ),
     figure(
       "KL(new‖old) and its bounds", "nats; an outcome of probability 1e-3 is raised",
@@ -151,7 +151,7 @@ def _anchors(runs: list[dict]) -> Html:
   ]
   legend = element("div", *names, class_="legend", style="margin: 1rem 0")
   keys = "kl/ref_exact", "kl/old_k3", "gold/mean", "score/mean"
-  return element("div", legend, grid(*map(drawn, keys)))
+  return element("div", legend, grid(*map(drawn, keys), least=26))
 
 
 def _epochs(runs: list[dict], beta: float) -> Html:

@@ -40,9 +40,9 @@ def _rl_is_reverse(results):
   x = results["three_tokens"]
   return (
     "With reward log p and the entropy of π as bonus, the objective is \u2212KL(π ‖ p): "
-    f"\u2212{-x['rl']:.4f} nats on the same three tokens. For any other reward r and weight \u03b1 of "
-    "the entropy the target is exp(r / \u03b1) / Z, which is the data only where r is \u03b1 log p and a "
-    "constant."
+    f"\u2212{digits(-x['rl'])} nats on the same three tokens. For any other reward r and weight "
+    "\u03b1 of the entropy the target is exp(r / \u03b1) / Z, which is the data only where r is "
+    "\u03b1 log p and a constant."
   )
 
 
@@ -321,10 +321,10 @@ def _tables(results: dict) -> list[Html]:
     for fit, point in results["gaussian"][name]["points"].items()
   ]  # fmt: skip
   where = (
-    "Where the Gaussians end, by Newton's method. Equal: weights 0.5 and 0.5 at \u22122 and 2, σ "
-    "0.5; unequal: 0.7 and 0.3 there; overlapping: 0.5 and 0.5 at \u22121 and 1, σ 1."
+    "Where the Gaussians end, by Newton's method. Equal: weights 0.5 and 0.5 at \u22122 and 2, "
+    "\u03c3 0.5; unequal: 0.7 and 0.3 there; overlapping: 0.5 and 0.5 at \u22121 and 1, \u03c3 1."
   )
-  head = ("Data", "Direction", "Kind", "Mean", "σ", "KL, nats")
+  head = ("Data", "Direction", "Kind", "Mean", "\u03c3", "KL, nats")
   return [
     element("h2", "All figures"),
     table(FIT_COLUMNS, fits, caption=about, words=2),

@@ -162,15 +162,30 @@ def audit(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> Audit:
   )
 
 
-def description(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> str:
-  """Returns what a reader of a run must know of its penalty, in one sentence."""
+_PLACES = {
+  "reward": "the KL is taken off the reward",
+  "loss": "the KL is a loss of its own",
+  "both": "a token's own KL is a loss, and the KL of the tokens behind it is taken off its reward",
+}
+
+
+def description(
+  penalty: KLPenalty, *, kl_refresh: str = "iteration", one_step: bool = False
+) -> str:
+  """Returns what a reader of a run must know of its penalty, in two or three sentences.
+
+  `one_step` says that there is but one gradient step on a rollout.
+  """
   if penalty.placement == "none":
     return "No KL penalty."
   claim = audit(penalty, kl_refresh=kl_refresh)
-  return (
-    f"KL penalty {penalty}: expected gradient {_named(claim.gradient)}, after the first step on a "
-    f"rollout {_named(claim.off_policy_gradient)}; leads to {claim.fixed_point}."
+  text = (
+    f"KL penalty {penalty}: {_PLACES[penalty.placement]}. Its expected gradient is "
+    f"{_named(claim.gradient)}, and leads to {claim.fixed_point}."
   )
+  if one_step or claim.off_policy_gradient == claim.gradient:
+    return text
+  return f"{text} In later steps on the same rollout it is {_named(claim.off_policy_gradient)}."
 
 
 def warnings_of(penalty: KLPenalty, *, allowed: bool, per_token_mean: bool) -> list[str]:
