@@ -27,6 +27,7 @@ from experiments.settings.common import setting
 from experiments.settings.kl import PENALISED
 from klrl import inputs
 from klrl.algorithm import Algorithm, Hypers, kl_terms, objective
+from klrl.devices import parallel
 from klrl.errors import UserError
 
 
@@ -100,6 +101,10 @@ def make_train_fn(config, root: str) -> Callable[[ppo.Config], pathlib.Path | st
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is shown, not run again."""
+  if not (config.teacher or config.dry_run):
+    # The teacher takes its time, so what can be wrong is looked at before.
+    parallel.check_batch_size(parallel.make_mesh(config.mesh), config.batch_size)
+    inputs.check_inputs(config.sources())
   config = with_teacher(config, make_train_fn(config, root))
   return training.run(config, "distill", "Distillation", root=root)
 

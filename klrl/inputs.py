@@ -118,6 +118,8 @@ def check_inputs(sources: Sources) -> None:
     data.read_prompts(sources.prompts, sources.prompt_template)
   if sources.reward:
     rewards.load_rewards(sources.reward)
+  if sources.pretrain_data:
+    _pretraining_texts(sources.pretrain_data)
 
 
 class Loaders(NamedTuple):
@@ -336,12 +338,15 @@ def _check_tokens(tokens, models: Models, source: str) -> None:
     )
 
 
+def _pretraining_texts(path: str) -> list[str]:
+  if data.is_text(path):
+    return data.read_documents(path)
+  return [record["text"] for record in data.read_records(path, ("text",))]
+
+
 def _pretraining(path: str, tokenizer: TokenizerInfo, row_len: int) -> Texts:
   """Returns the pretraining texts, cut to `row_len` tokens, the length of a rollout's rows."""
-  if data.is_text(path):
-    texts = data.read_documents(path)
-  else:
-    texts = [record["text"] for record in data.read_records(path, ("text",))]
-  encoded = data.windows(data.encode_texts([("", text) for text in texts], tokenizer), row_len)
+  texts = [("", text) for text in _pretraining_texts(path)]
+  encoded = data.windows(data.encode_texts(texts, tokenizer), row_len)
   examples = data.examples_of(encoded, tokenizer.pad_id)
   return Texts(examples.tokens, examples.mask)

@@ -171,7 +171,8 @@ def _run_group(
   setup = programs.set_up(config, mesh, models, task)
   if num_places > len(members):
     progress.console.print(
-      f"{num_places - len(members)} of {num_places} places on the devices stay without a member."
+      f"{len(members)} members are computed in {num_places} places, as many on each device; what "
+      "the places left over compute, a copy of the last member, is thrown away."
     )
   # An empty place repeats the last member, and its results are not read.
   configs = [member.config for member in members]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from experiments import dpo, kl_audit, ppo, reward_model, sft, sweep
+from experiments import distill, dpo, kl_audit, ppo, reward_model, sft, sweep
 from experiments.settings import common, usage
 from klrl.errors import UserError
 
@@ -54,3 +54,22 @@ def test_what_the_machine_lacks_is_told_before_anything_runs(tmp_path, monkeypat
     common.check_machine(ppo.Config(workdir=str(tmp_path / "file/run")))
   common.check_machine(ppo.Config(workdir=str(tmp_path / "new/run")))
   assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+  ("experiment", "changes", "message"),
+  [
+    (ppo, {"max_completion_len": 2}, "the embedded task needs 3"),
+    (ppo, {"max_completion_len": 40}, "leaves no room for a prompt"),
+    (ppo, {"pretrain_data": "nowhere.txt", "ptx_coef": 0.1}, r"no file nowhere\.txt"),
+    (ppo, {"reward": "nowhere.py:f"}, "no such Python file"),
+    (distill, {"batch_size": 127, "num_minibatches": 1}, "127"),
+  ],
+)
+def test_what_is_wrong_is_told_before_a_stage_is_trained(
+  experiment, changes, message, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match=message):
+    experiment.main(experiment.Config(**changes, workdir="run"))
+  assert not any(tmp_path.iterdir())

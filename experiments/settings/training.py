@@ -41,7 +41,10 @@ def _train(config: PolicyConfig, workdir: pathlib.Path, name: str, title: str) -
   # What can be wrong is looked at before the stages take their time.
   parallel.check_batch_size(parallel.make_mesh(config.mesh), config.batch_size)
   sources = config.sources()
-  inputs.check_inputs(sources)
+  if config.policy or config.task == "tree":
+    inputs.check_inputs(sources)
+  else:
+    shapes_of_inputs(config)  # All that can be known of models before stages have trained them.
   directories = model_directories(config)
   models = inputs.load_models(sources, **directories)
   task = inputs.load_task(sources, models)
