@@ -1,0 +1,1 @@
+"""Devices, mesh axes and processes; nothing else names them."""

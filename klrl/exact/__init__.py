@@ -1,0 +1,1 @@
+"""Exact ground truth: every completion of a small language, and closed forms of one choice."""

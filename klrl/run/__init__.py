@@ -1,0 +1,1 @@
+"""The folder of a run: its loop, checkpoints, metrics, summary and lock."""

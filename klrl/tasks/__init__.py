@@ -1,0 +1,1 @@
+"""Prompts, texts as tokens, rewards, verifiers, and the tasks that need no files."""
