@@ -16,9 +16,8 @@ import dataclasses
 import pathlib
 
 from experiments.settings import common, rl, training
-from experiments.settings.common import setting
-from experiments.settings.kl import PENALISED
-from klrl.algorithm import Algorithm, Hypers, advantage_rules, objective
+from experiments.settings.common import again, setting
+from klrl.algorithm import Algorithm, Hypers, advantage_rules
 from klrl.errors import UserError
 
 
@@ -26,8 +25,8 @@ from klrl.errors import UserError
 class Config(rl.SurrogateConfig):
   """Settings of GRPO and its relatives."""
 
-  num_epochs: int = setting(1, "passes over a rollout", minimum=1)
-  num_minibatches: int = setting(2, "gradient steps per pass", minimum=1)
+  num_epochs: int = again(rl.SurrogateConfig, "num_epochs", default=1)
+  num_minibatches: int = again(rl.SurrogateConfig, "num_minibatches", default=2)
   group_size: int = setting(8, "completions of each prompt", minimum=1)
   advantage: str = setting(
     "group_relative", "the advantage of a completion", choices=tuple(advantage_rules.RULES)
@@ -43,25 +42,10 @@ class Config(rl.SurrogateConfig):
   overlong_buffer: int = setting(
     0, "tokens before the limit over which a penalty rises to 1; 0: none", minimum=0
   )
-  kl_placement: str = setting("loss", "where the KL goes", choices=objective.PLACEMENTS)
-  kl_estimator: str = setting(
-    "k3",
-    "how the KL is estimated",
-    choices=objective.ESTIMATORS,
-    read_when=("kl_placement", PENALISED),
-  )
-  kl_correction: str = setting(
-    "token",
-    "importance weight of a loss term, for tokens of an older policy",
-    choices=objective.CORRECTIONS,
-    read_when=("kl_placement", PENALISED),
-  )
-  kl_credit: str = setting(
-    "token",
-    "whether a token answers for the KL of later ones",
-    choices=objective.CREDITS,
-    read_when=("kl_placement", PENALISED),
-  )
+  kl_placement: str = again(rl.SurrogateConfig, "kl_placement", default="loss")
+  kl_estimator: str = again(rl.SurrogateConfig, "kl_estimator", default="k3")
+  kl_correction: str = again(rl.SurrogateConfig, "kl_correction", default="token")
+  kl_credit: str = again(rl.SurrogateConfig, "kl_credit", default="token")
 
   def __post_init__(self):
     super().__post_init__()

@@ -35,7 +35,7 @@ def test_loops_count_as_often_as_they_run():
 
   def fn(x, weights):
     x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)
-    with hlo.at_most(7):
+    with jax.named_scope("at_most(7)"):
       go_on = lambda carry: (carry[0] < 7) & (carry[1].sum() < 9e9)  # noqa: E731
       step = lambda carry: (carry[0] + 1, jnp.tanh(carry[1] @ weights[0]))  # noqa: E731
       return jax.lax.while_loop(go_on, step, (0, x))

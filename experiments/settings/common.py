@@ -57,6 +57,12 @@ def setting(
   return dataclasses.field(default=default, metadata=metadata)
 
 
+def again(config_class, name: str, *, default) -> Any:
+  """Returns the setting `name` of `config_class` with another default."""
+  metadata = config_class.__dataclass_fields__[name].metadata
+  return dataclasses.field(default=default, metadata=metadata)
+
+
 STAGES = "runs/stages"  # where the embedded stages leave their models
 CHOSEN = -1.0  # a learning rate that the experiment chooses
 ACCEPT_CHANGED_INPUTS = setting(

@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 _SENT = {
@@ -67,11 +66,6 @@ class Costs(NamedTuple):
   bytes: float
   collectives: dict[tuple[str, str], float]  # (kind, mesh axes as "data,fsdp") -> bytes sent
   unknown_loops: int  # loops of unknown length, which were taken to run once
-
-
-def at_most(num_steps: int):
-  """Returns a context: a loop that is made in it is counted as `num_steps` steps."""
-  return jax.named_scope(f"at_most({num_steps})")
 
 
 def costs(text: str, mesh_shape: dict[str, int]) -> Costs:
