@@ -112,8 +112,10 @@ def test_shows_the_figures_of_a_run(tmp_path):
   path = write_report(write_run(tmp_path))
   assert path == tmp_path / "report.html"
   shown = Page(path)
-  verdict = "The score rose from 0.50 ± 0.10 to 1.75 ± 0.20, at 3.98 ± 0.12 nats per sequence of KL"
-  assert verdict + " from the reference (exact)." in shown.text
+  verdict = (
+    "On held-out prompts, the score rose from 0.50 ± 0.10 to 1.75 ± 0.20, at 3.98 ± 0.12 nats"
+  )
+  assert verdict + " per sequence of KL from the reference (exact)." in shown.text
   assert "5 iterations · 2 min 31 s" in shown.text
   assert "KL(π‖ref), k1 nats per sequence \u2013 4.02 ± 0.31" in shown.text
   assert "Warnings the gradient is biased" in shown.text
@@ -336,23 +338,23 @@ HEADLINES = {
     {"score_before": -1.89, "score_before_stderr": 0.09, "score_after": -1.8}
     | {"score_after_stderr": 0.08, "gold_before": 0.5, "gold_before_stderr": 0.02}
     | {"gold_after": 0.75, "gold_after_stderr": 0.02},
-    "The score did not change beyond its error, from \u22121.890 ± 0.090 to \u22121.800 ± 0.080; "
-    "the gold accuracy rose from 50.0 ± 2.0% to 75.0 ± 2.0%.",
+    "On held-out prompts, the score did not change beyond its error, from \u22121.890 ± 0.090 to "
+    "\u22121.800 ± 0.080; the gold accuracy rose from 50.0 ± 2.0% to 75.0 ± 2.0%.",
   ),
   "pairs": (
     {"held_out_examples": 300, "held_out_accuracy": 2 / 3, "held_out_accuracy_stderr": 0.03}
     | {"kl_ref_exact": 0.25},
-    "The policy agrees with the labels of 66.7 ± 3.0% of 300 held-out pairs, at 0.25 nats",
+    "the policy agrees with the labels of 66.7 ± 3.0% of 300 pairs, at 0.25 nats",
   ),
   "chance": (
     {"held_out_examples": 40, "held_out_accuracy": 0.6, "held_out_accuracy_stderr": 0.08},
-    "The policy agrees with the labels of 60.0 ± 8.0% of 40 held-out pairs, no more than chance.",
+    "the policy agrees with the labels of 60.0 ± 8.0% of 40 pairs, no more than chance.",
   ),
   "the same examples": (
     {"held_out_examples": 40, "held_out_cross_entropy": 1.0, "held_out_cross_entropy_stderr": 0.2}
     | {"held_out_cross_entropy_before": 1.1, "held_out_cross_entropy_before_stderr": 0.2}
     | {"held_out_cross_entropy_change_stderr": 0.01},
-    "The cross-entropy fell from 1.10 ± 0.20 to 1.00 ± 0.20.",
+    "On held-out examples, the cross-entropy fell from 1.10 ± 0.20 to 1.00 ± 0.20.",
   ),
   "enumerated": (
     {"objective_gap": 0.1234, "tv_to_optimum": 0.3, "score_before": 0.0, "score_after": 1.0},

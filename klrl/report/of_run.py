@@ -152,7 +152,7 @@ def _agreement(figures: dict[str, object], experiment: object) -> str:
     return ""
   who = "the reward model" if experiment == "reward_model" else "the policy"
   many = number(figures.get("held_out_examples"))
-  pairs = f"{many:,.0f} held-out pairs" if many else "held-out pairs"
+  pairs = f"{many:,.0f} pairs" if many else "the pairs"
   chance = ", no more than chance" if error is not None and share - 2 * error <= 0.5 else ""
   return (
     f"{who} agrees with the labels of {shown('held_out_accuracy', share, error)} of {pairs}{chance}"
@@ -161,7 +161,8 @@ def _agreement(figures: dict[str, object], experiment: object) -> str:
 
 def _verdict(figures: dict[str, object], series: dict, experiment: object) -> str:
   """Returns the run in one sentence; without a summary, from its first and last iteration."""
-  where = ""
+  examples = number(figures.get("held_out_examples")) is not None
+  where = "on held-out examples, " if examples else "on held-out prompts, "
   if not any(number(figures.get(x)) is not None for x in ("score_after", "held_out_examples")):
     where = "in training, "
     figures = {name.replace("/", "_"): [*values.values()][-1] for name, values in series.items()}
@@ -171,6 +172,7 @@ def _verdict(figures: dict[str, object], series: dict, experiment: object) -> st
         figures |= {f"{name}_before": values[0], f"{name}_after": values[-1]}
   parts = []
   if number(figures.get("objective_gap")) is not None:
+    where = ""
     gap, distance = (shown(x, figures[x]) for x in ("objective_gap", "tv_to_optimum"))
     parts.append(
       f"the policy lacks {gap} of what the best policy for this beta gains, at a total variation "

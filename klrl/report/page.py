@@ -165,7 +165,7 @@ def fold(title: str, *content: Html) -> Html:
 
 def grid(*figures: Html, least: int = 19) -> Html:
   """Returns pictures side by side, each at least so many letters wide."""
-  style = f"grid-template-columns: repeat(auto-fit, minmax(min(100%, {least}rem), 1fr))"
+  style = f"grid-template-columns: repeat(auto-fill, minmax(min(100%, {least}rem), 1fr))"
   return element("div", *figures, class_="curves", style=style)
 
 
