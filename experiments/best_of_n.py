@@ -39,7 +39,7 @@ from klrl.exact import bandits, oracle
 from klrl.figures import KL
 from klrl.run import progress
 from klrl.run.summary import read_summary
-from klrl.tasks import arithmetic, data
+from klrl.tasks import data, verifier
 
 MAX_ENUMERATED = 100_000  # completions of one problem
 # Of the best policies, from the policy drawn from to where nothing but the highest score counts.
@@ -312,7 +312,7 @@ def exact_figures(config: Config, models: inputs.Models, prompts: data.Prompts, 
   tree = oracle.make_tree(models.policy.config.num_tokens, horizon, eos_id=models.tokenizer.eos_id)
   logits_fn = jax.jit(lambda x: oracle.decoder_logits(models.policy, models.policy_params, tree, x))
   score = jax.jit(models.reward_model.scores)
-  gold_fn = jax.jit(arithmetic.accuracy, static_argnames="pad_id")
+  gold_fn = jax.jit(verifier.accuracy, static_argnames="pad_id")
   pad_id = models.tokenizer.pad_id
   found = []
   for i in range(min(config.num_enumerated, len(prompts.tokens))):

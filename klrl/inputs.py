@@ -5,7 +5,7 @@ check_inputs -> load_models -> load_task
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,8 +29,9 @@ from klrl.models import (
   uniform_policy,
 )
 from klrl.run import progress
-from klrl.tasks import arithmetic, data, math_answers, rewards, tree
-from klrl.tasks.verifier import Verifier
+from klrl.tasks import data, math_answers, rewards
+from klrl.tasks.registry import TASKS
+from klrl.tasks.verifier import Verifier, answer_tokens
 
 EMBEDDED = "embedded"  # stands for the model of a stage that is not run
 UNIFORM = "uniform"  # a reference that needs no directory
@@ -104,7 +105,7 @@ class Task(NamedTuple):
   rewards: list[rewards.Reward]  # if empty, the reward model scores on the device
   verifier: Verifier | None
   pretraining: Texts | None  # mixed into the loss
-  exact: tree.Exact | None = None  # where all completions are enumerated
+  exact: Any = None  # a `tree.Exact` where all completions are enumerated
 
 
 @processes.together
@@ -192,8 +193,8 @@ def load_models(
       value_config, value_params, frozen = add_lora(*start, value_key, rank=sources.lora_rank)
       base |= {"value": frozen} if frozen else {}
     value_model = scalar_model(value_config)
-  if sources.task == "tree":
-    scorer, reward_params = tree.scorer(policy_config)
+  if scorer_of := TASKS[sources.task].scorer:
+    scorer, reward_params = scorer_of(policy_config)
   sampler_dtype = sources.dtype if sources.sampler_dtype == "trainer" else sources.sampler_dtype
   return Models(
     tokenizer,
@@ -262,7 +263,8 @@ def load_task(sources: Sources, models: Models) -> Task:
   Raises:
     UserError: the prompt file or the reward function cannot be used.
   """
-  if sources.prompts:
+  embedded = None if sources.prompts else TASKS[sources.task]
+  if embedded is None:
     max_completion_len = sources.max_completion_len or 64
     records = data.read_prompts(sources.prompts, sources.prompt_template)
     if sources.max_prompt_len:
@@ -274,12 +276,9 @@ def load_task(sources: Sources, models: Models) -> Task:
     order = np.random.default_rng((sources.data_seed, 3)).permutation(len(records))
     num_held_out = max(1, int(_HELD_OUT_SHARE * len(records)))
     parts = [records[i] for i in order[num_held_out:]], [records[i] for i in order[:num_held_out]]
-  elif sources.task == "tree":
-    max_completion_len = tree.HORIZON
-    parts = tree.prompt_records(), tree.prompt_records()
   else:
-    max_completion_len = sources.max_completion_len or arithmetic.MAX_COMPLETION_LEN
-    parts = tuple(arithmetic.prompt_records(held_out=held_out) for held_out in (False, True))
+    max_completion_len = sources.max_completion_len or embedded.max_completion_len
+    parts = tuple(embedded.prompts(held_out=held_out) for held_out in (False, True))
   context = min(
     model.config.max_len
     for model in (models.policy, models.reference, models.value_model, models.reward_model)
@@ -296,13 +295,10 @@ def load_task(sources: Sources, models: Models) -> Task:
   )
   for part in (training, held_out):
     _check_tokens(part.tokens, models, sources.prompts)
-  is_arithmetic = not sources.prompts and sources.task == "arithmetic"
-  if is_arithmetic:
+  if embedded and embedded.has_one_answer:
     training, held_out = (
       part._replace(
-        answers=arithmetic.answer_tokens(
-          part.records, models.tokenizer, max_completion_len=max_completion_len
-        )
+        answers=answer_tokens(part.records, models.tokenizer, max_completion_len=max_completion_len)
       )
       for part in (training, held_out)
     )
@@ -313,7 +309,7 @@ def load_task(sources: Sources, models: Models) -> Task:
   if pretraining:
     _check_tokens(pretraining.tokens, models, sources.pretrain_data)
   weighted = rewards.load_rewards(sources.reward) if sources.reward else []
-  verifier = arithmetic.VERIFIER if is_arithmetic else None
+  verifier = embedded.verifier if embedded else None
   if any(reward.name == rewards.MATH for reward in weighted):
     verifier = math_answers.VERIFIER
   return Task(
@@ -323,8 +319,8 @@ def load_task(sources: Sources, models: Models) -> Task:
     weighted,
     verifier,
     pretraining or None,
-    tree.Exact(models.policy, models.reference, models.reference_params)
-    if sources.enumerated
+    embedded.exact(models.policy, models.reference, models.reference_params)
+    if embedded and sources.enumerated
     else None,
   )
 

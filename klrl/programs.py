@@ -15,7 +15,7 @@ from klrl.inputs import Models, Task
 from klrl.models import ScalarModel, TokenizerInfo, join
 from klrl.run import progress
 from klrl.sampling import Rollout, make_sample_fn
-from klrl.tasks import arithmetic, data, reward_calls, rewards
+from klrl.tasks import data, reward_calls, rewards, verifier
 
 _SLOW_REWARD_SHARE = 0.5
 
@@ -232,7 +232,7 @@ def make_gold_fn(prompts: data.Prompts, tokenizer: TokenizerInfo) -> Callable | 
   if prompts.answers is None:
     return None
   answers = jnp.asarray(prompts.answers)
-  return lambda rollout, rows: arithmetic.accuracy(
+  return lambda rollout, rows: verifier.accuracy(
     completions.completion_tokens(rollout),
     rollout.completion_mask,
     answers[rows],

@@ -6,6 +6,7 @@ import pytest
 
 from klrl.errors import UserError
 from klrl.tasks import arithmetic
+from klrl.tasks.verifier import accuracy, answer_tokens
 
 TOKENIZER = arithmetic.make_tokenizer()
 PAD, EOS = TOKENIZER.pad_id, TOKENIZER.eos_id
@@ -102,7 +103,7 @@ def test_draws_depend_on_the_seed_alone():
 
 
 def test_answer_tokens_end_with_the_end_of_sequence():
-  tokens = arithmetic.answer_tokens(
+  tokens = answer_tokens(
     [{"answer": "07"}, {"answer": "98"}], TOKENIZER, max_completion_len=4
   )
   # Digit d has id d + 3.
@@ -126,18 +127,18 @@ def test_answer_tokens_end_with_the_end_of_sequence():
   ],
 )
 def test_only_the_exact_answer_counts(completion, expected):
-  answers = arithmetic.answer_tokens([{"answer": "12"}], TOKENIZER, max_completion_len=4)
+  answers = answer_tokens([{"answer": "12"}], TOKENIZER, max_completion_len=4)
   # What stands behind the end is not part of the completion.
   row = np.full((1, 4), 9, np.int32)
   row[0, : len(completion)] = completion
   mask = np.arange(4)[None] < len(completion)
-  returned = jax.jit(arithmetic.accuracy, static_argnames="pad_id")(row, mask, answers, pad_id=PAD)
+  returned = jax.jit(accuracy, static_argnames="pad_id")(row, mask, answers, pad_id=PAD)
   np.testing.assert_array_equal(returned, np.float32([expected]))
 
 
 def test_a_completion_too_short_for_an_answer_is_refused():
   with pytest.raises(UserError, match="the embedded task needs 3"):
-    arithmetic.answer_tokens([{"answer": "12"}], TOKENIZER, max_completion_len=2)
+    answer_tokens([{"answer": "12"}], TOKENIZER, max_completion_len=2)
 
 
 def test_the_verifier_reads_what_accuracy_reads_from_the_text():

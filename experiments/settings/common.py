@@ -25,6 +25,7 @@ from klrl.run import metrics
 from klrl.run.loop import Interrupted
 from klrl.run.progress import console, fail
 from klrl.run.workdir import check_writable, is_read
+from klrl.tasks.registry import TASKS
 
 
 def setting(
@@ -172,11 +173,11 @@ class PromptFields:
 
   task: str = setting(
     "arithmetic",
-    "the embedded task; in `tree` every completion and the best policy are known",
-    choices=("arithmetic", "tree"),
+    "the embedded task: " + "; ".join(f"{name} {task.about}" for name, task in TASKS.items()),
+    choices=tuple(TASKS),
     read_when=("policy", ("",)),
   )
-  prompts: str = setting("", "JSON lines with a column prompt; default: embedded arithmetic")
+  prompts: str = setting("", "JSON lines with a column prompt; default: the embedded task's")
   prompt_template: str = setting(
     "{prompt}", r"a prompt, made of a line's columns, e.g. 'Question: {question}\nAnswer:'"
   )
@@ -187,7 +188,7 @@ class PromptFields:
     minimum=0,
   )
   max_completion_len: int = setting(
-    0, "most tokens of a completion; 0: 4 for embedded arithmetic, else 64", minimum=0
+    0, "most tokens of a completion; 0: the embedded task's limit, else 64", minimum=0
   )
 
 

@@ -23,12 +23,14 @@ from klrl import inputs, ops
 from klrl.algorithm import Algorithm, Hypers, beta_rules, memory, objective, policy_losses
 from klrl.algorithm.optimizer import SCHEDULES, make_schedule
 from klrl.errors import UserError
+from klrl.tasks.registry import TASKS
 from klrl.tasks.rewards import reads_model
 
 _KL_TRUST_REGIONS = ("kl_old_new", "kl_new_old")
 _CLIPPED = ("clip", "sequence_clip")
-_OTHER_TASKS = ("reward", "reward_model", "max_completion_len", "sft_iterations")
-_OTHER_TASKS += ("reward_model_iterations",)
+# What a task with a policy of its own, and one with scores of its own, has no use for.
+_STAGES = ("sft_iterations", "reward_model_iterations")
+_SCORES = ("reward", "reward_model", "max_completion_len")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,16 +71,16 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
     for name, default in (("prompt_template", "{prompt}"), ("max_prompt_len", 0)):
       if getattr(self, name) != default and not self.prompts:
         raise UserError(f"--{name} is set, but nothing reads it without --prompts.")
-    if self.task == "tree":
-      self.check_tree()
+    self.check_task()
 
   def missing_inputs(self) -> list[str]:
     """Returns the flags that a model of the user's takes and that are not given."""
     return [] if self.prompts else ["prompts: --prompts=FILE.jsonl"]
 
-  def check_tree(self) -> None:
-    """Raises UserError where the experiment cannot be run on the tree."""
-    raise UserError("--task=tree is a table of scores, and this experiment reads none.")
+  def check_task(self) -> None:
+    """Raises UserError where the experiment cannot be run on the embedded task."""
+    if TASKS[self.task].scorer:
+      raise UserError(f"--task={self.task} is a table of scores, and this experiment reads none.")
 
   def reads_scores(self) -> bool:
     """Returns whether anything scores completions; else every score is 0."""
@@ -198,10 +200,15 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields):
       )
     return missing
 
-  def check_tree(self) -> None:
+  def check_task(self) -> None:
+    task = TASKS[self.task]
+    unread = (_STAGES if task.write_policy else ()) + (_SCORES if task.scorer else ())
     for field in dataclasses.fields(self):
-      if field.name in _OTHER_TASKS and getattr(self, field.name) != field.default:
-        raise UserError(f"--{field.name} is set, but nothing reads it with --task=tree.")
+      if field.name in unread and getattr(self, field.name) != field.default:
+        raise UserError(f"--{field.name} is set, but nothing reads it with --task={self.task}.")
+    has_scores = task.scorer or self.reward_model or not self.reads_reward_model()
+    if task.write_policy and not has_scores:
+      raise UserError(f"--task={self.task} has no reward model: add --reward=FILE.py:FUNCTION.")
 
   def reads_scores(self) -> bool:
     return True
@@ -233,7 +240,7 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields):
       reference=self.reference,
       reward_model=self.reward_model,
       reward=self.reward,
-      enumerated=self.task == "tree" and is_known,
+      enumerated=TASKS[self.task].exact is not None and is_known,
     )
 
 

@@ -18,7 +18,7 @@ from klrl.report.of_run import write_report
 from klrl.run import lock, progress
 from klrl.run.summary import once
 from klrl.run.workdir import create_workdir, find_workdir
-from klrl.tasks import arithmetic, tree
+from klrl.tasks.registry import TASKS
 
 
 def run(config: PolicyConfig, name: str, title: str, *, root: str) -> pathlib.Path:
@@ -41,7 +41,7 @@ def _train(config: PolicyConfig, workdir: pathlib.Path, name: str, title: str) -
   # What can be wrong is looked at before the stages take their time.
   parallel.check_batch_size(parallel.make_mesh(config.mesh), config.batch_size)
   sources = config.sources()
-  if config.policy or config.task == "tree":
+  if config.policy or TASKS[config.task].write_policy:
     inputs.check_inputs(sources)
   else:
     shapes_of_inputs(config)  # All that can be known of models before stages have trained them.
@@ -59,7 +59,8 @@ def _train(config: PolicyConfig, workdir: pathlib.Path, name: str, title: str) -
 
 def stages_of(config: PolicyConfig, directories: dict[str, str]) -> list[str]:
   """Returns those of the models' directories that trained stages left."""
-  return [] if config.task == "tree" else [path for path in directories.values() if path]
+  has_own = TASKS[config.task].write_policy
+  return [] if has_own else [path for path in directories.values() if path]
 
 
 def shapes_of_inputs(config: PolicyConfig) -> tuple[inputs.Models, inputs.Task]:
@@ -68,11 +69,11 @@ def shapes_of_inputs(config: PolicyConfig) -> tuple[inputs.Models, inputs.Task]:
   No weights are read and no stage is trained: models of directories are as their config.json has
   them, those of the embedded stages as these make them.
   """
-  if config.task == "tree":
-    raise UserError("--dry_run has nothing to say of --task=tree, which fits anywhere.")
+  if TASKS[config.task].write_policy:
+    raise UserError(f"--dry_run has nothing to say of --task={config.task}, which fits anywhere.")
   sources = config.sources()
   inputs.check_inputs(sources)
-  tokenizer = arithmetic.make_tokenizer()
+  tokenizer = TASKS[config.task].tokenizer()
   from_configs = dry_run.FROM_CONFIGS
 
   def policy(path):
@@ -105,12 +106,11 @@ def model_directories(config: PolicyConfig) -> dict[str, str]:
   """Returns the directories of policy and reward model, running the embedded stages if need be."""
   if config.policy:
     return {"policy": config.policy, "reward_model": config.sources().reward_model}
-  if config.task == "tree":
-    write = processes.on_writer(tree.write_policy)
+  if write_policy := TASKS[config.task].write_policy:
     root = pathlib.Path(STAGES)
-    with lock.held(root / "tree", wait=True):
-      directory = write(root, config.init_seed)
-    return {"policy": str(directory), "reward_model": ""}
+    with lock.held(root / config.task, wait=True):
+      directory = processes.on_writer(write_policy)(root, config.init_seed)
+    return {"policy": str(directory), "reward_model": config.sources().reward_model}
   if not config.reads_reward_model():
     return {"policy": str(reward_model.run_sft_stage(_stages(config))), "reward_model": ""}
   stages = dataclasses.replace(_stages(config), num_iterations=config.reward_model_iterations)

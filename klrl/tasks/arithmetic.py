@@ -7,15 +7,12 @@ are of imperfect quality, and preferences carry label noise. An exact verifier (
 the gold score, which no training stage ever sees. A tenth of the problems is held out.
 """
 
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from klrl.errors import UserError
 from klrl.models import TokenizerInfo
 from klrl.tasks.verifier import Verifier
 
-ANSWER_LEN = 3  # two digits and the end-of-sequence
 MAX_COMPLETION_LEN = 4  # room for one digit too many
 _SPECIAL = ("<pad>", "<s>", "</s>")
 _OPERANDS = 50
@@ -116,41 +113,7 @@ def _wild_guess(rng: np.random.Generator, a: int, b: int) -> str:
   return f"{(a + b + rng.integers(1, 100)) % 100:02d}"
 
 
-def answer_tokens(
-  records: list[dict[str, str]], tokenizer: TokenizerInfo, *, max_completion_len: int
-) -> np.ndarray:
-  """Returns [N, T] int32, each record's right completion with its end-of-sequence, padded to T.
-
-  Raises:
-    UserError: T is shorter than an answer.
-  """
-  if max_completion_len < ANSWER_LEN:
-    raise UserError(
-      f"--max_completion_len={max_completion_len}: the embedded task needs {ANSWER_LEN}, two "
-      "digits and the end-of-sequence."
-    )
-  answers = np.full((len(records), max_completion_len), tokenizer.pad_id, np.int32)
-  for row, record in zip(answers, records, strict=True):
-    ids = tokenizer.tokenizer.encode(record["answer"], add_special_tokens=False).ids
-    row[: len(ids) + 1] = [*ids, tokenizer.eos_id]
-  return answers
-
-
-def accuracy(completions, completion_mask, answers, *, pad_id: int):
-  """Returns [B] float32: 1 where the completion is exactly the answer and ends there, else 0.
-
-  Args:
-    completions: [B, T] int32 sampled tokens.
-    completion_mask: [B, T] bool.
-    answers: [B, T] int32 rows of `answer_tokens`.
-    pad_id: the padding token of `answers`.
-  """
-  return jnp.all(jnp.where(completion_mask, completions, pad_id) == answers, axis=1).astype(
-    jnp.float32
-  )
-
-
-# This is `accuracy` of a text, in which the end-of-sequence and other special tokens do not appear.
+# This is `verifier.accuracy` of a text, in which no special token appears.
 VERIFIER = Verifier(
   answer_of=lambda completion: completion if completion.isdecimal() else None,
   is_right=lambda completion, record: completion == record["answer"],

@@ -70,8 +70,9 @@ def write_policy(root: pathlib.Path, seed: int) -> pathlib.Path:
   return directory
 
 
-def prompt_records() -> list[dict[str, str]]:
-  """Returns the one prompt, `NUM_ROWS` times."""
+def prompt_records(*, held_out: bool) -> list[dict[str, str]]:
+  """Returns the one prompt, `NUM_ROWS` times; it is held out as well."""
+  del held_out
   return [{"prompt": ""}] * NUM_ROWS
 
 

@@ -5,7 +5,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+
+from klrl.errors import UserError
+from klrl.models import TokenizerInfo
 
 
 class Verifier(NamedTuple):
@@ -22,6 +26,40 @@ class Verifier(NamedTuple):
 def right(verifier: Verifier, texts: list[str], records: list[dict[str, Any]]) -> np.ndarray:
   """Returns [B] float32, 1 where the completion is right, else 0."""
   return np.array(list(map(verifier.is_right, texts, records)), np.float32)
+
+
+def answer_tokens(
+  records: list[dict[str, Any]], tokenizer: TokenizerInfo, *, max_completion_len: int
+) -> np.ndarray:
+  """Returns [N, T] int32, the column `answer` of each record and an end-of-sequence, padded to T.
+
+  Raises:
+    UserError: T is shorter than an answer.
+  """
+  texts = [tokenizer.tokenizer.encode(x["answer"], add_special_tokens=False).ids for x in records]
+  longest = max(map(len, texts), default=0) + 1
+  if max_completion_len < longest:
+    raise UserError(
+      f"--max_completion_len={max_completion_len}: the embedded task needs {longest}, its longest "
+      "answer and the end-of-sequence."
+    )
+  answers = np.full((len(records), max_completion_len), tokenizer.pad_id, np.int32)
+  for row, ids in zip(answers, texts, strict=True):
+    row[: len(ids) + 1] = [*ids, tokenizer.eos_id]
+  return answers
+
+
+def accuracy(completions, completion_mask, answers, *, pad_id: int):
+  """Returns [B] float32: 1 where the completion is exactly the answer and ends there, else 0.
+
+  Args:
+    completions: [B, T] int32 sampled tokens.
+    completion_mask: [B, T] bool.
+    answers: [B, T] int32 rows of `answer_tokens`.
+    pad_id: the padding token of `answers`.
+  """
+  is_answer = jnp.where(completion_mask, completions, pad_id) == answers
+  return jnp.all(is_answer, axis=1).astype(jnp.float32)
 
 
 def pass_at_k(is_right: np.ndarray, k: int) -> np.ndarray:
