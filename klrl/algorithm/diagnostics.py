@@ -73,7 +73,7 @@ def of_minibatch(algorithm, terms: Terms, kl: kl_terms.TokenTerms, sampler_log_p
     "kl/sampler_k1": per_sequence(ops.k1(sampler_log_probs, terms.log_probs), mask),
     "kl/sampler_k3": per_sequence(ops.k3(sampler_log_probs, terms.log_probs), mask),
   }
-  if terms.values is not None:
+  if terms.values is not None and terms.old_values is not None:
     clipped = abs(terms.values - terms.old_values) > hypers.value_clip_eps
     metrics["value/clip_fraction"] = per_token(clipped)
   if algorithm.penalty.in_loss and algorithm.penalty.correction == "prefix":

@@ -83,7 +83,9 @@ def make_loss_fn(algorithm: Algorithm, policy, value_model):
     }
     if batch.pretraining is not None:
       weights["policy/pretraining_loss"] = context.hypers.ptx_coef
-      metrics["policy/pretraining_loss"] = _cross_entropy(policy, params["policy"], batch)
+      metrics["policy/pretraining_loss"] = _cross_entropy(
+        policy, params["policy"], batch.pretraining
+      )
     sampler_log_probs = batch.rollout.sampler_log_probs
     metrics |= diagnostics.of_minibatch(algorithm, terms, kl, sampler_log_probs, context.hypers)
     return weights, metrics
@@ -150,9 +152,9 @@ def _refreshed(
   return batch._replace(advantages=advantages, returns=returns)
 
 
-def _cross_entropy(policy, params, batch: Batch):
-  """Returns (sum, count) of -log pi over the pretraining texts' tokens after the first, nats."""
-  tokens, mask = batch.pretraining
+def _cross_entropy(policy, params, texts: Texts):
+  """Returns (sum, count) of -log pi over the texts' tokens after the first, nats."""
+  tokens, mask = texts
   hidden = policy.hidden(params, tokens, mask)[:, :-1]
   log_probs = ops.token_log_probs_from_hidden(hidden, policy.unembedding(params), tokens[:, 1:])
   return ops.token_mean(-log_probs, mask[:, 1:])

@@ -45,6 +45,7 @@ def _weighted_estimate(penalty: KLPenalty, terms: TokenTerms, log_cap):
   """Returns [..., T] the estimate times its weight; the cap bounds the weight's value alone."""
   log_weight = _log_prefix_weight(penalty, terms)
   if penalty.estimator == "exact":
+    assert terms.exact_kl is not None
     # The exact KL is summed over the choice at t already; a sampled one needs that ratio too.
     capped = jnp.minimum(log_weight, log_cap)
     log_weight += jax.lax.stop_gradient(capped - log_weight)
@@ -62,7 +63,9 @@ def _weighted_estimate(penalty: KLPenalty, terms: TokenTerms, log_cap):
   )
 
 
-def kl_loss(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap=jnp.inf) -> jax.Array:
+def kl_loss(
+  penalty: KLPenalty, terms: TokenTerms, *, prefix_cap: jax.Array | float = jnp.inf
+) -> jax.Array:
   """Returns [..., T] the loss term of a penalty `in_loss`, per unit of beta; zero in the padding.
 
   With credit `sequence` and correction `prefix`, differentiating the sum over a completion gives
@@ -111,6 +114,7 @@ def reward_kl(penalty: KLPenalty, log_probs, ref_log_probs, exact_kl=None) -> ja
   if not penalty.in_reward:
     return jnp.zeros_like(log_probs)
   if penalty.estimator == "exact":
+    assert exact_kl is not None
     kl = exact_kl
   elif penalty.placement == "both" and penalty.estimator == "k2":
     kl = ops.k1(log_probs, ref_log_probs)  # k2's own value is biased; its loss term is not

@@ -96,7 +96,7 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
     metrics = diagnostics.rollout_metrics(rollout, scores)
     if algorithm.sampler_correction != "none":
       rollout = preparation.rescored(policy, models["policy"], rollout, hypers)
-    if algorithm.staleness:
+    if state.replay is not None:
       replay, rollout, scores = memory.exchanged(state.replay, rollout, scores, state.iteration)
       state = state._replace(replay=replay)
     reference_params = frozen["reference"]
@@ -173,7 +173,7 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
     if has_kl:
       metrics["controller/effective_beta"] = (beta * score_std, 1.0)
     controller, trust_region, controller_metrics = _controlled(algorithm, state, metrics)
-    if state.reference is not None:
+    if state.reference is not None and algorithm.reference_rule is not None:
       moved = algorithm.reference_rule(
         state.reference, params["policy"], state.iteration, algorithm, hypers
       )

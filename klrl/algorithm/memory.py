@@ -16,7 +16,7 @@ from klrl.sampling import Rollout
 class ScoreStats(NamedTuple):
   """Number, mean and sum of squared deviations of the scores so far."""
 
-  count: jax.Array
+  count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride], of tuples
   mean: jax.Array
   squares: jax.Array
 

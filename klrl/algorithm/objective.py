@@ -204,7 +204,7 @@ def warnings_of(penalty: KLPenalty, *, allowed: bool, per_token_mean: bool) -> l
     return []
   warnings = []
   claim = audit(penalty)
-  if claim.verdict == "refused":
+  if claim.instead is not None:
     what = (
       f"The KL penalty {penalty} does not descend KL(pi||ref): its expected gradient is "
       f"{_named(claim.gradient)}. Use {claim.instead} instead"

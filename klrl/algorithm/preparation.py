@@ -26,9 +26,10 @@ def shaped_scores(scores, rollout: Rollout, hypers) -> jax.Array:
   return scores - over - unfinished - hypers.length_penalty * lengths
 
 
-def informative_groups(rollout: Rollout, scores, *, group_size: int, batch_size: int):
+def informative_groups(rollout, scores, *, group_size: int, batch_size: int):
   """Returns (rollout, scores, share): the first `batch_size` rows of groups whose scores differ.
 
+  `rollout` is any tree of arrays [B, ...], such as a `Rollout` and what is known of it.
   Where they do not suffice, groups of equal scores fill the batch; their advantages are zero.
   `share` is the share of groups whose scores differ. Qiying Yu et al., "DAPO", 2025, section 3.2,
   with a fixed amount of oversampling instead of sampling until the batch is full.
