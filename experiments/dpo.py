@@ -18,8 +18,10 @@ probability sigmoid(score - other score). That is the population for which the o
 pi* = pi_ref exp(score / beta) / Z, which is also what PPO with this beta against this reward model
 looks for. (The embedded preferences, right answers against slips, come from no policy.) IPO is led
 to a policy of its own by such labels, see `ops.ipo_loss`. With `--data` it reads lines of
-`{"prompt": ..., "chosen": ..., "rejected": ...}`, or dialogues in the format of HH-RLHF. About a
-minute on 2 cores, after the stages.
+`{"prompt": ..., "chosen": ..., "rejected": ...}`, or dialogues in the format of HH-RLHF.
+
+Without flags it takes about a minute on 2 cores after the stages, and raises gold accuracy from 52%
+to 81%.
 
 Departures from the paper: Adam with a cosine schedule in place of RMSprop with a warm-up.
 """

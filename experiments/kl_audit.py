@@ -7,9 +7,10 @@ All completions of a small language are listed, so that nothing is sampled. For 
 what training differentiates is held against the gradients of KL(pi || ref), on samples of the
 policy itself and of an older one, and ascent is followed to where it ends. What `objective.audit`
 claims stands beside what was found. A fixed tree is joined by random ones, so that what is called
-exact is exact on all of them. WORKDIR has audit.json and report.html.
+exact is exact on all of them. WORKDIR has audit.json, report.html, and a table and a picture of
+what other frameworks do.
 
-About 30 s on 2 cores.
+It takes about 30 s on 2 cores, and finds that 17 of the 25 penalties of klrl descend the KL.
 """
 
 import dataclasses

@@ -103,9 +103,7 @@ def test_draws_depend_on_the_seed_alone():
 
 
 def test_answer_tokens_end_with_the_end_of_sequence():
-  tokens = answer_tokens(
-    [{"answer": "07"}, {"answer": "98"}], TOKENIZER, max_completion_len=4
-  )
+  tokens = answer_tokens([{"answer": "07"}, {"answer": "98"}], TOKENIZER, max_completion_len=4)
   # Digit d has id d + 3.
   np.testing.assert_array_equal(tokens, [[3, 10, EOS, PAD], [12, 11, EOS, PAD]])
 
