@@ -356,6 +356,11 @@ HEADLINES = {
     | {"held_out_cross_entropy_change_stderr": 0.01},
     "On held-out examples, the cross-entropy fell from 1.10 ± 0.20 to 1.00 ± 0.20.",
   ),
+  "the same in three digits": (
+    {"score_before": 0.5, "score_before_stderr": 0.1, "score_after": 0.5}
+    | {"score_after_stderr": 0.1},
+    "the score stayed at 0.50 ± 0.10.",
+  ),
   "enumerated": (
     {"objective_gap": 0.1234, "tv_to_optimum": 0.3, "score_before": 0.0, "score_after": 1.0},
     "The policy lacks 12.3% of what the best policy for this beta gains, at a total variation of "

@@ -139,6 +139,8 @@ def _change(words: str, name: str, figures: dict[str, object]) -> str:
   error = number(figures.get(f"{name}_change_stderr"))
   error = math.hypot(*errors) if error is None and None not in errors else error
   before, after = (shown(name, *pair) for pair in zip(values, errors, strict=True))
+  if before == after:
+    return f"{words} stayed at {after}"
   if error is None:
     return f"{words} went from {before} to {after}"
   if not abs(values[1] - values[0]) > 2 * error:
