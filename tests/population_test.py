@@ -142,6 +142,7 @@ MANY = {
   "ppo": {"sweep": "beta,learning_rate,clip_eps_high=0.1:1e-3:0.2,0.7:1e-2:0.01", "seeds": 2},
   "grpo": {
     "sweep": "beta=0,0.3;entropy_coef=0,0.1",
+    "learning_rate": 1e-3,
     "staleness": 1,
     "reference_update": "ema",
     "reference_decay": 0.5,
