@@ -272,7 +272,7 @@ def test_a_student_comes_closer_to_its_teacher(runs, own):
 
 
 def test_distillation_wants_a_teacher_and_one_divergence(own):
-  with pytest.raises(UserError, match="needs --teacher"):
+  with pytest.raises(UserError, match="--teacher=DIR"):
     distill.Config(policy=own["policy"], prompts=own["prompts"])
   with pytest.raises(UserError, match="--divergence=forward"):
     distill.Config(divergence="forward", kl_credit="sequence", kl_correction="prefix")
