@@ -5,6 +5,7 @@ import numpy as np
 from klrl.figures import KL, digits, find, of_summary, shown
 from klrl.report.page import Html, element, figure, note, page, paragraph, table
 from klrl.report.plots import INK, SERIES, plot
+from klrl.report.sweep_answer import apart
 
 COLUMNS = ("n", "KL at most", "KL of the pool", "score", "gold", "wins")
 BANDIT_COLUMNS = ("n", "probabilities", "KL", "KL at most", "score", "best score at this KL")
@@ -38,18 +39,13 @@ def verdict(results: dict) -> str:
     text += (
       f". The gold accuracy goes from {of_summary(first, 'gold')} to {of_summary(last, 'gold')}"
     )
-    if first["n"] < best["n"] < last["n"] and clearly_less(last, best):
+    golds = ((row["gold"], row["gold_stderr"] or 0.0) for row in (last, best))
+    if first["n"] < best["n"] < last["n"] and apart(*golds):
       text += (
         f", and is highest at n = {best['n']} with {of_summary(best, 'gold')}: for a larger n the "
         "errors of the reward model are what is picked"
       )
   return text + "."
-
-
-def clearly_less(one: dict, other: dict) -> bool:
-  """Returns whether the gold accuracy is lower by more than two standard errors."""
-  error = np.hypot(*(row["gold_stderr"] or 0.0 for row in (one, other)))
-  return one["gold"] < other["gold"] - 2 * error
 
 
 def best_score_at(exact: dict, kl: float) -> float:
