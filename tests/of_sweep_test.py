@@ -254,3 +254,24 @@ def test_an_enumerated_sweep_shows_exact_figures(sweep_dir, tmp_path):
   assert html.count("<td>0.2%</td><td>0.0321</td>") == len(members) + 3  # and the means
   assert "best policies" in html
   assert "\N{MINUS SIGN}0.25" in html  # the untrained policy, where the frontier begins
+
+
+def test_the_error_of_a_single_seed_is_drawn_and_said(sweep_dir):
+  single = [record for record in SEVERAL if record["values"]["seed"] == 0]
+  html = sweep_dir(single)
+  assert "There is one seed of each" in html and "A cross is the mean" not in html
+  wider = sweep_dir([record | {"gold_stderr": 0.2} for record in single])
+  pictures, others = (re.findall(r"<svg.*?</svg>", page, re.DOTALL) for page in (html, wider))
+  # Gold against the KL and its root, then the score.
+  assert [x == y for x, y in zip(pictures, others, strict=True)] == [False, False, *[True] * 5]
+  several = sweep_dir(SEVERAL)
+  assert "There is one seed of each" not in several and "A cross is the mean" in several
+
+
+def test_settings_have_markers_of_their_own_and_the_start_its_name(sweep_dir, tmp_path):
+  html = sweep_dir(SEVERAL)
+  assert all(f">{sign}</b>" in html for sign in "●■▲")
+  assert "The ring is the SFT policy." in html and "ntrained" not in html
+  config = {"experiment": "reinforce", "task": "tree"}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  assert "The ring is the policy at the start." in write_page(tmp_path).read_text()
