@@ -239,7 +239,7 @@ def test_run_on_pairs_of_ones_own(own, capsys):
     ({"label_smoothing": 0.6}, r"--label_smoothing=0\.6: must be at most 0\.5"),
     ({"margin": -1.0}, "--margin=-1.0: must be at least 0"),
     ({"policy": ""}, "--data needs --policy"),
-    ({"data": "long.jsonl"}, "Example 1 has 31 tokens, the model's context holds 16"),
+    ({"data": "long.jsonl"}, "Example 1 has 31 tokens, and the model's context holds 16"),
   ],
 )
 def test_wrong_use_says_what_to_do(own, changes, message):
