@@ -58,7 +58,7 @@ JUDGED = (
          "Mean score of the completions, by what is trained on: a model or a function."),
   Figure("objective_gap", "Gap to the best policy", "% of what it gains",
          "Lack of E[score] - beta * KL, over the best policy's gain on the reference (tree)."),
-  Figure("tv_to_optimum", "Total variation to the best policy", "from 0 to 1",
+  Figure("tv_to_optimum", "Distance to the best policy", "total variation",
          "Half the sum of all differences from the best policy's probabilities (tree)."),
   Figure("kl_ref_exact", "KL(π‖ref), exact", PER_SEQUENCE,
          "KL(policy ‖ reference): that of each next token, summed along own completions."),
