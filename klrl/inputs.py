@@ -116,9 +116,11 @@ def check_inputs(sources: Sources) -> None:
     if directory not in ("", UNIFORM, EMBEDDED):
       load_tokenizer(directory)
   if sources.prompts:
-    data.read_prompts(sources.prompts, sources.prompt_template)
+    records = data.read_prompts(sources.prompts, sources.prompt_template)
+  else:
+    records = TASKS[sources.task].prompts(held_out=True)
   if sources.reward:
-    rewards.load_rewards(sources.reward)
+    rewards.check_rewards(sources.reward, records)
   if sources.pretrain_data:
     _pretraining_texts(sources.pretrain_data)
 

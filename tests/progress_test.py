@@ -54,7 +54,7 @@ FIGURES = {"score/mean": 1.0, "kl/ref_k1": -6.985e-09, "rollout/tokens": 1000.0}
 
 def watched(clock, monkeypatch, *, title="PPO [/b]", total=5):
   """Watches `total` iterations, each at its second of `clock`."""
-  now = iter([0.0, 0.0, *(x for second in clock for x in (second, second))])
+  now = iter([0.0, *(x for second in clock for x in (second, second))])
   monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
   steps = ((done, f"state {done}", FIGURES) for done in range(1, total + 1))
   return progress.watch(steps, None, title=title, start=0, total=total, keys=KEYS)
@@ -64,7 +64,7 @@ def test_in_a_log_the_time_left_leaves_out_the_first_iteration_which_compiles(pr
   assert watched((60, 62, 64, 66, 68), monkeypatch) == "state 5"
   lines = printed().splitlines()
   assert lines[0] == "PPO [/b]: compiling ..."
-  assert lines[1].endswith("first iteration 60 s, most of it compilation")
+  assert lines[1].endswith("sequence 0.000  first iteration 60 s, most of it compilation")
   assert [line.split("  ")[-1] for line in lines[2:]] == [
     *("6 s left", "4 s left", "2 s left", "0 s left")
   ]

@@ -45,6 +45,10 @@ def test_a_flag_that_does_not_exist_is_answered_with_those_that_may_be_meant():
   assert usage.unknown(ppo.Config, "zzzz") == "There is no flag --zzzz; --help lists all."
 
 
+def takes_no_answer(prompts, completions):
+  return [0.0 for _ in completions]
+
+
 def test_what_the_machine_lacks_is_told_before_anything_runs(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
   with pytest.raises(UserError, match=r"pip install 'klrl\[tensorboard\]'"):
@@ -63,6 +67,7 @@ def test_what_the_machine_lacks_is_told_before_anything_runs(tmp_path, monkeypat
     (ppo, {"max_completion_len": 40}, "leaves no room for a prompt"),
     (ppo, {"pretrain_data": "nowhere.txt", "ptx_coef": 0.1}, r"no file nowhere\.txt"),
     (ppo, {"reward": "nowhere.py:f"}, "no such Python file"),
+    (ppo, {"reward": f"{__file__}:takes_no_answer"}, "unexpected keyword argument 'answer'"),
     (distill, {"batch_size": 127, "num_minibatches": 1}, "127"),
   ],
 )

@@ -82,10 +82,10 @@ def watch(
   """
   show = _bar if console.is_terminal else _lines
   with contextlib.closing(iterations), show(title, start, total) as update:
-    before = time.monotonic()
+    before = None  # The first iteration compiles, and says nothing of the speed.
     for done, state, figures in iterations:  # noqa: B007
       now = time.monotonic()
-      update(done, _figures_line(figures, keys, now - before))
+      update(done, _figures_line(figures, keys, before and now - before))
       before = now
   return state
 
@@ -105,11 +105,11 @@ def warned(iterations: Generator, key: str, largest: float, message: str) -> Gen
       yield done, state, figures
 
 
-def _figures_line(figures: Mapping, keys: Sequence[tuple[str, str]], seconds: float) -> str:
+def _figures_line(figures: Mapping, keys: Sequence[tuple[str, str]], seconds: float | None) -> str:
   parts = [
     f"{label} {shown(key, figures[key])}" for key, label in keys if figures.get(key) is not None
   ]
-  if figures.get("rollout/tokens"):
+  if seconds and figures.get("rollout/tokens"):
     parts.append(f"{figures['rollout/tokens'] / seconds:,.0f} tokens/s")
   return "  ".join(parts)
 

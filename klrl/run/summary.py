@@ -9,14 +9,14 @@ from collections.abc import Callable
 
 import jax
 
-from klrl import schema
+from klrl import __version__, schema
 from klrl.devices import processes
 from klrl.errors import UserError
 from klrl.figures import KLS
 from klrl.run import fingerprints, lock, metrics, progress
 from klrl.run.workdir import write_text
 
-_PACKAGES = ("klrl", "jax", "flax", "optax", "orbax-checkpoint", "chex")
+_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "chex")
 # These are in every summary, as null if the experiment has no such figure.
 _ALWAYS = (
   "score_before",
@@ -32,6 +32,7 @@ def environment() -> dict:
   return {
     "versions": {
       "python": platform.python_version(),
+      "klrl": __version__,
       **{package: importlib.metadata.version(package) for package in _PACKAGES},
     },
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -64,6 +64,7 @@ def scores(
     for column in sorted({column for record in records for column in record} - {"prompt"})
   }
   given = {"prompts": list(prompts), "completions": list(completions)}
+  check_parameters(reward_fn, name, columns)
   asked_for = [field for field in Ids._fields if field in _parameters(reward_fn)]
   if asked_for and ids is None:
     raise ValueError(f"The reward {name} asks for {', '.join(asked_for)}; pass ids.")
@@ -73,7 +74,6 @@ def scores(
       raise UserError(
         f"The prompts have a column {taken!r}, which reward {name} gets from the run; rename it."
       )
-  check_parameters(reward_fn, name, given | columns)
 
   def call():
     returned = reward_fn(**given, **columns)
@@ -97,12 +97,14 @@ def scores(
   )
 
 
-def check_parameters(reward_fn: RewardFn, name: str, arguments: Iterable[str]) -> None:
-  """Raises UserError if `reward_fn`, called `name`, does not take these arguments by name."""
+def check_parameters(reward_fn: RewardFn, name: str, columns: Iterable[str]) -> None:
+  """Raises UserError if `reward_fn`, called `name`, cannot be called for such columns."""
   try:
     signature = inspect.signature(reward_fn)
   except (TypeError, ValueError):  # Some functions of C have no signature.
     return
+  asked_for = (field for field in Ids._fields if field in signature.parameters)
+  arguments = ("prompts", "completions", *asked_for, *columns)
   try:
     signature.bind(**dict.fromkeys(arguments))
   except TypeError as error:

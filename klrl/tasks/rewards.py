@@ -18,7 +18,7 @@ import numpy as np
 
 from klrl.errors import UserError
 from klrl.tasks import math_answers
-from klrl.tasks.reward_calls import LARGEST, Ids, RewardFn, checked, scores
+from klrl.tasks.reward_calls import LARGEST, Ids, RewardFn, check_parameters, checked, scores
 
 MATH, MODEL = "math", "model"  # sources that are no file
 
@@ -64,6 +64,14 @@ def load_rewards(spec: str) -> list[Reward]:
   if len({reward.name for reward in rewards}) < len(rewards):
     raise UserError(f"--reward={spec}: two files and two functions share a name; rename one.")
   return rewards
+
+
+def check_rewards(spec: str, records: list[dict[str, Any]]) -> None:
+  """Raises UserError if one of the rewards of `spec` cannot be called for such prompts."""
+  columns = sorted({column for record in records for column in record} - {"prompt"})
+  for reward in load_rewards(spec):
+    if reward.fn is not None:
+      check_parameters(reward.fn, reward.name, columns)
 
 
 def reads_model(spec: str) -> bool:
