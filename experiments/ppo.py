@@ -11,8 +11,12 @@ minutes on 2 cores, and raises gold accuracy from 50% to 77% at a KL of 0.5 nats
 
     J = E[r] - beta * KL(pi || pi_ref)     (Ouyang et al., InstructGPT, 2022, eq. 2)
 
-with the KL in the reward or as a loss (--kl_placement and its companions, docs/kl.md), PPO's
-clipped surrogate or its KL penalty (Schulman et al., 2017, eq. 7 and 8), and GAE.
+    A = GAE(score at the end - beta * log(pi / pi_ref) of each token)
+    L = E[-min(ratio * A, clip(ratio) * A)] + vf_coef * E[(V - returns)^2 / 2] - entropy_coef * E[H]
+
+The functions `advantages` and `make_loss` below are these two lines; the KL may also be a term of
+the loss (--kl_placement and its companions, docs/kl.md), and PPO's KL penalty may take the place of
+its clip (Schulman et al., 2017, eq. 7 and 8).
 
 Departures from InstructGPT:
 1. Policy and value model share one Adam and one gradient norm.

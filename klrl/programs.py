@@ -102,11 +102,11 @@ def make_programs(
       is one. Metrics then have a leading axis.
     guard: made of each function (state, ...) -> (state, ...) before it is lifted.
   """
-  _, algorithm, _, models, task, mesh, frozen, sample = setup
+  algorithm, models, task, sample = setup.algorithm, setup.models, setup.task, setup.sample
   # A reference that follows the policy is of its making.
   reference = models.policy if algorithm.reference_rule else models.reference
   parts = (algorithm, models.policy, models.value_model, reference)
-  _, whole = parallel.distinct(frozen)
+  _, whole = parallel.distinct(setup.frozen)
 
   def lifted(fn, in_axes):
     of_whole = lift(guard(fn), in_axes)
@@ -115,7 +115,7 @@ def make_programs(
     def of_distinct(state, distinct, *arguments):
       return of_whole(state, whole(distinct), *arguments)
 
-    return parallel.on_mesh(mesh, of_distinct)
+    return parallel.on_mesh(setup.mesh, of_distinct)
 
   jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -151,7 +151,8 @@ def prompt_rows(algorithm: Algorithm, iteration: int, num_prompts: int, *, seed:
 
 def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -> Callable:
   """Returns step(state, iteration) -> (state, metrics) for `loop.run`; arguments as above."""
-  config, algorithm, _, models, task, mesh, frozen, _ = setup
+  algorithm, models, task = setup.algorithm, setup.models, setup.task
+  mesh, frozen, data_seed = setup.mesh, setup.frozen, setup.config.data_seed
   programs = make_programs(setup, shardings, lift=lift, guard=guard)
   distinct, _ = parallel.distinct(frozen)
   rows_sharding = parallel.by_rows(mesh)
@@ -161,13 +162,13 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
 
   def rows_of(iteration):
     num_prompts = len(task.training.tokens)
-    return prompt_rows(algorithm, iteration, num_prompts, seed=config.data_seed)
+    return prompt_rows(algorithm, iteration, num_prompts, seed=data_seed)
 
   def pretraining_of(iteration):
     if task.pretraining is None:
       return None
     num_texts = len(task.pretraining.tokens)
-    rows = data.batch_rows(config.data_seed + 1, iteration, algorithm.batch_size, num_texts)
+    rows = data.batch_rows(data_seed + 1, iteration, algorithm.batch_size, num_texts)
     return parallel.put(data.take(task.pretraining, rows), rows_sharding)
 
   if not task.rewards:

@@ -85,7 +85,8 @@ def announce(config) -> dict[str, Any]:
 
 def make_judge_fn(setup: Setup) -> Callable[..., judging.Judgement]:
   """Returns judge(params, *, when) of trained parameters that are on the devices."""
-  config, _, _, models, task, mesh, frozen, _ = setup
+  config, models, task = setup.config, setup.models, setup.task
+  mesh, frozen = setup.mesh, setup.frozen
   score = judging.make_completion_score_fn(
     mesh, task.rewards, models.reward_model, frozen["reward_model"]
   )
