@@ -204,7 +204,7 @@ TRAINING = (
 FIGURES = {figure.key: figure for figure in (*JUDGED, *MORE, *TRAINING)}
 # Keys of which a part is chosen by the run.
 _OPEN = {r"(pass_at_)(\d+)": "K", r"(majority_at_)(\d+)": "K", r"(score/)(.+)": "NAME"}
-_SUFFIX = re.compile("_(stderr|before|after|median|least|most)")
+_SUFFIX = re.compile("(_(stderr|before|after|change|median|least|most))+$")
 
 
 def find(name: str) -> Figure:

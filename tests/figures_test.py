@@ -39,6 +39,7 @@ def test_parts_of_a_name_that_a_run_chooses_are_found():
   assert figures.find("pass_at_8_after").label == "pass@8"
   assert figures.find("majority_at_4").scale == 100
   assert figures.find("score/length").key == "score/length"
+  assert figures.find("score/most_after_noon").key == "score/most_after_noon"
   assert figures.find("kl/ref_exact_per_token").unit == figures.PER_TOKEN
   assert figures.find("mine/own_figure").label == "mine/own figure"
 
