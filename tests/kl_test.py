@@ -442,6 +442,11 @@ class ExactJSDFromHiddenTest(chex.TestCase):
     for index, weight in enumerate(weights):
       np.testing.assert_allclose(mapped[index], jsd(weight), rtol=1e-5, atol=1e-6)
 
+  def test_an_estimator_whose_derivative_is_not_known_has_no_weighted_estimate(self):
+    zeros = jnp.zeros(2)
+    with self.assertRaisesRegex(ValueError, "derivatives of k1, k2 and k3, not of k4"):
+      ops.weighted_estimate("k4", zeros, zeros, zeros)
+
 
 if __name__ == "__main__":
   absltest.main()

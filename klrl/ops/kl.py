@@ -109,7 +109,14 @@ def weighted_estimate(
     ref_log_probs: [..., T]; carries no gradient.
     log_prefix_weight: [..., T], of what came before the token; carries gradient, except for k2.
     log_cap: scalar, may be traced.
+
+  Raises:
+    ValueError: it is another estimator, whose derivative is not known here.
   """
+  if estimator not in ("k1", "k2", "k3"):
+    raise ValueError(
+      f"weighted_estimate knows the derivatives of k1, k2 and k3, not of {estimator}."
+    )
   chex.assert_equal_shape([log_probs, old_log_probs, ref_log_probs])
   chex.assert_type([log_probs, old_log_probs, ref_log_probs], float)
   log_probs, old, ref = map(at_least_float32, (log_probs, old_log_probs, ref_log_probs))
