@@ -221,7 +221,9 @@ def test_reference_and_value_model_of_ones_own(runs, own):
 def test_wrong_use_is_one_clear_message(runs, own, changes, message):
   (runs / "empty.jsonl").write_text("\n")
   (runs / "broken.jsonl").write_text('{"prompt": "01+02="}\n{"prompt": \n')
-  (runs / "long.jsonl").write_text('{"prompt": "%s"}\n' % ("1" * 60) * 3)
+  (runs / "long.jsonl").write_text(
+    '{"prompt": "%s", "answer": "1", "number": 1}\n' % ("1" * 60) * 3
+  )
   with pytest.raises(UserError, match=message):
     ppo.main(ppo.Config(**{**own, **changes}, workdir="wrong"))
   assert not (runs / "wrong").exists()

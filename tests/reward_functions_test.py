@@ -146,7 +146,7 @@ def test_what_fails_in_a_library_is_told_with_the_line_of_the_users_own_file(tmp
 
 def test_a_function_of_other_parameters_is_told_with_its_line_and_what_to_write(tmp_path):
   path = write(tmp_path, "\n\ndef f(texts):\n  return [0.0 for _ in texts]\n")
-  message = r"f \(reward\.py line 3\) cannot be called by the names prompts, completions: .*"
+  message = r"f \(reward\.py line 3\) is called as f\(prompts=\.\.\., completions=\.\.\.\).*"
   with pytest.raises(
     UserError, match=message + r"Write def f\(prompts, completions, \*\*columns\)"
   ):

@@ -108,9 +108,10 @@ def check_parameters(reward_fn: RewardFn, name: str, columns: Iterable[str]) -> 
   try:
     signature.bind(**dict.fromkeys(arguments))
   except TypeError as error:
+    called = ", ".join(f"{argument}=..." for argument in arguments)
     raise UserError(
-      f"The reward {name}{_at(reward_fn)} cannot be called by the names {', '.join(arguments)}: "
-      f"{error}. Write def {name}(prompts, completions, **columns)."
+      f"The reward {name}{_at(reward_fn)} is called as {name}({called}), with every column of the "
+      f"prompts by its name: {error}. Write def {name}(prompts, completions, **columns)."
     ) from error
 
 
