@@ -1,14 +1,14 @@
-"""The advantage that each token of a rollout gets: the rules by name.
+"""The rules for the advantage of each token, by name.
 
-    returns         what follows the token, without a baseline; to be whitened over the batch
+    returns         the rewards that follow the token, without a baseline; to be whitened
     batch_mean      the completion's total less the mean total of the rest of the batch
     leave_one_out   the total less the mean total of the other completions of its prompt (RLOO)
-    group_centred   the total less the mean of its prompt's completions (Dr. GRPO)
-    group_relative  that, divided by their standard deviation (GRPO)
+    group_centred   the total less the mean total of its prompt's completions (Dr. GRPO)
+    group_relative  group_centred divided by the deviation of these totals (GRPO)
 
 A rule is f(experience, algorithm, hypers) -> `Advantages`. A total is the score less beta times the
-KL that the penalty puts in the reward. The last four give one number to all tokens of a completion.
-PPO's, with a value model, is in experiments/ppo.py.
+KL that the penalty puts in the reward. The last four rules give all tokens of a completion the same
+number. The rule of PPO, with a value model, is in experiments/ppo.py.
 """
 
 import jax
@@ -48,7 +48,7 @@ def _compared(relative, x: Experience, algorithm, group_size: int) -> Advantages
   return Advantages(advantages, jnp.zeros_like(advantages))
 
 
-# Those that compare the completions of a prompt, of which there must be several.
+# These compare the completions of a prompt, so there must be several of each.
 GROUP_RULES = {
   "leave_one_out": _within_group(ops.leave_one_out),
   "group_centred": _within_group(ops.group_centred),
@@ -58,8 +58,8 @@ RULES = {"returns": returns, "batch_mean": batch_mean, **GROUP_RULES}
 
 
 def group_deviation(scores, group_size: int) -> jax.Array:
-  """Returns the standard deviation that `group_relative` divides scores by, on average.
+  """Returns the mean standard deviation by which `group_relative` divides scores.
 
-  Beta times it is what a KL term in the loss weighs against the score itself, reward per nat.
+  Beta times this is the weight of a KL term in the loss against the score itself, reward per nat.
   """
   return ops.deviation(scores.reshape(-1, group_size), axis=-1, ddof=1).mean()

@@ -1,4 +1,4 @@
-"""The rules that move beta from one iteration to the next, by name; `ops` has what they compute."""
+"""The rules that move beta from one iteration to the next, by name; `klrl.ops` computes them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from klrl import ops
 
 
 class BetaRule(NamedTuple):
-  """A rule; `lowest` is None for one that no measurement moves."""
+  """A rule; `lowest` is None if no measurement moves beta."""
 
   step: Callable  # (state, measured KL in nats per sequence, algorithm, hypers) -> state
   lowest: Callable | None = None  # hypers -> the smallest beta that it ends at

@@ -1,8 +1,8 @@
-"""What a model says about the completion tokens of a rollout.
+"""Evaluates models at the completion tokens of a rollout.
 
 A rollout holds `tokens [B, P + T]`: prompts, left-padded to P, then completions, right-padded to T.
-Completion token t is predicted at position P - 1 + t, so everything here reads the T positions from
-P - 1 on and returns `[B, T]`. Values in the padding are finite but meaningless: mask them.
+Completion token t is predicted at position P - 1 + t, so the functions read the T positions from
+P - 1 on and return `[B, T]`. Values in the padding are finite but have no meaning: mask them.
 """
 
 import jax

@@ -1,7 +1,7 @@
 """Figures of a rollout and of a minibatch, as (sum, count) pairs.
 
-Whatever is divided by a number of sequences is a mean of sequence sums; only names that end in
-`_per_token` are divided by a number of tokens.
+A figure over sequences is a mean of sums over sequences. The names of KLs that are divided by a
+number of tokens end in `_per_token`.
 """
 
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def sequence_stats(name: str, per_token, mask):
   """Returns the mean over sequences, its standard error, and the mean per token."""
   sums = jnp.where(mask, per_token, 0.0).sum(axis=1)
   num_sequences = jnp.float32(sums.shape[0])
-  # One sequence says nothing about spread: not measured.
+  # A single sequence has no measured spread.
   stderr = (
     (ops.deviation(sums, ddof=1) / jnp.sqrt(num_sequences), 1.0) if len(sums) > 1 else (0.0, 0.0)
   )
@@ -33,7 +33,7 @@ def sequence_stats(name: str, per_token, mask):
 
 
 def rollout_metrics(rollout: Rollout, scores):
-  """Returns score, length, share that ended by itself, and tokens of a rollout."""
+  """Returns the scores, lengths, the share that ended by itself, and the tokens of a rollout."""
   num_rows = jnp.float32(scores.shape[0])
   num_tokens = rollout.completion_mask.sum().astype(jnp.float32)
   return {
@@ -46,16 +46,17 @@ def rollout_metrics(rollout: Rollout, scores):
 
 
 def explained_variance(values, returns, mask):
-  """Returns 1 - Var(returns - values) / Var(returns) over real tokens; none at variance 0."""
+  """Returns 1 - Var(returns - values) / Var(returns) over real tokens; count 0 at variance 0."""
   residual = ops.masked_var(returns - values, mask)
   total = ops.masked_var(returns, mask)
   return jnp.where(total > 0, total - residual, 0.0), jnp.where(total > 0, total, 0.0)
 
 
 def of_minibatch(algorithm, terms: Terms, kl: kl_terms.TokenTerms, sampler_log_probs, hypers):
-  """Returns the figures of a minibatch that its loss has no part in.
+  """Returns figures of a minibatch that do not depend on its loss.
 
-  Ratios, entropy, the KLs between sampler, old and present policy, what caps and clips bite.
+  They are ratios, entropy, KLs between the sampler, the old and the present policy, and the shares
+  of values that clips and caps bound.
   """
   mask, log_ratio = terms.mask, terms.log_probs - terms.old_log_probs
   num_tokens = mask.sum() * 1.0
@@ -63,7 +64,7 @@ def of_minibatch(algorithm, terms: Terms, kl: kl_terms.TokenTerms, sampler_log_p
   def per_token(x):
     return jnp.where(mask, x, 0.0).sum(), num_tokens
 
-  # Means over the old policy's draws: the first is 1 wherever the draws are really its own.
+  # Over draws of the old policy the mean ratio is 1.
   ratio = jnp.exp(log_ratio)
   metrics = {
     "policy/ratio": per_token(ratio),

@@ -1,9 +1,9 @@
-"""Gradients of a loss that is a weighted sum of means, of a batch whole or in parts.
+"""Gradients of a loss that is a weighted sum of means, over a batch as a whole or in parts.
 
-A loss function returns (weights, metrics): metrics are (sum, count) pairs by name, and the loss is
-the sum of `weights[name] * sum / count` over the names in `weights`. The counts follow from masks
-alone. So the parts of a batch add up to the gradient of the whole, however unevenly tokens fall on
-them; a mean of the parts' means would not.
+A loss function returns (weights, metrics): the metrics are (sum, count) pairs by name, and the loss
+is the sum of `weights[name] * sum / count` over the names in `weights`. Counts depend on masks
+alone. So the parts of a batch add up to the gradient of the whole, however uneven their numbers of
+tokens are; a mean of the means of parts would be another gradient.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from klrl.ops import divide
 
 
 def scalar(loss_fn: Callable) -> Callable:
-  """Returns f(...) -> (loss, metrics), the scalar that what `loss_fn(...)` returns stands for."""
+  """Returns f(...) -> (loss, metrics), with the scalar that (weights, metrics) stand for."""
 
   def f(*args, **coefficients):
     weights, metrics = loss_fn(*args, **coefficients)
@@ -36,26 +36,26 @@ def gradients_of(loss_fn: Callable, params, batch, *, num_parts: int = 1):
     loss_fn: (params, batch) -> (weights, metrics).
     params: any pytree.
     batch: pytree of arrays with one row per example.
-    num_parts: parts that are computed one after the other; divides the number of rows. The memory
-      of activations is that of one part.
+    num_parts: parts that are computed one after the other; it must divide the number of rows.
+      Activations need the memory of one part.
   """
 
   if num_parts == 1:
     gradients, metrics = jax.grad(scalar(loss_fn), has_aux=True)(params, batch)
     return gradients, _as_float32(metrics)
 
-  # Every num_parts-th row, so that the rows that a device holds are spread over all parts.
+  # A part has every num_parts-th row, so that the rows of each device are spread over all parts.
   parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
   def counts_of(part):
     weights, metrics = loss_fn(params, part)
     return {name: metrics[name][1] for name in weights}
 
-  # Of this pass the compiler keeps the counts only.
+  # The compiler keeps only the counts of this pass.
   counts = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(counts_of)(parts))
 
   def total(params, part):
-    # A part that the devices do not divide would otherwise be computed whole by each of them.
+    # Otherwise every device would compute the whole part if they do not divide its rows.
     weights, metrics = loss_fn(params, parallel.split_rows(part))
     pairs = {name: (metrics[name][0], counts[name]) for name in weights}
     return _weighted_sum(weights, pairs), metrics

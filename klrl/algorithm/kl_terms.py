@@ -1,8 +1,8 @@
-"""What a KL penalty computes: its loss term, its part in the reward, and the advantages after it.
+"""Computes a KL penalty: its loss term, its cost in the reward, and the advantages that follow.
 
-Training and the ground truth of `oracle` call the same functions here; `surrogate` is their sum.
-Which gradient they have in expectation is `objective.audit`. All arrays are [..., T], nats per
-token, masks bool; real tokens come first.
+Training and the ground truth of `oracle` call the same functions; `surrogate` is their sum, and
+`objective.audit` states its expected gradient. All arrays are [..., T], in nats per token; masks
+are bool, and real tokens come first.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from klrl.algorithm.objective import KLPenalty
 
 
 class TokenTerms(NamedTuple):
-  """What a KL term may read of completions that the old policy drew."""
+  """What a KL term reads of completions that the old policy drew."""
 
   log_probs: jax.Array  # of pi; carries gradient
   old_log_probs: jax.Array
@@ -26,27 +26,27 @@ class TokenTerms(NamedTuple):
   old_exact_kl: jax.Array | None = None  # the old policy's
 
 
-# A weight above exp(60) is measured as that, so that what a cap takes away stays finite.
+# A larger weight is measured as exp(60), so that the effect of a cap stays finite.
 MEASURED_LOG_WEIGHT = 60.0
 
 
 def _log_prefix_weight(penalty: KLPenalty, terms: TokenTerms):
-  """Returns [..., T] the log-ratio pi / old of the tokens before each, where it is a weight."""
+  """Returns [..., T] the log-ratio pi / old of the tokens before each; 0 if it is no weight."""
   log_ratio = ops.zero_padding(terms.log_probs - terms.old_log_probs, terms.mask)
   if penalty.correction != "prefix":
     return jnp.zeros_like(log_ratio)
-  # Shifted, rather than the sum less the token's own, whose two gradients would be inf - inf.
+  # It is shifted, since the gradients of the sum less the token's own could be inf - inf.
   shifted = jnp.concatenate([jnp.zeros_like(log_ratio[..., :1]), log_ratio[..., :-1]], axis=-1)
   before = jnp.cumsum(shifted, axis=-1)
   return jax.lax.stop_gradient(before) if penalty.credit == "token" else before
 
 
 def _weighted_estimate(penalty: KLPenalty, terms: TokenTerms, log_cap):
-  """Returns [..., T] the estimate times its weight; the cap bounds the weight's value alone."""
+  """Returns [..., T] the estimate times its weight, of which the cap bounds the value alone."""
   log_weight = _log_prefix_weight(penalty, terms)
   if penalty.estimator == "exact":
     assert terms.exact_kl is not None
-    # The exact KL is summed over the choice at t already; a sampled one needs that ratio too.
+    # The exact KL sums over the choice at t; a sampled estimate needs the ratio of that choice too.
     capped = jnp.minimum(log_weight, log_cap)
     log_weight += jax.lax.stop_gradient(capped - log_weight)
     return ops.weighted(log_weight, ops.zero_padding(terms.exact_kl, terms.mask))
@@ -68,26 +68,26 @@ def kl_loss(
 ) -> jax.Array:
   """Returns [..., T] the loss term of a penalty `in_loss`, per unit of beta; zero in the padding.
 
-  With credit `sequence` and correction `prefix`, differentiating the sum over a completion gives
-  an unbiased gradient of the sequence KL whichever policy drew it: the weight of a prefix, when
-  differentiated, credits every earlier token with the KL that follows. What gradient every other
-  choice has in expectation, `audit` says.
+  With credit `sequence` and correction `prefix`, the gradient of the sum over a completion is an
+  unbiased gradient of the sequence KL, whichever policy drew it: the differentiated weight of a
+  prefix credits every earlier token with the KL that follows. `audit` states the expected gradient
+  of every other choice.
 
   Args:
     penalty: the choice.
     terms: `log_probs` and `exact_kl` carry gradient.
-    prefix_cap: scalar, may be traced: largest weight of a prefix. Below inf it biases the gradient;
-      `prefix_cap_effect` says by how much.
+    prefix_cap: scalar, may be traced; the largest weight of a prefix. Below inf it biases the
+      gradient; `prefix_cap_effect` measures by how much.
   """
   is_prefix = penalty.correction == "prefix"
   return _weighted_estimate(penalty, terms, jnp.log(prefix_cap) if is_prefix else jnp.inf)
 
 
 def prefix_cap_effect(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap):
-  """Returns ([..., T] 1 where the cap bites, [..., T] the KL it takes away, nats); no gradient.
+  """Returns ([..., T] 1 where the cap acts, [..., T] the KL that it takes away); no gradient.
 
-  A weight above exp(MEASURED_LOG_WEIGHT) counts as that, and a KL above 1e30 as that, so that a
-  figure that nothing is trained on is never what a finite run fails of.
+  It is in nats. A weight is measured as at most exp(MEASURED_LOG_WEIGHT), and a KL as at most 1e30,
+  so that a run whose training is finite never fails because of this figure.
   """
   terms, log_cap = jax.lax.stop_gradient(terms), jnp.log(prefix_cap)
   log_weight = _log_prefix_weight(penalty, terms)
@@ -101,9 +101,9 @@ def prefix_cap_effect(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap):
 
 
 def reward_kl(penalty: KLPenalty, log_probs, ref_log_probs, exact_kl=None) -> jax.Array:
-  """Returns [..., T] the estimate that the penalty takes off the reward; no gradient.
+  """Returns [..., T] the estimate that the penalty subtracts from the reward; no gradient.
 
-  Zero where it is not `in_reward`.
+  It is zero unless the penalty is `in_reward`.
 
   Args:
     penalty: the choice.
@@ -124,7 +124,7 @@ def reward_kl(penalty: KLPenalty, log_probs, ref_log_probs, exact_kl=None) -> ja
 
 
 def credits_later_kl(penalty: KLPenalty) -> bool:
-  """Returns whether the reward part leaves out a token's own KL, which the loss term has."""
+  """Returns whether the loss term has a token's own KL, and the reward only the later KL."""
   return penalty.placement == "both" and penalty.estimator != "k3"
 
 
@@ -133,8 +133,8 @@ def penalised_rewards(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (rewards, charges), [..., T] each, in units of the score.
 
-  The rewards, of which an advantage is made, have the score and what KL earlier tokens answer for;
-  the charges are what a token pays for its own choice alone, to be subtracted from its advantage.
+  The rewards, from which advantages are made, have the score and the KL for which earlier tokens
+  answer. The charges are the KL for which a token alone answers; subtract them from its advantage.
 
   Args:
     penalty: the choice.
@@ -149,16 +149,16 @@ def penalised_rewards(
   if penalty.credit == "token":
     through_return, charges = charges, beta * kl
   elif credits_later_kl(penalty):
-    # The loss term has a token's own KL, the reward only what comes after it: shifted by one.
+    # The loss term has a token's own KL, so the reward has the KL of the next token.
     through_return = gamma * jnp.concatenate([kl[..., 1:], jnp.zeros_like(kl[..., :1])], axis=-1)
   return ops.shaped_rewards(scores, through_return, mask, beta=beta), charges
 
 
 def compared_totals(penalty: KLPenalty, scores, kl, mask, *, beta) -> tuple[jax.Array, jax.Array]:
-  """Returns (totals [...] that completions are compared by, charges [..., T] of each token).
+  """Returns (totals [...] by which completions are compared, charges [..., T] of each token).
 
-  A total is the score less beta times the KL of the completion; a KL that is charged token by
-  token has no part in it. Arguments as in `penalised_rewards`; nothing is discounted.
+  A total is the score less beta times the KL of the completion, unless the KL is charged token by
+  token. The arguments are those of `penalised_rewards`; nothing is discounted.
   """
   kl = ops.zero_padding(kl, mask)
   if penalty.credit == "sequence" and not credits_later_kl(penalty):
@@ -167,9 +167,9 @@ def compared_totals(penalty: KLPenalty, scores, kl, mask, *, beta) -> tuple[jax.
 
 
 def undiscounted_advantages(penalty: KLPenalty, kl, mask, *, beta) -> jax.Array:
-  """Returns [..., T] the advantages that the KL alone makes, without score, baseline or discount.
+  """Returns [..., T] the advantages of the KL alone, without score, baseline or discount.
 
-  Arguments as in `penalised_rewards`.
+  The arguments are those of `penalised_rewards`.
   """
   zeros = jnp.zeros_like(kl)
   rewards, charges = penalised_rewards(penalty, zeros[..., 0], kl, mask, beta=beta, gamma=1.0)
@@ -191,10 +191,10 @@ def unclipped_policy_loss(terms: TokenTerms, advantages) -> jax.Array:
 def surrogate(
   penalty: KLPenalty, *, kl_refresh: str = "iteration", prefix_cap=jnp.inf
 ) -> Callable[[TokenTerms], jax.Array]:
-  """Returns f(terms) -> [..., T]: all that the penalty adds to the loss, per unit of beta.
+  """Returns f(terms) -> [..., T], everything that the penalty adds to the loss, per unit of beta.
 
-  Summed over a completion and averaged over completions of the old policy, its gradient is what
-  the learner descends with no clip, no baseline, gamma = gae_lambda = 1.
+  Summed over a completion and averaged over completions of the old policy, it has the gradient that
+  the learner descends without clip and baseline, and with gamma = gae_lambda = 1.
   """
 
   def f(terms: TokenTerms):

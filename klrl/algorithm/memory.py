@@ -1,7 +1,6 @@
-"""What a run remembers between iterations beside its parameters: scores, old rollouts, a reference.
+"""The memory of a run besides its parameters: scores so far, old rollouts, a moving reference.
 
-All of it is pytrees of arrays that the training state holds, so that a resumed run goes on bit for
-bit.
+All are pytrees of arrays in the training state, so that a resumed run goes on bit for bit.
 """
 
 from typing import NamedTuple
@@ -30,8 +29,8 @@ def normalised(stats: ScoreStats, scores) -> tuple[ScoreStats, jax.Array, jax.Ar
   """Returns (statistics with `scores` [B], (scores - mean) / std, std) over all scores so far.
 
   Tony Chan, Gene Golub and Randall LeVeque, "Updating Formulae and a Pairwise Algorithm for
-  Computing Sample Variances", 1979. Where all scores so far are equal, up to rounding, the
-  normalised ones are exactly 0 and the deviation is taken to be 1.
+  Computing Sample Variances", 1979. If all scores so far are equal up to rounding, the normalised
+  scores are exactly 0 and the deviation counts as 1.
   """
   number = jnp.float32(scores.shape[0])
   count = stats.count + number
@@ -54,7 +53,7 @@ class Replay(NamedTuple):
 
 
 def empty_replay(rollout, staleness: int) -> Replay:
-  """Returns room for `staleness` rollouts like `rollout`, of which the shapes are read."""
+  """Returns an empty memory of `staleness` rollouts with the shapes of `rollout`."""
   zeros = jax.tree.map(lambda x: jnp.zeros((staleness, *x.shape), x.dtype), rollout)
   return Replay(zeros, jnp.zeros((staleness, rollout.tokens.shape[0]), jnp.float32))
 
@@ -62,7 +61,7 @@ def empty_replay(rollout, staleness: int) -> Replay:
 def exchanged(replay: Replay, rollout: Rollout, scores, iteration):
   """Returns (replay with the new rollout, rollout and scores of `staleness` iterations ago).
 
-  Until there is one that old, the new rollout itself comes back.
+  Until there is one of that age, the new rollout itself is returned.
   """
   staleness = replay.scores.shape[0]
   slot, new = iteration % staleness, (rollout, scores)
@@ -75,7 +74,7 @@ def exchanged(replay: Replay, rollout: Rollout, scores, iteration):
 def _moving_average(reference, params, iteration, algorithm, hypers):
   """decay * reference + (1 - decay) * params: Alexandre Ramé et al., "WARP", 2024.
 
-  Of adapters that is the mean of the factors, not of their product.
+  With adapters it averages the factors, and not their product.
   """
   decay = hypers.reference_decay
   return jax.tree.map(lambda ref, x: decay * ref + (1 - decay) * x, reference, params)
@@ -84,11 +83,12 @@ def _moving_average(reference, params, iteration, algorithm, hypers):
 def _reset(reference, params, iteration, algorithm, hypers):
   """A copy of `params` every `reference_every` iterations.
 
-  Mingjie Liu et al., "ProRL", 2025, who begin with a new optimizer as well.
+  Mingjie Liu et al., "ProRL", 2025, who reset the optimizer as well.
   """
   due = (iteration + 1) % algorithm.reference_every == 0
   return jax.tree.map(lambda ref, x: jnp.where(due, x, ref), reference, params)
 
 
-# What the reference's trained parameters are after an iteration that ended with `params`.
+# (reference, params, iteration, algorithm, hypers) -> the reference after an iteration that ended with
+# `params`; None for one that does not move.
 REFERENCE_RULES = {"frozen": None, "ema": _moving_average, "reset": _reset}

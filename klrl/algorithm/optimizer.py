@@ -13,7 +13,7 @@ SCHEDULES = tuple(_DECAYS)
 
 
 def make_schedule(name: str, *, num_iterations: int, warmup_iterations: int) -> optax.Schedule:
-  """Returns factor(iteration), what the learning rate is multiplied by.
+  """Returns factor(iteration), by which the peak learning rate is multiplied.
 
   It rises to 1 over `warmup_iterations`, then falls by the schedule `name` until `num_iterations`.
   """
@@ -25,7 +25,7 @@ def make_schedule(name: str, *, num_iterations: int, warmup_iterations: int) -> 
 
 
 def make_optimizer(learning_rate, max_grad_norm) -> optax.GradientTransformation:
-  """Returns Adam behind global-norm clipping.
+  """Returns Adam after clipping by the global norm.
 
   Both arguments may be traced scalars: the state depends on neither, so the transformation can be
   built inside a compiled function and a sweep over learning rates is one program.
@@ -38,7 +38,7 @@ def make_optimizer(learning_rate, max_grad_norm) -> optax.GradientTransformation
 
 
 def init_optimizer(params) -> optax.OptState:
-  """Returns the optimizer's state at zero; the moments of sharded `params` are sharded alike."""
+  """Returns the optimizer's state at zero; the moments are sharded like `params`."""
   return make_optimizer(0.0, 1.0).init(params)
 
 

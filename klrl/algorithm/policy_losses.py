@@ -1,7 +1,7 @@
-"""What each token costs: the policy losses by name, and the loss of an algorithm without a critic.
+"""The policy losses by name, and the whole loss of an algorithm without a critic.
 
-A policy loss is f(terms, hypers) -> ([B, T] loss, metrics as (sum, count) pairs); a new one is a
-function and a row of `POLICY_LOSSES`. The gradient flows through `terms.log_probs` alone.
+A policy loss is f(terms, hypers) -> ([B, T] loss of each token, metrics as (sum, count) pairs). A
+new one is a function and a row of `POLICY_LOSSES`. Gradient flows through `terms.log_probs` alone.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def truncated(terms: Terms, hypers):
 
 
 def kl_penalised(kl: Callable) -> Callable:
-  """PPO's KL penalty, with `kl` = `ops.kl_old_new` as published, or `ops.kl_new_old`."""
+  """PPO's KL penalty, where `kl` is `ops.kl_old_new`, as published, or `ops.kl_new_old`."""
 
   def loss(terms: Terms, hypers):
     measured = kl(terms.log_probs, terms.old_log_probs)
@@ -58,7 +58,7 @@ def kl_penalised(kl: Callable) -> Callable:
 
 
 def unbounded(terms: Terms, hypers):
-  """The importance-weighted surrogate, held by nothing."""
+  """The importance-weighted surrogate, without a bound on the ratio."""
   return _surrogate(terms, jnp.zeros_like(terms.log_probs), 0.0), {}
 
 
@@ -73,7 +73,7 @@ def _surrogate(terms: Terms, kl, trust_region_beta):
   )
 
 
-# What holds the policy near the one that sampled.
+# By the trust region, which keeps the policy near the one that sampled.
 POLICY_LOSSES = {
   "clip": clip,
   "sequence_clip": sequence_clip,
@@ -85,7 +85,7 @@ POLICY_LOSSES = {
 
 
 def without_critic(policy_loss: Callable) -> Callable:
-  """Returns loss(terms, hypers) -> (losses, metrics): policy, entropy bonus and KL term."""
+  """Returns loss(terms, hypers) -> (losses, metrics) of policy, entropy bonus and KL term."""
 
   def loss(terms: Terms, hypers) -> tuple[Losses, dict]:
     policy, metrics = policy_loss(terms, hypers)

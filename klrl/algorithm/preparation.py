@@ -1,4 +1,4 @@
-"""What happens to a rollout and its scores before anything is learnt from them."""
+"""Prepares a rollout and its scores before anything is learnt from them."""
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,12 @@ from klrl.sampling import Rollout
 
 
 def shaped_scores(scores, rollout: Rollout, hypers) -> jax.Array:
-  """Returns `scores` [B] less what a completion pays for its length and for having no end.
+  """Returns `scores` [B] less the penalties of length and of a missing end.
 
-  Each token costs `length_penalty`.
-  `overlong_buffer` is the number of tokens before the limit over which the penalty rises from 0 to
-  1 (Qiying Yu et al., "DAPO", 2025, eq. 13; a completion that does not end pays all of it), 0 is
-  off; `missing_eos_penalty` is subtracted where the completion was cut off at the limit.
+  Each token costs `length_penalty`. A completion that was cut off at the limit costs
+  `missing_eos_penalty`. Over the last `overlong_buffer` tokens before the limit a penalty rises
+  from 0 to 1 (Qiying Yu et al., "DAPO", 2025, eq. 13; a completion that does not end pays 1); with
+  0 it is off.
   """
   lengths = rollout.completion_mask.sum(axis=-1)
   max_completion_len = rollout.completion_mask.shape[-1]
@@ -30,9 +30,9 @@ def informative_groups(rollout, scores, *, group_size: int, batch_size: int):
   """Returns (rollout, scores, share): the first `batch_size` rows of groups whose scores differ.
 
   `rollout` is any tree of arrays [B, ...], such as a `Rollout` and what is known of it.
-  Where they do not suffice, groups of equal scores fill the batch; their advantages are zero.
-  `share` is the share of groups whose scores differ. Qiying Yu et al., "DAPO", 2025, section 3.2,
-  with a fixed amount of oversampling instead of sampling until the batch is full.
+  If these are too few, groups of equal scores fill the batch; their advantages are zero. `share` is
+  the share of groups whose scores differ. Qiying Yu et al., "DAPO", 2025, section 3.2, with a fixed
+  amount of oversampling instead of sampling until the batch is full.
   """
   groups = scores.reshape(-1, group_size)
   uniform = (ops.mean_and_deviations(groups, axis=-1)[1] == 0).all(axis=-1)
@@ -43,16 +43,16 @@ def informative_groups(rollout, scores, *, group_size: int, batch_size: int):
 
 
 def rescored(policy, params, rollout: Rollout, hypers) -> Rollout:
-  """Returns the rollout with the trainer's old_log_probs in place of the sampler's.
+  """Returns the rollout with old_log_probs by the trainer in place of those by the sampler.
 
-  `params` are those that sampled it, so a late rollout is rescored before it waits.
+  `params` must be those that sampled it, so a late rollout is rescored before it waits.
   """
   log_probs = completions.log_probs(policy, params, rollout, temperature=hypers.temperature)
   return rollout._replace(old_log_probs=jnp.where(rollout.completion_mask, log_probs, 0.0))
 
 
 def corrected(rollout: Rollout, correction: str, hypers):
-  """Returns (weights [B, T] of a `rescored` rollout, metrics); ones without a correction."""
+  """Returns (weights [B, T] of a `rescored` rollout, metrics); the weights are 1 for "none"."""
   if correction == "none":
     return jnp.ones_like(rollout.old_log_probs), {}
   mask = rollout.completion_mask

@@ -1,4 +1,7 @@
-"""An algorithm as a typed value: `Algorithm` is what is compiled, `Hypers` are its coefficients."""
+"""An algorithm as a typed value: `Algorithm` holds its choices, and `Hypers` its coefficients.
+
+The choices decide what is compiled. The coefficients are traced, so that a sweep compiles once.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,104 +19,105 @@ from klrl.algorithm.terms import Advantages, Experience, Losses, Terms
 class Hypers(NamedTuple):
   """Coefficients: scalars that are traced, so that changing one compiles nothing.
 
-  By default a coefficient leaves what it belongs to out, or without a bound.
+  With its default a coefficient switches its term off, or leaves it unbounded.
   """
 
-  learning_rate: jax.Array | float = 1e-5  # peak of the schedule
+  learning_rate: jax.Array | float = 1e-5  # at the peak of the schedule
   max_grad_norm: jax.Array | float = 1.0
   temperature: jax.Array | float = 1.0  # of sampling, and of every log-prob
-  beta: jax.Array | float = 0.0  # reward per nat, at the start; losses read the controller's
-  beta_min: jax.Array | float = 1e-4  # of a controller that multiplies beta
-  beta_max: jax.Array | float = 100.0  # of an adaptive controller
-  beta_final: jax.Array | float = 0.0  # at the end of a schedule
+  beta: jax.Array | float = 0.0  # reward per nat, at the start; losses read the controller's beta
+  beta_min: jax.Array | float = 1e-4  # bound of a controller that multiplies beta
+  beta_max: jax.Array | float = 100.0  # bound of an adaptive controller
+  beta_final: jax.Array | float = 0.0  # at the end of a schedule of beta
   kl_target: jax.Array | float = 6.0  # nats per sequence
   kl_horizon: jax.Array | float = 10_000.0  # sequences, of the proportional controller
   kl_step_size: jax.Array | float = 0.01  # of dual ascent
   prefix_cap: jax.Array | float = jnp.inf  # largest weight of a prefix in the KL's loss term
-  jsd_weight: jax.Array | float = 0.5  # of the reference in the Jensen-Shannon mixture
+  jsd_weight: jax.Array | float = 0.5  # share of the reference in the Jensen-Shannon mixture
   gamma: jax.Array | float = 1.0  # discount per token
   gae_lambda: jax.Array | float = 1.0
   clip_eps_low: jax.Array | float = 1.0  # the ratio may fall to 1 - this
   clip_eps_high: jax.Array | float = jnp.inf  # and rise to 1 + this
-  dual_clip: jax.Array | float = jnp.inf  # of the ratio where the advantage is negative
-  trust_region_beta: jax.Array | float = 0.0  # of the KL to the old policy, at the start
+  dual_clip: jax.Array | float = jnp.inf  # bound of the ratio where the advantage is negative
+  trust_region_beta: jax.Array | float = 0.0  # weight of the KL to the old policy, at the start
   trust_region_target: jax.Array | float = 1.0  # KL(old || pi), nats per sequence
-  max_kl_old: jax.Array | float = jnp.inf  # KL(old || pi), nats per sequence, that ends the epochs
+  max_kl_old: jax.Array | float = jnp.inf  # above this KL(old || pi), nats per sequence, epochs end
   value_clip_eps: jax.Array | float = jnp.inf  # reward units
   vf_coef: jax.Array | float = 0.0
   entropy_coef: jax.Array | float = 0.0
-  ptx_coef: jax.Array | float = 0.0  # of the pretraining texts' log-likelihood
+  ptx_coef: jax.Array | float = 0.0  # weight of the log-likelihood of pretraining texts
   overlong_buffer: jax.Array | float = 0.0  # tokens before the limit over which a penalty rises
-  missing_eos_penalty: jax.Array | float = 0.0  # of a completion that was cut off
-  length_penalty: jax.Array | float = 0.0  # per token
-  sampler_cap: jax.Array | float = 2.0  # largest weight for another sampler
-  reference_decay: jax.Array | float = 0.99  # of a reference that is a moving average
+  missing_eos_penalty: jax.Array | float = 0.0  # for a completion that was cut off at the limit
+  length_penalty: jax.Array | float = 0.0  # for each token
+  sampler_cap: jax.Array | float = 2.0  # largest weight that corrects for an inexact sampler
+  reference_decay: jax.Array | float = 0.99  # share that a moving average of a reference keeps
 
   def traced(self) -> "Hypers":
-    """Returns the same as float32 arrays."""
+    """Returns these coefficients as float32 arrays."""
     return Hypers(*map(jnp.float32, self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Algorithm:
-  """What one iteration does with a rollout, and so what is compiled.
+  """The choices of an algorithm: what one iteration does with a rollout.
 
-  Fields that are functions are rows of the tables that are named, or anything of their signature.
+  A field that is a function takes a row of the table that its docstring names, or any other
+  function with the same signature.
   """
 
   batch_size: int
   """Completions that are trained on in an iteration."""
   num_iterations: int
-  """Where schedules end."""
+  """The iteration at which schedules end."""
   advantage: Callable[[Experience, "Algorithm", Hypers], Advantages] = advantage_rules.batch_mean
-  """How good each token was; `advantage_rules.RULES`."""
+  """Returns how good each token was; see `advantage_rules.RULES`."""
   group_size: int = 1
-  """Completions of each prompt, which stand side by side."""
+  """Completions of each prompt, in neighbouring rows."""
   whiten_advantages: bool = False
-  """Whether the batch's mean is subtracted and its deviation divided by."""
+  """Whether advantages get mean 0 and deviation 1 over the batch."""
   loss: Callable[[Terms, Hypers], tuple[Losses, dict]] = policy_losses.reinforce
-  """What each token of a minibatch costs, and further metrics; `policy_losses.POLICY_LOSSES`."""
+  """Returns the losses of each token and further metrics; see `policy_losses.POLICY_LOSSES`."""
   aggregation: Callable = ops.token_mean
-  """What the sum over tokens is divided by; `ops.AGGREGATIONS`."""
+  """Makes (sum, count) of the losses of tokens; see `ops.AGGREGATIONS`."""
   shared_trunk: bool = False
-  """Whether the value model, where there is one, is a head on the policy."""
+  """Whether the value model, if there is one, is a head on the policy."""
 
   penalty: KLPenalty = NO_PENALTY
-  """Where KL(pi || pi_ref) goes and how it is estimated; `objective.audit` says what it does."""
+  """Where KL(pi || pi_ref) is put and how it is estimated; `objective.audit` says what it does."""
   kl_refresh: str = "iteration"
-  """Whether a KL in the reward is computed anew in every minibatch: `objective.REFRESHES`."""
+  """When a KL in the reward is computed: once an iteration, or again in every minibatch."""
   kl_every: int = 0
-  """Iterations between exact KLs that are measured and not needed; 0: never."""
+  """Iterations between measurements of the exact KL, where no loss needs it; 0 is never."""
   divergence: Callable = kl_terms.reverse_kl
-  """What an exact KL is; `kl_terms.DIVERGENCES`."""
+  """The divergence that `exact` stands for; see `kl_terms.DIVERGENCES`."""
   controller: beta_rules.BetaRule = beta_rules.RULES["fixed"]
-  """What moves beta."""
+  """Moves beta after each iteration; see `beta_rules.RULES`."""
   adapts_trust_region: bool = False
-  """Whether `trust_region_beta` is doubled and halved as in PPO."""
+  """Whether `trust_region_beta` is doubled and halved, as in PPO."""
 
   num_epochs: int = 1
   """Passes over a rollout."""
   num_minibatches: int = 1
-  """Steps per pass."""
+  """Gradient steps in each pass."""
   accumulation: int = 1
-  """Parts a gradient is computed in."""
+  """Parts in which a gradient is computed, one after the other."""
   learning_rate_factor: Callable[[jax.Array], jax.Array] = lambda iteration: jnp.float32(1.0)
-  """Of the peak learning rate, by iteration."""
+  """Returns the share of the peak learning rate at an iteration."""
 
   oversampling: int = 1
-  """Groups that are sampled for each that is trained on; those of equal scores go first."""
+  """Groups sampled for each group that is trained on; groups of equal scores are dropped first."""
   normalise_scores: bool = False
-  """Whether scores lose the mean of all so far and are divided by their deviation."""
+  """Whether scores get mean 0 and deviation 1 over all scores so far."""
   sampler_correction: str = "none"
-  """Weights for a sampler that differs from the trainer: `ops.SAMPLER_CORRECTIONS`."""
+  """The weights that correct for an inexact sampler; see `ops.SAMPLER_CORRECTIONS`."""
   staleness: int = 0
-  """Iterations that a rollout waits before it is trained on."""
+  """Iterations by which a rollout is late when it is trained on."""
   reference_rule: Callable | None = None
-  """What moves the reference after an iteration; `memory.REFERENCE_RULES`. None: it is frozen."""
+  """Moves the reference after each iteration; see `memory.REFERENCE_RULES`. None: it is frozen."""
   reference_every: int = 1
   """Iterations between resets of a reference that is reset."""
 
   @property
   def samples(self) -> int:
-    """Completions that are sampled in an iteration."""
+    """The number of completions sampled in an iteration."""
     return self.oversampling * self.batch_size
