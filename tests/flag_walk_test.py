@@ -28,7 +28,7 @@ from experiments import distill, dpo, grpo, ppo, reinforce, reward_model, sft
 from experiments.lab import dpo_pairs
 from experiments.settings.common import EvaluationFields
 from klrl import evaluation, judging, programs, supervised
-from klrl.algorithm import epochs, learner
+from klrl.algorithm import Algorithm, epochs, learner
 from klrl.algorithm.optimizer import apply_gradients
 from klrl.cost import dry_run
 from klrl.devices import parallel
@@ -39,10 +39,11 @@ from klrl.sampling import Rollout
 from klrl.tasks import arithmetic
 
 MODULES = (sft, reward_model, reinforce, ppo, grpo, dpo, distill)
+ALGORITHM_FIELDS = dataclasses.fields(Algorithm)
 EXPERIMENTS = {module.__name__.split(".")[-1]: module for module in MODULES}
 MAINS = {name: module.main for name, module in EXPERIMENTS.items()}  # before they are patched
 APPLY_GRADIENTS = jax.jit(apply_gradients)  # traced once for each shape
-LOOP, MAKE_JUDGE_FN = loop.run, judging.make_judge_fn
+LOOP = loop.run
 STAGES = {sft: "policy", reward_model: "reward_model", ppo: "other"}  # and what they leave
 
 
@@ -253,12 +254,32 @@ def fields_of(experiment) -> list[str]:
   return [field.name for field in dataclasses.fields(EXPERIMENTS[experiment].Config)]
 
 
-WALK = [
-  pytest.param(experiment, field, id=f"{experiment} {field}")
+ALL = [
+  (experiment, field)
   for experiment in EXPERIMENTS
   for field in fields_of(experiment)
   if field != "accept_changed_inputs"
 ]
+
+
+def home_of(experiment, field) -> type:
+  """Returns the class that a flag is declared in."""
+  classes = EXPERIMENTS[experiment].Config.__mro__
+  return next(x for x in classes if field in vars(x).get("__annotations__", ()))
+
+
+def told_as_another(experiment, field) -> bool:
+  """Returns whether a flag that trains is told to the library where it is declared, for several."""
+  if CASES[experiment].get(field, Case(None)).shows_in not in ("training", "metrics", "scores"):
+    return False
+  named = [x for x in RL_EXPERIMENTS if field in fields_of(x)]
+  alike = [x for x in named if home_of(x, field) is home_of(experiment, field)]
+  return experiment in alike and experiment != alike[-1]
+
+
+RL_EXPERIMENTS = ("distill", "grpo", "reinforce", "ppo")
+TOLD = [pair for pair in ALL if told_as_another(*pair)]
+WALK = [pair for pair in ALL if pair not in TOLD]
 
 
 @dataclasses.dataclass(eq=False)
@@ -287,7 +308,6 @@ def workplace(tmp_path_factory):
     def started(step, state, **settings):
       raise Started(step, state, settings)
 
-    patch.setattr(loop, "restore_or_init", lambda workdir, state, *, keep: (0, state))
     patch.setattr(loop, "run", started)
     patch.setattr(evaluation, "step_zero_checks", lambda *_, **__: None)
     patch.setattr(
@@ -296,11 +316,7 @@ def workplace(tmp_path_factory):
     for module in (epochs, supervised):
       patch.setattr(module, "apply_gradients", APPLY_GRADIENTS)
     write_inputs()
-    for module in (judging, programs):
-      patch.setattr(module, "make_sample_fn", make_fake_sample_fn)
-    patch.setattr(judging, "make_greedy_fn", make_fake_greedy_fn)
-    patch.setattr(evaluation, "make_evaluate_fn", make_fake_evaluate_fn)
-    patch.setattr(judging, "make_completion_score_fn", make_fake_score_fn)
+    patch.setattr(programs, "make_sample_fn", make_fake_sample_fn)
     # Log-probs of the reference take a compilation, and no flag chooses how they are made.
     patch.setattr(
       dpo_pairs,
@@ -359,26 +375,6 @@ def make_fake_sample_fn(policy, *, max_completion_len, eos_id, pad_id):
     return Rollout(tokens, mask, jnp.ones(shape, bool), finished, zeros, zeros)
 
   return sample
-
-
-def make_fake_greedy_fn(policy, **limits):
-  sample = make_fake_sample_fn(policy, **limits)
-  return lambda params, *prompts: sample(params, *prompts, jax.random.key(0), temperature=1.0)
-
-
-def make_fake_evaluate_fn(policy, reference):
-  del policy, reference
-
-  def evaluate(params, reference_params, rollout, *, temperature):
-    del params, reference_params, temperature
-    return evaluation.Evaluation(rollout, *(rollout.old_log_probs,) * 4)
-
-  return evaluate
-
-
-def make_fake_score_fn(mesh, weighted, reward_model, reward_params):
-  del mesh, weighted, reward_model, reward_params
-  return lambda rollout, texts, records: np.asarray(rollout.tokens[:, -1], np.float32)
 
 
 def started_run(experiment, settings: dict) -> Run:
@@ -482,9 +478,6 @@ def training_differs(run: Run, other: Run, *, metrics: bool = False) -> bool:
   return (text, consts) != (other_text, other_consts)
 
 
-judgements: dict = {}
-
-
 def files_of(run: Run) -> list[str]:
   """Returns the files that the loop leaves behind around a step that does nothing."""
   return files_of_loop(frozenset((k, v) for k, v in run.settings.items() if k != "workdir"))
@@ -507,18 +500,11 @@ def files_of_loop(settings: frozenset) -> list[str]:
 
 
 def judgement_of(run: Run):
-  """Returns figures and samples of a judge whose sampler draws any token."""
-  (config, mesh, policy, reference, _, tokenizer, held_out), more = run.judge
-  # What a judge reads of a config, so that experiments that give it the same share a judgement.
-  names = {"seed"} | {field.name for field in dataclasses.fields(EvaluationFields)}
-  settings = frozenset((name, getattr(config, name)) for name in names)
-  prompts = tuple(record["prompt"] for record in held_out.records)
-  judged = judgements.setdefault((settings, prompts, more["max_completion_len"]), [])
-  if not judged:
-    config = types.SimpleNamespace(**dict(settings))
-    judge = MAKE_JUDGE_FN(config, mesh, policy, reference, None, tokenizer, held_out, **more)
-    judged.append(judge(None, when="before"))
-  return judged[0].figures, judged[0].samples
+  """Returns what the judge is told; `judging_test` has what it makes of it."""
+  (config, *_, held_out), more = run.judge
+  names = ["seed", *(field.name for field in dataclasses.fields(EvaluationFields))]
+  prompts = [record["prompt"] for record in held_out.records]
+  return [getattr(config, name) for name in names], prompts, more["max_completion_len"]
 
 
 def scores_of(run: Run):
@@ -557,6 +543,34 @@ def test_a_changed_flag_changes_something(experiment, field):
   with no_update() if case.shows_in == "scores" else contextlib.nullcontext():
     base = base_run(experiment, frozenset(settings.items()))
     assert differs(case.shows_in, base, started_run(experiment, changed))
+
+
+def told(config):
+  """Returns what the library is told of a run of an experiment's."""
+  algorithm = {x.name: known(getattr(config.algorithm(), x.name)) for x in ALGORITHM_FIELDS}
+  # What a run reads itself.
+  return algorithm, config.hypers(), config.sources(), config.seed, config.mesh
+
+
+def known(x):
+  """Returns what is equal for functions that are made of the same code and values."""
+  if isinstance(x, functools.partial):
+    return known(x.func), x.args, x.keywords
+  if isinstance(x, tuple):
+    return [known(part) for part in x]
+  if not isinstance(x, types.FunctionType):
+    return x
+  cells = [known(cell.cell_contents) for cell in x.__closure__ or ()]
+  return x.__module__, x.__qualname__, cells, x.__defaults__
+
+
+@pytest.mark.parametrize(("experiment", "field"), TOLD)
+def test_a_changed_flag_changes_what_the_library_is_told(experiment, field):
+  """What that changes is the question above, to the last experiment whose flag is the same."""
+  case, kind = CASES[experiment][field], EXPERIMENTS[experiment].Config
+  settings = settings_of(experiment, case.given)
+  assert told(kind(**settings)) == told(kind(**settings))
+  assert told(kind(**settings)) != told(kind(**settings | {field: case.value}))
 
 
 @contextlib.contextmanager
