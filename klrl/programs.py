@@ -1,4 +1,4 @@
-"""The compiled functions of a run, and what one iteration does with them."""
+"""The compiled functions of a run, and the step of an iteration that calls them."""
 
 import functools
 import time
@@ -21,7 +21,7 @@ _SLOW_REWARD_SHARE = 0.5
 
 
 class Setup(NamedTuple):
-  """What does not change during a run, nor between the members of a sweep."""
+  """What is the same during a whole run, and for all members of a sweep."""
 
   config: Any  # of the experiment
   algorithm: Algorithm
@@ -34,7 +34,7 @@ class Setup(NamedTuple):
 
 
 def set_up(config, mesh, models: Models, task: Task) -> Setup:
-  """Returns the setup of a run, its frozen parameters on the devices."""
+  """Returns the setup of a run, with its frozen parameters on the devices."""
   frozen = {
     "base": models.base,
     "reference": models.reference_params,
@@ -53,7 +53,8 @@ def set_up(config, mesh, models: Models, task: Task) -> Setup:
 def init_state(setup: Setup) -> learner.TrainState:
   """Returns the state before the first iteration, on the devices, by `parallel.state_shardings`.
 
-  Its buffers are its own, and no device ever holds more of parameters and moments than its shard.
+  Nothing else shares its buffers, and no device ever holds more of its parameters and moments than
+  its shard.
   """
   algorithm, models = setup.algorithm, setup.models
   params = {"policy": models.policy_params}
@@ -71,7 +72,7 @@ def init_state(setup: Setup) -> learner.TrainState:
 
 
 def _rollout_shapes(setup: Setup):
-  """Returns the shapes of what is sampled in an iteration."""
+  """Returns the shapes of the rollout of an iteration."""
   models, training, num_rows = setup.models, setup.task.training, setup.algorithm.samples
   params = join(models.base, {"policy": models.policy_params})["policy"]
   prompts = training.tokens[:1].repeat(num_rows, axis=0)
@@ -90,20 +91,20 @@ def make_programs(
 ) -> dict[str, Callable]:
   """Returns the compiled functions of an iteration; those that change the state donate it.
 
-  `iterate(state, frozen, prompts, prompt_mask, rows, pretraining) -> (state, metrics)` alone, or
-  where the host scores `rollout(state, frozen, prompts, prompt_mask, rows) -> rollout` and
-  `update(state, frozen, rollout, scores, pretraining) -> (state, metrics)`. `frozen` are the
-  distinct arrays in that of `setup`.
+  If the device scores there is one, `iterate(state, frozen, prompts, prompt_mask, rows,
+  pretraining) -> (state, metrics)`. If the host scores there are two, `rollout(state, frozen,
+  prompts, prompt_mask, rows) -> rollout` and `update(state, frozen, rollout, scores, pretraining)
+  -> (state, metrics)`. `frozen` are the distinct arrays of `setup.frozen`.
 
   Args:
     setup: of the run.
     shardings: of the state.
-    lift: lift(fn, in_axes) makes `fn` of one run one of several, as `vmap` does; by default there
-      is one. Metrics then have a leading axis.
-    guard: made of each function (state, ...) -> (state, ...) before it is lifted.
+    lift: lift(fn, in_axes) turns a function of one run into one of several, as `vmap` does; the
+      default leaves it as it is. Metrics of several runs have a leading axis.
+    guard: wraps each function (state, ...) -> (state, ...) before it is lifted.
   """
   algorithm, models, task, sample = setup.algorithm, setup.models, setup.task, setup.sample
-  # A reference that follows the policy is of its making.
+  # A reference that follows the policy has the same architecture.
   reference = models.policy if algorithm.reference_rule else models.reference
   parts = (algorithm, models.policy, models.value_model, reference)
   _, whole = parallel.distinct(setup.frozen)
@@ -140,9 +141,9 @@ def make_programs(
 
 
 def prompt_rows(algorithm: Algorithm, iteration: int, num_prompts: int, *, seed: int) -> np.ndarray:
-  """Returns which prompt each completion of an iteration continues, int.
+  """Returns the index of the prompt that each completion of an iteration continues.
 
-  The `group_size` completions of a prompt stand side by side, as advantage rules read them.
+  The `group_size` completions of a prompt are neighbouring rows, as advantage rules read them.
   """
   num_groups = algorithm.samples // algorithm.group_size
   rows = data.batch_rows(seed, iteration, num_groups, num_prompts)
@@ -150,7 +151,7 @@ def prompt_rows(algorithm: Algorithm, iteration: int, num_prompts: int, *, seed:
 
 
 def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -> Callable:
-  """Returns step(state, iteration) -> (state, metrics) for `loop.run`; arguments as above."""
+  """Returns step(state, iteration) -> (state, metrics) for `loop.run`; see `make_programs`."""
   algorithm, models, task = setup.algorithm, setup.models, setup.task
   mesh, frozen, data_seed = setup.mesh, setup.frozen, setup.config.data_seed
   programs = make_programs(setup, shardings, lift=lift, guard=guard)
@@ -192,7 +193,7 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
     began = time.monotonic()
     device_rows = parallel.put(rows, rows_sharding)
     rollout = programs["rollout"](state, distinct, prompts, prompt_mask, device_rows)
-    # One call scores everything: rows of all members beneath each other.
+    # One call scores the rows of all members.
     shape = rollout.finished.shape
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), parallel.fetch(rollout))
     texts = data.completion_texts(models.tokenizer, flat)

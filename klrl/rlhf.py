@@ -1,8 +1,8 @@
-"""A whole RLHF run around a learner: models, prompts, scores, before and after.
+"""A whole RLHF run around the learner.
 
-    inputs.load_models, inputs.load_task -> run: evaluate, iterate, evaluate, save, summarise
+    inputs.load_models, inputs.load_task -> run: judge, iterate, judge, save, summarise
 
-The learner decides how a rollout changes the state; everything here is the same for all of them.
+The learner decides how a rollout changes the state; everything here is the same for all algorithms.
 """
 
 import json
@@ -30,21 +30,23 @@ _TOO_FAR = (
 )
 
 
-# Figures shown while a run goes on.
+# The figures that are shown while a run goes on.
 _SHOWN = labels(
   "score/mean", "gold/mean", "kl/ref_k1", "controller/beta", "controller/at_bound", "rollout/length"
 )
 
 
 def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str) -> dict[str, Any]:
-  """Trains, evaluates before and after, writes a run's files but the report; returns the summary.
+  """Trains, judges before and after, and writes the run's files without the report.
+
+  Returns the summary.
 
   Args:
     config: the experiment's config.
     workdir: the run's folder.
-    models: what `inputs.load_models` returned.
-    task: what `inputs.load_task` returned.
-    title: what the progress display calls the run.
+    models: as `inputs.load_models` returned them.
+    task: as `inputs.load_task` returned it.
+    title: the name of the run in the progress display.
   """
   figures = announce(config)
   setup = set_up(config, parallel.make_mesh(config.mesh), models, task)
@@ -65,7 +67,7 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str
 
 
 def announce(config) -> dict[str, Any]:
-  """Says on screen what the KL penalty is and what is wrong with it; returns that as figures."""
+  """Prints what the KL penalty does, with warnings, and returns both for the summary."""
   algorithm, warnings = config.algorithm(), config.kl_warnings()
   steps = algorithm.num_epochs * algorithm.num_minibatches
   description = objective.description(
@@ -84,7 +86,7 @@ def announce(config) -> dict[str, Any]:
 
 
 def make_judge_fn(setup: Setup) -> Callable[..., judging.Judgement]:
-  """Returns judge(params, *, when) of trained parameters that are on the devices."""
+  """Returns judge(params, *, when), which takes the trained parameters on the devices."""
   config, models, task = setup.config, setup.models, setup.task
   mesh, frozen = setup.mesh, setup.frozen
   score = judging.make_completion_score_fn(
@@ -107,7 +109,7 @@ def make_judge_fn(setup: Setup) -> Callable[..., judging.Judgement]:
 
 
 def judge_start(setup: Setup, judge, start: int) -> judging.Judgement:
-  """Returns the judgement of the untrained policy; a run that starts here is checked by it."""
+  """Returns the judgement of the policy at the start, and checks it if the run begins here."""
   params = {"policy": setup.models.policy_params}
   params = parallel.put(params, parallel.state_shardings(setup.mesh, params))
   before = judge(params, when="before")
@@ -125,17 +127,17 @@ def write_results(
 ) -> dict:
   """Writes models, samples and `summary.json` of a trained run, and returns the summary.
 
-  Where the task is enumerated the summary also has `tree.Exact.figures`, and `optimum.json` the
+  If the task is enumerated, the summary also has `tree.Exact.figures`, and `optimum.json` has the
   frontier of the best policies.
 
   Args:
     workdir: the run's folder.
     setup: of the run.
-    params: what was trained.
+    params: the trained parameters.
     before: the judgement at the start.
     after: the judgement of `params`.
-    figures: what else the summary is to hold.
-    beta: the last one, reward per nat.
+    figures: further figures for the summary.
+    beta: beta at the end, reward per nat.
   """
   models = setup.models
   params = parallel.fetch(join(setup.frozen["base"], params))

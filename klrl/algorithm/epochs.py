@@ -1,8 +1,8 @@
 """The inner epochs: several passes of Adam over one rollout, in shuffled minibatches.
 
-What a minibatch minimises is the algorithm's loss plus the cross-entropy on pretraining texts, as
-in `gradients`. All losses per token are aggregated alike, so one divisor serves policy loss and KL,
-and beta keeps its unit.
+A minibatch minimises the algorithm's loss plus the cross-entropy on pretraining texts, as a loss of
+`gradients`. All losses of tokens are aggregated in the same way, so policy loss and KL have one
+divisor, and beta keeps its unit.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from klrl.sampling import Rollout
 
 
 class Batch(NamedTuple):
-  """What the inner epochs read of each completion; leading axis B."""
+  """What the inner epochs read of each completion; the leading axis is B."""
 
   rollout: Rollout
   scores: jax.Array  # [B]
@@ -30,19 +30,19 @@ class Batch(NamedTuple):
   returns: jax.Array  # [B, T]
   old_values: jax.Array  # [B, T]
   ref_log_probs: jax.Array  # [B, T]; zeros where the objective has no KL
-  ref_hidden: jax.Array | None  # [B, T, D_ref], where the exact KL is made anew
-  sampler_weights: jax.Array  # [B, T], of policy loss and KL, for a sampler that is not old
+  ref_hidden: jax.Array | None  # [B, T, D_ref], if each minibatch computes the exact KL
+  sampler_weights: jax.Array  # [B, T], weights of policy loss and KL for an inexact sampler
   pretraining: Texts | None = None
 
 
 class Context(NamedTuple):
-  """What the inner epochs read and all completions share."""
+  """What the inner epochs read that is the same for all completions."""
 
   hypers: Hypers
-  frozen: dict  # parameters that are not trained, beside the trained ones
+  frozen: dict  # the parameters of the trained models that are not trained
   beta: jax.Array
   trust_region_beta: jax.Array
-  advantage_mean: jax.Array  # what the advantages were whitened by; 0 and 1 where they were not
+  advantage_mean: jax.Array  # mean and deviation that whitened the advantages; 0 and 1 without
   advantage_std: jax.Array
   ref_unembedding: jax.Array | None
   iteration: jax.Array
@@ -56,7 +56,7 @@ def value_params(params, *, shared_trunk: bool):
 
 
 def needs_exact_kl(algorithm: Algorithm) -> bool:
-  """Returns whether each minibatch computes the exact KL of its own."""
+  """Returns whether each minibatch computes an exact KL."""
   penalty = algorithm.penalty
   return penalty.reads_exact_kl and (penalty.in_loss or _refreshes(algorithm))
 
@@ -68,7 +68,7 @@ def _refreshes(algorithm: Algorithm) -> bool:
 def make_loss_fn(algorithm: Algorithm, policy, value_model):
   """Returns loss(params, batch, context) -> (weights, metrics) of the trained parameters.
 
-  `policy` is a `models.Policy`; `value_model` a `models.ScalarModel`, or None.
+  `policy` is a `models.Policy`, and `value_model` is a `models.ScalarModel` or None.
   """
 
   def loss_fn(params, batch: Batch, context: Context):
@@ -96,7 +96,7 @@ def make_loss_fn(algorithm: Algorithm, policy, value_model):
 def _terms(
   algorithm: Algorithm, policy, value_model, params, batch: Batch, context: Context
 ) -> tuple[kl_terms.TokenTerms, Terms]:
-  """Returns what the KL penalty and what the loss read of a minibatch."""
+  """Returns the terms that the KL penalty and the loss read of a minibatch."""
   rollout, hypers, penalty = batch.rollout, context.hypers, algorithm.penalty
   mask = rollout.completion_mask
   hidden = completions.completion_hidden(policy, params["policy"], rollout)
@@ -129,7 +129,7 @@ def _terms(
     entropy=entropy,
     sampler_weights=batch.sampler_weights,
     kl_loss=kl_loss,
-    # Whitening divides the reward, so it divides what the reward is weighed against.
+    # Whitening divides the advantages, so it divides the weight of the KL beside them too.
     beta=context.beta / context.advantage_std,
     trust_region_beta=context.trust_region_beta,
     values=values,
@@ -141,11 +141,11 @@ def _terms(
 def _refreshed(
   algorithm: Algorithm, batch: Batch, context: Context, terms: kl_terms.TokenTerms
 ) -> Batch:
-  """Returns the batch with advantages and returns under the current policy's KL."""
+  """Returns the batch with advantages and returns by the KL of the present policy."""
   kl = kl_terms.reward_kl(algorithm.penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl)
   x = Experience(batch.scores, kl, batch.old_values, terms.mask, context.beta)
   advantages, returns = algorithm.advantage(x, algorithm, context.hypers)
-  # Equal advantages give exactly 0 here too; whitening in the iteration chose its zeros itself.
+  # Equal advantages give exactly 0 here too, as `ops.whiten` does.
   centred = advantages - context.advantage_mean
   equal = ops.within_rounding(jnp.abs(centred), jnp.abs(context.advantage_mean))
   advantages = jnp.where(terms.mask & ~equal, centred, 0.0) / context.advantage_std
@@ -163,7 +163,7 @@ def _cross_entropy(policy, params, texts: Texts):
 def minibatch_rows(algorithm: Algorithm, batch_size: int, key) -> jax.Array:
   """Returns [num_epochs * num_minibatches, rows] int, the rows of each minibatch, in turn.
 
-  Every epoch has an order of its own, in which each row stands once.
+  Every epoch has a random order of its own, with each row once.
   """
   keys = jax.random.split(key, algorithm.num_epochs)
   orders = jax.vmap(lambda key: jax.random.permutation(key, batch_size))(keys)
@@ -175,9 +175,9 @@ def inner_epochs(
 ):
   """Returns (params, opt_state, metrics) after `num_epochs` over `num_minibatches` minibatches.
 
-  A minibatch whose KL(old || pi) exceeds `hypers.max_kl_old` is not stepped on, nor is any after
-  it. Metrics are (sum, count) over all minibatches; `kl/sampler_*` over the first one, at which the
-  policy is still the one that sampled, unless the rollout is late.
+  If KL(old || pi) of a minibatch exceeds `hypers.max_kl_old`, no step is taken on it or on any
+  after it. Metrics are (sum, count) over all minibatches, but `kl/sampler_*` over the first one,
+  where the policy is still the one that sampled, unless the rollout is late.
   """
   hypers = context.hypers
   learning_rate = hypers.learning_rate * algorithm.learning_rate_factor(context.iteration)

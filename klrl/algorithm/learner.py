@@ -1,8 +1,8 @@
-"""The learner of every RL experiment: one rollout and its scores in, a new state and metrics out.
+"""The learner of every RL experiment: from a rollout and its scores to a new state and metrics.
 
     J = E[r] - beta * KL(pi || pi_ref)      (Ouyang et al., InstructGPT, 2022, eq. 2)
 
-What an iteration does is an `Algorithm`; the coefficients that it does it with are `Hypers`.
+An `Algorithm` says what an iteration does, and `Hypers` are its coefficients.
 """
 
 from typing import NamedTuple
@@ -36,9 +36,11 @@ from klrl.sampling import Rollout
 
 
 class TrainState(NamedTuple):
-  """Everything that a checkpoint holds; what is frozen is elsewhere."""
+  """Everything that a checkpoint holds; frozen parameters are elsewhere."""
 
-  params: dict  # {"policy": ..., "value": ...}, what is trained; the second with a value model only
+  params: (
+    dict  # the trained ones, {"policy": ..., "value": ...}; the second with a value model only
+  )
   opt_state: optax.OptState
   controller: ops.ControllerState  # beta, of KL(pi || pi_ref)
   trust_region: ops.ControllerState  # trust_region_beta, of the KL to the old policy
@@ -46,15 +48,15 @@ class TrainState(NamedTuple):
   key: jax.Array
   iteration: jax.Array  # int32
   score_stats: memory.ScoreStats
-  reference: dict | None = None  # as params["policy"], where the reference moves
-  replay: memory.Replay | None = None  # where rollouts are trained on late
+  reference: dict | None = None  # like params["policy"], if the reference moves
+  replay: memory.Replay | None = None  # if rollouts are trained on late
 
 
 def init_state(algorithm: Algorithm, hypers: Hypers, params: dict, key) -> TrainState:
   """Returns the state before the first iteration, with a frozen reference and nothing to replay."""
   hypers = hypers.traced()
   has_kl = algorithm.penalty.placement != "none"
-  # Copies: an update donates each buffer once.
+  # These are copies, since an update donates each buffer, and may do so only once.
   beta = jnp.array(hypers.beta) if has_kl else jnp.float32(0.0)
   trust_region_beta = jnp.array(hypers.trust_region_beta)
   return TrainState(
@@ -72,19 +74,19 @@ def init_state(algorithm: Algorithm, hypers: Hypers, params: dict, key) -> Train
 def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
   """Returns update(state, frozen, rollout, scores [B], pretraining) -> (state, metrics).
 
-  One call is one iteration after sampling: reference log-probs and values, advantages with the KL
-  penalty's reward part, then the inner epochs. `frozen` holds the parameters of the `reference`
-  and, where adapters are trained, those of their `base`. `pretraining` is a `terms.Texts` of B
-  rows, whose log-likelihood is mixed into the loss, or None. Pure; to be compiled by the caller.
-  Metrics are (sum, count) pairs; `kl/ref_*` and `objective/mean`, the mean of score - beta * k1
-  with the score as it was given, are of all that was sampled, before scores are shaped and groups
-  dropped.
+  One call is one iteration after sampling: log-probs of the reference and values, advantages with
+  the KL penalty's cost in the reward, then the inner epochs. `frozen` holds the parameters of the
+  `reference` and, if adapters are trained, those of their `base`. `pretraining` is a `terms.Texts`
+  of B rows, whose log-likelihood is mixed into the loss, or None. The function is pure and is
+  compiled by the caller. Metrics are (sum, count) pairs. `kl/ref_*`, and `objective/mean`, the mean
+  of score - beta * k1 with the score as it was given, are of all sampled completions, before scores
+  are shaped and groups are dropped.
 
   Args:
     algorithm: the choices.
     policy: a `models.Policy`; its old log-probs come from the sampler.
-    value_model: a `models.ScalarModel`, or None where the advantage rule reads no values.
-    reference: a `models.Policy`; another architecture than the policy's is fine.
+    value_model: a `models.ScalarModel`, or None if the advantage rule reads no values.
+    reference: a `models.Policy`; its architecture may differ from the policy's.
   """
   penalty = algorithm.penalty
   has_kl = penalty.placement != "none"
@@ -102,7 +104,7 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
     reference_params = frozen["reference"]
     if state.reference is not None:
       reference_params = join(base, {"policy": state.reference})["policy"]
-    # Of all that was sampled: the groups that are trained on are no draw of the policy's.
+    # It is measured on all that was sampled, since the groups that are kept are no sample of pi.
     ref, kl_metrics = _measured_reference(
       algorithm, policy, reference, state, models["policy"], reference_params, rollout
     )
@@ -166,7 +168,7 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
     if value_model is not None:
       explained = diagnostics.explained_variance(old_values, returns, mask)
       metrics["value/explained_variance"] = explained
-    # What a nat of KL costs in the scores' own unit, where something divides the scores alone.
+    # The cost of a nat of KL in the unit of the scores, if something divides the scores alone.
     is_relative = algorithm.advantage is advantage_rules.GROUP_RULES["group_relative"]
     if is_relative and (penalty.in_loss or penalty.credit == "token"):
       score_std *= advantage_rules.group_deviation(scores, algorithm.group_size)
@@ -215,9 +217,9 @@ def make_iteration_fn(
 ):
   """Returns iteration(state, frozen, prompts, prompt_mask, rows, pretraining) -> (state, metrics).
 
-  The whole iteration as one pure function, for scores that are computed on the device:
-  `score(frozen, rollout, rows) -> [B]`. `rows [B]` int32 says which prompts to sample from.
-  `gold(rollout, rows) -> [B]` is measured where it is given, and nothing is trained on it.
+  This is the whole iteration as one pure function, for scores that are computed on the device by
+  `score(frozen, rollout, rows) -> [B]`. `rows [B]` int32 are the prompts to sample from. If
+  `gold(rollout, rows) -> [B]` is given it is measured, and nothing is trained on it.
   """
   update = make_update_fn(algorithm, policy, value_model, reference)
 
@@ -235,7 +237,7 @@ def make_iteration_fn(
 def sample_rollout(sample, state: TrainState, frozen, prompts, prompt_mask, rows) -> Rollout:
   """Returns a rollout of the prompts in `rows [B]`; `after_sampling` is the state that follows.
 
-  The state itself is left as it is, so that it can be saved where the host fails to score.
+  The state itself does not change, so that it can be saved if the host fails to score.
   """
   _, sample_key = jax.random.split(state.key)
   return sample(
@@ -254,7 +256,7 @@ def after_sampling(state: TrainState) -> TrainState:
 
 
 class _Reference(NamedTuple):
-  """What the reference says of a rollout; zeros and None where nothing reads it."""
+  """What the penalty reads of the reference, for a rollout; zeros and None if it reads nothing."""
 
   log_probs: jax.Array  # [B, T]
   exact_kl: jax.Array | None  # [B, T], of the policy before this iteration's steps
@@ -266,9 +268,9 @@ def _measured_reference(
 ):
   """Returns (what the penalty reads of the reference, the kl/ref_* metrics).
 
-  All estimators are of KL(pi || pi_ref) at the policy that sampled; of a late rollout the exact one
-  is that of the present policy, whose next-token distributions are at hand. It, and all of them
-  when the objective has no KL, are measured every `kl_every` iterations only.
+  All estimators are of KL(pi || pi_ref) at the policy that sampled. For a late rollout the exact KL
+  is that of the present policy, whose next-token distributions are available. The exact KL, and all
+  estimators if the objective has no KL, are measured every `kl_every` iterations only.
   """
   penalty, mask = algorithm.penalty, rollout.completion_mask
   temperature = state.hypers.temperature

@@ -89,6 +89,6 @@ def _reset(reference, params, iteration, algorithm, hypers):
   return jax.tree.map(lambda ref, x: jnp.where(due, x, ref), reference, params)
 
 
-# (reference, params, iteration, algorithm, hypers) -> the reference after an iteration that ended with
-# `params`; None for one that does not move.
+# (reference, params, iteration, algorithm, hypers) -> the reference after an iteration that ended
+# with `params`. None is a reference that does not move.
 REFERENCE_RULES = {"frozen": None, "ema": _moving_average, "reset": _reset}

@@ -1,4 +1,4 @@
-"""The KL penalty as a typed choice: what each choice is, and what it does in expectation.
+"""The KL penalty as a typed choice, and what each choice does in expectation.
 
     J = E[r] - beta * KL(pi || pi_ref)
 
@@ -11,10 +11,10 @@
     correction  of a loss term, for tokens that an older policy drew: none, the token's importance
                 ratio, or the ratio of the whole prefix
     credit      sequence: a token answers for all later KL too, so that the target is the KL of
-                whole completions; token: for its own only, so that prefixes count as given
+                whole completions; token: it answers for its own KL only, at given prefixes
 
-`kl_terms` computes it. `audit` states what gradient that has in expectation; the claims are those
-that enumeration confirms on random trees (tests). docs/kl.md says the same in plain words.
+`kl_terms` computes it. `audit` states its expected gradient; tests confirm each claim by
+enumeration on random trees. docs/kl.md explains it in plain words.
 """
 
 from typing import NamedTuple
@@ -54,8 +54,8 @@ CREDITS = ("sequence", "token")
 REFRESHES = ("iteration", "minibatch")
 
 
-# Expected gradients by name. "token" sums the KLs of the next-token distributions at prefixes that
-# count as given, pi's own ones where nothing else is said.
+# Expected gradients by name. "token" is the sum of the KLs of the next-token distributions at given
+# prefixes, which are drawn from pi unless the name says otherwise.
 SEQUENCE = "KL(pi||ref)"
 TOKEN = "token KL(pi||ref)"
 TOKEN_AT_OLD = "token KL(pi||ref) at the old policy's prefixes"
@@ -72,9 +72,9 @@ KL_GRADIENTS = (SEQUENCE, TOKEN, TOKEN_AT_OLD)
 class Audit(NamedTuple):
   """What a penalty does in expectation.
 
-  `gradient` is what `kl_terms.surrogate` has on-policy, `off_policy_gradient` what it has on
-  completions of an older policy, that is after the first step on a rollout; both are names of this
-  module.
+  `gradient` is the expected gradient of `kl_terms.surrogate` on-policy, and `off_policy_gradient`
+  that on completions of an older policy, which is so after the first step on a rollout. Both are
+  names of this module.
   """
 
   verdict: str  # exact | other | refused, by `gradient`
@@ -87,9 +87,9 @@ class Audit(NamedTuple):
 
 
 _P = KLPenalty
-# Each choice by itself, so that a new estimator claims nothing: the gradient on-policy and
-# off-policy at --kl_refresh=iteration, then whether the value is unbiased on-policy and off-policy.
-# What is not here has no meaning of its own.
+# Each choice has a row of its own, so that nothing is claimed of a new estimator: the gradients
+# on-policy and off-policy at --kl_refresh=iteration, then whether the value is unbiased on-policy
+# and off-policy. A choice without a row has no meaning of its own.
 _ROWS = {
   _P("reward", "k1", "none", "sequence"): (SEQUENCE, NO_DIVERGENCE, True, False),
   _P("reward", "k1", "none", "token"): (TOKEN, STALE_TOKEN, True, False),
@@ -129,10 +129,10 @@ _FIXED_POINTS = {
 
 
 def audit(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> Audit:
-  """Returns what the penalty does in expectation: its value, its gradient and where that leads.
+  """Returns what the penalty does in expectation: its value, its gradient and its fixed point.
 
   Raises:
-    UserError: the choice has no meaning of its own; the message names those that have.
+    UserError: the choice has no meaning of its own; the message names those that have one.
   """
   if penalty not in _ROWS:
     raise UserError(_undefined(penalty))
