@@ -156,7 +156,7 @@ def test_presets_have_the_penalties_of_their_papers():
 
 def test_critic_free_experiments_have_no_value_model_and_ppo_has_one():
   assert "value/loss" not in traced_update(reinforce.Config(batch_size=4))
-  assert ppo.Config.advantage == "gae"
+  assert ppo.Config().sources().has_value_model
 
 
 @pytest.mark.parametrize(

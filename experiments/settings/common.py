@@ -220,7 +220,7 @@ class EvaluationFields:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SftStageFields:
-  """The embedded stages before; to be mixed into a config that has `policy`."""
+  """The embedded SFT stage; to be mixed into a config that has `policy`."""
 
   sft_iterations: int = setting(
     700, "iterations of the embedded SFT stage", minimum=1, read_when=("policy", ("",))
@@ -229,7 +229,7 @@ class SftStageFields:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageFields(SftStageFields):
-  """The embedded reward model stage too."""
+  """The stage of the embedded reward model; comes after that of SFT."""
 
   reward_model_iterations: int = setting(
     1000, "iterations of the embedded reward model stage", minimum=1, read_when=("policy", ("",))
