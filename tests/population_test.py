@@ -438,7 +438,7 @@ def test_members_that_began_together_go_on_together(tmp_path):
 def test_a_damaged_file_of_a_group_is_named_with_what_to_do(tmp_path, content):
   (tmp_path / "groups/some").mkdir(parents=True)
   (tmp_path / "groups/some/members.json").write_text(content)
-  with pytest.raises(UserError, match=r"members\.json.*Remove .*groups/some: its members begin"):
+  with pytest.raises(UserError, match=r"members\.json.*Remove .*groups/some: its members start"):
     population.group_members(tmp_path, experiment.members_of(make_config(sweep="beta=0.1,0.3")))
 
 
