@@ -113,7 +113,7 @@ class Programs:
     """Returns iterate(), which does one iteration of all members."""
     mesh = parallel.sweep_mesh(mesh, len(self.members))
     setup = programs.set_up(self.members[0], mesh, self.models, self.task)
-    state, shardings = population.init_state(setup, self.members)
+    state, shardings = population.init_members(setup, self.members)
     lift = functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch)
     step = programs.make_step_fn(setup, shardings, lift=lift, guard=population.guarded)
     iteration = 0
@@ -130,11 +130,11 @@ class Programs:
     """Returns iterate(), which does one iteration of each member by a single run's program."""
     mesh = parallel.make_mesh("data=1")
     setup = programs.set_up(self.members[0], mesh, self.models, self.task)
-    shardings = parallel.state_shardings(mesh, programs.init_state(setup))
+    shardings = parallel.state_shardings(mesh, programs.init_run(setup))
     step = programs.make_step_fn(setup, shardings)
     states = [
       parallel.put(
-        programs.init_state(setup._replace(config=member, hypers=member.hypers())), shardings
+        programs.init_run(setup._replace(config=member, hypers=member.hypers())), shardings
       )
       for member in self.members
     ]

@@ -114,7 +114,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
       "exact": exact,
     }
 
-  return laboratory.run(config, "best_of_n", "best_of_n.json", compute, report, show, root=root)
+  return laboratory.conduct(config, "best_of_n", "best_of_n.json", compute, report, show, root=root)
 
 
 def show(results: dict) -> None:
@@ -157,7 +157,7 @@ def first_prompts(prompts: data.Prompts, num: int) -> data.Prompts:
 def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts: data.Prompts):
   """Returns scores and gold scores [P, N] of N completions of each prompt; gold may be None."""
   mesh = parallel.make_mesh("")
-  judge = judging.make_programs(
+  judge = judging.make_judge_programs(
     mesh, models.policy, None, models.tokenizer, task.max_completion_len
   )
   params = parallel.put_once(mesh, models.policy_params)
@@ -360,4 +360,4 @@ def _exact_lines(log_probs, scores, gold, sizes: list[int]) -> dict:
 
 
 if __name__ == "__main__":
-  common.run(main, Config)
+  common.launch(main, Config)

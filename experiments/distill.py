@@ -26,7 +26,7 @@ from collections.abc import Callable
 from experiments import ppo
 from experiments.settings import common, rl, training
 from experiments.settings.common import setting
-from experiments.settings.kl import PENALISED
+from experiments.settings.penalty import PENALISED
 from klrl import inputs
 from klrl.algorithm import Algorithm, Hypers, kl_terms, objective
 from klrl.devices import parallel
@@ -112,4 +112,4 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
 
 
 if __name__ == "__main__":
-  common.run(main, Config)
+  common.launch(main, Config)

@@ -116,10 +116,10 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
   start = (own_start if config.data else embedded_start)(config)
   stages = {} if config.policy else training.model_directories(stages_config(config))
   create_workdir(workdir, "dpo", config, read=stages.values())
-  return run(config, workdir, start)
+  return train_on_pairs(config, workdir, start)
 
 
-def run(config: Config, workdir: pathlib.Path, start: Start) -> dict:
+def train_on_pairs(config: Config, workdir: pathlib.Path, start: Start) -> dict:
   """Trains, judges before and after, writes all files of a run and returns the summary."""
   mesh = parallel.make_mesh(config.mesh)
   reference = parallel.put_once(mesh, start.params)
@@ -206,4 +206,4 @@ def make_preference_fn(policy: Policy, loss: str):
 
 
 if __name__ == "__main__":
-  common.run(main, Config)
+  common.launch(main, Config)

@@ -100,7 +100,9 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
       "policies": measure_policies(config, *directories),
     }
 
-  return laboratory.run(config, "estimators", "estimators.json", compute, report, show, root=root)
+  return laboratory.conduct(
+    config, "estimators", "estimators.json", compute, report, show, root=root
+  )
 
 
 def gaussian(mu: float) -> Case:
@@ -381,4 +383,4 @@ def show(results: dict) -> None:
 
 
 if __name__ == "__main__":
-  common.run(main, Config)
+  common.launch(main, Config)

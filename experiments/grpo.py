@@ -89,4 +89,4 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
 
 
 if __name__ == "__main__":
-  common.run(main, Config)
+  common.launch(main, Config)

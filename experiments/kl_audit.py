@@ -72,7 +72,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
     progress.console.print("KL audit: enumerating ...")
     return make_audit(config)
 
-  workdir = laboratory.run(
+  workdir = laboratory.conduct(
     config, "kl_audit", "audit.json", compute, kl_audit_page.audit_page, show, root=root
   )
   kl_peers_summary.write(workdir / "audit.json", workdir)
@@ -256,4 +256,4 @@ def show(audit: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-  common.run(main, Config)
+  common.launch(main, Config)

@@ -221,7 +221,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
       "epochs": compare_epochs(config, str(workdir / "runs")),
     }
 
-  return laboratory.run(
+  return laboratory.conduct(
     config, "kl_directions", "kl_directions.json", compute, report, show, root=root
   )
 
@@ -254,4 +254,4 @@ def show(results: dict) -> None:
 
 
 if __name__ == "__main__":
-  common.run(main, Config)
+  common.launch(main, Config)

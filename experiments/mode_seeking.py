@@ -56,7 +56,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
       **language_results(config),
     }
 
-  return laboratory.run(
+  return laboratory.conduct(
     config, "mode_seeking", "mode_seeking.json", compute, report, show, root=root
   )
 
@@ -297,4 +297,4 @@ def language_results(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-  common.run(main, Config)
+  common.launch(main, Config)

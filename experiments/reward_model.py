@@ -286,4 +286,4 @@ def _pairs(config: Config, tokenizer, context: int) -> tuple[Pairs, Pairs]:
 
 
 if __name__ == "__main__":
-  common.run(main, Config)
+  common.launch(main, Config)

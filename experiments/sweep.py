@@ -133,7 +133,7 @@ def _run(config, workdir: pathlib.Path, members: list[population.Member], root: 
   read = {path for member in members for path in fingerprints.paths_of(member.config)}
   create_workdir(workdir, "sweep", config, read=read)
   progress.console.print(f"Sweep of {config.experiment}: results go to {workdir}", soft_wrap=True)
-  found = population.run(
+  found = population.train_members(
     workdir,
     members,
     load,
@@ -295,4 +295,4 @@ def _chosen_experiment(arguments: list[str]) -> str:
 
 if __name__ == "__main__":
   chosen = config_class(_chosen_experiment(sys.argv))
-  common.run(main, chosen, prepare=parallel.use_every_core)
+  common.launch(main, chosen, prepare=parallel.use_every_core)

@@ -48,7 +48,7 @@ class Programs(NamedTuple):
   evaluate_reference: Callable | None
 
 
-def make_programs(
+def make_judge_programs(
   mesh, policy: Policy, reference: Policy | None, tokenizer: TokenizerInfo, max_completion_len: int
 ) -> Programs:
   """Returns the programs of a judge; arguments as in `make_judge_fn`."""
@@ -125,7 +125,7 @@ def make_judge_fn(
     return [held_out.records[row] for row in rows]
 
   prompts, repeated_prompts = prompts_of(rows), prompts_of(padded)
-  programs = make_programs(mesh, policy, reference, tokenizer, max_completion_len)
+  programs = make_judge_programs(mesh, policy, reference, tokenizer, max_completion_len)
   sample, greedy, evaluate, sample_reference, evaluate_reference = programs
   if reference is not None:
     of_reference = sample_reference(

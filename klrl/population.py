@@ -77,7 +77,7 @@ class SweepState(NamedTuple):
   diverged_at: jax.Array  # [M] int32, the iteration, from 1, that was not finite; 0: none was
 
 
-def run(
+def train_members(
   workdir: pathlib.Path,
   members: list[Member],
   load: Callable[[Any], tuple[Models, Task]],
@@ -177,14 +177,14 @@ def _run_group(
   # An empty place repeats the last member, and its results are not read.
   configs = [member.config for member in members]
   configs += configs[-1:] * (num_places - len(members))
-  state, shardings = init_state(setup, configs)
+  state, shardings = init_members(setup, configs)
   start, state = loop.restore_or_init(group_dir, state, keep=config.keep)
 
   @functools.cache
   def judge_at(temperature):
     """Returns (judge, judgement of the start): the same noise whatever a member's seed."""
     own = dataclasses.replace(config, seed=seed, temperature=temperature)
-    judge = rlhf.make_judge_fn(setup._replace(config=own))
+    judge = rlhf.make_judge(setup._replace(config=own))
     return judge, rlhf.judge_start(setup, judge, start)
 
   for member in members:
@@ -198,7 +198,7 @@ def _run_group(
   step = programs.make_step_fn(setup, shardings, lift=lift, guard=guarded)
   folders = [member.folder(workdir) for member in members]
   step = _recording(step, folders, start)
-  iterations = loop.run(step, state, start=start, workdir=group_dir, **config.loop_settings())
+  iterations = loop.iterate(step, state, start=start, workdir=group_dir, **config.loop_settings())
   state = progress.watch(
     iterations,
     state,
@@ -241,7 +241,7 @@ def _run_group(
   processes.on_writer(shutil.rmtree)(group_dir / "checkpoints")
 
 
-def init_state(setup: programs.Setup, configs: list) -> tuple[SweepState, SweepState]:
+def init_members(setup: programs.Setup, configs: list) -> tuple[SweepState, SweepState]:
   """Returns (the state at the start of the runs of `configs`, on the devices, its shardings)."""
   runs = [
     learner.init_state(config.algorithm(), config.hypers(), {}, jax.random.key(config.seed))
@@ -251,7 +251,7 @@ def init_state(setup: programs.Setup, configs: list) -> tuple[SweepState, SweepS
     name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(getattr(run, name) for run in runs))
     for name in _OWN
   }
-  common = programs.init_state(setup)._replace(**dict.fromkeys(_OWN))
+  common = programs.init_run(setup)._replace(**dict.fromkeys(_OWN))
 
   def build(common, own):
     shared = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(configs), *x.shape)), common)

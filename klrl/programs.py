@@ -50,7 +50,7 @@ def set_up(config, mesh, models: Models, task: Task) -> Setup:
   return Setup(config, config.algorithm(), config.hypers(), models, task, mesh, frozen, sample)
 
 
-def init_state(setup: Setup) -> learner.TrainState:
+def init_run(setup: Setup) -> learner.TrainState:
   """Returns the state before the first iteration, on the devices, by `parallel.state_shardings`.
 
   Nothing else shares its buffers, and no device ever holds more of its parameters and moments than
@@ -151,7 +151,7 @@ def prompt_rows(algorithm: Algorithm, iteration: int, num_prompts: int, *, seed:
 
 
 def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -> Callable:
-  """Returns step(state, iteration) -> (state, metrics) for `loop.run`; see `make_programs`."""
+  """Returns step(state, iteration) -> (state, metrics) for `loop.iterate`; see `make_programs`."""
   algorithm, models, task = setup.algorithm, setup.models, setup.task
   mesh, frozen, data_seed = setup.mesh, setup.frozen, setup.config.data_seed
   programs = make_programs(setup, shardings, lift=lift, guard=guard)

@@ -17,7 +17,7 @@ from klrl.devices import parallel, processes
 from klrl.figures import labels
 from klrl.inputs import Models, Task
 from klrl.models import join, merge_lora, save_policy, save_scalar
-from klrl.programs import Setup, init_state, make_step_fn, set_up
+from klrl.programs import Setup, make_step_fn, set_up
 from klrl.run import loop, progress
 from klrl.run.summary import write_summary
 from klrl.run.workdir import write_text
@@ -36,7 +36,9 @@ _SHOWN = labels(
 )
 
 
-def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str) -> dict[str, Any]:
+def train_policy(
+  config, workdir: pathlib.Path, models: Models, task: Task, *, title: str
+) -> dict[str, Any]:
   """Trains, judges before and after, and writes the run's files without the report.
 
   Returns the summary.
@@ -53,10 +55,10 @@ def run(config, workdir: pathlib.Path, models: Models, task: Task, *, title: str
   state = init_state(setup)
   shardings = parallel.state_shardings(setup.mesh, state)
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
-  judge = make_judge_fn(setup)
+  judge = make_judge(setup)
   before = judge_start(setup, judge, start)
   step = make_step_fn(setup, shardings)
-  iterations = loop.run(step, state, start=start, workdir=workdir, **config.loop_settings())
+  iterations = loop.iterate(step, state, start=start, workdir=workdir, **config.loop_settings())
   iterations = progress.warned(iterations, "kl/old_k1", _LARGEST_KL_OLD, _TOO_FAR)
   state = progress.watch(
     iterations, state, title=title, start=start, total=config.num_iterations, keys=_SHOWN
@@ -85,7 +87,7 @@ def announce(config) -> dict[str, Any]:
   return {"kl_penalty": description} | ({"warnings": warnings} if warnings else {})
 
 
-def make_judge_fn(setup: Setup) -> Callable[..., judging.Judgement]:
+def make_judge(setup: Setup) -> Callable[..., judging.Judgement]:
   """Returns judge(params, *, when), which takes the trained parameters on the devices."""
   config, models, task = setup.config, setup.models, setup.task
   mesh, frozen = setup.mesh, setup.frozen

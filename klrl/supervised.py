@@ -86,7 +86,7 @@ def make_supervised_step(loss_fn, config):
   return step
 
 
-def make_programs(mesh, loss_fn, config, shardings) -> tuple[Callable, Callable]:
+def make_supervised_programs(mesh, loss_fn, config, shardings) -> tuple[Callable, Callable]:
   """Returns (step, measure), compiled; the step is that of `make_supervised_step` and donates.
 
   `measure(params, batch, coefficients) -> metrics` takes all parameters and measures each row by
@@ -151,7 +151,7 @@ def train(
   shardings = parallel.state_shardings(mesh, state)
   state = parallel.put(state, shardings)
   frozen = parallel.put(frozen or {}, parallel.state_shardings(mesh, frozen or {}))
-  train_step, measure = make_programs(mesh, loss_fn, config, shardings)
+  train_step, measure = make_supervised_programs(mesh, loss_fn, config, shardings)
 
   def step(state, iteration):
     rows = data.batch_rows(config.seed, iteration, config.batch_size, len(training[0]))
@@ -165,7 +165,7 @@ def train(
 
   at_start = measured(state)
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
-  iterations = loop.run(step, state, start=start, workdir=workdir, **config.loop_settings())
+  iterations = loop.iterate(step, state, start=start, workdir=workdir, **config.loop_settings())
   state = progress.watch(
     iterations, state, title=title, start=start, total=config.num_iterations, keys=keys
   )

@@ -199,11 +199,11 @@ def run_main(monkeypatch, main, *arguments):
   """Returns the exit status of an experiment's main guard."""
   monkeypatch.setattr("sys.argv", ["program", *arguments])
   # Processes are joined before anything is computed; here other tests have computed.
-  monkeypatch.setattr(processes, "join", lambda: None)
+  monkeypatch.setattr(processes, "connect", lambda: None)
   before = set(flags.FLAGS)
   try:
     with pytest.raises(SystemExit) as stop:
-      common.run(main, common.RunConfig)
+      common.launch(main, common.RunConfig)
     return stop.value.code or 0
   finally:
     for name in set(flags.FLAGS) - before:
@@ -273,7 +273,7 @@ def main(config):
     processes._SECONDS_FOR_THREADS = 1
     threading.Thread(target=threading.Event().wait, name="of the reward").start()
 
-common.run(main, common.RunConfig)
+common.launch(main, common.RunConfig)
 """
 
 

@@ -173,7 +173,7 @@ def record_of(experiment, settings) -> list[str]:
       calls.append(plain(compute(workdir)))
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(laboratory, "run", computed)
+    patch.setattr(laboratory, "conduct", computed)
     replacements[experiment](patch, functools.partial(functools.partial, noted))
     module.main(module.Config(**settings))
   return calls

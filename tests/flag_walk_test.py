@@ -43,7 +43,7 @@ ALGORITHM_FIELDS = dataclasses.fields(Algorithm)
 EXPERIMENTS = {module.__name__.split(".")[-1]: module for module in MODULES}
 MAINS = {name: module.main for name, module in EXPERIMENTS.items()}  # before they are patched
 APPLY_GRADIENTS = jax.jit(apply_gradients)  # traced once for each shape
-LOOP = loop.run
+LOOP = loop.iterate
 STAGES = {sft: "policy", reward_model: "reward_model", ppo: "other"}  # and what they leave
 
 
@@ -292,11 +292,11 @@ class Run:
   judge: Any = None  # arguments of `judging.make_judge_fn`
   step: Any = None
   state: Any = None
-  settings: Any = None  # other arguments of `loop.run`
+  settings: Any = None  # other arguments of `loop.iterate`
 
 
 class Started(Exception):
-  """What `loop.run` was given."""
+  """What `loop.iterate` was given."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -308,7 +308,7 @@ def workplace(tmp_path_factory):
     def started(step, state, **settings):
       raise Started(step, state, settings)
 
-    patch.setattr(loop, "run", started)
+    patch.setattr(loop, "iterate", started)
     patch.setattr(evaluation, "step_zero_checks", lambda *_, **__: None)
     patch.setattr(
       decoder, "_decoder", functools.cache(functools.partial(traced_once, decoder._decoder))

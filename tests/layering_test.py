@@ -85,7 +85,7 @@ def test_imports_point_one_way(path):
   [
     ("ops/kl", "import optax"),
     ("ops/kl", "from klrl import errors"),
-    ("algorithm/learner", "from klrl.run.loop import run"),
+    ("algorithm/learner", "from klrl.run.loop import iterate"),
     ("models/decoder", "from klrl import sampling"),
     ("exact/oracle", "from klrl.algorithm.learner import make_update_fn"),
     ("run/loop", "from absl import flags"),
@@ -99,3 +99,8 @@ def test_an_import_that_points_up_is_seen(module, line, tmp_path, monkeypatch):
   path.parent.mkdir(parents=True)
   path.write_text(line)
   assert list(_offences(path))
+
+
+def test_no_two_modules_have_one_name():
+  names = [path.stem for package in ("klrl", "experiments") for path in _files(package)]
+  assert {name for name in names if names.count(name) > 1} <= {"__init__"}

@@ -35,7 +35,7 @@ def run(workdir, *, step=counting_step, num_iterations=6, save_every=2):
   workdir.mkdir(exist_ok=True)
   start, state = loop.restore_or_init(workdir, fresh_state(), keep=2)
   return list(
-    loop.run(
+    loop.iterate(
       step,
       state,
       start=start,
@@ -222,7 +222,7 @@ def test_one_changed_bit_of_any_array_is_noticed(tmp_path):
     return jax.tree.map(lambda x: x, state), {"score/mean": (1.0, 1.0)}
 
   settings = {"start": 0, "num_iterations": 2, "save_every": 1, "keep": 2}
-  for _ in loop.run(unchanged, state, workdir=tmp_path / "run", **settings):
+  for _ in loop.iterate(unchanged, state, workdir=tmp_path / "run", **settings):
     pass
   data = sorted((tmp_path / "run/checkpoints/2").rglob("d/*"), key=lambda x: x.stat().st_size)[-1]
   size = data.stat().st_size
@@ -371,7 +371,7 @@ def test_a_state_that_was_used_up_is_not_saved(tmp_path):
 
 
 def test_whoever_iterates_may_fail_and_nothing_is_lost(tmp_path):
-  iterations = loop.run(
+  iterations = loop.iterate(
     counting_step,
     fresh_state(),
     start=0,
@@ -418,7 +418,7 @@ def test_what_the_machine_refuses_is_one_message(tmp_path, error, message):
 
 
 def test_a_signal_between_two_iterations_is_saved_before_it_is_obeyed(tmp_path):
-  iterations = loop.run(
+  iterations = loop.iterate(
     counting_step,
     fresh_state(),
     start=0,
@@ -440,7 +440,7 @@ def test_a_signal_in_the_last_iteration_is_not_swallowed(tmp_path):
 
 
 def test_profile_of_a_single_iteration_is_no_error(tmp_path):
-  iterations = loop.run(
+  iterations = loop.iterate(
     counting_step,
     fresh_state(),
     start=0,

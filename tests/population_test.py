@@ -102,7 +102,7 @@ def swept(*configs):
   mesh = parallel.sweep_mesh(configs[0].mesh, len(members[0]))
   setup, lift, found = set_up(members[0][0].config, mesh), None, []
   for of_sweep in members:
-    state, shardings = population.init_state(setup, [member.config for member in of_sweep])
+    state, shardings = population.init_members(setup, [member.config for member in of_sweep])
     if lift is None:
       per_batch = configs[0].members_per_batch
       lift = functools.partial(parallel.map_members, mesh, members_per_batch=per_batch)
@@ -120,11 +120,11 @@ def singles(config, num_iterations=NUM_ITERATIONS):
   """Yields (state, metrics of each iteration) of the single runs, by one compiled program."""
   members = experiment.members_of(config)
   setup = set_up(members[0].config, parallel.make_mesh(members[0].config.mesh))
-  shardings = parallel.state_shardings(setup.mesh, programs.init_state(setup))
+  shardings = parallel.state_shardings(setup.mesh, programs.init_run(setup))
   step = programs.make_step_fn(setup, shardings)
   for member in members:
     state = jax.device_put(
-      programs.init_state(setup._replace(config=member.config, hypers=member.config.hypers())),
+      programs.init_run(setup._replace(config=member.config, hypers=member.config.hypers())),
       shardings,
     )
     found = []
@@ -173,11 +173,9 @@ def test_all_that_a_member_starts_with_is_its_own():
   config = make_config("grpo", **{**MANY["grpo"], "sweep": "beta=0.1,0.3"}, seeds=2)
   members = experiment.members_of(config)
   setup = set_up(members[0].config, parallel.make_mesh("data=1"))
-  state, _ = population.init_state(setup, [member.config for member in members])
+  state, _ = population.init_members(setup, [member.config for member in members])
   for i, member in enumerate(members):
-    single = programs.init_state(
-      setup._replace(config=member.config, hypers=member.config.hypers())
-    )
+    single = programs.init_run(setup._replace(config=member.config, hypers=member.config.hypers()))
     chex.assert_trees_all_equal(jax.device_get(member_of(state.run, i)), jax.device_get(single))
 
 
@@ -248,7 +246,7 @@ def test_a_device_holds_its_members_shard_of_their_parameters():
   config = make_config(sweep="beta=0,0.3,0.5,0.7", mesh="sweep=2,fsdp=2")
   configs = [member.config for member in experiment.members_of(config)]
   setup = set_up(configs[0], parallel.sweep_mesh(config.mesh, len(configs)))
-  state, _ = population.init_state(setup, configs)
+  state, _ = population.init_members(setup, configs)
   kernel = state.run.params["policy"]["decoder"]["layers"]["mlp"]["up"]["kernel"]
   assert kernel.shape[0] == 4
   assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 4}

@@ -203,7 +203,7 @@ def test_open_mpi_needs_no_flag(inputs, tmp_path):
 
 
 def test_open_mpi_that_jax_does_not_see_is_refused(tmp_path):
-  code = "from klrl.devices import processes; processes.join()"
+  code = "from klrl.devices import processes; processes.connect()"
   process = start(tmp_path, [sys.executable, "-c", code], OMPI_COMM_WORLD_SIZE="2")
   assert "mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT" in finished(process, 1)
 
@@ -224,14 +224,14 @@ def test_a_start_that_cannot_work_is_refused_at_once(monkeypatch, settings, mess
   for name, value in (told | settings).items():
     monkeypatch.setenv(name, value)
   with pytest.raises(UserError, match=message):
-    processes.join()
+    processes.connect()
 
 
 # Nobody else is started.
 MISSED = """
 from klrl.devices import processes
 processes._SECONDS_TO_WONDER, processes._SECONDS_TO_MEET = 0.5, 2
-processes.join()
+processes.connect()
 """
 
 
@@ -274,7 +274,7 @@ def refuse(own, kind=UserError):
   if processes.is_writer() == own:
     raise kind("refused")
 
-processes.join()
+processes.connect()
 index = int(os.environ["JAX_PROCESS_ID"])
 tries = (
   lambda: processes.together(refuse)(False),
@@ -321,7 +321,7 @@ import numpy as np
 from klrl.devices import parallel, processes
 from klrl.run import loop
 
-processes.join()
+processes.connect()
 mesh = parallel.make_mesh("")
 state = {"x": np.arange(8.0, dtype=np.float32), "key": jax.random.key(0)}
 places = {"x": parallel.by_rows(mesh), "key": parallel.replicated(mesh)}
@@ -330,7 +330,7 @@ step = jax.jit(lambda state: {**state, "x": state["x"] + 1}, out_shardings=place
 start, state = loop.restore_or_init(pathlib.Path("run"), state, keep=2)
 print("start", start, flush=True)
 settings = {"start": start, "num_iterations": 4, "save_every": 2, "keep": 2}
-run = loop.run(lambda x, i: (step(x), {}), state, workdir=pathlib.Path("run"), **settings)
+run = loop.iterate(lambda x, i: (step(x), {}), state, workdir=pathlib.Path("run"), **settings)
 for _, state, _ in run:
   pass
 print("ends with", parallel.fetch(state["x"])[[0, 7]].tolist(), flush=True)
@@ -355,7 +355,7 @@ def test_a_damaged_checkpoint_is_left_by_both_processes(tmp_path):
 LEFT = """
 from klrl.devices import processes
 processes._SECONDS_TO_FOLLOW = 4
-processes.join()
+processes.connect()
 processes.wait_for_all("here")
 if processes.is_writer():
   processes.wait_for_all("there")

@@ -82,7 +82,7 @@ def assert_no_device_held_more_than_its_share(arrays, peaks):
 def test_parameters_moments_and_a_moving_reference_are_made_in_shards(models):
   config, found = models
   setup = programs.Setup(config, found, None, MESH, {}, None)
-  state, peaks = peaks_of(lambda: programs.init_state(setup))
+  state, peaks = peaks_of(lambda: programs.init_run(setup))
   policy = state.params["policy"]
   assert "value" in state.params
   arrays = state.params, state.opt_state, state.reference
@@ -121,7 +121,7 @@ def trained(rewards):
   task = inputs.Task(prompts, prompts, 4, rewards, None, None)
   config = grpo.Config(batch_size=12, group_size=4, num_minibatches=1, kl_every=0)
   setup = programs.set_up(config, parallel.make_mesh("data=1"), models, task)
-  state = programs.init_state(setup)
+  state = programs.init_run(setup)
   step = programs.make_step_fn(setup, parallel.state_shardings(setup.mesh, state))
   for iteration in range(2):
     state, _ = step(state, iteration)

@@ -69,7 +69,7 @@ def test_a_changed_flag_of_the_sweep_changes_how_it_is_run(field, tmp_path, monk
   def run(*arguments, **more):
     calls.append((arguments, more))
 
-  monkeypatch.setattr(experiment.population, "run", run)
+  monkeypatch.setattr(experiment.population, "train_members", run)
   monkeypatch.setattr(experiment.best_of_n, "main", lambda *args, **more: drawn.append(args))
   monkeypatch.setattr(experiment, "_dry_run", lambda *args: calls.append("dry run"))
   monkeypatch.setattr(experiment, "show_frontier", lambda found: None)

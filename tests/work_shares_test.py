@@ -106,7 +106,7 @@ def supervised_flops(spec, num_rows):
     )
     shardings = parallel.state_shardings(mesh, state)
     state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
-    step, measure = supervised.make_programs(mesh, loss_fn, config, shardings)
+    step, measure = supervised.make_supervised_programs(mesh, loss_fn, config, shardings)
     rows = jax.tree.map(lambda x: x.update(sharding=parallel.by_rows(mesh)), batch)
     programs = {
       "step": step.lower(state, {}, rows),

@@ -15,7 +15,7 @@ from klrl.run.summary import environment
 from klrl.run.workdir import create_workdir, find_workdir, write_text
 
 
-def run(
+def conduct(
   config,
   name: str,
   file: str,

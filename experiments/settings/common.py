@@ -4,7 +4,7 @@ A field of an experiment's `Config` is declared once, with its default, help and
 
     beta: float = setting(0.1, "KL coefficient ...", minimum=0.0)
 
-`run(main, Config)` makes the flags of the same names, parses the command line and calls
+`launch(main, Config)` makes the flags of the same names, parses the command line and calls
 `main(config)`. Importing an experiment defines no flag.
 """
 
@@ -162,7 +162,7 @@ class RunConfig(LabConfig):
       raise UserError(f"{of} = {number} is not a multiple of --{name}={getattr(self, name)}.")
 
   def loop_settings(self) -> dict[str, Any]:
-    """Returns the fields that `loop.run` takes under the same names."""
+    """Returns the fields that `loop.iterate` takes under the same names."""
     names = ("num_iterations", "save_every", "keep", "profile", "tensorboard")
     return {name: getattr(self, name) for name in names}
 
@@ -295,7 +295,7 @@ def check_machine(config) -> None:
     processes.on_writer(check_writable)(pathlib.Path(config.workdir))
 
 
-def run(main, config_class, *, prepare=lambda: None) -> None:
+def launch(main, config_class, *, prepare=lambda: None) -> None:
   """Runs `main(config)` with the config from the command line; the body of every main guard.
 
   `prepare` is called before anything is computed.
@@ -321,7 +321,7 @@ def run(main, config_class, *, prepare=lambda: None) -> None:
       logging.set_verbosity(logging.FATAL)
     status = 0
     try:
-      processes.join()
+      processes.connect()
       prepare()
       console.quiet = not processes.is_writer()
       if len(arguments) > 1:

@@ -18,7 +18,7 @@ from experiments.settings.common import (
   StageFields,
   setting,
 )
-from experiments.settings.kl import KLConfig
+from experiments.settings.penalty import KLConfig
 from klrl import inputs, ops
 from klrl.algorithm import Algorithm, Hypers, beta_rules, memory, objective, policy_losses
 from klrl.algorithm.optimizer import SCHEDULES, make_schedule

@@ -54,7 +54,7 @@ def _train(config: PolicyConfig, workdir: pathlib.Path, name: str, title: str) -
     f"learning rate {config.learning_rate:g}; results go to {workdir}",
     soft_wrap=True,
   )
-  return rlhf.run(config, workdir, models, task, title=title)
+  return rlhf.train_policy(config, workdir, models, task, title=title)
 
 
 def stages_of(config: PolicyConfig, directories: dict[str, str]) -> list[str]:

@@ -141,7 +141,7 @@ def _state(setup: programs.Setup):
   arrays, whole = parallel.distinct(_arrays(setup.models))
 
   def init(arrays):
-    return programs.init_state(setup._replace(models=setup.models._replace(**whole(arrays))))
+    return programs.init_run(setup._replace(models=setup.models._replace(**whole(arrays))))
 
   return jax.eval_shape(init, arrays)
 
@@ -176,7 +176,7 @@ def _judge_reports(setup) -> list[dict[str, Any]]:
   """Returns the cost of the programs of the judge; in a sweep it is that of one member."""
   models, task, mesh = setup.models, setup.task, setup.mesh
   tokenizer, horizon = models.tokenizer, task.max_completion_len
-  judge = judging.make_programs(mesh, models.policy, models.reference, tokenizer, horizon)
+  judge = judging.make_judge_programs(mesh, models.policy, models.reference, tokenizer, horizon)
   trained = parallel.put_once(mesh, {"policy": models.policy_params})
   params = join(setup.frozen["base"], trained)["policy"]
   shape = setup.config.num_eval_rows, task.held_out.tokens.shape[1]

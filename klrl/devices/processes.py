@@ -31,7 +31,7 @@ _SECONDS_FOR_THREADS = 10
 _OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 
 
-def join() -> None:
+def connect() -> None:
   """Joins this process to the others, if there are any. Call it before anything is computed.
 
   JAX itself finds the processes of Slurm, Open MPI 4, GKE and Cloud TPU. Elsewhere the variables

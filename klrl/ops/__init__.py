@@ -14,7 +14,7 @@ Log-probs and entropies (`klrl.ops.log_probs`):
     token_log_probs_from_hidden                   without holding the logits
     token_log_probs_and_entropy_from_hidden       both at once
 
-Rewards, advantages and returns (`klrl.ops.rewards`, `klrl.ops.advantages`):
+Rewards, advantages and returns (`klrl.ops.shaping`, `klrl.ops.advantages`):
 
     shaped_rewards          the score at the last token, less beta times each token's KL
     gae                     advantages and returns from a value model
@@ -128,4 +128,4 @@ from klrl.ops.masking import masked_var as masked_var
 from klrl.ops.masking import mean_and_deviations as mean_and_deviations
 from klrl.ops.masking import within_rounding as within_rounding
 from klrl.ops.masking import zero_padding as zero_padding
-from klrl.ops.rewards import shaped_rewards as shaped_rewards
+from klrl.ops.shaping import shaped_rewards as shaped_rewards

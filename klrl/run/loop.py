@@ -85,7 +85,7 @@ def _closed_at_exit(generator_fn):
 
 
 @_closed_at_exit
-def run(
+def iterate(
   step: Callable[[Any, int], tuple[Any, dict]],
   state,
   *,

@@ -73,7 +73,7 @@ def watch(
   The iterations are closed, and so what they write is whole, where nothing can be shown any more.
 
   Args:
-    iterations: what `loop.run` returns.
+    iterations: what `loop.iterate` returns.
     state: what to return where nothing is left to do.
     title: what is running.
     start: iterations done before.
