@@ -203,7 +203,7 @@ def _examples(config: Config, policy: Policy, tokenizer):
   elif not config.is_text:
     data.check_lengths(encoded, max_len)
 
-  parts = data.split_held_out(len(encoded), config.data_seed)
+  parts = data.split_indices(len(encoded), config.data_seed)
   arrays = []
   for rows in parts:
     part = [encoded[i] for i in rows]

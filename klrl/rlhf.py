@@ -52,7 +52,7 @@ def train_policy(
   """
   figures = announce(config)
   setup = set_up(config, parallel.make_mesh(config.mesh), models, task)
-  state = init_state(setup)
+  state = init_run(setup)
   shardings = parallel.state_shardings(setup.mesh, state)
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
   judge = make_judge(setup)

@@ -101,7 +101,7 @@ def own_start(config) -> Start:
   policy = policy_model(model_config)
   pairs, arrays = encode_pairs(config, tokenizer, context=model_config.max_len)
   both = make_pairs(config, policy, params, arrays)
-  rows, held_out_rows = data.split_held_out(len(pairs), config.data_seed)
+  rows, held_out_rows = data.split_indices(len(pairs), config.data_seed)
   max_completion_len = config.max_completion_len or 64
   prompts = data.encode_prompts(
     [{"prompt": prompt} for prompt in dict.fromkeys(pairs[row].prompt for row in held_out_rows)],

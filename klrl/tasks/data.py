@@ -347,7 +347,7 @@ def take(arrays: NamedTuple, rows: np.ndarray):
   return type(arrays)(*(array[rows] for array in arrays))
 
 
-def split_held_out(num_rows: int, seed: int, *, share: float = 0.05, at_most: int = 512):
+def split_indices(num_rows: int, seed: int, *, share: float = 0.05, at_most: int = 512):
   """Returns (rows to train on, rows to hold out), at least one of each, as arrays of integers.
 
   Raises:
@@ -361,8 +361,8 @@ def split_held_out(num_rows: int, seed: int, *, share: float = 0.05, at_most: in
 
 
 def split_held_out(arrays: NamedTuple, seed: int):
-  """Returns (training, held out) parts of a named tuple of arrays, split by `split_held_out`."""
-  return tuple(take(arrays, rows) for rows in split_held_out(len(arrays[0]), seed))
+  """Returns (training, held out) parts of a named tuple of arrays, split by `split_indices`."""
+  return tuple(take(arrays, rows) for rows in split_indices(len(arrays[0]), seed))
 
 
 def batch_rows(seed: int, iteration: int, batch_size: int, num_rows: int) -> np.ndarray:
