@@ -17,7 +17,7 @@ from klrl.devices import parallel, processes
 from klrl.figures import labels
 from klrl.inputs import Models, Task
 from klrl.models import join, merge_lora, save_policy, save_scalar
-from klrl.programs import Setup, make_step_fn, set_up
+from klrl.programs import Setup, init_run, make_step_fn, set_up
 from klrl.run import loop, progress
 from klrl.run.summary import write_summary
 from klrl.run.workdir import write_text
