@@ -171,6 +171,7 @@ def record_of(experiment, settings) -> list[str]:
       calls.append(str(workdir))
     with contextlib.suppress(Enough):
       calls.append(plain(compute(workdir)))
+    return workdir
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(laboratory, "conduct", computed)
@@ -187,6 +188,7 @@ def replace_in_kl_audit(patch, noted):
   for name in ("_penalties", "_refreshed", "_capped", "_peers"):
     patch.setattr(kl_audit, name, list)
   patch.setattr(kl_audit.kl_figures, "ends_on_bandit", lambda _: [])
+  patch.setattr(kl_audit.kl_peers_summary, "write", lambda *_: None)
 
 
 def replace_in_mode_seeking(patch, noted):
