@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -46,3 +47,23 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if item.path.stem.removesuffix("_test") in QUICK_FILES:
       item.add_marker(pytest.mark.quick)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+  """Whole runs of a module read from the disk what runs of this process have compiled before.
+
+  The key has the whole program and all flags, and the folder goes with the session.
+  """
+  settings = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()

@@ -35,7 +35,7 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, compiled_once):
   """The folder in which one embedded run has finished; every test of this file works in it."""
   directory = tmp_path_factory.mktemp("experiments")
   before = pathlib.Path.cwd()

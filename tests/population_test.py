@@ -54,7 +54,7 @@ TINY = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def workplace(tmp_path_factory):
+def workplace(tmp_path_factory, compiled_once):
   """A folder with models, prompts and rewards, in which all tests of this file work."""
   directory = tmp_path_factory.mktemp("sweeps")
   with contextlib.chdir(directory):

@@ -26,7 +26,7 @@ from klrl.devices import parallel
 from klrl.models import policy_model, scalar_model
 from klrl.tasks import arithmetic, data, rewards
 
-ALONE = ("data=8", "fsdp=8", "data=2,fsdp=4")
+ALONE = ("data=8", "data=2,fsdp=4")
 SWEPT = ("sweep=2,data=2,fsdp=2",)
 SUPERVISED_ON = ("data=2,fsdp=4",)  # More take a second each, and were found to be alike.
 JUDGE = ("judge_draw", "judge_evaluate")
