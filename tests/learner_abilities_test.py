@@ -156,7 +156,7 @@ def test_a_shared_trunk_has_the_gradient_of_both_losses():
   norms = [optax.tree.norm(gradient(separate, name)["decoder"]) for name in separate.params]
   assert 0.1 < float(norms[0] / norms[1]) < 10
   assert set(state.params["value"]) == {"head"}
-  full = epochs.value_params(config, shared_params())
+  full = epochs.value_params(shared_params(), shared_trunk=True)
   chex.assert_trees_all_equal(full["decoder"], trunk)
 
 

@@ -119,7 +119,7 @@ def update_fn(name, accumulation):
   @jax.jit
   def f(state, reference, batch):
     rollout, scores, texts = batch
-    texts = texts if config.ptx_coef else None
+    texts = texts if config.hypers().ptx_coef else None
     state, metrics = update(state, {"reference": reference, "base": {}}, rollout, scores, texts)
     gradients = jax.tree.map(lambda x: x / 0.1, optax.tree.get(state.opt_state, "mu"))
     return gradients, {key: ops.divide(*pair) for key, pair in metrics.items()}
