@@ -34,11 +34,9 @@ QUICK_FILES = [
   "memory",
   "metrics",
   "objective",
-  "published_cases",
   "rewards",
   "schema",
   "sweep_flags",
-  "uniform",
   "variants",
 ]
 

@@ -98,7 +98,8 @@ def frontier(
   points = [(place(x.each(x_name)), scale * x.each(name)) for x in settings]
   start = place(before[x_name])
   least, most = (reduce([start, *(reduce(x) for x, _ in points)]) for reduce in (np.min, np.max))
-  least, most = least - 0.02 * (most - least), most + 0.06 * (most - least)
+  width = (most - least) or 1.0  # Policies that have not moved are all at one place.
+  least, most = least - 0.02 * width, most + 0.06 * width
 
   def draw(axes):
     for curve, (colour, style, _) in lines:
