@@ -89,7 +89,10 @@ def with_teacher(config: Config, train: Callable[[ppo.Config], pathlib.Path]) ->
   if config.teacher:
     return config
   teacher = ppo.Config(
-    init_seed=config.init_seed, sft_iterations=config.sft_iterations, mesh=config.mesh
+    init_seed=config.init_seed,
+    sft_iterations=config.sft_iterations,
+    mesh=config.mesh,
+    accept_changed_inputs=config.accept_changed_inputs,
   )
   return dataclasses.replace(config, teacher=str(train(teacher)))
 

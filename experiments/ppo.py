@@ -153,7 +153,7 @@ class Config(rl.SurrogateConfig):
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is shown, not run again."""
-  return training.run(config, "ppo", "PPO", root=root)
+  return training.run(config, pathlib.Path(__file__).stem, "PPO", root=root)
 
 
 if __name__ == "__main__":

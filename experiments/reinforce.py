@@ -58,7 +58,7 @@ class Config(rl.RLConfig):
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is shown, not run again."""
-  return training.run(config, "reinforce", "REINFORCE", root=root)
+  return training.run(config, pathlib.Path(__file__).stem, "REINFORCE", root=root)
 
 
 if __name__ == "__main__":

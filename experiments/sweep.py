@@ -131,6 +131,7 @@ def _run(config, workdir: pathlib.Path, members: list[population.Member], root: 
       member._replace(config=distill.with_teacher(member.config, train)) for member in members
     ]
   read = {path for member in members for path in fingerprints.paths_of(member.config)}
+  read.add(training.source_of(members[0].config))
   create_workdir(workdir, "sweep", config, read=read)
   progress.console.print(f"Sweep of {config.experiment}: results go to {workdir}", soft_wrap=True)
   found = population.train_members(

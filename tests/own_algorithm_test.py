@@ -2,16 +2,21 @@
 
 import pathlib
 import re
+import sys
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from small_decoders import BAG, bag_params
 
 from experiments import reinforce
+from experiments.settings import training
 from klrl.algorithm import Hypers, learner
 from klrl.algorithm.terms import Experience
+from klrl.errors import UserError
+from klrl.run.summary import write_summary
 from klrl.sampling import Rollout
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -61,3 +66,27 @@ def test_the_change_that_readme_shows_makes_another_algorithm_that_trains():
   for other in (start, usual):
     moved = jax.tree.map(lambda x, y: jnp.abs(x - y).max(), changed, other)
     assert max(map(float, jax.tree.leaves(moved))) > 1e-3
+
+
+def test_a_copy_has_a_folder_of_its_own_and_no_old_run_is_shown_after_an_edit(
+  tmp_path, monkeypatch
+):
+  def finished(config, workdir, *_, **__):
+    return write_summary(workdir, {}, config.num_iterations)
+
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setattr(training.rlhf, "train_policy", finished)
+  path = tmp_path / "own_copy.py"
+  path.write_text(changed_source(), "utf-8")
+  import own_copy  # pyright: ignore[reportMissingImports]
+
+  try:
+    config = own_copy.Config(task="tree")
+    assert own_copy.main(config).name.startswith("own_copy-")
+    own_copy.main(config)  # The same code again is shown.
+    path.write_text(changed_source().replace("0.0)", "0.1)"), "utf-8")
+    with pytest.raises(UserError, match=r"own_copy\.py is not what it was"):
+      own_copy.main(config)
+  finally:
+    del sys.modules["own_copy"]

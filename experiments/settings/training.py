@@ -1,6 +1,8 @@
 """The way of an RL experiment from its config to its report, the embedded stages included."""
 
 import dataclasses
+import inspect
+import os
 import pathlib
 
 from rich.table import Table
@@ -48,13 +50,19 @@ def _train(config: PolicyConfig, workdir: pathlib.Path, name: str, title: str) -
   directories = model_directories(config)
   models = inputs.load_models(sources, **directories)
   task = inputs.load_task(sources, models)
-  create_workdir(workdir, name, config, read=stages_of(config, directories))
+  read = [*stages_of(config, directories), source_of(config)]
+  create_workdir(workdir, name, config, read=read)
   progress.console.print(
     f"{title}: {len(task.training.tokens)} prompts, {len(task.held_out.tokens)} held out; "
     f"learning rate {config.learning_rate:g}; results go to {workdir}",
     soft_wrap=True,
   )
   return rlhf.train_policy(config, workdir, models, task, title=title)
+
+
+def source_of(config: PolicyConfig) -> str:
+  """Returns the path of the experiment's file, which is an input like any other: it is edited."""
+  return os.path.relpath(inspect.getfile(type(config)))
 
 
 def stages_of(config: PolicyConfig, directories: dict[str, str]) -> list[str]:
