@@ -120,7 +120,7 @@ def test_shows_the_figures_of_a_run(tmp_path):
   assert "KL(π‖ref), k1 nats per sequence \u2013 4.02 ± 0.31" in shown.text
   assert "Warnings the gradient is biased" in shown.text
   # Settings are there once.
-  assert shown.text.count("happy.py:score") == 1 and "--flagfile=flags.txt" in shown.text
+  assert shown.text.count("happy.py:score") == 1 and "--flagfile=FOLDER/flags.txt" in shown.text
   assert "jax 0.10.2" in shown.text
   assert "Not complete" not in shown.text
   # No gold score anywhere, so neither a row nor a curve for it.

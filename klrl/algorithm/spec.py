@@ -85,7 +85,10 @@ class Algorithm:
   penalty: KLPenalty = NO_PENALTY
   """Where KL(pi || pi_ref) is put and how it is estimated; `objective.audit` says what it does."""
   kl_refresh: str = "iteration"
-  """When a KL in the reward is computed: once an iteration, or again in every minibatch."""
+  """When a KL in the reward is computed: once an `iteration`, or again in every `minibatch`.
+
+  A minibatch has rows in random order, so the advantage rule must then compare no completions.
+  """
   kl_every: int = 0
   """Iterations between measurements of the exact KL, where no loss needs it; 0 is never."""
   divergence: Callable = kl_terms.reverse_kl
