@@ -299,10 +299,11 @@ def _settings(title: str, record: dict) -> list[Html]:
 def _run(config: dict, figures: dict, versions: dict, has_flags: bool) -> list[Html]:
   name = config.get("experiment", "EXPERIMENT")
   again = f"python -m experiments.{name} --flagfile=FOLDER/flags.txt"
+  about = "The same run again, in the checkout; FOLDER is the folder of this page:"
   tabled = {x.key for x, *_ in before_and_after(figures)} | {*FACTS, "device"}
   rest = {name: x for name, x in figures.items() if find(name).key not in tabled}
   return [
-    *([note("The same run again, in the checkout; FOLDER is the folder of this page:"), element("pre", again)] if has_flags else []),
+    *([note(about), element("pre", again)] if has_flags else []),
     *_settings("Settings", config),
     *_settings("Versions", versions),
     *_settings("Figures that are not above", rest),
