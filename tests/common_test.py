@@ -131,7 +131,11 @@ def test_bounds_themselves_are_allowed():
     (ppo.Config, {"trust_region": "none", "clip_eps_low": 0.1}, "--trust_region=none"),
     (ppo.Config, {"trust_region_adaptive": True}, "--trust_region=clip"),
     (ppo.Config, {"trust_region_target": 0.1}, "with --trust_region_adaptive=False"),
-    (sft.Config, {"policy": "d", "data": "f", "width": 32}, "nothing reads it with --policy=d"),
+    (
+      sft.Config,
+      {"policy": "d", "data": "f", "width": 32},
+      "nothing reads it with --policy=d; it is read without --policy",
+    ),
     (reward_model.Config, {"data": "f", "label_noise": 0.5}, "nothing reads it with --data=f"),
   ],
 )

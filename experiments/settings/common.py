@@ -254,9 +254,10 @@ def check_is_read(config, field: dataclasses.Field) -> None:
   """Raises UserError where nothing reads `field` under the other values of `config`."""
   if not is_read(config, field):
     other, values = field.metadata["read_when"]
+    given = "|".join(map(str, values))
     raise UserError(
       f"--{field.name} is set, but nothing reads it with --{other}={getattr(config, other)}; "
-      f"it is read with --{other}={'|'.join(map(str, values))}."
+      f"it is read {f'with --{other}={given}' if given else f'without --{other}'}."
     )
 
 
