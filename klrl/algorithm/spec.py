@@ -19,7 +19,7 @@ from klrl.algorithm.terms import Advantages, Experience, Losses, Terms
 class Hypers(NamedTuple):
   """Coefficients: scalars that are traced, so that changing one compiles nothing.
 
-  With its default a coefficient switches its term off, or leaves it unbounded.
+  With their defaults no term but the policy loss has a weight, and no ratio, value or KL a bound.
   """
 
   learning_rate: jax.Array | float = 1e-5  # at the peak of the schedule
