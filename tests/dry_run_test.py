@@ -10,9 +10,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import ppo, sweep
+from experiments.settings import training
 from experiments.sweep import config_class
 from klrl.cost import dry_run, hlo
-from klrl.devices import parallel
+from klrl.devices import parallel, processes
 from klrl.errors import UserError
 from klrl.models import DecoderConfig, policy_model, save_policy
 from klrl.tasks import arithmetic
@@ -160,6 +161,21 @@ def test_models_need_no_weights_and_equal_ones_are_one_argument(tmp_path):
     math.prod(leaf.shape) for leaf in jax.tree.leaves(models.reference_params)
   )
   assert whole(frozen)[1]["decoder"]["embed"]["embedding"] is base
+
+
+def test_several_processes_agree_on_shapes_outside_of_what_is_traced(monkeypatch):
+  """As every run on the embedded task does before its stages."""
+  asked = []
+
+  def gather(failed):
+    asked.append(failed)
+    assert not isinstance(jnp.ones(()) + 1, jax.core.Tracer)
+    return np.array([failed])
+
+  monkeypatch.setattr(processes, "is_alone", lambda: False)
+  monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+  models, _ = training.shapes_of_inputs(ppo.Config())
+  assert isinstance(jax.tree.leaves(models.policy_params)[0], jax.ShapeDtypeStruct) and asked
 
 
 def test_a_topology_needs_its_compiler(monkeypatch):

@@ -8,6 +8,7 @@ a few times. Reward functions on the host are left out.
 """
 
 import functools
+import inspect
 import json
 import pathlib
 import time
@@ -19,7 +20,7 @@ from rich.table import Table
 
 from klrl import inputs, judging, population, programs
 from klrl.cost import hlo
-from klrl.devices import parallel
+from klrl.devices import parallel, processes
 from klrl.errors import UserError
 from klrl.models import join, load_config, policy_model, scalar_model
 from klrl.run import progress
@@ -60,6 +61,7 @@ def _fresh_scalar(path):
 FROM_CONFIGS = inputs.Loaders(_fresh_policy, _fresh_scalar)
 
 
+@processes.together
 def shapes_of_models(
   sources: inputs.Sources, loaders: inputs.Loaders, **directories: str
 ) -> inputs.Models:
@@ -68,10 +70,12 @@ def shapes_of_models(
   An array that two models would share is one shape that both share.
   """
   traced = whole = None
+  # Processes tell one another how loading went; what is traced here can only load.
+  load_models = inspect.unwrap(inputs.load_models)
 
   def load():
     nonlocal traced, whole
-    traced = inputs.load_models(sources, loaders=loaders, **directories)
+    traced = load_models(sources, loaders=loaders, **directories)
     arrays, whole = parallel.distinct(_arrays(traced))
     return arrays
 
