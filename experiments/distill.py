@@ -107,9 +107,8 @@ def make_train_fn(config, root: str) -> Callable[[ppo.Config], pathlib.Path | st
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is shown, not run again."""
   if not (config.teacher or config.dry_run):
-    # The teacher takes its time, so what can be wrong is looked at before.
-    parallel.check_batch_size(parallel.make_mesh(config.mesh), config.batch_size)
-    inputs.check_inputs(config.sources())
+    # The teacher is a stage too.
+    training.check_before_stages(config, parallel.make_mesh(config.mesh))
   config = with_teacher(config, make_train_fn(config, root))
   return training.run(config, "distill", "Distillation", root=root)
 

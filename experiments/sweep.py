@@ -114,8 +114,7 @@ def _run(config, workdir: pathlib.Path, members: list[population.Member], root: 
   mesh = parallel.sweep_mesh(config.mesh, max(1, running))
   # Members of one program have the same inputs.
   for member in {json.dumps(member.structure()): member for member in members}.values():
-    parallel.check_batch_size(mesh, member.config.batch_size)
-    inputs.check_inputs(member.config.sources())
+    training.check_before_stages(member.config, mesh)
 
   def load(member_config):
     sources = member_config.sources()

@@ -69,6 +69,7 @@ def test_what_the_machine_lacks_is_told_before_anything_runs(tmp_path, monkeypat
     (ppo, {"reward": "nowhere.py:f"}, "no such Python file"),
     (ppo, {"reward": f"{__file__}:takes_no_answer"}, "unexpected keyword argument 'answer'"),
     (distill, {"batch_size": 127, "num_minibatches": 1}, "127"),
+    (distill, {"max_completion_len": 2}, "the embedded task needs 3"),
   ],
 )
 def test_what_is_wrong_is_told_before_a_stage_is_trained(
@@ -78,3 +79,11 @@ def test_what_is_wrong_is_told_before_a_stage_is_trained(
   with pytest.raises(UserError, match=message):
     experiment.main(experiment.Config(**changes, workdir="run"))
   assert not any(tmp_path.iterdir())
+
+
+def test_a_sweep_is_told_before_a_stage_is_trained_too(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config = sweep.config_class("ppo")(sweep="beta=0.1,1", max_completion_len=2, workdir="run")
+  with pytest.raises(UserError, match="the embedded task needs 3"):
+    sweep.main(config)
+  assert not (tmp_path / "runs").exists()

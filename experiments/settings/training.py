@@ -5,6 +5,7 @@ import inspect
 import os
 import pathlib
 
+import jax
 from rich.table import Table
 
 from experiments import reward_model, sft
@@ -40,13 +41,8 @@ def run(config: PolicyConfig, name: str, title: str, *, root: str) -> pathlib.Pa
 
 
 def _train(config: PolicyConfig, workdir: pathlib.Path, name: str, title: str) -> dict:
-  # What can be wrong is looked at before the stages take their time.
-  parallel.check_batch_size(parallel.make_mesh(config.mesh), config.batch_size)
+  check_before_stages(config, parallel.make_mesh(config.mesh))
   sources = config.sources()
-  if config.policy or TASKS[config.task].write_policy:
-    inputs.check_inputs(sources)
-  else:
-    shapes_of_inputs(config)  # All that can be known of models before stages have trained them.
   directories = model_directories(config)
   models = inputs.load_models(sources, **directories)
   task = inputs.load_task(sources, models)
@@ -58,6 +54,15 @@ def _train(config: PolicyConfig, workdir: pathlib.Path, name: str, title: str) -
     soft_wrap=True,
   )
   return rlhf.train_policy(config, workdir, models, task, title=title)
+
+
+def check_before_stages(config: PolicyConfig, mesh: jax.sharding.Mesh) -> None:
+  """Raises UserError where an input is wrong, before the stages take their time."""
+  parallel.check_batch_size(mesh, config.batch_size)
+  if config.policy or TASKS[config.task].write_policy:
+    inputs.check_inputs(config.sources())
+  else:
+    shapes_of_inputs(config)  # All that can be known of models before stages have trained them.
 
 
 def source_of(config: PolicyConfig) -> str:
