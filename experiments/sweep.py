@@ -30,6 +30,7 @@ Six betas with two seeds take about six minutes on 2 cores, all stages included.
 """
 
 import dataclasses
+import difflib
 import itertools
 import json
 import pathlib
@@ -228,7 +229,9 @@ def _axis(part: str, fields: dict[str, dataclasses.Field]) -> list[dict[str, Any
     if name == "seed":
       raise UserError(f"--sweep={part}: seeds are swept by --seeds=K, from --seed on.")
     if name not in fields or name in (*NOT_PART_OF_THE_RESULT, "mesh"):
-      raise UserError(f"--sweep={part}: {name!r} is no setting that members may differ in.")
+      close = difflib.get_close_matches(name, [*fields], n=1)
+      meant = f" Did you mean {close[0]!r}?" if close else ""
+      raise UserError(f"--sweep={part}: {name!r} is no setting that members may differ in.{meant}")
   points = []
   for point in filter(None, right.split(",")):
     texts = point.split(":") if len(names) > 1 else [point]

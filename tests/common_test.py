@@ -224,6 +224,10 @@ def refusing(config):
   [
     (["--batch_size=9"], "Error: Batches of 9 [rows] are too much."),
     (["--batch_size=0"], "Error: --batch_size=0: must be at least 1."),
+    (
+      ["--flagfile=nowhere"],
+      "Error: Unable to open flagfile: [Errno 2] No such file or directory: 'nowhere'.",
+    ),
     (["seed=1"], "Error: Unexpected argument 'seed=1'; every setting is a --flag=value."),
     (["--seed=x"], "Error: flag --seed=x: invalid literal for int() with base 10: 'x'."),
     (["--zzzz=1"], "Error: There is no flag --zzzz; --help lists all."),

@@ -44,7 +44,10 @@ def test_every_column_is_kept_and_blank_lines_are_skipped(tmp_path):
     ("", r"a\.jsonl is empty; expected JSON lines with prompt, completion"),
     ("\n \n", "is empty"),
     ('{"prompt": "p", "completion": "c"}\n\n{"prompt": ', r"a\.jsonl line 3 is not JSON"),
-    ('{"prompt": "p"}', "line 1 has no text column 'completion'"),
+    (
+      '{"prompt": "p", "answer": 1}',
+      "line 1 has no text column 'completion'; it has prompt, answer",
+    ),
     ('{"prompt": "p", "completion": 3}', "line 1 has no text column 'completion'"),
     ('\n["prompt", "completion"]', "line 2 has no text column 'prompt'"),
     ('[{"prompt": "p"}]', r"a\.jsonl is a JSON array\. Write its objects as lines"),

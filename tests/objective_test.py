@@ -385,7 +385,7 @@ def test_the_table_of_refusals_in_the_docs_is_what_the_audit_says():
 def test_a_penalty_is_described_and_permission_for_nothing_is_an_error():
   text = objective.description(KLPenalty("loss", "k3", "none", "token"))
   assert "that of token KL(ref||pi)" in text and "beta * ref / (lambda - r)" in text
-  assert text.endswith("In later steps on the same rollout it is no divergence's gradient.")
+  assert text.endswith("In later steps on the same rollout it is that of no divergence.")
   text = objective.description(KLPenalty("reward", "k1", "none", "sequence"), one_step=True)
   assert "the KL is taken off the reward" in text and "later steps" not in text
   with pytest.raises(UserError, match="is not refused"):

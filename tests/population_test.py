@@ -577,10 +577,11 @@ def test_a_sweep_draws_best_of_n_and_refuses_another_in_its_place(capsys):
 
 def test_the_command_line_has_the_flags_of_the_experiment(tmp_path):
   (tmp_path / "some.flags").write_text("--experiment=grpo\n--group_size=4\n")
-  command = ["--flagfile=" + str(tmp_path / "some.flags"), "--sweep=gamma=1", "--seeds=2"]
+  command = ["--flagfile=" + str(tmp_path / "some.flags"), "--sweep=betta=1", "--seeds=2"]
   done = subprocess.run(
     [sys.executable, "-m", "experiments.sweep", *command],
     cwd=ROOT, capture_output=True, text=True,
   )  # fmt: skip
   assert done.returncode == 1, done.stderr
-  assert "'gamma' is no setting that members may differ in" in done.stdout.replace("\n", " ")
+  said = done.stdout.replace("\n", " ")
+  assert "'betta' is no setting that members may differ in. Did you mean 'beta'?" in said

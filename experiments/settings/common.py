@@ -312,7 +312,7 @@ def launch(main, config_class, *, prepare=lambda: None) -> None:
     except flags.UnrecognizedFlagError as error:
       message = usage.unknown(config_class, error.flagname)
     except flags.Error as error:
-      message = f"{error}."
+      message = f"{error}.".removeprefix("ERROR:: ")  # absl's, before ours
     fail(message)
     sys.exit(1)
 

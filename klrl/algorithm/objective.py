@@ -229,7 +229,7 @@ def flags_of(penalty: KLPenalty) -> str:
 
 def _named(gradient: str) -> str:
   if gradient in (ZERO, NO_DIVERGENCE):
-    return {ZERO: "zero", NO_DIVERGENCE: "no divergence's gradient"}[gradient]
+    return {ZERO: "zero", NO_DIVERGENCE: "that of no divergence"}[gradient]
   return f"that of {gradient}"
 
 

@@ -265,7 +265,7 @@ def _curves(series: dict) -> list[Html]:
     for panels in (present, rest)
   ]
   about = (
-    "The figure in each heading is that of the last iteration. Bands and bars are two standard "
+    "The figure in each heading is the last one measured. Bands and bars are two standard "
     "errors wide on either side."
   )
   if max(map(len, series.values())) > MAX_POINTS:

@@ -79,7 +79,8 @@ def read_records(path: str | pathlib.Path, required: Sequence[str]) -> list[dict
       record = schema.parse(line, f"{path} line {number}")
       for column in required:
         if not isinstance(record, dict) or not isinstance(record.get(column), str):
-          raise UserError(f"{path} line {number} has no text column {column!r}.")
+          has = f"; it has {', '.join(record)}" if isinstance(record, dict) and record else ""
+          raise UserError(f"{path} line {number} has no text column {column!r}{has}.")
       records.append(record)
   if not records:
     raise UserError(f"{path} is empty; expected {what}.")
