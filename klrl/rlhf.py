@@ -29,7 +29,10 @@ _TOO_FAR = (
   "on a rollout."
 )
 
-
+_DIVERGENCES = {
+  kl_terms.forward_kl: "KL(ref||pi)",
+  kl_terms.jensen_shannon: "Jensen-Shannon divergence",
+}
 # The figures that are shown while a run goes on.
 _SHOWN = labels(
   "score/mean", "gold/mean", "kl/ref_k1", "controller/beta", "controller/at_bound", "rollout/length"
@@ -78,8 +81,7 @@ def announce(config) -> dict[str, Any]:
     one_step=steps == 1 and not algorithm.staleness,
   )
   if algorithm.divergence is not kl_terms.reverse_kl:
-    is_forward = algorithm.divergence is kl_terms.forward_kl
-    name = "KL(ref||pi)" if is_forward else "Jensen-Shannon divergence"
+    name = _DIVERGENCES.get(algorithm.divergence, "divergence of its own")
     description = f"KL penalty: token {name}, exact, at the prefixes that the policy writes."
   progress.console.print(description, soft_wrap=True)
   for warning in warnings:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from small_decoders import BAG, BAG_VALUE, arithmetic_decoder, bag_params, bag_value_params
 
-from experiments import grpo, ppo
-from klrl import inputs, programs, supervised
+from experiments import distill, grpo, ppo
+from klrl import inputs, programs, rlhf, supervised
 from klrl.devices import parallel
 from klrl.models import policy_model, scalar_model, scalar_params_from
 from klrl.tasks import arithmetic, data
@@ -147,3 +147,21 @@ def test_scores_of_the_host_teach_what_the_same_scores_of_the_device_teach():
     assert (groups == groups[:, :1]).all() and len({*groups[:, 0]}) == 3
     assert prompt_ids == [encode(prompt).ids for prompt in prompts]
   assert len(calls) == 2
+
+
+def test_the_divergence_of_a_distillation_is_told_by_name():
+  class Own(distill.Config):
+    def algorithm(self):
+      return dataclasses.replace(super().algorithm(), divergence=lambda *_: 0.0)
+
+  told = [
+    rlhf.announce(config)["kl_penalty"]
+    for config in (
+      distill.Config(),
+      distill.Config(divergence="forward"),
+      distill.Config(divergence="jensen_shannon"),
+      Own(),
+    )
+  ]
+  names = ("loss/exact/none/token", "KL(ref||pi)", "Jensen-Shannon", "divergence of its own")
+  assert all(name in text for name, text in zip(names, told, strict=True))
