@@ -29,7 +29,7 @@ import numpy as np
 from rich.table import Table
 
 from experiments.lab import laboratory
-from experiments.lab.best_of_n_page import COLUMNS, report, row_cells, verdict
+from experiments.lab.best_of_n_page import pool_table, report, verdict
 from experiments.lab.dpo_pairs import in_chunks
 from experiments.settings import common, rl, training
 from experiments.settings.common import setting
@@ -120,10 +120,11 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
 def show(results: dict) -> None:
   """Prints the table and the verdict."""
   table = Table(title=f"Best of n on {results['num_prompts']} prompts", title_justify="left")
-  for column in COLUMNS:
+  columns = pool_table(results["rows"])
+  for column in columns:
     table.add_column(column, justify="right")
-  for row in results["rows"]:
-    table.add_row(*row_cells(row))
+  for cells in zip(*columns.values(), strict=True):
+    table.add_row(*cells)
   progress.console.print(table)
   progress.console.print(verdict(results), soft_wrap=True)
 

@@ -65,7 +65,7 @@ class Config(rl.SurrogateFields, rl.PolicyConfig):
     if self.divergence != "reverse" and str(penalty) != "loss/exact/none/token":
       raise UserError(
         f"--divergence={self.divergence} is a loss at given prefixes; with {penalty} its gradient "
-        "would be no divergence's. Leave the --kl_ flags out."
+        "would be that of no divergence. Leave the --kl_ flags out."
       )
 
   def algorithm(self) -> Algorithm:

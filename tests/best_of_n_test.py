@@ -223,6 +223,8 @@ def test_the_page_says_where_the_gold_score_turns():
   assert best_of_n_page.report(turning).count("<svg") == 2
   assert best_of_n_page.best_of_n_at(turning["rows"], 0.3, "gold") == pytest.approx(0.7)
   assert best_of_n_page.best_of_n_at(turning["rows"], 0.5, "gold") is None
+  assert best_of_n_page.pool_table(turning["rows"])["gold"][1] == "80.0 ± 1.0%"
+  assert "gold" not in best_of_n_page.pool_table([row(1, None)])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from klrl.report.page import Html, element, figure, note, page, paragraph, table
 from klrl.report.plots import INK, SERIES, plot
 from klrl.report.sweep_answer import apart
 
-COLUMNS = ("n", "KL at most", "KL of the pool", "score", "gold", "wins")
 BANDIT_COLUMNS = ("n", "probabilities", "KL", "KL at most", "score", "best score at this KL")
 X_LABEL = f"{find(KL).title}, {find(KL).unit}"
 EXACT_COLUMNS = ("n", "KL", "KL at most", "score", "best score at this KL", "gold")
@@ -15,15 +14,19 @@ RUN_COLUMNS = ("run", "KL", "score", "score\nof best of n", "gold", "gold\nof be
 RUN_COLUMNS += ("score\nbefore training",)
 
 
-def row_cells(row: dict) -> list[str]:
-  """Returns the cells of `COLUMNS`."""
-  return [
-    str(row["n"]),
-    shown(KL, row["kl_bound"]),
-    shown(KL, row["kl"]),
-    *(of_summary(row, name) for name in ("score", "gold")),
-    f"{row['win_rate']:.3f}",
-  ]
+def pool_table(rows: list[dict]) -> dict[str, list[str]]:
+  """Returns the cells of each column of the table, one for each n; gold only where it is known."""
+  columns = {
+    "n": [str(row["n"]) for row in rows],
+    "KL at most": [shown(KL, row["kl_bound"]) for row in rows],
+    "KL of the pool": [shown(KL, row["kl"]) for row in rows],
+    "score": [of_summary(row, "score") for row in rows],
+    "gold": [of_summary(row, "gold") for row in rows],
+    "wins": [f"{row['win_rate']:.3f}" for row in rows],
+  }
+  if rows[0]["gold"] is None:
+    del columns["gold"]
+  return columns
 
 
 def verdict(results: dict) -> str:
@@ -63,6 +66,7 @@ def report(results: dict) -> str:
   """Returns the page."""
   rows, compared = results["rows"], results["compared"]
   names = ["best of n, KL of the pool", "best of n, its bound", *(["runs"] if compared else [])]
+  columns = pool_table(rows)
   kinds = [name for name in ("score", "gold") if rows[0][name] is not None]
   return page(
     "Best of n",
@@ -87,7 +91,7 @@ def report(results: dict) -> str:
       "which tends to the true one as the pool grows; it is the fair place on the axis, the bound "
       "is the safe one."
     ),
-    table(COLUMNS, [row_cells(row) for row in rows]),
+    table(tuple(columns), list(zip(*columns.values(), strict=True))),
     note(
       "“Wins”: the chance that its score beats one more draw\u2019s, ties counted half; n/(n + 1) "
       "without ties."
@@ -175,20 +179,24 @@ def _draw_pool(axes, rows: list[dict], compared: list[dict], name: str) -> None:
     axes.plot([row[key] for row in rows], y, style, color=colour, linewidth=1.4)
     for row in rows:
       bars(row[key], row, "o", colour, 3)
+  axes.margins(x=0.12, y=0.1)
   for row in rows:
-    _label(axes, f"n = {row['n']}", row["kl"], scale * row[name], below=True)
+    axes.annotate(
+      f"n = {row['n']}", (row["kl"], scale * row[name]), xytext=(5, -9),
+      textcoords="offset points", fontsize=7, color=INK,
+    )  # fmt: skip
   for run in compared:
     if run[name] is not None:
       bars(run["kl"], run, "s", SERIES[2], 4)
-      _label(axes, run["name"], run["kl"], scale * run[name], below=False)
+      _label(axes, run["name"], run["kl"], scale * run[name])
 
 
-def _label(axes, text: str, x: float, y: float, *, below: bool) -> None:
-  """Writes `text` on the side of a point that leaves it on the axes."""
+def _label(axes, text: str, x: float, y: float) -> None:
+  """Writes `text` above a point, on the side that leaves it on the axes."""
   left, right = axes.get_xlim()
   side = -1 if x > left + 0.7 * (right - left) else 1
   axes.annotate(
-    text, (x, y), xytext=(5 * side, -9 if below else 5), textcoords="offset points", fontsize=7,
+    text, (x, y), xytext=(5 * side, 5), textcoords="offset points", fontsize=7,
     color=INK, ha="left" if side > 0 else "right",
   )  # fmt: skip
 

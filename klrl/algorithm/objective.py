@@ -65,7 +65,7 @@ FUTURE = "KL(pi||ref) - token KL(pi||ref)"
 SEQUENCE_LESS_FORWARD = "KL(pi||ref) - token KL(ref||pi)"
 TOKEN_LESS_FORWARD = "token KL(pi||ref) - token KL(ref||pi)"
 STALE_TOKEN = "token KL(pi||ref) - token KL(pi||old) at the old policy's prefixes"
-NO_DIVERGENCE = "no divergence's"
+NO_DIVERGENCE = "no divergence"
 KL_GRADIENTS = (SEQUENCE, TOKEN, TOKEN_AT_OLD)
 
 
@@ -228,9 +228,7 @@ def flags_of(penalty: KLPenalty) -> str:
 
 
 def _named(gradient: str) -> str:
-  if gradient in (ZERO, NO_DIVERGENCE):
-    return {ZERO: "zero", NO_DIVERGENCE: "that of no divergence"}[gradient]
-  return f"that of {gradient}"
+  return "zero" if gradient == ZERO else f"that of {gradient}"
 
 
 def _undefined(penalty: KLPenalty) -> str:
