@@ -36,7 +36,10 @@ from klrl.errors import UserError
 
 
 def advantages(x: Experience, algorithm: Algorithm, hypers: Hypers) -> Advantages:
-  """Returns GAE of the rewards: the score at the last token, less beta times the KL of each."""
+  """Returns GAE of the rewards: the score at the last token, less beta times the KL of each.
+
+  The learner whitens it (`--whiten_advantages`) before the loss reads it.
+  """
   rewards, charges = kl_terms.penalised_rewards(
     algorithm.penalty, x.scores, x.kl, x.mask, beta=x.beta, gamma=hypers.gamma
   )
@@ -49,8 +52,8 @@ def advantages(x: Experience, algorithm: Algorithm, hypers: Hypers) -> Advantage
 def make_loss(policy_loss: Callable) -> Callable:
   """Returns loss(terms, hypers) -> (what each token costs, metrics), the sum of actor and critic.
 
-  `policy_loss` is a row of `policy_losses.POLICY_LOSSES`, by default the clipped surrogate
-  -min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A).
+  `policy_loss` is a row of `policy_losses.POLICY_LOSSES`, by default `clip`, which calls
+  `ops.clipped_policy_loss`: -min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A).
   """
 
   def loss(terms: Terms, hypers: Hypers) -> tuple[Losses, dict]:

@@ -161,7 +161,7 @@ TRAINING = (
          "Mean log-probability of the chosen completions."),
   Figure("preference/rejected_log_prob", "Log-probability of the pair, rejected", "nats",
          "Mean log-probability of the rejected completions."),
-  Figure("policy/loss", "Policy loss", "", "The surrogate that the steps minimise."),
+  Figure("policy/loss", "Policy loss", "", "The policy's part of the loss that the steps minimise."),
   Figure("policy/kl_loss", "KL loss", PER_SEQUENCE,
          "The KL's own term of the loss, before beta; its value need not be a KL."),
   Figure("policy/entropy", "Entropy", PER_TOKEN, "Mean entropy of the next-token distributions."),

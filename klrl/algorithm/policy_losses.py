@@ -98,4 +98,4 @@ def without_critic(policy_loss: Callable) -> Callable:
   return loss
 
 
-reinforce = without_critic(unbounded)
+importance_weighted = without_critic(unbounded)

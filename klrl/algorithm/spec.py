@@ -75,7 +75,7 @@ class Algorithm:
   """Completions of each prompt, in neighbouring rows."""
   whiten_advantages: bool = False
   """Whether advantages get mean 0 and deviation 1 over the batch."""
-  loss: Callable[[Terms, Hypers], tuple[Losses, dict]] = policy_losses.reinforce
+  loss: Callable[[Terms, Hypers], tuple[Losses, dict]] = policy_losses.importance_weighted
   """Returns the losses of each token and further metrics; see `policy_losses.POLICY_LOSSES`."""
   aggregation: Callable = ops.token_mean
   """Makes (sum, count) of the losses of tokens; see `ops.AGGREGATIONS`."""

@@ -20,7 +20,7 @@ class Experience(NamedTuple):
   """What an advantage rule reads of B completions; those of one prompt are neighbouring rows."""
 
   scores: jax.Array  # [B], before any KL
-  kl: jax.Array  # [B, T], the penalty's cost in the reward, nats; zeros with a KL in the loss
+  kl: jax.Array  # [B, T], nats, by `kl_terms.reward_kl`; zeros with a KL in the loss
   values: jax.Array  # [B, T], by the value model, before each token; zeros without one
   mask: jax.Array  # [B, T] bool
   beta: jax.Array  # scalar, reward per nat
@@ -45,9 +45,9 @@ class Terms(NamedTuple):
   kl_loss: jax.Array | None  # the penalty's loss term times these weights; carries gradient
   beta: jax.Array  # scalar, the coefficient of `kl_loss`, in the unit of the advantages
   trust_region_beta: jax.Array  # scalar, the coefficient of a KL between old and present policy
-  values: jax.Array | None = None  # of the value model, reward units; carries gradient
-  old_values: jax.Array | None = None
-  returns: jax.Array | None = None
+  values: jax.Array | None  # of the value model, reward units; carries gradient
+  old_values: jax.Array  # zeros without a value model, as the next
+  returns: jax.Array
 
 
 # {name of the metric: (weight, [B, T] loss of each token, or None)}. The sum of weight times
