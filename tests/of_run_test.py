@@ -144,6 +144,13 @@ def test_samples_carry_the_kl_of_each_token(tmp_path):
   assert "After score 0.75, KL 2.25 nats in 2 tokens" in shown.text
 
 
+def test_tokens_whose_kl_is_next_to_nothing_are_pale(tmp_path):
+  sample = {"when": "after", "index": 1, "tokens": ["a"], "kl_ref": [4e-5], "log_prob": [-1.0]}
+  shown = Page(write_report(write_run(tmp_path, samples__jsonl=json.dumps(sample))))
+  assert "0.01 nats and more" in shown.text
+  assert [x["style"] for _, x in shown.tags if x.get("class") == "t"] == ["--k:0.00"]
+
+
 def test_same_files_give_the_same_bytes(tmp_path):
   for name in ("one", "two"):
     (tmp_path / name).mkdir()

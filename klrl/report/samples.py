@@ -70,7 +70,7 @@ def samples_part(records: list[dict]) -> list[Html]:
     # One outlier would leave everything else pale.
     high = float(np.quantile(nats, 0.98))
     step = 10.0 ** math.floor(math.log10(high)) / 2
-    most = math.ceil(high / step) * step
+    most = max(math.ceil(high / step) * step, 0.01)  # Less is no change to point at.
   count = f"{len(kept)} of {len(pairs)} prompts" if len(kept) < len(pairs) else "The same prompts"
   parts = [
     note(
