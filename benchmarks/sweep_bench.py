@@ -133,9 +133,7 @@ class Programs:
     shardings = parallel.state_shardings(mesh, programs.init_run(setup))
     step = programs.make_step_fn(setup, shardings)
     states = [
-      parallel.put(
-        programs.init_run(setup._replace(config=member, hypers=member.hypers())), shardings
-      )
+      parallel.put(programs.init_run(setup._replace(config=member)), shardings)
       for member in self.members
     ]
     iteration = 0

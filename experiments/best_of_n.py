@@ -30,7 +30,6 @@ from rich.table import Table
 
 from experiments.lab import laboratory
 from experiments.lab.best_of_n_page import pool_table, report, verdict
-from experiments.lab.dpo_pairs import in_chunks
 from experiments.settings import common, rl, training
 from experiments.settings.common import setting
 from klrl import inputs, judging, ops, programs, schema
@@ -182,7 +181,7 @@ def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts:
     scores = score(rollout, texts, [prompts.records[i] for i in of])
     return completions.completion_tokens(rollout), scores, gold and gold(rollout, of)
 
-  tokens, scores, gold_scores = in_chunks(chunk, num_prompts * size, _CHUNK)
+  tokens, scores, gold_scores = parallel.in_chunks(chunk, num_prompts * size, _CHUNK)
   if not task.rewards:
     # The same completion at another place of a batch may differ by rounding, and would not tie.
     rows = np.concatenate([np.arange(len(tokens))[:, None] // size, tokens], axis=1)
@@ -324,7 +323,7 @@ def exact_figures(config: Config, models: inputs.Models, prompts: data.Prompts, 
     before = np.tile(prompt, (len(tree.tokens), 1))
     tokens = np.concatenate([before, np.where(tree.mask, tree.tokens, pad_id)], axis=1)
     mask = np.concatenate([np.ones(before.shape, bool), tree.mask], axis=1)
-    scores = in_chunks(
+    scores = parallel.in_chunks(
       lambda rows, tokens=tokens, mask=mask: score(models.reward_params, tokens[rows], mask[rows]),
       len(tokens),
       _CHUNK,

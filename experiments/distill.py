@@ -25,7 +25,7 @@ from collections.abc import Callable
 
 from experiments import ppo
 from experiments.settings import common, rl, training
-from experiments.settings.common import setting
+from experiments.settings.common import again, setting
 from experiments.settings.penalty import PENALISED
 from klrl import inputs
 from klrl.algorithm import Algorithm, Hypers, kl_terms, objective
@@ -54,10 +54,8 @@ class Config(rl.SurrogateFields, rl.PolicyConfig):
     1.0, "what the KL is multiplied by", minimum=0.0, read_when=("kl_placement", PENALISED)
   )
   kl_placement: str = setting("loss", "where the KL goes", choices=objective.PLACEMENTS[:-1])
-  kl_estimator: str = setting("exact", "how the KL is estimated", choices=objective.ESTIMATORS)
-  kl_credit: str = setting(
-    "token", "whether a token answers for the KL of later ones", choices=objective.CREDITS
-  )
+  kl_estimator: str = again(rl.PolicyConfig, "kl_estimator", default="exact")
+  kl_credit: str = again(rl.PolicyConfig, "kl_credit", default="token")
 
   def __post_init__(self):
     super().__post_init__()

@@ -42,7 +42,7 @@ from experiments.lab.dpo_pairs import (
   stages_config,
 )
 from experiments.settings import common, training
-from experiments.settings.common import setting
+from experiments.settings.common import again, setting
 from klrl import evaluation, judging, ops
 from klrl.devices import parallel
 from klrl.errors import UserError
@@ -60,7 +60,7 @@ LOSSES = {"dpo": ops.dpo_loss, "ipo": ops.ipo_loss}
 class Config(common.RunConfig, common.EvaluationFields, common.StageFields):
   """Settings of DPO and IPO."""
 
-  num_iterations: int = setting(600, "iterations", minimum=1)
+  num_iterations: int = again(common.RunConfig, "num_iterations", default=600)
   batch_size: int = setting(128, "pairs per iteration", minimum=1)
   loss: str = setting("dpo", "what is minimised", choices=tuple(LOSSES))
   beta: float = setting(

@@ -19,7 +19,7 @@ import pathlib
 import jax.numpy as jnp
 
 from experiments.settings import common, rl, training
-from experiments.settings.common import setting
+from experiments.settings.common import again, setting
 from klrl import ops
 from klrl.algorithm import Algorithm, Hypers, kl_terms
 from klrl.algorithm.terms import Advantages, Experience, Losses, Terms
@@ -49,7 +49,7 @@ def loss(terms: Terms, hypers: Hypers) -> tuple[Losses, dict]:
 class Config(rl.RLConfig):
   """Settings of REINFORCE."""
 
-  num_iterations: int = setting(200, "iterations", minimum=1)
+  num_iterations: int = again(rl.RLConfig, "num_iterations", default=200)
   batch_size: int = setting(256, "completions per iteration", minimum=2)
 
   def algorithm(self) -> Algorithm:

@@ -26,7 +26,7 @@ import numpy as np
 
 from experiments import sft
 from experiments.settings import common
-from experiments.settings.common import setting
+from experiments.settings.common import again, setting
 from klrl import inputs
 from klrl.devices import parallel
 from klrl.errors import UserError
@@ -49,7 +49,7 @@ from klrl.tasks import arithmetic, data
 class Config(common.RunConfig):
   """Settings of reward modelling."""
 
-  num_iterations: int = setting(1000, "iterations", minimum=1)
+  num_iterations: int = again(common.RunConfig, "num_iterations", default=1000)
   batch_size: int = setting(128, "pairs per iteration", minimum=1)
   policy: str = setting("", "model directory to start from; default: the embedded SFT stage")
   margin: float = setting(

@@ -21,7 +21,7 @@ import pathlib
 import jax
 
 from experiments.settings import common
-from experiments.settings.common import setting
+from experiments.settings.common import again, setting
 from klrl import inputs, ops
 from klrl.devices import parallel
 from klrl.errors import UserError
@@ -45,7 +45,7 @@ from klrl.tasks import arithmetic, data, demonstrations, packing
 class Config(common.RunConfig):
   """Settings of supervised fine-tuning."""
 
-  num_iterations: int = setting(700, "iterations", minimum=1)
+  num_iterations: int = again(common.RunConfig, "num_iterations", default=700)
   policy: str = setting("", "model directory to start from; default: a fresh small decoder")
   data: str = setting(
     "", "JSON lines with prompt and completion, or plain text (.txt); default: embedded arithmetic"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klrl.algorithm import Algorithm, Hypers, completions, learner, memory
+from klrl.algorithm import Algorithm, completions, learner, memory
 from klrl.devices import parallel, processes
 from klrl.inputs import Models, Task
 from klrl.models import ScalarModel, TokenizerInfo, join
@@ -25,7 +25,6 @@ class Setup(NamedTuple):
 
   config: Any  # of the experiment
   algorithm: Algorithm
-  hypers: Hypers
   models: Models
   task: Task
   mesh: jax.sharding.Mesh
@@ -47,7 +46,7 @@ def set_up(config, mesh, models: Models, task: Task) -> Setup:
     pad_id=models.tokenizer.pad_id,
   )
   frozen = parallel.put_once(mesh, frozen)
-  return Setup(config, config.algorithm(), config.hypers(), models, task, mesh, frozen, sample)
+  return Setup(config, config.algorithm(), models, task, mesh, frozen, sample)
 
 
 def init_run(setup: Setup) -> learner.TrainState:
@@ -62,7 +61,7 @@ def init_run(setup: Setup) -> learner.TrainState:
     params["value"] = models.value_params
   own = functools.partial(parallel.put_own, setup.mesh)
   key = jax.random.key(setup.config.seed)
-  state = learner.init_state(algorithm, setup.hypers, own(params), key)
+  state = learner.init_state(algorithm, setup.config.hypers(), own(params), key)
   replay = algorithm.staleness and memory.empty_replay(_rollout_shapes(setup), algorithm.staleness)
   state = state._replace(
     reference=algorithm.reference_rule and own(params["policy"]),

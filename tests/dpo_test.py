@@ -15,6 +15,7 @@ from experiments.lab import dpo_pairs
 from experiments.lab.dpo_pairs import Pairs
 from experiments.settings import training
 from klrl.algorithm.gradients import scalar
+from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.exact import oracle
 from klrl.models import (
@@ -261,7 +262,7 @@ def test_chunks_are_all_alike_and_nothing_is_lost():
     seen.append(len(rows))
     return rows * 2, rows[:, None]
 
-  doubled, column = dpo_pairs.in_chunks(f, 7, 3)
+  doubled, column = parallel.in_chunks(f, 7, 3)
   np.testing.assert_array_equal(doubled, 2 * np.arange(7))
   assert column.shape == (7, 1) and seen == [3, 3, 3]
 

@@ -124,7 +124,7 @@ def singles(config, num_iterations=NUM_ITERATIONS):
   step = programs.make_step_fn(setup, shardings)
   for member in members:
     state = jax.device_put(
-      programs.init_run(setup._replace(config=member.config, hypers=member.config.hypers())),
+      programs.init_run(setup._replace(config=member.config)),
       shardings,
     )
     found = []
@@ -175,7 +175,7 @@ def test_all_that_a_member_starts_with_is_its_own():
   setup = set_up(members[0].config, parallel.make_mesh("data=1"))
   state, _ = population.init_members(setup, [member.config for member in members])
   for i, member in enumerate(members):
-    single = programs.init_run(setup._replace(config=member.config, hypers=member.config.hypers()))
+    single = programs.init_run(setup._replace(config=member.config))
     chex.assert_trees_all_equal(jax.device_get(member_of(state.run, i)), jax.device_get(single))
 
 

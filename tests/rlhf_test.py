@@ -81,7 +81,7 @@ def assert_no_device_held_more_than_its_share(arrays, peaks):
 
 def test_parameters_moments_and_a_moving_reference_are_made_in_shards(models):
   config, found = models
-  setup = programs.Setup(config, config.algorithm(), config.hypers(), found, None, MESH, {}, None)
+  setup = programs.Setup(config, config.algorithm(), found, None, MESH, {}, None)
   state, peaks = peaks_of(lambda: programs.init_run(setup))
   policy = state.params["policy"]
   assert "value" in state.params

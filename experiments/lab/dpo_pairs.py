@@ -85,14 +85,7 @@ def make_pairs(config, policy: Policy, params, arrays) -> Pairs:
     batch = jax.device_put([x[rows] for x in arrays], parallel.by_rows(mesh))
     return log_probs(params, *batch)
 
-  return Pairs(*arrays, in_chunks(chunk, len(arrays[0]), config.batch_size))
-
-
-def in_chunks(f, num_rows: int, size: int):
-  """Returns what `f(rows [size])` returns, for all rows and on the host; all calls are alike."""
-  starts = range(0, num_rows, size)
-  parts = [jax.device_get(f(np.arange(start, start + size) % num_rows)) for start in starts]
-  return jax.tree.map(lambda *x: np.concatenate(x)[:num_rows], *parts)
+  return Pairs(*arrays, parallel.in_chunks(chunk, len(arrays[0]), config.batch_size))
 
 
 def own_start(config) -> Start:
@@ -201,7 +194,7 @@ def draw_pairs(prompts: data.Prompts, draw, score, *, num_pairs: int, seed: int)
     )
     return [np.asarray(x).reshape(-1, 2, *x.shape[1:]) for x in arrays]
 
-  *arrays, scores = in_chunks(chunk, num_pairs, _CHUNK)
+  *arrays, scores = parallel.in_chunks(chunk, num_pairs, _CHUNK)
   first_wins = rng.random(len(scores)) < 1 / (1 + np.exp(scores[:, 1] - scores[:, 0]))
   order = np.where(first_wins[:, None], [0, 1], [1, 0])
   kept = np.flatnonzero((arrays[0][:, 0] != arrays[0][:, 1]).any(axis=-1))

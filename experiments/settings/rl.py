@@ -16,12 +16,13 @@ from experiments.settings.common import (
   ScoreFields,
   SftStageFields,
   StageFields,
+  again,
   setting,
 )
 from experiments.settings.penalty import KLConfig
 from klrl import inputs, ops
 from klrl.algorithm import Algorithm, Hypers, beta_rules, memory, objective, policy_losses
-from klrl.algorithm.optimizer import SCHEDULES, make_schedule
+from klrl.algorithm.optimizer import make_schedule
 from klrl.errors import UserError
 from klrl.tasks.registry import TASKS
 from klrl.tasks.rewards import reads_model
@@ -37,7 +38,7 @@ _SCORES = ("reward", "reward_model", "max_completion_len")
 class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, DryRunFields):
   """Policy, sampling and optimizer."""
 
-  num_iterations: int = setting(80, "iterations", minimum=1)
+  num_iterations: int = again(KLConfig, "num_iterations", default=80)
   batch_size: int = setting(128, "completions per iteration", minimum=1)
   policy: str = setting("", "model directory to train; default: the embedded SFT stage")
   temperature: float = setting(1.0, "of sampling, and of every log-prob", minimum=1e-3)
@@ -56,9 +57,7 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
   sampler_cap: float = setting(
     2.0, "largest such weight", minimum=1.0, read_when=("sampler_correction", ("token", "sequence"))
   )
-  learning_rate_schedule: str = setting(
-    "constant", "how the learning rate falls, to a tenth of its peak", choices=SCHEDULES
-  )
+  learning_rate_schedule: str = again(KLConfig, "learning_rate_schedule", default="constant")
   entropy_coef: float = setting(0.0, "weight of the entropy bonus", minimum=0.0)
 
   def __post_init__(self):
