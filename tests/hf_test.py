@@ -230,7 +230,7 @@ def test_shards_hold_the_same_model_and_replace_the_single_file(tmp_path, monkey
 def test_bfloat16_files_load_as_float32_and_save_as_bfloat16(tmp_path):
   half = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), random_params(policy_model(LLAMA)))
   hf.save_policy(tmp_path, LLAMA, jax.tree.map(jnp.asarray, half), tiny_tokenizer())
-  assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+  assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
   _, loaded = hf.load_policy(tmp_path)
   assert_trees_equal(loaded, jax.tree.map(lambda x: x.astype(np.float32), half))
 
@@ -256,7 +256,7 @@ def test_a_tied_matrix_stored_twice_and_old_frequencies_are_passed_over(tmp_path
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+    ({"model_type": "bert"}, "model_type 'bert' is not supported"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
     ({"rope_parameters": {"rope_type": "llama3"}}, "rope_scaling of type 'llama3'"),
     ({"attention_bias": True}, "attention_bias=True"),

@@ -23,7 +23,9 @@ class DecoderConfig:
   `attention_bias` adds a bias to queries, keys and values (Qwen2). `max_len` bounds the tokens of
   prompt and completion together. If `num_tokens` > 0, only the first `num_tokens` of the
   `vocab_size` rows are tokens: the others fill the matrix up and are never predicted.
-  `lora_rank` > 0 gives every linear map of the layers an adapter (see `AdaptedLinear`).
+  `lora_rank` > 0 gives every linear map of the layers an adapter (see `AdaptedLinear`). A model
+  that was read from files remembers their `model_type`, a row of `families.py`, and the text of
+  their config.json, `hf_config`; both are "" for a fresh model, and no computation reads them.
   """
 
   vocab_size: int
@@ -43,6 +45,8 @@ class DecoderConfig:
   remat: bool = False
   lora_rank: int = 0
   num_tokens: int = 0
+  model_type: str = dataclasses.field(default="", compare=False)
+  hf_config: str = dataclasses.field(default="", compare=False, repr=False)
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:

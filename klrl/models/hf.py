@@ -2,15 +2,17 @@
 
 A model directory holds `config.json`, `model.safetensors` (or its shards with
 `model.safetensors.index.json`) and the tokenizer's files (see `tokenizer.py`). The folder of a run,
-which holds one as `model/`, can be given in its place. Llama and Qwen2 are known. Only safetensors
-is read, since a pickle can run code.
+which holds one as `model/`, can be given in its place. `families.py` says which families there are
+and how their tensors are called. Only safetensors is read, since a pickle can run code.
 
 Loaded params are float32, whatever the file holds. Hugging Face stores a linear map as [out, in],
 and klrl as [in, out]; there layers are separate tensors, and here they are stacked on a leading
 axis.
 """
 
+import collections
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -26,36 +28,14 @@ from klrl import schema
 from klrl.errors import UserError
 from klrl.models.decoder import DecoderConfig, Params, policy_model, scalar_model
 from klrl.models.directory import CONFIG, INDEX, WEIGHTS, advice, model_dir, write, write_json
-from klrl.models.hf_config import decoder_config
+from klrl.models.families import decoder_config, family_of, is_map, is_stacked
 from klrl.models.tokenizer import TokenizerInfo
 from klrl.models.tokenizer_files import config_ids, save_tokenizer
 from klrl.run import progress
 
-_EMBEDDING = "model.embed_tokens.weight"
-_UNEMBEDDING = "lm_head.weight"
+_EMBEDDING = ("decoder", "embed", "embedding")
+_UNEMBEDDING = ("unembedding",)
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-# Our path -> Hugging Face's name.
-_NAMES = {
-  ("decoder", "embed", "embedding"): _EMBEDDING,
-  ("decoder", "final_norm", "scale"): "model.norm.weight",
-  ("unembedding",): _UNEMBEDDING,
-  ("head",): "score.weight",
-}
-# Our path under ("decoder", "layers") -> Hugging Face's name under "model.layers.<i>.".
-_LAYER_NAMES = {
-  ("attention_norm", "scale"): "input_layernorm.weight",
-  ("attention", "query", "kernel"): "self_attn.q_proj.weight",
-  ("attention", "query", "bias"): "self_attn.q_proj.bias",
-  ("attention", "key", "kernel"): "self_attn.k_proj.weight",
-  ("attention", "key", "bias"): "self_attn.k_proj.bias",
-  ("attention", "value", "kernel"): "self_attn.v_proj.weight",
-  ("attention", "value", "bias"): "self_attn.v_proj.bias",
-  ("attention", "output", "kernel"): "self_attn.o_proj.weight",
-  ("mlp_norm", "scale"): "post_attention_layernorm.weight",
-  ("mlp", "gate", "kernel"): "mlp.gate_proj.weight",
-  ("mlp", "up", "kernel"): "mlp.up_proj.weight",
-  ("mlp", "down", "kernel"): "mlp.down_proj.weight",
-}
 _MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -74,16 +54,19 @@ def load_policy(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
   compute, and a tensor that is missing, left over, of the wrong shape, or holds no finite numbers.
   """
   directory = model_dir(path)
-  config, tensors = decoder_config(directory), _Tensors(directory)
-  if config.tie_embeddings and _UNEMBEDDING in tensors.files:
-    if _EMBEDDING not in tensors.files:
-      tensors.rename(_UNEMBEDDING, _EMBEDDING)
-    elif np.array_equal(tensors.read(_UNEMBEDDING), tensors.read(_EMBEDDING)):
-      del tensors.files[_UNEMBEDDING]  # Some files hold the tied matrix twice.
+  config = decoder_config(directory)
+  tensors = _Tensors(directory, config)
+  names = family_of(config)[1].tensors
+  unembedding, embedding = names[_UNEMBEDDING].name, names[_EMBEDDING].name
+  if config.tie_embeddings and unembedding in tensors.files:
+    if embedding not in tensors.files:
+      tensors.rename(unembedding, embedding)
+    elif np.array_equal(tensors.read(unembedding), tensors.read(embedding)):
+      del tensors.files[unembedding]  # Some files hold the tied matrix twice.
     else:
       progress.warn_once(
-        f"{directory}: tie_word_embeddings is true, but {_UNEMBEDDING} is another matrix than"
-        f" {_EMBEDDING}; both are taken, as transformers does."
+        f"{directory}: tie_word_embeddings is true, but {unembedding} is another matrix than"
+        f" {embedding}; both are taken, as transformers does."
       )
       config = dataclasses.replace(config, tie_embeddings=False)
   return config, tensors.params(policy_model(config).init, config)
@@ -95,7 +78,8 @@ def load_scalar(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
   Raises as `load_policy` does, also where there is no score head.
   """
   directory = model_dir(path)
-  config, tensors = decoder_config(directory), _Tensors(directory)
+  config = decoder_config(directory)
+  tensors = _Tensors(directory, config)
   if "score.weight" not in tensors.files:
     raise UserError(
       f"{directory} has no score.weight, so it is no value or reward model. To start one from a"
@@ -127,56 +111,65 @@ def save_scalar(
   _save(path, config, params, tokenizer, "ForSequenceClassification", fields)
 
 
-def _hf_config(config: DecoderConfig, tokenizer: TokenizerInfo, dtype: str) -> dict[str, Any]:
-  return {
-    "model_type": "qwen2" if config.attention_bias else "llama",
-    "vocab_size": config.vocab_size,
-    "hidden_size": config.width,
-    "num_hidden_layers": config.num_layers,
-    "num_attention_heads": config.num_heads,
-    "num_key_value_heads": config.num_kv_heads,
-    "head_dim": config.head_dim,
-    "intermediate_size": config.mlp_dim,
-    "max_position_embeddings": config.max_len,
-    "rope_theta": config.rope_theta,
-    "rms_norm_eps": config.norm_eps,
-    "tie_word_embeddings": config.tie_embeddings,
-    "hidden_act": "silu",
-    "torch_dtype": dtype,
-    **config_ids(tokenizer),
-  }
+def _hf_config(config: DecoderConfig, model_type: str, dtype: str) -> dict[str, Any]:
+  """Returns the config.json of a model: the one that it was read from, or a new one."""
+  if config.hf_config:
+    fields = json.loads(config.hf_config)
+    fields.pop("torch_dtype", None)
+  else:
+    fields = {
+      "vocab_size": config.vocab_size,
+      "hidden_size": config.width,
+      "num_hidden_layers": config.num_layers,
+      "num_attention_heads": config.num_heads,
+      "num_key_value_heads": config.num_kv_heads,
+      "head_dim": config.head_dim,
+      "intermediate_size": config.mlp_dim,
+      "max_position_embeddings": config.max_len,
+      "rope_theta": config.rope_theta,
+      "rms_norm_eps": config.norm_eps,
+      "hidden_act": "silu",
+    }
+  changed = {"model_type": model_type, "tie_word_embeddings": config.tie_embeddings}
+  return fields | changed | {"dtype": dtype}
 
 
-def _is_stacked(path):
-  return path[:2] == ("decoder", "layers")
-
-
-def _is_transposed(path):
-  return path[-1] in ("kernel", "unembedding", "head")
-
-
-def _names(path, leaf):
+def _names(family, path, num_layers):
   """Returns the names of one leaf's tensors: one, or one per layer."""
-  if _is_stacked(path):
-    return [f"model.layers.{i}.{_LAYER_NAMES[path[2:]]}" for i in range(leaf.shape[0])]
-  return [_NAMES[path]]
+  name = family.tensors[path].name
+  return [family.layers.format(i) + name for i in range(num_layers)] if is_stacked(path) else [name]
+
+
+def _is_transposed(family, path):
+  return is_map(path) and (family.out_in or not is_stacked(path))
+
+
+def _fused_outs(family, leaves):
+  """Returns the number of outputs of each fused tensor, by its name."""
+  outs = collections.Counter()
+  for path, leaf in leaves.items():
+    if family.tensors[path].rows is not None:
+      outs[family.tensors[path].name] += leaf.shape[-1]
+  return outs
 
 
 class _Tensors:
   """The tensors of a model directory by name; nothing is read before it is asked for."""
 
-  def __init__(self, directory: pathlib.Path):
-    self.directory = directory
-    self.files = _tensor_files(directory)
-    self._stored = {}
+  def __init__(self, directory: pathlib.Path, config: DecoderConfig):
+    self.directory, self.family = directory, family_of(config)[1]
+    self.files, self._stored = {}, {}
+    for stored, file in _tensor_files(directory).items():
+      if (name := self.family.known_as(stored)) is not None:
+        self.files[name], self._stored[name] = file, stored
 
   def rename(self, old: str, new: str) -> None:
     self.files[new] = self.files.pop(old)
-    self._stored[new] = old
+    self._stored[new] = self._stored.pop(old)
 
   def read(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """Returns a tensor as float32; UserError where it is none, not finite, or not of `shape`."""
-    file, stored = self.files[name], self._stored.get(name, name)
+    file, stored = self.files[name], self._stored[name]
     where = f"{self.directory}: tensor {stored}"
     try:
       view = file.get_slice(stored)
@@ -201,33 +194,38 @@ class _Tensors:
   def params(self, init, config: DecoderConfig) -> Params:
     """Returns params of the structure that `init` makes, after checking every tensor."""
     # A config of another model may ask for more layers than there is memory for their names.
-    layers = {
-      match[1] for name in self.files if (match := re.match(r"model\.layers\.(\d+)\.", name))
-    }
+    layer = re.escape(self.family.layers).replace(r"\{\}", r"(\d+)")
+    layers = {match[1] for name in self.files if (match := re.match(layer, name))}
     if len(layers) < config.num_layers:
       raise UserError(
         f"{self.directory} does not hold the model of its config.json: num_hidden_layers is"
         f" {config.num_layers}, and there are tensors of {len(layers)}."
       )
     leaves = traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0)))
-    wanted = {name for path, leaf in leaves.items() for name in _names(path, leaf)}
-    # Old files carry the rotation's frequencies, which the config determines.
-    found = {name for name in self.files if not name.endswith("rotary_emb.inv_freq")}
+    num_layers = config.num_layers
+    wanted = {name for path in leaves for name in _names(self.family, path, num_layers)}
+    found = set(self.files)
     if wanted != found:
       raise UserError(
         f"{self.directory} does not hold the model of its config.json: missing tensors"
         f" {sorted(wanted - found)[:5]}, unexpected tensors {sorted(found - wanted)[:5]}."
       )
 
+    outs = _fused_outs(self.family, leaves)
+
     def read(name, path, shape):
-      if _is_transposed(path):
-        return self.read(name, shape[::-1]).T
-      return self.read(name, shape)
+      stored = self.family.tensors[path]
+      if stored.rows is not None:
+        shape = (*shape[:-1], outs[stored.name])
+      is_transposed = _is_transposed(self.family, path)
+      array = self.read(name, shape[::-1] if is_transposed else shape)
+      array = array.T if is_transposed else array
+      return array if stored.rows is None else array[..., stored.rows(config)]
 
     params = {}
     for path, leaf in leaves.items():
-      names = _names(path, leaf)
-      if _is_stacked(path):
+      names = _names(self.family, path, num_layers)
+      if is_stacked(path):
         params[path] = np.stack([read(name, path, leaf.shape[1:]) for name in names])
       else:
         params[path] = np.ascontiguousarray(read(names[0], path, leaf.shape))
@@ -274,19 +272,26 @@ def _save(path, config, params, tokenizer, task, labels):
     raise ValueError(f"lora_rank={config.lora_rank}: merge_lora first; the layout has no adapters.")
   directory = pathlib.Path(path)
   directory.mkdir(parents=True, exist_ok=True)
-  tensors = {}
-  for leaf_path, leaf in traverse_util.flatten_dict(params).items():
-    array = np.asarray(leaf)
-    parts = array if _is_stacked(leaf_path) else [array]
-    for name, part in zip(_names(leaf_path, array), parts, strict=True):
-      tensors[name] = np.ascontiguousarray(part.T if _is_transposed(leaf_path) else part)
+  model_type, family = family_of(config)
+  leaves = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(params).items()}
+  outs, tensors = _fused_outs(family, leaves), {}
+  for leaf_path, array in leaves.items():
+    stored = family.tensors[leaf_path]
+    parts = array if is_stacked(leaf_path) else [array]
+    for name, part in zip(_names(family, leaf_path, len(parts)), parts, strict=True):
+      if stored.rows is not None:
+        shape = (*part.shape[:-1], outs[stored.name])
+        whole = tensors[name].T if name in tensors and _is_transposed(family, leaf_path) else None
+        whole = tensors.get(name, np.zeros(shape, part.dtype)) if whole is None else whole
+        whole[..., stored.rows(config)] = part
+        part = whole
+      tensors[name] = np.ascontiguousarray(part.T if _is_transposed(family, leaf_path) else part)
   _write_weights(directory, tensors)
 
   save_tokenizer(directory, tokenizer, max_len=config.max_len)
-  dtype = str(tensors[_EMBEDDING].dtype)
-  hf_config = _hf_config(config, tokenizer, dtype)
-  prefix = {"llama": "Llama", "qwen2": "Qwen2"}[hf_config["model_type"]]
-  write_json(directory / CONFIG, {"architectures": [prefix + task], **hf_config, **labels})
+  dtype = str(leaves["decoder", "embed", "embedding"].dtype)
+  fields = _hf_config(config, model_type, dtype) | config_ids(tokenizer)
+  write_json(directory / CONFIG, {**fields, "architectures": [family.classes + task], **labels})
 
 
 def _write_weights(directory, tensors):
