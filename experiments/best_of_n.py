@@ -179,6 +179,10 @@ def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts:
     )
     texts = task.rewards and data.completion_texts(models.tokenizer, jax.device_get(rollout))
     scores = score(rollout, texts, [prompts.records[i] for i in of])
+    if np.isnan(scores).any():
+      raise UserError(
+        "Every reward abstained from a completion, by None; best-of-n needs a score for each."
+      )
     return completions.completion_tokens(rollout), scores, gold and gold(rollout, of)
 
   tokens, scores, gold_scores = parallel.in_chunks(chunk, num_prompts * size, _CHUNK)

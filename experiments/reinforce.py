@@ -29,8 +29,8 @@ def advantages(x: Experience, algorithm: Algorithm, hypers: Hypers) -> Advantage
   """Returns R - b of each completion, for all of its tokens."""
   # The total is R; the charges are what a token pays for its own KL alone (--kl_credit=token).
   totals, charges = kl_terms.compared_totals(algorithm.penalty, x.scores, x.kl, x.mask, beta=x.beta)
-  baseline = (totals.sum() - totals) / (len(totals) - 1)
-  return Advantages((totals - baseline)[:, None] - charges, jnp.zeros_like(charges))
+  relative = ops.leave_one_out(totals, x.scored)  # R less the mean R of the others
+  return Advantages(relative[:, None] - charges, jnp.zeros_like(charges))
 
 
 def loss(terms: Terms, hypers: Hypers) -> tuple[Losses, dict]:

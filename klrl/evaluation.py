@@ -203,7 +203,7 @@ def samples(
         "tokens": pieces,
         "kl_ref": kl,
         "log_prob": np.asarray(evaluation.log_probs[i])[mask].tolist(),
-        "score": None if scores is None else float(scores[i]),
+        "score": None if scores is None or np.isnan(scores[i]) else float(scores[i]),
         "gold": None if gold is None else float(gold[i]),
       }
     )
@@ -227,10 +227,14 @@ def _sums(per_token, mask) -> np.ndarray:
 
 
 def mean_and_stderr(name: str, x, prompt_ids: np.ndarray) -> dict[str, float | None]:
-  """Returns the mean over rows, and its standard error with prompts as the independent units."""
-  if x is None:
+  """Returns the mean over rows, and its standard error with prompts as the independent units.
+
+  Rows that are NaN, from which every reward abstained, are left out.
+  """
+  found = None if x is None else ~np.isnan(x)
+  if found is None or not found.any():
     return {name: None}
-  x = np.asarray(x)
+  x, prompt_ids = np.asarray(x)[found], np.asarray(prompt_ids)[found]
   sums, counts = (np.bincount(prompt_ids, weights=w) for w in (x, np.ones_like(x)))
   return ratio_and_stderr(name, sums, counts) | {name: float(x.mean())}
 

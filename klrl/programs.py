@@ -185,7 +185,7 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
   gold = make_gold_fn(task.training, models.tokenizer)
   gold = gold and jax.jit(lift(gold, (0, None)))
   reads_model = any(reward.fn is None for reward in task.rewards)
-  notice_slow = _SlowRewardNotice()
+  notice_slow, notice_unscored = _SlowRewardNotice(), _UnscoredNotice()
 
   def step_with_host_reward(state, iteration):
     rows = rows_of(iteration)
@@ -205,12 +205,15 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
     ids = reward_calls.Ids(*data.token_ids(flat))
     scores, each = weighted(task.rewards, records, texts, model_scores, ids)
     scored = time.monotonic()
+    notice_unscored(scores, iteration)
     scores = parallel.put(scores.reshape(shape), parallel.by_rows(mesh, members=len(shape) > 1))
     state, pairs = programs["update"](state, distinct, rollout, scores, pretraining_of(iteration))
     jax.block_until_ready(pairs)
     if len(each) > 1:
-      sums = {name: x.reshape(shape).sum(axis=-1) for name, x in each.items()}
-      pairs |= {f"score/{name}": (x, len(rows)) for name, x in sums.items()}
+      for name, x in each.items():
+        by_member = x.reshape(shape)
+        counts = (~np.isnan(by_member)).sum(axis=-1)
+        pairs[f"score/{name}"] = np.nansum(by_member, axis=-1), counts
     if gold is not None:
       pairs["gold/mean"] = (gold(rollout, device_rows).sum(axis=-1), len(rows))
     notice_slow(scored - sampled, time.monotonic() - began, len(texts))
@@ -254,4 +257,20 @@ class _SlowRewardNotice:
       progress.console.print(
         f"The reward function takes {reward_seconds:.1f} s for {num} completions, "
         f"{reward_seconds / iteration_seconds:.0%} of an iteration."
+      )
+
+
+class _UnscoredNotice:
+  """Says once when every reward abstained from a completion."""
+
+  def __init__(self):
+    self._said = False
+
+  def __call__(self, scores: np.ndarray, iteration: int) -> None:
+    num = int(np.isnan(scores).sum())
+    if num and not self._said:
+      self._said = True
+      progress.console.print(
+        f"Every reward abstained, by None, from {num} of {scores.size} completions of iteration "
+        f"{iteration + 1}: nothing is learnt from these, and they are in no mean of scores."
       )

@@ -69,7 +69,7 @@ def test_later_kl_is_charged_to_the_token_before_it_and_credit_token_to_its_own(
 
 
 def test_group_deviation_is_the_mean_of_what_divides_the_scores():
-  found = advantage_rules.group_deviation(SCORES, 2)
+  found = advantage_rules.group_deviation(SCORES, jnp.ones(SCORES.shape, bool), 2)
   np.testing.assert_allclose(found, np.sqrt(0.5), rtol=1e-6)
 
 
@@ -97,7 +97,7 @@ def test_groups_of_equal_scores_give_way_to_others():
   scores = jnp.array([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 2.0, 1.0])
   rollout = rollout_of([4] * 8, [True] * 8)
   kept, kept_scores, share = preparation.informative_groups(
-    rollout, scores, group_size=2, batch_size=4
+    rollout, scores, jnp.ones(8, bool), group_size=2, batch_size=4
   )
   np.testing.assert_array_equal(kept_scores, [0.0, 1.0, 2.0, 1.0])
   np.testing.assert_array_equal(kept.tokens, rollout.tokens[jnp.array([2, 3, 6, 7])])

@@ -79,12 +79,16 @@ def test_equal_scores_move_no_parameter(name):
   assert not np.array_equal(others.params["policy"]["unembedding"], make_params()["unembedding"])
 
 
+def normalised(stats, scores):
+  return memory.normalised(stats, scores, jnp.ones(scores.shape, bool))
+
+
 def test_a_difference_of_a_thousandth_is_one_whatever_the_size_of_the_scores():
   @jax.jit
   def found(scores):
-    first, *_, std = memory.normalised(memory.no_scores(), scores)
+    first, *_, std = normalised(memory.no_scores(), scores)
     whitened = ops.whiten(scores, jnp.ones(4, bool))
-    return ops.group_relative(scores), whitened, std, memory.normalised(first, scores)[2]
+    return ops.group_relative(scores), whitened, std, normalised(first, scores)[2]
 
   for score in SCORES:
     scores = score + np.array([0, 1e-3, 2e-3, 1e-3])
@@ -102,10 +106,10 @@ def test_numbers_that_a_program_rounds_in_two_ways_are_equal():
   def found(twice):
     varied = jnp.concatenate([twice, twice[0] + jnp.arange(3.0)])
     _, kept, share = preparation.informative_groups(
-      make_rollout(6), varied, group_size=3, batch_size=3
+      make_rollout(6), varied, jnp.ones(6, bool), group_size=3, batch_size=3
     )
     rules = ops.group_relative(twice), ops.leave_one_out(twice), ops.whiten(twice, twice == twice)
-    return *rules, memory.normalised(memory.no_scores(), twice)[1], kept - varied[3:], share - 0.5
+    return *rules, normalised(memory.no_scores(), twice)[1], kept - varied[3:], share - 0.5
 
   for score in SCORES:
     next_to_it = np.nextafter(np.float32(score), np.float32(1e9))
@@ -116,7 +120,7 @@ def test_numbers_that_a_program_rounds_in_two_ways_are_equal():
 def test_what_is_not_a_number_is_not_taken_for_an_equal_one():
   @jax.jit
   def found(scores):
-    normal = memory.normalised(memory.no_scores(), scores)[1]
+    normal = normalised(memory.no_scores(), scores)[1]
     return ops.group_relative(scores), ops.deviation(scores), normal
 
   for bad in (np.nan, np.inf, -np.inf):

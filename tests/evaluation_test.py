@@ -265,6 +265,13 @@ def test_pieces_of_a_sample_keep_their_spaces():
   assert record["completion"] == "Once upon a time"
 
 
+def test_rows_without_a_score_are_in_no_mean():
+  scores, prompts = np.float32([1, np.nan, 3, np.nan]), np.array([0, 0, 1, 2])
+  found = evaluation.mean_and_stderr("score", scores, prompts)
+  assert found == evaluation.mean_and_stderr("score", scores[[0, 2]], prompts[[0, 2]])
+  assert evaluation.mean_and_stderr("score", scores[[1, 3]], prompts[[1, 3]]) == {"score": None}
+
+
 def test_standard_errors_take_prompts_as_the_independent_units():
   found = evaluate()
   prompt_ids = np.arange(BATCH) % 2

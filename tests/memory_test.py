@@ -17,7 +17,7 @@ def test_scores_are_normalised_by_all_so_far():
   parts = [3 + 2 * rng.normal(size=n).astype(np.float32) for n in (8, 5, 16)]
   stats = memory.no_scores()
   for i, part in enumerate(parts):
-    stats, scores, std = jax.jit(memory.normalised)(stats, part)
+    stats, scores, std = jax.jit(memory.normalised)(stats, part, jnp.ones(part.shape, bool))
     so_far = np.concatenate(parts[: i + 1])
     np.testing.assert_allclose(std, so_far.std(), rtol=1e-5)
     np.testing.assert_allclose(scores, (part - so_far.mean()) / so_far.std(), rtol=1e-4, atol=1e-5)
@@ -27,7 +27,7 @@ def test_scores_are_normalised_by_all_so_far():
 def test_equal_scores_are_divided_by_one(score):
   stats = memory.no_scores()
   for _ in range(3):
-    stats, scores, std = memory.normalised(stats, jnp.full(100, score))
+    stats, scores, std = memory.normalised(stats, jnp.full(100, score), jnp.ones(100, bool))
     # 100 times 0.1 is not quite 10 in binary; what is left must not be blown up to the size of 1.
     np.testing.assert_allclose(scores, np.zeros(100), atol=1e-6)
     assert std == 1

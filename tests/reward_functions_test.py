@@ -97,7 +97,6 @@ def test_a_function_that_raises_is_named_with_its_line(tmp_path):
     (None, r"returned None; return a list with one number for each completion"),
     (1.0, r"\(reward_functions_test\.py line \d+\) returned 1.0; return a list"),
     (np.float32(1), r"returned np\.float32\(1\.0\); return a list"),
-    ([1.0, None], "returned None, not a number"),
     ([1.0, "2.0"], "returned '2.0', not a number"),
     ("ab", "returned 'a', not a number"),
     ([[1.0], [2.0]], r"returned \[1.0\], not a number"),
@@ -111,6 +110,20 @@ def test_a_function_that_raises_is_named_with_its_line(tmp_path):
 def test_each_wrong_answer_is_one_clear_error(returned, message):
   with pytest.raises(UserError, match=message):
     scores(lambda prompts, completions: returned, RECORDS, ["aaa", "bbb"], "f")
+
+
+def test_none_abstains_and_is_in_no_sum(style):
+  path = write(
+    style.parent,
+    "def f(prompts, completions): return [None, 2.0, None]\n"
+    "def g(prompts, completions): return [1.0, 1.0, None]\n",
+    "abstains.py",
+  )
+  records = [*RECORDS, {"prompt": "third"}]
+  total, by_name = weighted_scores(load_rewards(f"{path}:f,0.5*{path}:g"), records, ["a", "b", "c"])
+  np.testing.assert_array_equal(total, [0.5, 2.5, np.nan])
+  np.testing.assert_array_equal(by_name["f"], [np.nan, 2.0, np.nan])
+  np.testing.assert_array_equal(by_name["g"], [1.0, 1.0, np.nan])
 
 
 def test_other_columns_arrive_as_lists_and_missing_ones_as_none():
@@ -429,7 +442,7 @@ def test_an_item_that_cannot_be_used_is_one_clear_error(style, spec, message):
     ("STYLE:length,STYLE:nan", "The reward nan returned nan for completion 'aaa'"),
     ("STYLE:length,math", "The reward `math` needs a text column `answer`; prompt 'first'"),
     ("2*STYLE:huge", r"weighted sum of the rewards is 6e\+38 for completion 'aaa': huge 3"),
-    ("STYLE:length,model", "weighted sum of the rewards is nan for completion 'bbb': .*model nan"),
+    ("STYLE:length,model", "The reward model computes NaN"),
   ],
 )
 def test_a_reward_that_fails_is_named(style, spec, message):

@@ -149,6 +149,13 @@ def test_scores_of_the_host_teach_what_the_same_scores_of_the_device_teach():
   assert len(calls) == 2
 
 
+def test_what_no_reward_scores_teaches_nothing_and_is_told_once(capsys):
+  before, after = trained([Reward("none", 1.0, lambda prompts, **columns: [None] * len(prompts))])
+  jax.tree.map(np.testing.assert_array_equal, before, after)
+  told = " ".join(capsys.readouterr().out.split())
+  assert told.count("Every reward abstained, by None, from 12 of 12 completions") == 1
+
+
 def test_the_divergence_of_a_distillation_is_told_by_name():
   class Own(distill.Config):
     def algorithm(self):

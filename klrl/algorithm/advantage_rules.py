@@ -44,7 +44,8 @@ def _within_group(relative):
 
 def _compared(relative, x: Experience, algorithm, group_size: int) -> Advantages:
   totals, charges = kl_terms.compared_totals(algorithm.penalty, x.scores, x.kl, x.mask, beta=x.beta)
-  advantages = relative(totals.reshape(-1, group_size)).reshape(-1, 1) - charges
+  groups, scored = (y.reshape(-1, group_size) for y in (totals, x.scored))
+  advantages = relative(groups, scored).reshape(-1, 1) - charges
   return Advantages(advantages, jnp.zeros_like(advantages))
 
 
@@ -57,9 +58,10 @@ GROUP_RULES = {
 RULES = {"returns": returns, "batch_mean": batch_mean, **GROUP_RULES}
 
 
-def group_deviation(scores, group_size: int) -> jax.Array:
+def group_deviation(scores, scored, group_size: int) -> jax.Array:
   """Returns the mean standard deviation by which `group_relative` divides scores.
 
   Beta times this is the weight of a KL term in the loss against the score itself, reward per nat.
   """
-  return ops.deviation(scores.reshape(-1, group_size), axis=-1, ddof=1).mean()
+  groups, scored = (x.reshape(-1, group_size) for x in (scores, scored))
+  return ops.deviation(groups, scored, axis=-1, ddof=1).mean()

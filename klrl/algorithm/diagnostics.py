@@ -13,8 +13,8 @@ from klrl.sampling import Rollout
 
 
 def per_sequence(x, mask):
-  """Returns (sum over all tokens, number of sequences): the mean of sequence sums."""
-  return jnp.where(mask, x, 0.0).sum(), jnp.float32(mask.shape[0])
+  """Returns (sum over all tokens, number of sequences with a token): the mean of sequence sums."""
+  return jnp.where(mask, x, 0.0).sum(), mask.any(axis=1).sum().astype(jnp.float32)
 
 
 def sequence_stats(name: str, per_token, mask):
@@ -33,12 +33,15 @@ def sequence_stats(name: str, per_token, mask):
 
 
 def rollout_metrics(rollout: Rollout, scores):
-  """Returns the scores, lengths, the share that ended by itself, and the tokens of a rollout."""
-  num_rows = jnp.float32(scores.shape[0])
+  """Returns the scores, lengths, the share that ended by itself, and the tokens of a rollout.
+
+  A score is NaN where no reward scored.
+  """
+  num_rows, scored = jnp.float32(scores.shape[0]), ~jnp.isnan(scores)
   num_tokens = rollout.completion_mask.sum().astype(jnp.float32)
   return {
-    "score/mean": (scores.sum(), num_rows),
-    "score/std": (ops.deviation(scores), 1.0),
+    "score/mean": ops.masked_sum_count(scores, scored),
+    "score/std": (ops.deviation(scores, scored), 1.0),
     "rollout/length": (num_tokens, num_rows),
     "rollout/finished_fraction": (rollout.finished.sum().astype(jnp.float32), num_rows),
     "rollout/tokens": (num_tokens, 1.0),

@@ -77,7 +77,8 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
   One call is one iteration after sampling: log-probs of the reference and values, advantages with
   the KL penalty's cost in the reward, then the inner epochs. `frozen` holds the parameters of the
   `reference` and, if adapters are trained, those of their `base`. `pretraining` is a `terms.Texts`
-  of B rows, whose log-likelihood is mixed into the loss, or None. The function is pure and is
+  of B rows, whose log-likelihood is mixed into the loss, or None. A completion whose score is NaN
+  has none: nothing is learnt from it, and it is in no mean of scores. The function is pure and is
   compiled by the caller. Metrics are (sum, count) pairs. `kl/ref_*`, and `objective/mean`, the mean
   of score - beta * k1 with the score as it was given, are of all sampled completions, before scores
   are shaped and groups are dropped.
@@ -110,15 +111,23 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
     )
     if has_kl:
       kl_sum, num_sequences = kl_metrics["kl/ref_k1"]
-      metrics["objective/mean"] = (scores.sum() - beta * kl_sum, num_sequences)
+      total, num_scored = ops.masked_sum_count(scores, ~jnp.isnan(scores))
+      cost = beta * kl_sum * (num_scored / num_sequences)
+      metrics["objective/mean"] = (total - cost, num_scored)
     scores = preparation.shaped_scores(scores, rollout, hypers)
+    rollout, scores = preparation.without_unscored(rollout, scores)
+    scored = rollout.completion_mask.any(axis=1)
     score_std = jnp.float32(1.0)
     if algorithm.normalise_scores:
-      score_stats, scores, score_std = memory.normalised(state.score_stats, scores)
+      score_stats, scores, score_std = memory.normalised(state.score_stats, scores, scored)
       state = state._replace(score_stats=score_stats)
     if algorithm.oversampling > 1:
       (rollout, ref), scores, share = preparation.informative_groups(
-        (rollout, ref), scores, group_size=algorithm.group_size, batch_size=algorithm.batch_size
+        (rollout, ref),
+        scores,
+        scored,
+        group_size=algorithm.group_size,
+        batch_size=algorithm.batch_size,
       )
       metrics["rollout/informative_groups"] = (share, 1.0)
     mask = rollout.completion_mask
@@ -171,7 +180,7 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
     # The cost of a nat of KL in the unit of the scores, if something divides the scores alone.
     is_relative = algorithm.advantage is advantage_rules.GROUP_RULES["group_relative"]
     if is_relative and (penalty.in_loss or penalty.credit == "token"):
-      score_std *= advantage_rules.group_deviation(scores, algorithm.group_size)
+      score_std *= advantage_rules.group_deviation(scores, mask.any(axis=1), algorithm.group_size)
     if has_kl:
       metrics["controller/effective_beta"] = (beta * score_std, 1.0)
     controller, trust_region, controller_metrics = _controlled(algorithm, state, metrics)
@@ -226,6 +235,8 @@ def make_iteration_fn(
   def iteration(state, frozen, prompts, prompt_mask, rows, pretraining=None):
     rollout = sample_rollout(sample, state, frozen, prompts, prompt_mask, rows)
     scores = score(frozen, rollout, rows)
+    # A reward model never abstains: an infinite score ends the run, as NaN does elsewhere.
+    scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
     state, metrics = update(after_sampling(state), frozen, rollout, scores, pretraining)
     if gold is not None:
       metrics["gold/mean"] = (gold(rollout, rows).sum(), jnp.float32(len(rows)))

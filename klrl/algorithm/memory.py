@@ -25,21 +25,24 @@ def no_scores() -> ScoreStats:
   return ScoreStats(*(jnp.float32(0.0) for _ in ScoreStats._fields))
 
 
-def normalised(stats: ScoreStats, scores) -> tuple[ScoreStats, jax.Array, jax.Array]:
+def normalised(stats: ScoreStats, scores, scored) -> tuple[ScoreStats, jax.Array, jax.Array]:
   """Returns (statistics with `scores` [B], (scores - mean) / std, std) over all scores so far.
+
+  Only those that are `scored` [B] count.
 
   Tony Chan, Gene Golub and Randall LeVeque, "Updating Formulae and a Pairwise Algorithm for
   Computing Sample Variances", 1979. If all scores so far are equal up to rounding, the normalised
   scores are exactly 0 and the deviation counts as 1.
   """
-  number = jnp.float32(scores.shape[0])
+  number = scored.sum().astype(jnp.float32)
   count = stats.count + number
-  batch_mean, deviations = ops.mean_and_deviations(scores)
+  batch_mean, deviations = ops.mean_and_deviations(scores, scored)
   shift = batch_mean.reshape(()) - stats.mean
-  mean = stats.mean + shift * (number / count)
+  share = ops.divide(number, count)
+  mean = stats.mean + shift * share
   squares = stats.squares + (deviations**2).sum()
-  squares += shift**2 * stats.count * (number / count)
-  std = jnp.sqrt(squares / count)
+  squares += shift**2 * stats.count * share
+  std = jnp.sqrt(ops.divide(squares, count))
   equal = ops.within_rounding(std, jnp.abs(mean))
   normal = jnp.where(equal, 0.0, scores - mean) / jnp.where(equal, 1.0, std)
   return ScoreStats(count, mean, squares), normal, jnp.where(equal, 1.0, std)

@@ -26,16 +26,29 @@ def shaped_scores(scores, rollout: Rollout, hypers) -> jax.Array:
   return scores - over - unfinished - hypers.length_penalty * lengths
 
 
-def informative_groups(rollout, scores, *, group_size: int, batch_size: int):
+def without_unscored(rollout: Rollout, scores) -> tuple[Rollout, jax.Array]:
+  """Returns (rollout, scores) in which completions whose score is NaN have no token.
+
+  So they are in no mean and no loss. Their score becomes the mean of the others: a rule that does
+  not ask which completions are scored meets an ordinary number.
+  """
+  scored = ~jnp.isnan(scores)
+  mask = rollout.completion_mask & scored[:, None]
+  mean = ops.masked_mean(scores, scored)
+  return rollout._replace(completion_mask=mask), jnp.where(scored, scores, mean)
+
+
+def informative_groups(rollout, scores, scored, *, group_size: int, batch_size: int):
   """Returns (rollout, scores, share): the first `batch_size` rows of groups whose scores differ.
 
-  `rollout` is any tree of arrays [B, ...], such as a `Rollout` and what is known of it.
+  `rollout` is any tree of arrays [B, ...], such as a `Rollout` and what is known of it. `scored`
+  [B] says which scores are compared.
   If these are too few, groups of equal scores fill the batch; their advantages are zero. `share` is
   the share of groups whose scores differ. Qiying Yu et al., "DAPO", 2025, section 3.2, with a fixed
   amount of oversampling instead of sampling until the batch is full.
   """
-  groups = scores.reshape(-1, group_size)
-  uniform = (ops.mean_and_deviations(groups, axis=-1)[1] == 0).all(axis=-1)
+  groups, among = (x.reshape(-1, group_size) for x in (scores, scored))
+  uniform = (ops.mean_and_deviations(groups, among, axis=-1)[1] == 0).all(axis=-1)
   kept = jnp.argsort(uniform, stable=True)[: batch_size // group_size]
   rows = (kept[:, None] * group_size + jnp.arange(group_size)[None]).reshape(-1)
   rollout, scores = parallel.split_rows(jax.tree.map(lambda x: x[rows], (rollout, scores)))

@@ -19,11 +19,16 @@ class Texts(NamedTuple):
 class Experience(NamedTuple):
   """What an advantage rule reads of B completions; those of one prompt are neighbouring rows."""
 
-  scores: jax.Array  # [B], before any KL
+  scores: jax.Array  # [B], before any KL; finite, and not to be read where `mask` has no token
   kl: jax.Array  # [B, T], nats, by `kl_terms.reward_kl`; zeros with a KL in the loss
   values: jax.Array  # [B, T], by the value model, before each token; zeros without one
-  mask: jax.Array  # [B, T] bool
+  mask: jax.Array  # [B, T] bool; without a token for a completion that no reward scored
   beta: jax.Array  # scalar, reward per nat
+
+  @property
+  def scored(self) -> jax.Array:
+    """Which completions [B] have a score."""
+    return self.mask.any(axis=-1)
 
 
 class Advantages(NamedTuple):

@@ -4,9 +4,10 @@ Functions of tokens take `[..., T]` arrays and a bool mask, and walk back over t
 a masked token is skipped, wherever it stands, and the next value and the trace are carried over it.
 Nothing follows the last real token, unless `bootstrap_values` say what the state after it is worth.
 The results are zero in the padding. Functions of groups take `scores [..., G]`, with the G
-completions of one prompt on the last axis. Everything is in units of the reward, except where a
-standard deviation divides. No gradient is stopped here: the losses stop the advantages and returns
-that they are given.
+completions of one prompt on the last axis, and a bool mask of those that have a score (None: all
+have); the others are in no mean and no deviation, and get 0. Everything is in units of the reward,
+except where a standard deviation divides. No gradient is stopped here: the losses stop the
+advantages and returns that they are given.
 """
 
 import chex
@@ -140,7 +141,9 @@ def _walk_back(rewards, values, mask, weights, gamma, gae_lambda, bootstrap_valu
   return advantages, advantages + values
 
 
-def group_relative(scores: jax.Array, *, eps: jax.Array | float = 1e-4) -> jax.Array:
+def group_relative(
+  scores: jax.Array, mask: jax.Array | None = None, *, eps: jax.Array | float = 1e-4
+) -> jax.Array:
   """Returns [..., G] `(score - mean) / (std + eps)` of the group; 0 in a group of equals.
 
   The result is in standard deviations, so the effective beta becomes beta times the group's
@@ -150,10 +153,11 @@ def group_relative(scores: jax.Array, *, eps: jax.Array | float = 1e-4) -> jax.A
   >>> print(ops.group_relative(jnp.array([0.0, 0.0, 0.0, 1.0])))
   [-0.5 -0.5 -0.5  1.5]
   """
-  return group_centred(scores) / (deviation(scores, axis=-1, ddof=1, keepdims=True) + eps)
+  spread = deviation(scores, mask, axis=-1, ddof=1, keepdims=True)
+  return group_centred(scores, mask) / (spread + eps)
 
 
-def group_centred(scores: jax.Array) -> jax.Array:
+def group_centred(scores: jax.Array, mask: jax.Array | None = None) -> jax.Array:
   """Returns [..., G] `score - mean` of the group; exactly 0 where all are equal up to rounding.
 
   Zichen Liu et al., "Understanding R1-Zero-Like Training: A Critical Perspective" (Dr. GRPO), 2025.
@@ -161,11 +165,11 @@ def group_centred(scores: jax.Array) -> jax.Array:
   >>> print(ops.group_centred(jnp.array([0.0, 0.0, 0.0, 1.0])))
   [-0.25 -0.25 -0.25  0.75]
   """
-  return mean_and_deviations(scores, axis=-1)[1]
+  return mean_and_deviations(scores, mask, axis=-1)[1]
 
 
-def leave_one_out(scores: jax.Array) -> jax.Array:
-  """Returns [..., G] `score - mean of the others`; 0 for a group of one.
+def leave_one_out(scores: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  """Returns [..., G] `score - mean of the others`; 0 where there are no others.
 
   Wouter Kool, Herke van Hoof and Max Welling, "Buy 4 REINFORCE Samples, Get a Baseline for Free!",
   2019; Arash Ahmadian et al., "Back to Basics" (RLOO), 2024.
@@ -173,8 +177,9 @@ def leave_one_out(scores: jax.Array) -> jax.Array:
   >>> print(ops.leave_one_out(jnp.array([0.0, 0.0, 0.0, 1.0])))
   [-0.333 -0.333 -0.333  1.   ]
   """
-  group_size = scores.shape[-1]
-  return group_centred(scores) * (group_size / max(1, group_size - 1))
+  mask = jnp.ones(scores.shape, bool) if mask is None else mask
+  num = mask.sum(axis=-1, keepdims=True, dtype=scores.dtype)
+  return group_centred(scores, mask) * (num / jnp.maximum(1, num - 1))
 
 
 def mean_and_std(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

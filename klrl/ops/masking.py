@@ -112,18 +112,27 @@ def mean_and_deviations(
 
 
 def deviation(
-  x: jax.Array, *, axis: int | None = None, ddof: int = 0, keepdims: bool = False
+  x: jax.Array,
+  mask: jax.Array | None = None,
+  *,
+  axis: int | None = None,
+  ddof: int = 0,
+  keepdims: bool = False,
 ) -> jax.Array:
-  """Returns the standard deviation of `x` along `axis`, with the divisor n - `ddof`.
+  """Returns the standard deviation of `x` over real tokens along `axis`, with divisor n - `ddof`.
 
-  Value and gradient are exactly 0 where all numbers are equal up to rounding.
+  Value and gradient are exactly 0 where all numbers are equal up to rounding. Without a mask every
+  number is real.
 
   >>> print(ops.deviation(jnp.array([1.0, 3.0])), ops.deviation(jnp.array([0.1, 0.1, 0.1])))
   1.0 0.0
   """
-  _, deviations = mean_and_deviations(x, axis=axis)
-  count = x.size if axis is None else x.shape[axis]
-  var = (deviations**2).sum(axis, keepdims=keepdims) / max(1, count - ddof)
+  _, deviations = mean_and_deviations(x, mask, axis=axis)
+  if mask is None:
+    count = x.size if axis is None else x.shape[axis]
+  else:
+    count = mask.sum(axis, keepdims=keepdims)
+  var = (deviations**2).sum(axis, keepdims=keepdims) / jnp.maximum(1, count - ddof)
   return jnp.where(var > 0, jnp.sqrt(jnp.where(var > 0, var, 1.0)), var)
 
 

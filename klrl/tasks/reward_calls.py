@@ -3,7 +3,7 @@
 The function is `f(prompts, completions, **columns)`, plain or `async`. It gets copies, so its
 changes reach neither the samples nor the next reward. If it has parameters `prompt_ids` or
 `completion_ids`, it gets the tokens too. It may return a list, or an array or tensor of any library
-and on any device.
+and on any device. A None in a list abstains: it says nothing of that completion.
 """
 
 import asyncio
@@ -46,6 +46,8 @@ def scores(
   ids: Ids | None = None,
 ) -> np.ndarray:
   """Returns [B] float32, the scores by `reward_fn`, called `name`, of the completions of `records`.
+
+  It is NaN where the function abstains by returning None.
 
   Args:
     reward_fn: the user's function.
@@ -234,6 +236,8 @@ def _one(row):
 def _finite(name: str, score, completion: str, prompt: str) -> float:
   try:
     value = _one(score.tolist()) if hasattr(score, "tolist") else score
+    if value is None:
+      return math.nan
     magnitude, number = math.fabs(value), float(value)  # float() would read a text as a number.
   except KeyboardInterrupt:
     raise
@@ -242,6 +246,6 @@ def _finite(name: str, score, completion: str, prompt: str) -> float:
   if not magnitude <= LARGEST:
     raise UserError(
       f"The reward {name} returned {number} for completion {completion[:80]!r} of prompt "
-      f"{prompt[:80]!r}. Return a finite number for every completion."
+      f"{prompt[:80]!r}. Return a finite number for every completion, or None to say nothing of it."
     )
   return number

@@ -88,6 +88,9 @@ def weighted_scores(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Returns the weighted sum [B] float32 of the rewards, and each one before its weight, by name.
 
+  A reward that abstains from a completion, by None, is NaN there and is not in its sum; the sum is
+  NaN where all do.
+
   Args:
     rewards: as `load_rewards` returns them.
     records: B rows of the prompt file.
@@ -96,7 +99,8 @@ def weighted_scores(
     ids: the tokens of the same rows, for functions that ask for them.
 
   Raises:
-    UserError: as `reward_calls.scores`; the sum is not a finite float32.
+    UserError: as `reward_calls.scores`; the reward model computes NaN; the sum is not a finite
+      float32.
     ValueError: `model_scores` is missing.
   """
   if model_scores is None and any(reward.fn is None for reward in rewards):
@@ -107,9 +111,12 @@ def weighted_scores(
     else scores(fn, records, completions, name, ids)
     for name, _, fn in rewards
   }
-  total = sum(weight * by_name[name].astype(np.float64) for name, weight, _ in rewards)
-  if not (np.abs(total) <= LARGEST).all():
-    worst = int(np.argmin(np.abs(total) <= LARGEST))
+  if any(fn is None and np.isnan(by_name[name]).any() for name, _, fn in rewards):
+    raise UserError("The reward model computes NaN. Train it again, or give another one.")
+  terms = [weight * by_name[name].astype(np.float64) for name, weight, _ in rewards]
+  total = np.where(np.isnan(terms).all(axis=0), np.nan, np.nansum(terms, axis=0))
+  if (np.abs(total) > LARGEST).any():
+    worst = int(np.argmax(np.abs(total) > LARGEST))
     terms = ", ".join(f"{name} {values[worst]:g}" for name, values in by_name.items())
     raise UserError(
       f"The weighted sum of the rewards is {total[worst]:g} for completion "
