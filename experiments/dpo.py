@@ -86,6 +86,7 @@ class Config(common.RunConfig, common.EvaluationFields, common.StageFields):
   def __post_init__(self):
     super().__post_init__()
     self.choose_learning_rate(embedded=5e-4, own=1e-6)
+    self.check_evaluations()
     if self.policy and not self.data:
       raise UserError("--policy, a model of yours, needs pairs: --data=FILE.jsonl.")
     if self.data and not self.policy:
@@ -127,7 +128,7 @@ def train_on_pairs(config: Config, workdir: pathlib.Path, start: Start) -> dict:
     start.policy.config, reference, jax.random.key(config.init_seed), rank=config.lora_rank
   )
   policy = policy_model(model_config)
-  judge = judging.make_judge_fn(
+  judge, evaluate = judging.make_judge(
     config,
     mesh,
     policy,
@@ -139,9 +140,16 @@ def train_on_pairs(config: Config, workdir: pathlib.Path, start: Start) -> dict:
     temperature=1.0,
     score=start.score,
     verifier=start.verifier,
+    num_interim_rows=config.interim_rows(),
   )
   before = judge(join(frozen, params), when="before")
   evaluation.step_zero_checks(before.evaluation, starts_as_reference=True, dtype=config.dtype)
+
+  if config.keep_best and before.figures[config.keep_best] is None:
+    raise UserError(f"--keep_best={config.keep_best}: nothing gives that figure for --data.")
+
+  def save(directory, params):
+    save_policy(directory, *merge_lora(model_config, params), start.tokenizer)
 
   def figures(params):
     after = judge(params, when="after")
@@ -157,9 +165,8 @@ def train_on_pairs(config: Config, workdir: pathlib.Path, start: Start) -> dict:
     start.training,
     start.held_out,
     frozen=frozen,
-    save=lambda directory, params: save_policy(
-      directory, *merge_lora(model_config, params), start.tokenizer
-    ),
+    save=save,
+    evaluate=evaluate,
     summary={
       "held_out_loss": f"loss/{config.loss}",
       "held_out_accuracy": "preference/accuracy",

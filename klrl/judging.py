@@ -8,8 +8,11 @@ For each policy the judge draws
   as fit into the same number of rows.
 
 From the reference it draws one completion for each row, once, for the KL in the other direction.
+
+While a policy trains, the judge draws one completion for each of fewer rows, and nothing else.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,6 +37,13 @@ class Judgement(NamedTuple):
   samples: list[dict[str, Any]]  # records for `samples.jsonl`
 
 
+class Judge(NamedTuple):
+  """What is said of a policy, given all its parameters, on the devices."""
+
+  judge: Callable[..., Judgement]  # judge(params, *, when), before and after training
+  evaluate: Callable[[Any], dict[str, float | None]]  # evaluate(params), while it trains
+
+
 class Programs(NamedTuple):
   """The compiled functions of a judge. Each device computes its share of the rows and gets all.
 
@@ -51,7 +61,7 @@ class Programs(NamedTuple):
 def make_judge_programs(
   mesh, policy: Policy, reference: Policy | None, tokenizer: TokenizerInfo, max_completion_len: int
 ) -> Programs:
-  """Returns the programs of a judge; arguments as in `make_judge_fn`."""
+  """Returns the programs of a judge; arguments as in `make_judge`."""
   limits = {
     "max_completion_len": max_completion_len,
     "eos_id": tokenizer.eos_ids,
@@ -75,7 +85,7 @@ def make_judge_programs(
   return Programs(sample, greedy, evaluate, sample_reference, evaluate_reference)
 
 
-def make_judge_fn(
+def make_judge(
   config,
   mesh,
   policy: Policy,
@@ -88,18 +98,21 @@ def make_judge_fn(
   temperature: float,
   score: Callable | None,
   verifier: Verifier | None,
-) -> Callable[..., Judgement]:
-  """Returns judge(params, *, when) -> Judgement; everything is compiled once.
+  num_interim_rows: int,
+) -> Judge:
+  """Returns the judge of a run; everything is compiled once.
 
-  The figures are those of `evaluation.figures`; `score_greedy` and `gold_greedy` of the most likely
-  completions; those of `evaluation.repeated_figures`; and `kl_ref_forward`, KL(pi_ref || pi) in
-  nats per sequence: the exact KL of each next token, summed along completions of the reference,
-  which is unbiased.
+  The figures of `evaluate` are those of `evaluation.figures`, and `kl_ref_forward`,
+  KL(pi_ref || pi) in nats per sequence: the exact KL of each next token, summed along completions
+  of the reference, which is unbiased. They are of `num_interim_rows` rows with the same prompts and
+  the same noise each time, so that figures of two policies differ by less than their errors tell.
+  Those of `judge` are of `num_eval_rows` rows, and in addition `score_greedy` and `gold_greedy` of
+  the most likely completions, and those of `evaluation.repeated_figures`.
 
   Args:
-    config: its `seed` and `EvaluationFields` are read.
+    config: its `seed`, `num_eval_rows`, `eval_completions` and `num_samples` are read.
     mesh: the devices.
-    policy: the model that is judged; a call takes all its parameters, on the devices.
+    policy: the model that is judged.
     reference: the model to compare with, or None.
     reference_params: its parameters, on the devices.
     tokenizer: of both models.
@@ -108,15 +121,18 @@ def make_judge_fn(
     temperature: of sampling, and of every log-prob.
     score: score(rollout, texts, records) -> [B], or None. There may be fewer texts than rows.
     verifier: of the task, or None.
+    num_interim_rows: of `evaluate`, at most `num_eval_rows`.
   """
   progress.console.print("Compiling what judges the policy on held-out prompts ...")
   # The noise is the same each time, and never that of training.
   key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
   num_prompts, k = len(held_out.tokens), config.eval_completions
   rows = np.arange(config.num_eval_rows) % num_prompts
+  interim_rows = rows[:num_interim_rows]
   # Both draws have the same number of rows, so that one compiled function serves both.
   repeated = np.repeat(np.arange(min(num_prompts, max(1, config.num_eval_rows // k))), k)
   padded = np.resize(repeated, max(len(repeated), len(rows)))
+  programs = make_judge_programs(mesh, policy, reference, tokenizer, max_completion_len)
 
   def prompts_of(rows):
     return parallel.put((held_out.tokens[rows], held_out.mask[rows]), parallel.replicated(mesh))
@@ -124,13 +140,19 @@ def make_judge_fn(
   def records_of(rows):
     return [held_out.records[row] for row in rows]
 
-  prompts, repeated_prompts = prompts_of(rows), prompts_of(padded)
-  programs = make_judge_programs(mesh, policy, reference, tokenizer, max_completion_len)
-  sample, greedy, evaluate, sample_reference, evaluate_reference = programs
-  if reference is not None:
-    of_reference = sample_reference(
-      reference_params, *prompts, jax.random.fold_in(key, 1), temperature=temperature
+  @functools.cache
+  def drawn(num_rows):
+    """Returns the prompts of the first rows, and completions of the reference, if there is one."""
+    prompts = prompts_of(rows[:num_rows])
+    if reference is None:
+      return prompts, None
+    noise = jax.random.fold_in(key, 1)
+    return prompts, programs.sample_reference(
+      reference_params, *prompts, noise, temperature=temperature
     )
+
+  def texts_of(rollout):
+    return data.completion_texts(tokenizer, jax.device_get(rollout))
 
   def read(rollout, rows):
     """Returns texts, scores and gold scores of the first rows of a rollout."""
@@ -139,40 +161,40 @@ def make_judge_fn(
     scores = score and np.asarray(score(rollout, texts, records))[: len(rows)]
     return texts, scores, verifier and right(verifier, texts, records)
 
-  def texts_of(rollout):
-    return data.completion_texts(tokenizer, jax.device_get(rollout))
+  def evaluated(params, rows):
+    """Returns an evaluation of one completion of each row, its texts and scores, and figures."""
+    prompts, of_reference = drawn(len(rows))
+    rollout = programs.sample(params, *prompts, key, temperature=temperature)
+    found = programs.evaluate(params, reference_params, rollout, temperature=temperature)
+    texts, scores, gold = read(rollout, rows)
+    figures = evaluation.figures(found, scores, gold, texts, rows)
+    if reference is not None:
+      kl = programs.evaluate_reference(
+        reference_params, params, of_reference, temperature=temperature
+      ).kl_exact
+      figures |= evaluation.kl_figures("kl_ref_forward", kl, of_reference.completion_mask, rows)
+    return found, (scores, gold, texts), figures
 
   def other_figures(params):
-    distinct = rows[:num_prompts]
-    _, *found = read(greedy(params, *prompts), distinct)
+    distinct, (prompts, _) = rows[:num_prompts], drawn(len(rows))
+    _, *found = read(programs.greedy(params, *prompts), distinct)
     for name, x in zip(("score_greedy", "gold_greedy"), found, strict=True):
       yield evaluation.mean_and_stderr(name, x, distinct)
     if verifier is not None:
-      rollout = sample(
-        params, *repeated_prompts, jax.random.fold_in(key, 2), temperature=temperature
-      )
+      noise = jax.random.fold_in(key, 2)
+      rollout = programs.sample(params, *prompts_of(padded), noise, temperature=temperature)
       texts = texts_of(rollout)[: len(repeated)]
       yield evaluation.repeated_figures(verifier, texts, records_of(repeated), k)
-    if reference is not None:
-      kl = evaluate_reference(
-        reference_params, params, of_reference, temperature=temperature
-      ).kl_exact
-      yield evaluation.kl_figures("kl_ref_forward", kl, of_reference.completion_mask, rows)
 
   def judge(params, *, when: str) -> Judgement:
-    rollout = sample(params, *prompts, key, temperature=temperature)
-    evaluated = evaluate(params, reference_params, rollout, temperature=temperature)
-    texts, scores, gold = read(rollout, rows)
-    figures = evaluation.figures(evaluated, scores, gold, texts, rows)
+    found, read, figures = evaluated(params, rows)
     for more in other_figures(params):
       figures |= more
     prompt_texts = [record["prompt"] for record in records_of(rows)]
-    samples = evaluation.samples(
-      when, evaluated, scores, gold, texts, prompt_texts, tokenizer, config.num_samples
-    )
-    return Judgement(evaluated, figures, samples)
+    samples = evaluation.samples(when, found, *read, prompt_texts, tokenizer, config.num_samples)
+    return Judgement(found, figures, samples)
 
-  return judge
+  return Judge(judge, lambda params: evaluated(params, interim_rows)[-1])
 
 
 def make_completion_score_fn(

@@ -10,6 +10,7 @@ folder like that of any run.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import shutil
@@ -29,6 +30,7 @@ from klrl.figures import labels
 from klrl.inputs import Models, Task
 from klrl.report.frontier import frontier
 from klrl.run import loop, metrics, progress
+from klrl.run.evaluations import OfMembers, best_figures
 from klrl.run.summary import read_summary
 from klrl.run.workdir import create_workdir, write_text
 
@@ -182,10 +184,10 @@ def _run_group(
 
   @functools.cache
   def judge_at(temperature):
-    """Returns (judge, judgement of the start): the same noise whatever a member's seed."""
+    """Returns (a `Judge`, judgement of the start): the same noise whatever a member's seed."""
     own = dataclasses.replace(config, seed=seed, temperature=temperature)
     judge = rlhf.make_judge(setup._replace(config=own))
-    return judge, rlhf.judge_start(setup, judge, start)
+    return judge, rlhf.judge_start(setup, judge.judge, start)
 
   for member in members:
     judge_at(member.config.temperature)
@@ -198,7 +200,25 @@ def _run_group(
   step = programs.make_step_fn(setup, shardings, lift=lift, guard=guarded)
   folders = [member.folder(workdir) for member in members]
   step = _recording(step, folders, start)
-  iterations = loop.iterate(step, state, start=start, workdir=group_dir, **config.loop_settings())
+  params_of = make_params_fn(mesh, state.run.params)
+
+  def evaluations_of(i, member):
+    judge, _ = judge_at(member.config.temperature)
+    return rlhf.make_evaluations(
+      folders[i],
+      setup._replace(config=member.config),
+      judge.evaluate,
+      lambda state: params_of(state.run.params, i),
+    )
+
+  iterations = loop.iterate(
+    step,
+    state,
+    start=start,
+    workdir=group_dir,
+    evaluations=OfMembers(list(itertools.starmap(evaluations_of, enumerate(members)))),
+    **config.loop_settings(),
+  )
   state = progress.watch(
     iterations,
     state,
@@ -207,18 +227,22 @@ def _run_group(
     total=config.num_iterations,
     keys=_SHOWN,
   )
-  params_of = make_params_fn(mesh, state.run.params)
   diverged_at = parallel.fetch(state.diverged_at).tolist()
   betas = parallel.fetch(state.run.controller.beta)
   for i, member in enumerate(members):
     if member not in unfinished:
       continue
-    judge, before = judge_at(member.config.temperature)
+    (judge, _), before = judge_at(member.config.temperature)
     params = params_of(state.run.params, i)
-    figures = announced | {
-      "diverged_at": diverged_at[i] or None,
-      "num_members": len(members),  # whose time `wall_seconds` is
-    }
+    best = best_figures(member.folder(workdir), member.config.keep_best)
+    figures = (
+      announced
+      | best
+      | {
+        "diverged_at": diverged_at[i] or None,
+        "num_members": len(members),  # whose time `wall_seconds` is
+      }
+    )
     if diverged_at[i]:
       progress.warn(
         f"{member.name} was not finite at iteration {diverged_at[i]}; it stays as it was before."

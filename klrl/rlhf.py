@@ -19,6 +19,7 @@ from klrl.inputs import Models, Task
 from klrl.models import join, merge_lora, save_policy, save_scalar
 from klrl.programs import Setup, init_run, make_step_fn, set_up
 from klrl.run import loop, progress
+from klrl.run.evaluations import Evaluations, best_figures, cadence
 from klrl.run.summary import write_summary
 from klrl.run.workdir import write_text
 
@@ -37,6 +38,7 @@ _DIVERGENCES = {
 _SHOWN = labels(
   "score/mean", "gold/mean", "kl/ref_k1", "controller/beta", "controller/at_bound", "rollout/length"
 )
+_HELD_OUT = ("gold", "score", "kl_ref_exact")
 
 
 def train_policy(
@@ -58,15 +60,26 @@ def train_policy(
   state = init_run(setup)
   shardings = parallel.state_shardings(setup.mesh, state)
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
-  judge = make_judge(setup)
+  judge, evaluate = make_judge(setup)
   before = judge_start(setup, judge, start)
   step = make_step_fn(setup, shardings)
-  iterations = loop.iterate(step, state, start=start, workdir=workdir, **config.loop_settings())
+  evaluations = make_evaluations(
+    workdir, setup, evaluate, lambda state: state.params, show=_HELD_OUT
+  )
+  iterations = loop.iterate(
+    step,
+    state,
+    start=start,
+    workdir=workdir,
+    evaluations=evaluations,
+    **config.loop_settings(),
+  )
   iterations = progress.warned(iterations, "kl/old_k1", _LARGEST_KL_OLD, _TOO_FAR)
   state = progress.watch(
     iterations, state, title=title, start=start, total=config.num_iterations, keys=_SHOWN
   )
   after = judge(state.params, when="after")
+  figures |= best_figures(workdir, config.keep_best)
   beta = state.controller.beta
   return write_results(workdir, setup, state.params, before, after, figures, beta=beta)
 
@@ -89,14 +102,14 @@ def announce(config) -> dict[str, Any]:
   return {"kl_penalty": description} | ({"warnings": warnings} if warnings else {})
 
 
-def make_judge(setup: Setup) -> Callable[..., judging.Judgement]:
-  """Returns judge(params, *, when), which takes the trained parameters on the devices."""
+def make_judge(setup: Setup) -> judging.Judge:
+  """Returns the judge of a run, whose functions take the trained parameters on the devices."""
   config, models, task = setup.config, setup.models, setup.task
   mesh, frozen = setup.mesh, setup.frozen
   score = judging.make_completion_score_fn(
     mesh, task.rewards, models.reward_model, frozen["reward_model"]
   )
-  judge = judging.make_judge_fn(
+  judge, evaluate = judging.make_judge(
     config,
     mesh,
     models.policy,
@@ -108,8 +121,40 @@ def make_judge(setup: Setup) -> Callable[..., judging.Judgement]:
     temperature=config.temperature,
     score=score,
     verifier=task.verifier,
+    num_interim_rows=config.interim_rows(),
   )
-  return lambda params, *, when: judge(join(frozen["base"], params)["policy"], when=when)
+
+  def policy_of(params):
+    return join(frozen["base"], params)["policy"]
+
+  return judging.Judge(
+    lambda params, *, when: judge(policy_of(params), when=when),
+    lambda params: evaluate(policy_of(params)),
+  )
+
+
+def make_evaluations(
+  workdir: pathlib.Path, setup: Setup, evaluate: Callable, params_of: Callable, *, show=()
+) -> Evaluations:
+  """Returns the evaluations of a run while it trains, as the config of `setup` has them.
+
+  Args:
+    workdir: the run's folder.
+    setup: of the run.
+    evaluate: that of `make_judge`.
+    params_of: params_of(state) -> the trained parameters.
+    show: names of figures that the console shows.
+  """
+  config = setup.config
+  return Evaluations(
+    workdir,
+    lambda state: evaluate(params_of(state)),
+    every=cadence(config.eval_every, config.num_iterations),
+    num_iterations=config.num_iterations,
+    keep_best=config.keep_best,
+    save=lambda directory, state: save_trained_policy(directory, setup, params_of(state)),
+    show=show,
+  )
 
 
 def judge_start(setup: Setup, judge, start: int) -> judging.Judgement:
@@ -124,6 +169,16 @@ def judge_start(setup: Setup, judge, start: int) -> judging.Judgement:
       dtype=setup.config.dtype,
     )
   return before
+
+
+def save_trained_policy(directory: pathlib.Path, setup: Setup, params) -> None:
+  """Writes the policy of trained parameters, adapters merged; all processes call it."""
+  _save_policy(directory, setup, parallel.fetch(join(setup.frozen["base"], params)))
+
+
+def _save_policy(directory: pathlib.Path, setup: Setup, params) -> None:
+  policy = merge_lora(setup.models.policy.config, params["policy"])
+  processes.on_writer(save_policy)(directory, *policy, setup.models.tokenizer)
 
 
 def write_results(
@@ -145,8 +200,7 @@ def write_results(
   """
   models = setup.models
   params = parallel.fetch(join(setup.frozen["base"], params))
-  policy = merge_lora(models.policy.config, params["policy"])
-  processes.on_writer(save_policy)(workdir / "model", *policy, models.tokenizer)
+  _save_policy(workdir / "model", setup, params)
   if models.value_model is not None:
     value = merge_lora(
       models.value_model.config,

@@ -24,6 +24,7 @@ from klrl.figures import find, of_summary
 from klrl.models import join
 from klrl.report.of_run import write_report
 from klrl.run import loop, progress
+from klrl.run.evaluations import Evaluations, best_figures, cadence
 from klrl.run.summary import write_summary
 from klrl.tasks import data
 
@@ -119,6 +120,7 @@ def train(
   coefficients: Mapping[str, float] = MappingProxyType({}),
   more: Callable[[Any], dict[str, Any]] = lambda params: {},
   losses: Sequence[str] = (),
+  evaluate: Callable[[Any], dict[str, float | None]] | None = None,
 ) -> dict[str, Any]:
   """Trains from the newest checkpoint on, writes all files of a run and returns the summary.
 
@@ -129,7 +131,7 @@ def train(
     params: where to start; they are copied, so they survive.
     training: named tuple of arrays with one row per example.
     held_out: the same kind of examples, which are not trained on.
-    save: (directory, all params on the host), called once with `workdir / "model"`.
+    save: (directory, all params on the host), called with `workdir / "model"` at the end.
     summary: {name in the summary: metric of `loss_fn`}, for `held_out_figures`.
     title: the name that is shown while it runs.
     keys: (metric, label) of the figures that are shown.
@@ -138,6 +140,8 @@ def train(
     more: all params -> further figures for the summary, called once at the end.
     losses: names in `summary`; the console warns if training makes one of them larger, beyond the
       error.
+    evaluate: all params -> figures for `evaluations.jsonl`; with it the `EvaluationFields` of
+      `config` are read.
   """
   progress.console.print(
     f"{title}: {len(training[0])} rows to train on, {len(held_out[0])} held out; learning rate "
@@ -161,9 +165,27 @@ def train(
     params = join(frozen, state.params)
     return held_out_metrics(metrics, params, held_out, mesh, batch_size=config.batch_size)
 
+  def save_params(directory, params):
+    processes.on_writer(save)(directory, parallel.fetch(params))
+
   at_start = measured(state)
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
-  iterations = loop.iterate(step, state, start=start, workdir=workdir, **config.loop_settings())
+  evaluations = evaluate and Evaluations(
+    workdir,
+    lambda state: evaluate(join(frozen, state.params)),
+    every=cadence(config.eval_every, config.num_iterations),
+    num_iterations=config.num_iterations,
+    keep_best=config.keep_best,
+    save=lambda directory, state: save_params(directory, join(frozen, state.params)),
+  )
+  iterations = loop.iterate(
+    step,
+    state,
+    start=start,
+    workdir=workdir,
+    evaluations=evaluations,
+    **config.loop_settings(),
+  )
   state = progress.watch(
     iterations, state, title=title, start=start, total=config.num_iterations, keys=keys
   )
@@ -172,6 +194,7 @@ def train(
     "held_out_examples": len(held_out[0]),
     **held_out_figures(summary, at_start, measured(state)),
     **more(params),
+    **(best_figures(workdir, config.keep_best) if evaluate else {}),
   }
   for name in losses:
     change = figures[name] - figures[f"{name}_before"]
@@ -181,8 +204,7 @@ def train(
         f"{of_summary(figures, f'{name}_before')} before. Try a lower --learning_rate, fewer "
         "--num_iterations or more data."
       )
-  params = parallel.fetch(params)
-  processes.on_writer(save)(workdir / "model", params)
+  save_params(workdir / "model", params)
   # The summary marks the run as finished, so the model comes before it.
   content = write_summary(workdir, figures, config.num_iterations)
   processes.on_writer(write_report)(workdir)

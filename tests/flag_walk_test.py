@@ -26,7 +26,6 @@ from small_decoders import arithmetic_decoder
 
 from experiments import distill, dpo, grpo, ppo, reinforce, reward_model, sft
 from experiments.lab import dpo_pairs
-from experiments.settings.common import EvaluationFields
 from klrl import evaluation, judging, programs, supervised
 from klrl.algorithm import Algorithm, epochs, learner
 from klrl.algorithm.optimizer import apply_gradients
@@ -87,6 +86,9 @@ EVALUATION = {
   "num_eval_rows": Case(6, EMBEDDED, "judgement"),
   "eval_completions": Case(3, EMBEDDED, "judgement"),
   "num_samples": Case(1, EMBEDDED, "judgement"),
+  "eval_every": Case(2, shows_in="evaluations"),
+  "num_interim_rows": Case(3, shows_in="judgement"),
+  "keep_best": Case("score", shows_in="evaluations"),
 }
 LOSS_K1 = {
   "kl_placement": "loss",
@@ -289,7 +291,7 @@ class Run:
   stages: list = dataclasses.field(default_factory=list)  # configs of what ran before
   error: str = ""  # of a run that was refused
   dry_run: Any = None  # devices that it was costed for; None are those that are there
-  judge: Any = None  # arguments of `judging.make_judge_fn`
+  judge: Any = None  # arguments of `judging.make_judge`
   step: Any = None
   state: Any = None
   settings: Any = None  # other arguments of `loop.iterate`
@@ -389,14 +391,15 @@ def started_run(experiment, settings: dict) -> Run:
     run.dry_run = ("costed", dry_run.devices_of(config))
     return []
 
-  def make_judge_fn(*arguments, **more):
+  def make_judge(*arguments, **more):
     run.judge = arguments, more
-    return lambda params, *, when: types.SimpleNamespace(evaluation=None)
+    judgement = types.SimpleNamespace(evaluation=None, figures={"score": 0.0})
+    return judging.Judge(lambda params, *, when: judgement, lambda params: judgement.figures)
 
   with pytest.MonkeyPatch.context() as patch:
     for stage_module, left in STAGES.items():
       patch.setattr(stage_module, "main", functools.partial(stage, left=left))
-    patch.setattr(judging, "make_judge_fn", make_judge_fn)
+    patch.setattr(judging, "make_judge", make_judge)
     patch.setattr(dry_run, "of_run", cost_of_run)
     patch.setattr(parallel, "topology_devices", lambda name: [name])
     try:
@@ -480,7 +483,8 @@ def training_differs(run: Run, other: Run, *, metrics: bool = False) -> bool:
 
 def files_of(run: Run) -> list[str]:
   """Returns the files that the loop leaves behind around a step that does nothing."""
-  return files_of_loop(frozenset((k, v) for k, v in run.settings.items() if k != "workdir"))
+  not_here = ("workdir", "evaluations")
+  return files_of_loop(frozenset((k, v) for k, v in run.settings.items() if k not in not_here))
 
 
 @functools.cache
@@ -502,9 +506,16 @@ def files_of_loop(settings: frozenset) -> list[str]:
 def judgement_of(run: Run):
   """Returns what the judge is told; `judging_test` has what it makes of it."""
   (config, *_, held_out), more = run.judge
-  names = ["seed", *(field.name for field in dataclasses.fields(EvaluationFields))]
+  names = ["seed", "num_eval_rows", "eval_completions", "num_samples"]
   prompts = [record["prompt"] for record in held_out.records]
-  return [getattr(config, name) for name in names], prompts, more["max_completion_len"]
+  told = more["max_completion_len"], more["num_interim_rows"]
+  return [getattr(config, name) for name in names], prompts, told
+
+
+def evaluations_of(run: Run):
+  """Returns what the evaluations are told; `evaluations_test` has what they make of it."""
+  told = vars(run.settings["evaluations"])
+  return [told[name] for name in ("_every", "_keep_best")]
 
 
 def scores_of(run: Run):
@@ -525,6 +536,7 @@ def differs(shows_in: str, run: Run, other: Run) -> bool:
     "dry run": lambda run: run.dry_run,
     "files": files_of,
     "judgement": judgement_of,
+    "evaluations": evaluations_of,
     "scores": scores_of,
   }[shows_in]
   return look(run) != look(other)

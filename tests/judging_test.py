@@ -48,17 +48,18 @@ def make_params(model, seed):
   return jax.tree.map(lambda x: 6 * x, jax.jit(model.init)(jax.random.key(seed)))
 
 
-def make_judge_fn(
+def make_judge(
   held_out=PROMPTS,
   *,
   reference=POLICY,
   temperature=1.0,
   score=None,
   verifier=arithmetic.VERIFIER,
+  num_interim_rows=8,
   **changes,
 ):
   settings = {"seed": 0, "num_eval_rows": 16, "num_samples": 2, "eval_completions": 4, **changes}
-  return judging.make_judge_fn(
+  return judging.make_judge(
     types.SimpleNamespace(**settings),
     MESH,
     POLICY,
@@ -70,7 +71,12 @@ def make_judge_fn(
     temperature=temperature,
     score=score,
     verifier=verifier,
+    num_interim_rows=num_interim_rows,
   )
+
+
+def make_judge_fn(*arguments, **named):
+  return make_judge(*arguments, **named).judge
 
 
 def logits_of(model, seed, prompt=0):

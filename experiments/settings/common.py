@@ -22,6 +22,7 @@ from klrl.algorithm.optimizer import SCHEDULES
 from klrl.devices import processes
 from klrl.errors import UserError, troubles_told
 from klrl.run import metrics
+from klrl.run.evaluations import BY_DEFAULT
 from klrl.run.loop import Interrupted
 from klrl.run.progress import console, fail
 from klrl.run.workdir import check_writable, is_read
@@ -65,6 +66,7 @@ def again(config_class, name: str, *, default) -> Any:
 
 
 STAGES = "runs/stages"  # where the embedded stages leave their models
+_INTERIM_ROWS = 128
 CHOSEN = -1.0  # a learning rate that the experiment chooses
 ACCEPT_CHANGED_INPUTS = setting(
   False, "go on where prompts, reward, tokenizer or weights are not what they were at the start"
@@ -206,9 +208,27 @@ class ScoreFields:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationFields:
-  """How a policy is judged before and after."""
+  """How a policy is judged before and after, and while it trains."""
 
   num_eval_rows: int = setting(512, "held-out completions before and after", minimum=2)
+  eval_every: int = setting(
+    BY_DEFAULT,
+    "iterations between evaluations on held-out prompts while it trains; -1: about ten times in a "
+    "run, 0: never",
+    minimum=BY_DEFAULT,
+  )
+  num_interim_rows: int = setting(
+    0,
+    "held-out completions of such an evaluation, at most num_eval_rows; 0: all of them, and 128 "
+    "for --policy=DIR, which takes longer to draw them",
+    minimum=0,
+  )
+  keep_best: str = setting(
+    "",
+    "the figure of the evaluations whose best model is kept in WORKDIR/model_best, beside the last "
+    "one: score, or gold where answers can be checked",
+    choices=("", "score", "gold"),
+  )
   eval_completions: int = setting(
     4,
     "completions per prompt for pass@k and maj@k, of the first num_eval_rows / k prompts; read by "
@@ -216,6 +236,18 @@ class EvaluationFields:
     minimum=1,
   )
   num_samples: int = setting(8, "completions shown in the report", minimum=0)
+
+  def check_evaluations(self) -> None:
+    """Raises UserError where something is set that only evaluations read, and there are none."""
+    for name in ("num_interim_rows", "keep_best"):
+      if getattr(self, name) and not self.eval_every:
+        raise UserError(f"--{name} is set, but nothing reads it with --eval_every=0.")
+
+  def interim_rows(self) -> int:
+    """Returns how many completions an evaluation draws while the policy trains."""
+    # With the rows of the judge before and after nothing is compiled anew.
+    rows = min(_INTERIM_ROWS, self.num_eval_rows) if self.policy else self.num_eval_rows
+    return min(self.num_interim_rows or rows, self.num_eval_rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,9 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
   def __post_init__(self):
     super().__post_init__()
     self.choose_learning_rate(embedded=5e-4, own=1e-6)
+    self.check_evaluations()
+    if self.keep_best == "score" and not self.reads_scores():
+      raise UserError("--keep_best=score: nothing scores completions here.")
     if self.policy and (missing := self.missing_inputs()):
       raise UserError(f"--policy, a model of yours, needs {', and '.join(missing)}.")
     if self.prompts and not self.policy:

@@ -46,6 +46,10 @@ def _train(config: PolicyConfig, workdir: pathlib.Path, name: str, title: str) -
   directories = model_directories(config)
   models = inputs.load_models(sources, **directories)
   task = inputs.load_task(sources, models)
+  if config.keep_best == "gold" and task.verifier is None:
+    raise UserError(
+      "--keep_best=gold: nothing checks the answers to these prompts. Take --keep_best=score."
+    )
   read = [*stages_of(config, directories), source_of(config)]
   create_workdir(workdir, name, config, read=read)
   progress.console.print(

@@ -9,6 +9,7 @@ made by `page.element`, which escapes them. Labels, units and formats are those 
 an error is one standard error in text, two in the curves.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -17,11 +18,12 @@ import numpy as np
 
 from klrl import schema
 from klrl.errors import UserError
-from klrl.figures import KLS, before_and_after, find, number, shown
+from klrl.figures import KL, KLS, before_and_after, find, number, of_summary, shown
 from klrl.report.page import Html, duration, element, figure, fold, grid, note, page, table
 from klrl.report.plots import INK, MAX_POINTS, SERIES, Line, curves, plot
 from klrl.report.samples import samples_part
 from klrl.run import fingerprints
+from klrl.run.evaluations import FILE
 from klrl.run.workdir import write_text
 
 # Small multiples: the names of figures that share their axes, each drawn in its place's style.
@@ -37,6 +39,11 @@ PANELS = (
   ("policy/entropy",), ("policy/clip_fraction", "value/clip_fraction"),
   ("value/loss",), ("value/explained_variance",),
   ("controller/beta",), ("rollout/length",), ("tokens_per_second",),
+)  # fmt: skip
+# Of the evaluations while a run trains.
+EVALUATED = (
+  ("gold",), ("score",), ("kl_ref_exact", "kl_ref_forward"), ("nll",), ("distinct_2",),
+  ("length",), ("entropy",), ("finished_fraction",),
 )  # fmt: skip
 STYLES = (SERIES[0], "-", "first"), (SERIES[1], "--", "second"), (INK, "o", "dots")
 
@@ -230,8 +237,73 @@ def _optimum(optimum: dict, figures: dict[str, object], series: dict) -> list[Ht
   ]  # fmt: skip
 
 
+def _path(evaluations: list[dict], figures: dict[str, object]) -> list[Html]:
+  """Returns the pictures of what was gained against the KL, over the evaluations of a run."""
+  pictures = []
+  for name in ("gold", "score"):
+    points = [
+      (iteration, *x, *y)
+      for record in evaluations
+      if (iteration := number(record.get("iteration"))) is not None
+      and None not in (x := _estimate(record, KL), y := _estimate(record, name))
+    ]
+    if len(points) > 1:
+      svg = plot(functools.partial(_draw_path, sorted(points)), "KL(π‖ref), nats per sequence")
+      pictures.append(figure(find(name).title, f"{find(name).unit}, against KL(π‖ref)", svg))
+  if not pictures:
+    return []
+  about = (
+    "The policy on its way, each time on the same held-out prompts: the ring is where it started, "
+    "the dot where it ended, and the numbers count iterations. Bars are two standard errors long "
+    "on either side."
+  )
+  chosen = [name for name in ("gold", "score") if number(figures.get(f"best_{name}")) is not None]
+  best = number(figures.get("best_iteration"))
+  if chosen and best is not None:
+    about += (
+      f" The model after {best:g} iterations is kept in model_best. Of all these it has the "
+      f"highest {find(chosen[0]).title[:1].lower()}{find(chosen[0]).title[1:]}, "
+      f"{of_summary(figures, f'best_{chosen[0]}')}, which luck has a part in."
+    )
+  heading = element("h2", "Gained against KL, on held-out prompts")
+  return [heading, grid(*pictures, least=24), note(about)]
+
+
+def _estimate(record: dict, name: str) -> tuple[float, float] | None:
+  """Returns a figure and its standard error, 0 where that is not known, or None."""
+  x, error = number(record.get(name)), number(record.get(f"{name}_stderr"))
+  if x is None or not math.isfinite(x):
+    return None
+  return find(name).scale * x, find(name).scale * (error if error and math.isfinite(error) else 0.0)
+
+
+def _draw_path(points: list[tuple], axes) -> None:
+  iterations, x, x_error, y, y_error = np.array(points).T
+  axes.errorbar(
+    x, y, 2 * y_error, 2 * x_error, color=SERIES[0], alpha=0.35, linewidth=0, elinewidth=0.8
+  )
+  axes.plot(x, y, "-", color=SERIES[0], alpha=0.6, linewidth=1.1)
+  axes.plot(x[1:-1], y[1:-1], "o", color=SERIES[0], markersize=3.5, markeredgewidth=0)
+  axes.plot(x[0], y[0], "o", color=SERIES[0], fillstyle="none", markersize=6.5)
+  axes.plot(x[-1], y[-1], "o", color=SERIES[0], markersize=7.5, markeredgewidth=0)
+  for place in _apart(x, y):
+    axes.annotate(
+      f"{iterations[place]:g}", (x[place], y[place]), (4, 4), textcoords="offset points",
+      size=7, color=INK, alpha=0.75,
+    )  # fmt: skip
+
+
+def _apart(x, y) -> list[int]:
+  """Returns which points a text has room beside: the ends, and those that are near to no other."""
+  places = np.stack([of / max(np.ptp(of), 1e-9) for of in (x, y)], axis=1)
+  near = (np.abs(places[:, None] - places[None]) < (0.06, 0.08)).all(axis=-1)
+  ends = (0, len(x) - 1)
+  return [i for i in range(len(x)) if i in ends or near[i].sum() == 1]
+
+
 def _panel(names: tuple[str, ...], series: dict) -> Html:
   drawn, legend = [], []
+  many = len({find(name).title for name in names}) > 1
   for name, (colour, style, mark) in zip(names, STYLES, strict=False):
     if name in series:
       scale = find(name).scale
@@ -240,7 +312,7 @@ def _panel(names: tuple[str, ...], series: dict) -> Html:
       stderrs = errors and scale * np.array([errors.get(i, math.nan) for i in iterations])
       if np.isfinite(values).any():
         drawn.append(Line(iterations, scale * values, stderrs, colour, style))
-      how = find(name).label.partition(", ")[2]
+      how = find(name).title if many else find(name).label.partition(", ")[2]
       last = element("b", shown(name, values[-1]))
       mark = (element("i", class_=mark), f"{how} ") if how else ()
       legend.append(element("span", *mark, last))
@@ -249,20 +321,20 @@ def _panel(names: tuple[str, ...], series: dict) -> Html:
   return figure(first.title, first.unit, curves(drawn) if drawn else "", legend)
 
 
-def _curves(series: dict) -> list[Html]:
+def _curves(series: dict, panels=PANELS) -> list[Html]:
   if not series:
     return [note("No iteration was recorded.")]
   # A picture of its own for every figure that no panel has.
-  placed = {name for names in PANELS for name in names} | {f"{name}_stderr" for name in series}
+  placed = {name for names in panels for name in names} | {f"{name}_stderr" for name in series}
   rest = [(name,) for name in sorted(series) if name not in placed]
-  present = [names for names in PANELS if any(name in series for name in names)]
+  present = [names for names in panels if any(name in series for name in names)]
   still = {
     names for names in (*present, *rest)
     if all(len({*series.get(x, {}).values()}) <= 1 < len(series.get(x, "ab")) for x in names)
   }  # fmt: skip
   grids = [
-    grid(*(_panel(names, series) for names in panels if names not in still))
-    for panels in (present, rest)
+    grid(*(_panel(names, series) for names in some if names not in still))
+    for some in (present, rest)
   ]
   about = (
     "The figure in each heading is the last one measured. Bands and bars are two standard "
@@ -279,6 +351,12 @@ def _curves(series: dict) -> list[Html]:
     about += f" The same in every iteration, and not drawn: {'; '.join(said)}."
   more = [fold("All metrics that are not above", grids[1])] if {*rest} - still else []
   return [note(about), grids[0], *more]
+
+
+def _evaluated(evaluations: list[dict]) -> list[Html]:
+  series = _series(evaluations)
+  heading = element("h2", "Held-out prompts, while it trained")
+  return [heading, *_curves(series, EVALUATED)] if series else []
 
 
 def _notices(title: str, lines: list, class_: str) -> list[Html]:
@@ -313,9 +391,9 @@ def _run(config: dict, figures: dict, versions: dict, has_flags: bool) -> list[H
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
   """Returns the path of `report.html`, written into `workdir` from the files that a run left there.
 
-  Reads config.json, metrics.jsonl, timing.jsonl, samples.jsonl, summary.json and, of an enumerated
-  task, optimum.json; what is missing or broken is named on the page. A report that is there already
-  is replaced whole.
+  Reads config.json, metrics.jsonl, timing.jsonl, samples.jsonl, summary.json and, where they are,
+  evaluations.jsonl and optimum.json; what is missing or broken is named on the page. A report that
+  is there already is replaced whole.
   """
   gaps: list[str] = []
   config = _read_object(workdir / "config.json", gaps)
@@ -327,6 +405,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   samples = [] if supervised else _read_lines(workdir / "samples.jsonl", gaps)
   optimum = workdir / "optimum.json"
   optimum = _read_object(optimum, gaps) if optimum.exists() else {}
+  evaluations = workdir / FILE
+  evaluations = _read_lines(evaluations, gaps) if evaluations.exists() else []
   for name, values in series.items():
     if bad := [i for i in values if not math.isfinite(values[i])]:
       gaps.append(f"{name} is not finite in {len(bad)} iterations, first in {bad[0]:g}.")
@@ -349,7 +429,9 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     element("p", _verdict(figures, series, experiment), class_="verdict"),
     note(" · ".join(facts)), *([note(str(penalty))] if penalty else []),
     *_notices("Warnings", warnings, "warnings"), *_notices("Not complete", gaps, "missing"),
+    *_path(evaluations, figures),
     element("h2", "Before and after"), _table(figures), *_optimum(optimum, figures, series),
+    *_evaluated(evaluations),
     element("h2", "Curves"), *_curves(series),
     *([] if supervised else [element("h2", "Samples"), *samples_part(samples)]),
     element("h2", "The run"),

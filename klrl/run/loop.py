@@ -21,6 +21,7 @@ from klrl.devices import parallel, processes
 from klrl.errors import UserError, troubles_told
 from klrl.run import checkpoint, metrics, progress
 from klrl.run.checkpoint import Checkpoints
+from klrl.run.evaluations import Evaluations, OfMembers
 
 _PROFILED_ITERATIONS = 3
 
@@ -96,11 +97,14 @@ def iterate(
   keep: int,
   profile: bool = False,
   tensorboard: bool = False,
+  evaluations: Evaluations | OfMembers | None = None,
 ) -> Iterator[tuple[int, Any, dict[str, float | None]]]:
   """Yields (iterations done, state, figures) after each iteration.
 
   It writes `metrics.jsonl` (figures, the same for the same seed), `timing.jsonl` and
-  `checkpoints/`. A state is saved only after its figures were read and found finite.
+  `checkpoints/`. A state is saved only after its figures were read and found finite. The time of
+  evaluations is not in that of the iterations: it stands as `evaluation_seconds` in the line of the
+  iteration that follows.
 
   Args:
     step: (state, iteration) -> (state, metrics as (sum, count) pairs); may donate the state.
@@ -112,11 +116,13 @@ def iterate(
     keep: how many checkpoints are kept.
     profile: whether to write a trace of a few iterations to `workdir/profile`.
     tensorboard: whether to write event files to `workdir/tensorboard`.
+    evaluations: what judges the policy while it trains.
 
   Raises:
     Interrupted: after SIGINT or SIGTERM, between two iterations, with the state saved.
-    UserError: a figure, which is named, is NaN or infinite, and the last checkpoint stays; or the
-      step failed, and the state before it is saved; or the disk or the memory is full.
+    UserError: a figure, which is named, is NaN or infinite, and the last checkpoint stays; or a
+      step or an evaluation failed, and the state before it is saved; or the disk or the memory is
+      full.
   """
   workdir = workdir.absolute()  # A reward may go to another folder.
   with contextlib.ExitStack() as stack:
@@ -138,20 +144,24 @@ def iterate(
       and stack.enter_context(contextlib.closing(metrics.TensorBoard(workdir / "tensorboard")))
     )
     asked_to_stop = stack.enter_context(_deferred_signals())
+
+    def evaluate(done, state):
+      """Returns the seconds of an evaluation after `done` iterations, 0 where none is due."""
+      began = time.monotonic()
+      with _saved_if_it_fails(f"The evaluation after iteration {done}", done, state, checkpoints):
+        figures = evaluations.after(done, state) if evaluations else None
+      return 0.0 if figures is None else time.monotonic() - began
+
+    if evaluations:
+      evaluations.resume(start)
+    evaluation_seconds = evaluate(start, state)
     for iteration in range(start, num_iterations):
       # The first iteration compiles, so the trace starts with the second.
       if profile and iteration == start + 1:
         jax.profiler.start_trace(str(workdir / "profile"))
       began = time.monotonic()
-      try:
+      with _saved_if_it_fails(f"Iteration {iteration + 1}", iteration, state, checkpoints):
         state, pairs = step(state, iteration)
-      except Exception as error:
-        # If only one process fails, it must not wait for the others in order to save.
-        is_common = isinstance(error, UserError) or processes.is_alone()
-        saved = _save_if_whole(iteration, state, checkpoints) if is_common else ""
-        if isinstance(error, UserError):
-          raise UserError(f"Iteration {iteration + 1}: {error}{saved}") from error
-        raise
       figures = metrics.finalise(parallel.fetch(pairs))
       seconds = time.monotonic() - began
       elapsed += seconds
@@ -168,6 +178,7 @@ def iterate(
           "seconds": round(seconds, 6),
           "tokens_per_second": num_tokens and round(num_tokens / seconds, 1),
           "elapsed_seconds": round(elapsed, 6),
+          **({"evaluation_seconds": round(evaluation_seconds, 6)} if evaluation_seconds else {}),
         },
       )
       if events:
@@ -183,6 +194,12 @@ def iterate(
         if processes.is_alone():
           _save_if_whole(done, state, checkpoints)
         raise
+      if not stop:
+        # The state is saved first where it is time, so that no kill in here takes it.
+        evaluation_seconds = evaluate(done, state)
+        if evaluation_seconds and processes.anywhere(bool(asked_to_stop)):
+          stop = True
+          checkpoints.save(done, state)
       if stop:
         raise Interrupted(
           f"Stopped after iteration {done} of {num_iterations}, saved in {workdir}. "
@@ -190,6 +207,20 @@ def iterate(
         )
     if processes.anywhere(bool(asked_to_stop)):  # The signal came late; everything is saved.
       raise Interrupted(f"Stopped after the last iteration, saved in {workdir}.")
+
+
+@contextlib.contextmanager
+def _saved_if_it_fails(what: str, done: int, state, checkpoints: Checkpoints):
+  """Saves the state after `done` iterations where the body, which is called `what`, fails."""
+  try:
+    yield
+  except Exception as error:
+    # If only one process fails, it must not wait for the others in order to save.
+    is_common = isinstance(error, UserError) or processes.is_alone()
+    saved = _save_if_whole(done, state, checkpoints) if is_common else ""
+    if isinstance(error, UserError):
+      raise UserError(f"{what}: {error}{saved}") from error
+    raise
 
 
 def _save_if_whole(iteration: int, state, checkpoints: Checkpoints) -> str:

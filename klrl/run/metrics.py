@@ -19,6 +19,7 @@ from klrl.run import progress
 _RECORD = {
   "iteration": schema.integer(0),
   "elapsed_seconds": schema.number(0),
+  "evaluation_seconds": schema.number(0),
   "tokens_per_second": schema.optional(schema.number(0)),
 }
 
@@ -60,29 +61,38 @@ def truncate(path: pathlib.Path, num_iterations: int) -> None:
   Raises:
     UserError: `path` cannot be read.
   """
-  if not processes.is_writer():
-    return
+  if processes.is_writer():
+    found = _keep(path, num_iterations - 1)
+    found["missing"] = num_iterations - found.pop("kept")
+    _tell(found, f"{path} should have one record of each of the {num_iterations} iterations before")
+
+
+def keep_up_to(path: pathlib.Path, last: int) -> None:
+  """Keeps one record of each iteration up to `last` that has one; warns and raises as above."""
+  if processes.is_writer():
+    found = _keep(path, last)
+    del found["kept"]
+    _tell(found, f"{path} should have one record of an iteration at most")
+
+
+def _tell(found: dict[str, int], wanted: str) -> None:
+  if any(found.values()):
+    listed = ", ".join(f"{number} {what}" for what, number in found.items() if number)
+    progress.warn(f"{wanted}: {listed}. The checkpoint is whole; these figures alone are missing.")
+
+
+def _keep(path: pathlib.Path, last: int) -> dict[str, int]:
+  """Keeps one record of each iteration up to `last`; returns how many, and how many were bad."""
   lines = _lines(path)
   # The last line of a file may have been cut off while it was written.
   num_broken = sum("iteration" not in (record or {}) for _, record in lines[:-1])
-  before = [pair for pair in lines if (pair[1] or {}).get("iteration", math.inf) < num_iterations]
+  before = [pair for pair in lines if (pair[1] or {}).get("iteration", math.inf) <= last]
   kept = {record["iteration"]: line for line, record in before}
-  found = {
-    "broken": num_broken,
-    "there twice": len(before) - len(kept),
-    "missing": num_iterations - len(kept),
-  }
-  if any(found.values()):
-    listed = ", ".join(f"{number} {what}" for what, number in found.items() if number)
-    progress.warn(
-      f"{path} should have one record of each of the {num_iterations} iterations before: {listed}. "
-      "The checkpoint is whole; these figures alone are missing."
-    )
-  if not os.path.lexists(path):
-    return
-  temporary = path.with_suffix(".partial")
-  temporary.write_bytes(b"".join(kept[i] for i in sorted(kept)))
-  temporary.replace(path)
+  if os.path.lexists(path):
+    temporary = path.with_suffix(".partial")
+    temporary.write_bytes(b"".join(kept[i] for i in sorted(kept)))
+    temporary.replace(path)
+  return {"broken": num_broken, "there twice": len(before) - len(kept), "kept": len(kept)}
 
 
 def _lines(path: pathlib.Path) -> list[tuple[bytes, dict | None]]:
