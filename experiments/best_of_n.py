@@ -34,7 +34,7 @@ from experiments.settings import common, rl, training
 from experiments.settings.common import setting
 from klrl import inputs, judging, ops, programs, schema
 from klrl.algorithm import completions
-from klrl.devices import parallel
+from klrl.devices import parallel, unread
 from klrl.errors import UserError
 from klrl.exact import bandits, oracle
 from klrl.figures import KL
@@ -316,7 +316,8 @@ def exact_figures(config: Config, models: inputs.Models, prompts: data.Prompts, 
   The frontier has the most score for its KL: `ref * exp(score / beta) / Z` at each of `BETAS`.
   """
   tree = oracle.make_tree(models.policy.config.num_tokens, horizon, eos_id=models.tokenizer.eos_id)
-  logits_fn = jax.jit(lambda x: oracle.decoder_logits(models.policy, models.policy_params, tree, x))
+  params, reward_params = unread.read((models.policy_params, models.reward_params))
+  logits_fn = jax.jit(lambda x: oracle.decoder_logits(models.policy, params, tree, x))
   score = jax.jit(models.reward_model.scores)
   gold_fn = jax.jit(verifier.accuracy, static_argnames="pad_id")
   pad_id = models.tokenizer.pad_id
@@ -328,7 +329,7 @@ def exact_figures(config: Config, models: inputs.Models, prompts: data.Prompts, 
     tokens = np.concatenate([before, np.where(tree.mask, tree.tokens, pad_id)], axis=1)
     mask = np.concatenate([np.ones(before.shape, bool), tree.mask], axis=1)
     scores = parallel.in_chunks(
-      lambda rows, tokens=tokens, mask=mask: score(models.reward_params, tokens[rows], mask[rows]),
+      lambda rows, tokens=tokens, mask=mask: score(reward_params, tokens[rows], mask[rows]),
       len(tokens),
       _CHUNK,
     )

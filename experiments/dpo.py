@@ -47,7 +47,7 @@ from klrl import evaluation, judging, ops
 from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.figures import labels, of_summary
-from klrl.models import Policy, add_lora, join, merge_lora, policy_model, save_policy
+from klrl.models import Policy, add_lora, join, policy_model, save_policy
 from klrl.run import progress
 from klrl.run.summary import once
 from klrl.run.workdir import create_workdir, find_workdir, write_text
@@ -149,7 +149,7 @@ def train_on_pairs(config: Config, workdir: pathlib.Path, start: Start) -> dict:
     raise UserError(f"--keep_best={config.keep_best}: nothing gives that figure for --data.")
 
   def save(directory, params):
-    save_policy(directory, *merge_lora(model_config, params), start.tokenizer)
+    save_policy(directory, model_config, params, start.tokenizer, dtype=config.saved_dtype)
 
   def figures(params):
     after = judge(params, when="after")

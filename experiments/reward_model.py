@@ -33,7 +33,6 @@ from klrl.errors import UserError
 from klrl.figures import labels, of_summary
 from klrl.models import (
   add_lora,
-  merge_lora,
   save_scalar,
   scalar_model,
   scalar_params_from,
@@ -83,6 +82,7 @@ class Config(common.RunConfig):
   def __post_init__(self):
     super().__post_init__()
     self.choose_learning_rate(embedded=1e-3, own=1e-5)
+    self.check_has_frozen()
     if self.data and not self.policy:
       raise UserError(
         "--data needs --policy=DIR, the model whose trunk the reward model takes over."
@@ -144,7 +144,7 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
     held_out,
     frozen=frozen,
     save=lambda directory, params: save_scalar(
-      directory, *merge_lora(model_config, params), tokenizer
+      directory, model_config, params, tokenizer, dtype=config.saved_dtype
     ),
     summary={
       "held_out_accuracy": "loss/accuracy",

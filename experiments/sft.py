@@ -30,7 +30,6 @@ from klrl.models import (
   DecoderConfig,
   Policy,
   add_lora,
-  merge_lora,
   policy_model,
   save_policy,
 )
@@ -76,6 +75,7 @@ class Config(common.RunConfig):
   def __post_init__(self):
     super().__post_init__()
     self.choose_learning_rate(embedded=4e-3, own=2e-5)
+    self.check_has_frozen()
     if self.policy and not self.data:
       raise UserError("--policy, a model of yours, needs texts: --data=FILE.jsonl or FILE.txt.")
     if self.data and not self.policy:
@@ -120,7 +120,7 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
     held_out,
     frozen=frozen,
     save=lambda directory, params: save_policy(
-      directory, *merge_lora(model_config, params), tokenizer
+      directory, model_config, params, tokenizer, dtype=config.saved_dtype
     ),
     summary={"held_out_cross_entropy": "loss/cross_entropy"},
     more=more,

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from klrl.algorithm.terms import Texts
-from klrl.devices import processes
+from klrl.devices import processes, unread
+from klrl.devices.unread import stored_as
 from klrl.errors import UserError
 from klrl.models import (
   Policy,
@@ -19,9 +20,9 @@ from klrl.models import (
   TokenizerInfo,
   add_lora,
   check_tokenizer,
-  load_policy,
-  load_scalar,
   load_tokenizer,
+  open_policy,
+  open_scalar,
   policy_model,
   scalar_model,
   scalar_params_from,
@@ -70,6 +71,8 @@ class Sources:
   """Whether all completions are, beside what the objective is worth at its best."""
   lora_rank: int = 0
   dtype: str = "float32"
+  param_dtype: str = "float32"
+  frozen_dtype: str = "file"
   remat: bool = False
   sampler_dtype: str = "trainer"
   init_seed: int = 0
@@ -128,8 +131,8 @@ def check_inputs(sources: Sources) -> None:
 class Loaders(NamedTuple):
   """The functions that read a model directory; each takes its path."""
 
-  policy: Callable = load_policy
-  scalar: Callable = load_scalar
+  policy: Callable = open_policy
+  scalar: Callable = open_scalar
   tokenizer: Callable = load_tokenizer
 
 
@@ -144,8 +147,8 @@ def load_models(
 
   The reference is `sources.reference`, or else the policy at the start. A value model starts as
   `sources.value_model`, or else as a copy of the reward model, or else as a copy of the policy's
-  trunk with a zero head; with a shared trunk it is a zero head on the policy. `loaders` may return
-  models that have no files.
+  trunk with a zero head; with a shared trunk it is a zero head on the policy. Parameters are left
+  in their files, to be read by `parallel.put`. `loaders` may return models that have no files.
 
   Raises:
     UserError: a directory does not hold such a model, or the tokenizers differ.
@@ -162,38 +165,50 @@ def load_models(
       )
     return computing(sources, (model_config, params), num_tokens)
 
-  base_config, base_params = loaded(loaders.policy, policy)
+  def frozen(load, directory):
+    model_config, params = loaded(load, directory)
+    return model_config, stored_as(params, sources.frozen_dtype)
+
+  base_config, params = loaded(loaders.policy, policy)
+  starts_as_reference = sources.has_reference and not sources.reference
+  base_params = start_params(
+    sources, params, has_frozen=starts_as_reference or sources.lora_rank > 0
+  )
   check_tokenizer(tokenizer, base_config)
   policy_key, value_key = jax.random.split(jax.random.key(sources.init_seed))
-  policy_config, policy_params, frozen = add_lora(
+  policy_config, policy_params, policy_base = add_lora(
     base_config, base_params, policy_key, rank=sources.lora_rank
   )
-  base = {"policy": frozen} if frozen else {}
+  policy_params = stored_as(policy_params, sources.param_dtype)
+  base = {"policy": policy_base} if policy_base else {}
   reference = reference_params = scorer = reward_params = value_model = value_params = None
   if sources.has_reference:
     if sources.reference == UNIFORM:
       reference, reference_params = uniform_policy(num_tokens, base_config.max_len), {}
     elif sources.reference:
-      reference_config, reference_params = loaded(loaders.policy, sources.reference)
+      reference_config, reference_params = frozen(loaders.policy, sources.reference)
       reference = policy_model(reference_config)
     else:
       reference, reference_params = policy_model(base_config), base_params
   if reward_model:
-    reward_config, reward_params = loaded(loaders.scalar, reward_model)
+    reward_config, reward_params = frozen(loaders.scalar, reward_model)
     scorer = scalar_model(reward_config)
   if sources.has_value_model:
     if sources.shared_trunk:
       value_config = policy_config
-      value_params = {"head": scalar_params_from(base_params)["head"]}
+      head = {"head": scalar_params_from(base_params)["head"]}
+      value_params = stored_as(head, sources.param_dtype)
     else:
       if sources.value_model:
-        start = loaded(loaders.scalar, sources.value_model)
+        load = frozen if sources.lora_rank else loaded
+        start = load(loaders.scalar, sources.value_model)
       elif reward_model and sources.value_init == "reward_model":
         start = reward_config, reward_params
       else:
         start = base_config, scalar_params_from(base_params)
-      value_config, value_params, frozen = add_lora(*start, value_key, rank=sources.lora_rank)
-      base |= {"value": frozen} if frozen else {}
+      value_config, value_params, value_base = add_lora(*start, value_key, rank=sources.lora_rank)
+      value_params = stored_as(value_params, sources.param_dtype)
+      base |= {"value": value_base} if value_base else {}
     value_model = scalar_model(value_config)
   if scorer_of := TASKS[sources.task].scorer:
     scorer, reward_params = scorer_of(policy_config)
@@ -238,24 +253,45 @@ def _vocabulary(policy, others, load) -> tuple[TokenizerInfo, int]:
 
 
 def computing(config, model, num_tokens: int):
-  """Returns (config of the model with `dtype` and `remat` of the run's `config`, params).
+  """Returns (config of the model with the dtypes and `remat` of the run's `config`, params).
 
   Rows beyond `num_tokens`, which only fill a vocabulary up, are never predicted.
   """
   model_config, params = model
-  settings = {"dtype": config.dtype, "remat": config.remat, "num_tokens": num_tokens}
+  names = ("dtype", "param_dtype", "remat")
+  settings = {name: getattr(config, name) for name in names} | {"num_tokens": num_tokens}
   return dataclasses.replace(model_config, **settings), params
 
 
-def load_start(config, directory: str):
+def start_params(config, params, *, has_frozen: bool):
+  """Returns the params of a policy's file as the run starts from them, and as its reference is.
+
+  The policy and a reference that it starts as hold the same numbers, so that their KL is 0: they
+  are rounded to the dtype of either.
+
+  Args:
+    config: its `lora_rank`, `param_dtype` and `frozen_dtype` are read.
+    params: of the policy.
+    has_frozen: whether a frozen model, the reference or LoRA's base, shares them.
+  """
+  if has_frozen:
+    params = stored_as(params, config.frozen_dtype)
+  is_rounded = not config.lora_rank and config.param_dtype == "bfloat16"
+  return stored_as(params, "bfloat16") if is_rounded else params
+
+
+def load_start(config, directory: str, *, has_reference: bool = False):
   """Returns the config, params and tokenizer of the language model that a stage starts from.
+
+  The params are unread, and as `start_params` returns them.
 
   Raises:
     UserError: the directory does not hold such a model.
   """
-  model, tokenizer = load_policy(directory), load_tokenizer(directory)
-  check_tokenizer(tokenizer, model[0])
-  return *computing(config, model, tokenizer.num_tokens), tokenizer
+  (model_config, params), tokenizer = open_policy(directory), load_tokenizer(directory)
+  check_tokenizer(tokenizer, model_config)
+  params = start_params(config, params, has_frozen=has_reference or config.lora_rank > 0)
+  return *computing(config, (model_config, params), tokenizer.num_tokens), tokenizer
 
 
 @processes.together
@@ -321,7 +357,7 @@ def load_task(sources: Sources, models: Models) -> Task:
     weighted,
     verifier,
     pretraining or None,
-    embedded.exact(models.policy, models.reference, models.reference_params)
+    embedded.exact(models.policy, models.reference, unread.read(models.reference_params))
     if embedded and sources.enumerated
     else None,
   )

@@ -13,10 +13,10 @@ from typing import Any
 from klrl import evaluation, judging
 from klrl.algorithm import kl_terms, objective
 from klrl.algorithm.epochs import value_params
-from klrl.devices import parallel, processes
+from klrl.devices import parallel
 from klrl.figures import labels
 from klrl.inputs import Models, Task
-from klrl.models import join, merge_lora, save_policy, save_scalar
+from klrl.models import join, save_policy, save_scalar
 from klrl.programs import Setup, init_run, make_step_fn, set_up
 from klrl.run import loop, progress
 from klrl.run.evaluations import Evaluations, best_figures, cadence
@@ -59,9 +59,11 @@ def train_policy(
   setup = set_up(config, parallel.make_mesh(config.mesh), models, task)
   state = init_run(setup)
   shardings = parallel.state_shardings(setup.mesh, state)
-  start, state = loop.restore_or_init(workdir, state, keep=config.keep)
   judge, evaluate = make_judge(setup)
-  before = judge_start(setup, judge, start)
+  before = judge(state.params, when="before")
+  start, state = loop.restore_or_init(workdir, state, keep=config.keep)
+  if start == 0:
+    check_start(config, before)
   step = make_step_fn(setup, shardings)
   evaluations = make_evaluations(
     workdir, setup, evaluate, lambda state: state.params, show=_HELD_OUT
@@ -163,22 +165,27 @@ def judge_start(setup: Setup, judge, start: int) -> judging.Judgement:
   params = parallel.put(params, parallel.state_shardings(setup.mesh, params))
   before = judge(params, when="before")
   if start == 0:
-    evaluation.step_zero_checks(
-      before.evaluation,
-      starts_as_reference=not setup.config.sources().reference,
-      dtype=setup.config.dtype,
-    )
+    check_start(setup.config, before)
   return before
+
+
+def check_start(config, before: judging.Judgement) -> None:
+  """Raises UserError where the judgement of a policy at its start shows that a model is wrong."""
+  evaluation.step_zero_checks(
+    before.evaluation,
+    starts_as_reference=not config.sources().reference,
+    dtype=config.dtype,
+  )
 
 
 def save_trained_policy(directory: pathlib.Path, setup: Setup, params) -> None:
   """Writes the policy of trained parameters, adapters merged; all processes call it."""
-  _save_policy(directory, setup, parallel.fetch(join(setup.frozen["base"], params)))
+  _save_policy(directory, setup, join(setup.frozen["base"], params))
 
 
 def _save_policy(directory: pathlib.Path, setup: Setup, params) -> None:
-  policy = merge_lora(setup.models.policy.config, params["policy"])
-  processes.on_writer(save_policy)(directory, *policy, setup.models.tokenizer)
+  config, dtype = setup.models.policy.config, setup.config.saved_dtype
+  save_policy(directory, config, params["policy"], setup.models.tokenizer, dtype=dtype)
 
 
 def write_results(
@@ -199,20 +206,22 @@ def write_results(
     beta: beta at the end, reward per nat.
   """
   models = setup.models
-  params = parallel.fetch(join(setup.frozen["base"], params))
+  params = join(setup.frozen["base"], params)
   _save_policy(workdir / "model", setup, params)
   if models.value_model is not None:
-    value = merge_lora(
-      models.value_model.config,
-      value_params(params, shared_trunk=setup.algorithm.shared_trunk),
+    value = value_params(params, shared_trunk=setup.algorithm.shared_trunk)
+    dtype = setup.config.saved_dtype
+    save_scalar(
+      workdir / "value_model", models.value_model.config, value, models.tokenizer, dtype=dtype
     )
-    processes.on_writer(save_scalar)(workdir / "value_model", *value, models.tokenizer)
   samples = "".join(json.dumps(record) + "\n" for record in before.samples + after.samples)
   write_text(workdir / "samples.jsonl", samples)
   found = evaluation.before_and_after(before.figures, after.figures)
   if (exact := setup.task.exact) is not None:
     temperature = setup.config.temperature
-    found |= exact.figures(params["policy"], beta=float(beta), temperature=temperature)
+    found |= exact.figures(
+      parallel.fetch(params["policy"]), beta=float(beta), temperature=temperature
+    )
     frontier = exact.frontier(temperature=temperature)
     write_text(workdir / "optimum.json", json.dumps(frontier) + "\n")
   return write_summary(workdir, found | figures, setup.config.num_iterations)

@@ -20,6 +20,7 @@ from klrl import evaluation
 from klrl.algorithm.gradients import gradients_of
 from klrl.algorithm.optimizer import apply_gradients, init_optimizer, make_schedule
 from klrl.devices import parallel, processes
+from klrl.devices.unread import stored_as
 from klrl.figures import find, of_summary
 from klrl.models import join
 from klrl.report.of_run import write_report
@@ -131,7 +132,8 @@ def train(
     params: where to start; they are copied, so they survive.
     training: named tuple of arrays with one row per example.
     held_out: the same kind of examples, which are not trained on.
-    save: (directory, all params on the host), called with `workdir / "model"` at the end.
+    save: (directory, all params on the devices), which all processes call, with `workdir / "model"`
+      at the end.
     summary: {name in the summary: metric of `loss_fn`}, for `held_out_figures`.
     title: the name that is shown while it runs.
     keys: (metric, label) of the figures that are shown.
@@ -149,6 +151,7 @@ def train(
     soft_wrap=True,
   )
   mesh = parallel.make_mesh(config.mesh)
+  params = stored_as(params, config.param_dtype)
   state = init_supervised_state(parallel.put_own(mesh, params), config, coefficients)
   shardings = parallel.state_shardings(mesh, state)
   state = parallel.put(state, shardings)
@@ -165,9 +168,6 @@ def train(
     params = join(frozen, state.params)
     return held_out_metrics(metrics, params, held_out, mesh, batch_size=config.batch_size)
 
-  def save_params(directory, params):
-    processes.on_writer(save)(directory, parallel.fetch(params))
-
   at_start = measured(state)
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
   evaluations = evaluate and Evaluations(
@@ -176,7 +176,7 @@ def train(
     every=cadence(config.eval_every, config.num_iterations),
     num_iterations=config.num_iterations,
     keep_best=config.keep_best,
-    save=lambda directory, state: save_params(directory, join(frozen, state.params)),
+    save=lambda directory, state: save(directory, join(frozen, state.params)),
   )
   iterations = loop.iterate(
     step,
@@ -204,7 +204,7 @@ def train(
         f"{of_summary(figures, f'{name}_before')} before. Try a lower --learning_rate, fewer "
         "--num_iterations or more data."
       )
-  save_params(workdir / "model", params)
+  save(workdir / "model", params)
   # The summary marks the run as finished, so the model comes before it.
   content = write_summary(workdir, figures, config.num_iterations)
   processes.on_writer(write_report)(workdir)

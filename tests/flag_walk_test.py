@@ -72,12 +72,15 @@ RUN = {
   "learning_rate_schedule": Case("linear"),
   "warmup_iterations": Case(2),
   "dtype": Case("bfloat16"),
+  "param_dtype": Case("bfloat16"),
+  "frozen_dtype": Case("bfloat16"),
   "remat": Case(True),
   "lora_rank": Case(2),
   "mesh": Case("data=2"),
   "save_every": Case(1, shows_in="files"),
   "keep": Case(1, shows_in="files"),
   "accept_changed_inputs": Case(True),  # edited inputs are in fingerprints_test.py
+  "save_dtype": Case("bfloat16"),  # saved models are in hf_test.py
   "profile": Case(True, shows_in="files"),
   "tensorboard": Case(True, shows_in="files"),
   "policy": Case("other"),
@@ -169,6 +172,7 @@ CASES = {
     **RUN,
     "seed": Case(1),
     "init_seed": Case(1, EMBEDDED),
+    "frozen_dtype": Case("bfloat16", {"lora_rank": 2}),
     "data": Case("other.jsonl"),
     "loss_on": Case("all"),
     "packing": Case(True),
@@ -181,6 +185,7 @@ CASES = {
   "reward_model": {
     **RUN,
     "seed": Case(1),
+    "frozen_dtype": Case("bfloat16", {"lora_rank": 2}),
     "data": Case("other.jsonl"),
     "max_len": Case(9),
     "margin": Case(0.5),
@@ -260,7 +265,7 @@ ALL = [
   (experiment, field)
   for experiment in EXPERIMENTS
   for field in fields_of(experiment)
-  if field != "accept_changed_inputs"
+  if field not in ("accept_changed_inputs", "save_dtype")
 ]
 
 

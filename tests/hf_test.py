@@ -1,6 +1,7 @@
 """Model directories: what transformers computes from them, and what is said of broken ones."""
 
 import dataclasses
+import io
 import json
 import pathlib
 
@@ -13,7 +14,7 @@ import safetensors.numpy
 import tokenizers
 
 from klrl.errors import UserError
-from klrl.models import TokenizerInfo, check_tokenizer, hf, load_tokenizer
+from klrl.models import TokenizerInfo, check_tokenizer, hf, load_tokenizer, weights
 from klrl.models.decoder import DecoderConfig, policy_model, scalar_model
 from klrl.models.lora import add_lora, join, merge_lora
 
@@ -179,12 +180,10 @@ def adapted(model):
 @pytest.mark.parametrize("config", [LLAMA, QWEN2], ids=["llama", "qwen2"])
 def test_merged_adapters_load_here_and_in_transformers(config, tmp_path):
   lora_config, params = adapted(policy_model(config))
-  with pytest.raises(ValueError, match="lora_rank=3: merge_lora first"):
-    hf.save_policy(tmp_path, lora_config, params, tiny_tokenizer())
-  assert not list(tmp_path.iterdir())
-  hf.save_policy(tmp_path, *merge_lora(lora_config, params), tiny_tokenizer())
+  hf.save_policy(tmp_path, lora_config, params, tiny_tokenizer())
   loaded_config, loaded = hf.load_policy(tmp_path)
   assert loaded_config == config
+  assert_trees_equal(loaded, jax.tree.map(np.asarray, merge_lora(lora_config, params)[1]))
   tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 9))
   expected = logits(lora_config, params, tokens)
   np.testing.assert_allclose(logits(config, loaded, tokens), expected, atol=1e-4)
@@ -198,7 +197,7 @@ def test_merged_adapters_load_here_and_in_transformers(config, tmp_path):
 
 def test_a_merged_scalar_model_loads_again(tmp_path):
   lora_config, params = adapted(scalar_model(LLAMA))
-  hf.save_scalar(tmp_path, *merge_lora(lora_config, params), tiny_tokenizer())
+  hf.save_scalar(tmp_path, lora_config, params, tiny_tokenizer())
   config, loaded = hf.load_scalar(tmp_path)
   assert config == LLAMA
   tokens = np.array([[5, 3, 7, 4, 9], [6, 8, 3, 0, 0]])
@@ -211,7 +210,7 @@ def test_a_merged_scalar_model_loads_again(tmp_path):
 
 def test_shards_hold_the_same_model_and_replace_the_single_file(tmp_path, monkeypatch):
   params = saved(tmp_path)
-  monkeypatch.setattr(hf, "_MAX_SHARD_BYTES", 2000)
+  monkeypatch.setattr(weights, "_MAX_SHARD_BYTES", 2000)
   saved(tmp_path)
   assert not (tmp_path / "model.safetensors").exists()
   assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -346,13 +345,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   saved(tmp_path)
   before = (tmp_path / "model.safetensors").read_bytes()
 
-  def fail(path, data):
-    raise OSError("disk full")
+  class Full(io.BytesIO):
+    def write(self, data):
+      raise OSError("disk full")
 
-  monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
+  monkeypatch.setattr(pathlib.Path, "open", lambda path, mode: Full())
   with pytest.raises(OSError, match="disk full"):
     saved(tmp_path, UNTIED)
+  monkeypatch.undo()
   assert (tmp_path / "model.safetensors").read_bytes() == before
+  assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("change", ["other", "same", "only"])

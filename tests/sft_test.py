@@ -14,6 +14,7 @@ import pytest
 
 from experiments import sft
 from klrl.algorithm.gradients import scalar
+from klrl.devices import unread
 from klrl.errors import UserError
 from klrl.models import DecoderConfig, load_policy, policy_model, save_policy
 from klrl.tasks import arithmetic, data, demonstrations, packing
@@ -248,7 +249,7 @@ def loss_of_untrained(monkeypatch, config):
 
   def train(config, workdir, loss_fn, params, training, held_out, **others):
     del config, workdir, training, others  # The loss alone compiles fast.
-    losses.append(float(jax.jit(scalar(loss_fn))(params, held_out)[0]))
+    losses.append(float(jax.jit(scalar(loss_fn))(unread.read(params), held_out)[0]))
     return dict.fromkeys(("held_out_cross_entropy", "held_out_cross_entropy_before"), losses[-1])
 
   with monkeypatch.context() as patch:

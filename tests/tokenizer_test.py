@@ -12,6 +12,7 @@ import tokenizers
 from hf_test import LLAMA, edit_config, random_params, saved, tiny_tokenizer
 
 from klrl import inputs
+from klrl.devices import unread
 from klrl.errors import UserError
 from klrl.models import (
   TokenizerInfo,
@@ -268,7 +269,7 @@ def test_models_of_one_run_predict_the_tokens_that_all_of_them_know(tmp_path):
     (models.reference, models.reference_params),
     (models.sampler, models.policy_params),
   ):
-    assert model.unembedding(params).shape == (12, 11)
+    assert model.unembedding(unread.read(params)).shape == (12, 11)
   assert models.tokenizer.pad_id == 2  # The reward model has no row for the pad token.
   assert models.policy.config.vocab_size == 16
   assert models.policy_params["decoder"]["embed"]["embedding"].shape == (16, 12)

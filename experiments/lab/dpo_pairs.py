@@ -78,7 +78,7 @@ def make_pairs(config, policy: Policy, params, arrays) -> Pairs:
     arrays: tokens, mask and completion mask, [N, 2, S] each.
   """
   mesh = parallel.make_mesh(config.mesh)
-  params = jax.device_put(params, parallel.state_shardings(mesh, params))
+  params = parallel.put_once(mesh, params)
   log_probs = jax.jit(lambda params, *arrays: completion_log_probs(policy, params, *arrays))
 
   def chunk(rows):
@@ -90,7 +90,7 @@ def make_pairs(config, policy: Policy, params, arrays) -> Pairs:
 
 def own_start(config) -> Start:
   """Returns the model and the pairs that the config names; judged by prompts of held-out pairs."""
-  model_config, params, tokenizer = inputs.load_start(config, config.policy)
+  model_config, params, tokenizer = inputs.load_start(config, config.policy, has_reference=True)
   policy = policy_model(model_config)
   pairs, arrays = encode_pairs(config, tokenizer, context=model_config.max_len)
   both = make_pairs(config, policy, params, arrays)

@@ -66,6 +66,7 @@ def again(config_class, name: str, *, default) -> Any:
 
 
 STAGES = "runs/stages"  # where the embedded stages leave their models
+AS_IN_FILE = "file"  # of the models that a run starts from
 _INTERIM_ROWS = 128
 CHOSEN = -1.0  # a learning rate that the experiment chooses
 ACCEPT_CHANGED_INPUTS = setting(
@@ -123,8 +124,25 @@ class RunConfig(LabConfig):
   )
   dtype: str = setting(
     "float32",
-    "what activations are computed in; parameters and moments stay float32",
+    "what activations are computed in; moments are float32, see --param_dtype for parameters",
     choices=("float32", "bfloat16"),
+  )
+  param_dtype: str = setting(
+    "float32",
+    "what trained parameters are stored in; bfloat16 takes half the memory, but each step is "
+    "rounded, and one below about 1/500 of a weight is lost",
+    choices=("float32", "bfloat16"),
+  )
+  frozen_dtype: str = setting(
+    AS_IN_FILE,
+    "what parameters of the reference, the reward model and LoRA's base are stored in; where the "
+    "policy starts as its reference, both start from the rounded numbers",
+    choices=(AS_IN_FILE, "float32", "bfloat16"),
+  )
+  save_dtype: str = setting(
+    AS_IN_FILE,
+    "what the weights of saved models are rounded to; file: as those that the run started from",
+    choices=(AS_IN_FILE, "float32", "bfloat16"),
   )
   remat: bool = setting(False, "compute activations anew in the backward pass: less memory")
   lora_rank: int = setting(
@@ -158,10 +176,20 @@ class RunConfig(LabConfig):
     if self.learning_rate < 0:
       raise UserError(f"--learning_rate={self.learning_rate}: must be at least 0, or -1.")
 
+  def check_has_frozen(self) -> None:
+    """Raises UserError where `frozen_dtype` is set and there is no base of adapters to read it."""
+    if self.frozen_dtype != AS_IN_FILE and not self.lora_rank:
+      raise UserError("--frozen_dtype is set, but nothing reads it without --lora_rank.")
+
   def check_divides(self, name: str, number: int, of: str) -> None:
     """Raises UserError where the field `name` does not divide `number`, which is called `of`."""
     if number % getattr(self, name):
       raise UserError(f"{of} = {number} is not a multiple of --{name}={getattr(self, name)}.")
+
+  @property
+  def saved_dtype(self) -> str:
+    """`save_dtype` as `save_policy` takes it."""
+    return "" if self.save_dtype == AS_IN_FILE else self.save_dtype
 
   def loop_settings(self) -> dict[str, Any]:
     """Returns the fields that `loop.iterate` takes under the same names."""

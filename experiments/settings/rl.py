@@ -141,6 +141,8 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
       max_completion_len=self.max_completion_len,
       lora_rank=self.lora_rank,
       dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      frozen_dtype=self.frozen_dtype,
       remat=self.remat,
       sampler_dtype=self.sampler_dtype,
       init_seed=self.init_seed,

@@ -32,6 +32,8 @@ def _weighted_sum(weights, metrics):
 def gradients_of(loss_fn: Callable, params, batch, *, num_parts: int = 1):
   """Returns (gradient of the loss with respect to `params`, metrics of the whole batch).
 
+  The gradient is at least float32, also where a parameter is not.
+
   Args:
     loss_fn: (params, batch) -> (weights, metrics).
     params: any pytree.
@@ -42,7 +44,7 @@ def gradients_of(loss_fn: Callable, params, batch, *, num_parts: int = 1):
 
   if num_parts == 1:
     gradients, metrics = jax.grad(scalar(loss_fn), has_aux=True)(params, batch)
-    return gradients, _as_float32(metrics)
+    return _at_least_float32(gradients), _as_float32(metrics)
 
   # A part has every num_parts-th row, so that the rows of each device are spread over all parts.
   parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch)
@@ -62,7 +64,7 @@ def gradients_of(loss_fn: Callable, params, batch, *, num_parts: int = 1):
 
   def gradients_and_metrics(part):
     gradients, metrics = jax.grad(total, has_aux=True)(params, part)
-    return gradients, _as_float32(metrics)
+    return _at_least_float32(gradients), _as_float32(metrics)
 
   def add(sums, part):
     return jax.tree.map(jnp.add, sums, gradients_and_metrics(part)), None
@@ -70,6 +72,10 @@ def gradients_of(loss_fn: Callable, params, batch, *, num_parts: int = 1):
   shapes = jax.eval_shape(gradients_and_metrics, jax.tree.map(lambda x: x[0], parts))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _at_least_float32(gradients):
+  return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), gradients)
 
 
 def _as_float32(metrics):

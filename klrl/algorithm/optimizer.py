@@ -1,5 +1,11 @@
-"""The optimizer of every experiment."""
+"""The optimizer of every experiment.
 
+Moments and updates are at least float32, as gradients are, also where parameters are bfloat16. Such
+a parameter is rounded to the nearest number after each step.
+"""
+
+import jax
+import jax.numpy as jnp
 import optax
 
 # How the learning rate falls after the warm-up, to this share of its peak at the last iteration.
@@ -39,7 +45,13 @@ def make_optimizer(learning_rate, max_grad_norm) -> optax.GradientTransformation
 
 def init_optimizer(params) -> optax.OptState:
   """Returns the optimizer's state at zero; the moments are sharded like `params`."""
-  return make_optimizer(0.0, 1.0).init(params)
+  return make_optimizer(0.0, 1.0).init(jax.tree.map(_zeros_or_itself, params))
+
+
+def _zeros_or_itself(x):
+  """Returns an array like `x`, sharded as it is, in the dtype of its moments."""
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  return x if x.dtype == dtype else jnp.zeros_like(x, dtype=dtype)
 
 
 def apply_gradients(params, opt_state, gradients, *, learning_rate, max_grad_norm):

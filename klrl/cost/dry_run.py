@@ -7,6 +7,7 @@ is two programs, one draw for each of its rows and what the models say of them; 
 a few times. Reward functions on the host are left out.
 """
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -22,7 +23,7 @@ from klrl import inputs, judging, population, programs
 from klrl.cost import hlo
 from klrl.devices import parallel, processes
 from klrl.errors import UserError
-from klrl.models import join, load_config, policy_model, scalar_model
+from klrl.models import file_dtype, join, load_config, policy_model, scalar_model
 from klrl.run import progress
 from klrl.run.workdir import DRY_RUN, write_text
 
@@ -49,12 +50,16 @@ CHIPS = {
 
 def _fresh_policy(path):
   config = load_config(path)
-  return config, policy_model(config).init(jax.random.key(0))
+  return config, policy_model(_as_in_files(config)).init(jax.random.key(0))
 
 
 def _fresh_scalar(path):
   config = load_config(path)
-  return config, scalar_model(config).init(jax.random.key(0))
+  return config, scalar_model(_as_in_files(config)).init(jax.random.key(0))
+
+
+def _as_in_files(config):
+  return dataclasses.replace(config, param_dtype=file_dtype(config) or config.param_dtype)
 
 
 # Models as config.json describes them, without their weights.

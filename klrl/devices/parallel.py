@@ -27,6 +27,8 @@ import numpy as np
 from jax.experimental import multihost_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from klrl.devices import processes
+from klrl.devices.unread import Unread, is_unread
 from klrl.errors import UserError
 
 AXES = ("sweep", "data", "fsdp", "tensor")
@@ -257,11 +259,19 @@ def state_shardings(mesh: Mesh, state, *, members: bool = False):
 
 
 def put(tree, shardings):
-  """Returns `tree`, the same in all processes, on the devices of all of them; see `device_put`."""
-  if jax.process_count() == 1:
-    return jax.device_put(tree, shardings)
+  """Returns `tree`, the same in all processes, on the devices of all of them; see `device_put`.
+
+  What is `Unread` is read, by each process the shards of its devices.
+
+  Raises:
+    UserError: a file cannot be read, or holds numbers that are not finite.
+  """
   if isinstance(shardings, NamedSharding):
     shardings = jax.tree.map(lambda leaf: shardings, tree)
+  if any(map(is_unread, jax.tree.leaves(tree))):
+    tree = processes.together(_place_unread)(tree, shardings)
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings)
 
   def place(leaf, sharding):
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -275,21 +285,50 @@ def put(tree, shardings):
   return jax.tree.map(place, tree, shardings)
 
 
+def _place_unread(tree, shardings):
+  """Returns `tree` with what is unread on the devices, and the rest as it was."""
+  leaves, structure = jax.tree.flatten(tree)
+  placed, shardings = dict(enumerate(leaves)), structure.flatten_up_to(shardings)
+  for i in _largest_first({i: leaf for i, leaf in placed.items() if is_unread(leaf)}):
+    placed[i] = _placed(leaves[i], shardings[i])
+  return structure.unflatten(placed.values())
+
+
+def _largest_first(leaves: dict) -> list:
+  """Returns the keys of `leaves` in the order in which they are put on the devices.
+
+  The host holds one leaf beside those on the devices, which is least while few of them are there.
+  """
+  return sorted(leaves, key=lambda key: -leaves[key].size)
+
+
+def _placed(leaf: Unread, sharding) -> jax.Array:
+  parts = {}  # Devices may hold the same part.
+
+  def part(index):
+    place = tuple((axis.start, axis.stop) for axis in index)
+    if place not in parts:
+      parts[place] = leaf.read(index)
+    return parts[place]
+
+  return jax.make_array_from_callback(leaf.shape, sharding, part, dtype=leaf.dtype)
+
+
 def put_once(mesh: Mesh, tree):
   """Returns `tree` on the devices, sharded by `state_shardings`, each distinct array once.
 
   Use it for arrays that are never donated: what two models share is then shared on the devices too.
   A leaf that is only a shape gets its sharding.
   """
+  leaves, structure = jax.tree.flatten(tree)
+  shardings = dict(zip(map(id, leaves), jax.tree.leaves(state_shardings(mesh, tree)), strict=True))
+  once = {id(leaf): leaf for leaf in leaves}
   placed = {}
-
-  def put_leaf(leaf, sharding):
-    if id(leaf) not in placed:
-      is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
-      placed[id(leaf)] = leaf.update(sharding=sharding) if is_shape else put(leaf, sharding)
-    return placed[id(leaf)]
-
-  return jax.tree.map(put_leaf, tree, state_shardings(mesh, tree))
+  for key in _largest_first(once):
+    leaf, sharding = once[key], shardings[key]
+    is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+    placed[key] = leaf.update(sharding=sharding) if is_shape else put(leaf, sharding)
+  return structure.unflatten(placed[id(leaf)] for leaf in leaves)
 
 
 def put_own(mesh: Mesh, tree):
@@ -298,8 +337,12 @@ def put_own(mesh: Mesh, tree):
   So donating them deletes nothing else. Arrays that are made like these, such as the moments of an
   optimizer, are made in shards too.
   """
-  shardings = state_shardings(mesh, tree)
-  return jax.tree.map(lambda leaf, sharding: put(leaf, sharding).copy(), tree, shardings)
+  leaves, structure = jax.tree.flatten(tree)
+  shardings = jax.tree.leaves(state_shardings(mesh, tree))
+  own = dict(enumerate(leaves))
+  for i in _largest_first(own):
+    own[i] = put(leaves[i], shardings[i]).copy()
+  return structure.unflatten(own.values())
 
 
 def distinct(tree) -> tuple[list, Callable[[list], Any]]:

@@ -6,9 +6,12 @@ from klrl.models.decoder import ScalarModel as ScalarModel
 from klrl.models.decoder import policy_model as policy_model
 from klrl.models.decoder import scalar_model as scalar_model
 from klrl.models.decoder import scalar_params_from as scalar_params_from
+from klrl.models.hf import file_dtype as file_dtype
 from klrl.models.hf import load_config as load_config
 from klrl.models.hf import load_policy as load_policy
 from klrl.models.hf import load_scalar as load_scalar
+from klrl.models.hf import open_policy as open_policy
+from klrl.models.hf import open_scalar as open_scalar
 from klrl.models.hf import save_policy as save_policy
 from klrl.models.hf import save_scalar as save_scalar
 from klrl.models.lora import add_lora as add_lora

@@ -3,40 +3,43 @@
 A model directory holds `config.json`, `model.safetensors` (or its shards with
 `model.safetensors.index.json`) and the tokenizer's files (see `tokenizer.py`). The folder of a run,
 which holds one as `model/`, can be given in its place. `families.py` says which families there are
-and how their tensors are called. Only safetensors is read, since a pickle can run code.
+and how their tensors are called, and `weights.py` reads and writes the files.
 
-Loaded params are float32, whatever the file holds. Hugging Face stores a linear map as [out, in],
-and klrl as [in, out]; there layers are separate tensors, and here they are stacked on a leading
-axis.
+Hugging Face stores a linear map as [out, in], and klrl as [in, out]; there layers are separate
+tensors, and here they are stacked on a leading axis. Params that are opened are `Unread`: they stay
+in their files until `parallel.put` reads each device's part, in the dtype of the file or in
+another. Params that are loaded are arrays.
 """
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import traverse_util
 
-from klrl import schema
+from klrl.devices import parallel, processes, unread
+from klrl.devices.unread import Block, Index, Unread
 from klrl.errors import UserError
 from klrl.models.decoder import DecoderConfig, Params, policy_model, scalar_model
-from klrl.models.directory import CONFIG, INDEX, WEIGHTS, advice, model_dir, write, write_json
-from klrl.models.families import decoder_config, family_of, is_map, is_stacked
+from klrl.models.directory import CONFIG, model_dir, write_json
+from klrl.models.families import Family, decoder_config, family_of, is_map, is_stacked
+from klrl.models.lora import merged_kernel
 from klrl.models.tokenizer import TokenizerInfo
 from klrl.models.tokenizer_files import config_ids, save_tokenizer
+from klrl.models.weights import Planned, Tensors, write_weights
 from klrl.run import progress
 
 _EMBEDDING = ("decoder", "embed", "embedding")
 _UNEMBEDDING = ("unembedding",)
-_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-_MAX_SHARD_BYTES = 5 * 10**9
 
 
 def load_config(path: str | os.PathLike) -> DecoderConfig:
@@ -44,78 +47,116 @@ def load_config(path: str | os.PathLike) -> DecoderConfig:
   return decoder_config(model_dir(path))
 
 
-def load_policy(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
-  """Returns the config and params (numpy, float32) of a causal language model.
+def open_policy(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
+  """Returns the config and the unread params of a causal language model, in the file's dtypes.
 
   If the config says that the embeddings are tied, but the file holds two different matrices, both
-  are loaded, as `transformers` does, and `tie_embeddings` is False.
+  are taken, as `transformers` does, and `tie_embeddings` is False.
 
-  Raises UserError for a missing or broken directory or file, a model that the decoder does not
-  compute, and a tensor that is missing, left over, of the wrong shape, or holds no finite numbers.
+  Raises:
+    UserError: a missing or broken directory or file, a model that the decoder does not compute, or
+      a tensor that is missing, left over, or of the wrong shape. That it holds no finite numbers is
+      found when it is read.
   """
-  directory = model_dir(path)
-  config = decoder_config(directory)
-  tensors = _Tensors(directory, config)
+  config, tensors = _opened(path)
   names = family_of(config)[1].tensors
   unembedding, embedding = names[_UNEMBEDDING].name, names[_EMBEDDING].name
-  if config.tie_embeddings and unembedding in tensors.files:
-    if embedding not in tensors.files:
+  if config.tie_embeddings and unembedding in tensors.names:
+    if embedding not in tensors.names:
       tensors.rename(unembedding, embedding)
-    elif np.array_equal(tensors.read(unembedding), tensors.read(embedding)):
-      del tensors.files[unembedding]  # Some files hold the tied matrix twice.
+    elif tensors.equal(unembedding, embedding):
+      tensors.rename(unembedding, None)  # Some files hold the tied matrix twice.
     else:
       progress.warn_once(
-        f"{directory}: tie_word_embeddings is true, but {unembedding} is another matrix than"
-        f" {embedding}; both are taken, as transformers does."
+        f"{tensors.directory}: tie_word_embeddings is true, but {unembedding} is another matrix"
+        f" than {embedding}; both are taken, as transformers does."
       )
       config = dataclasses.replace(config, tie_embeddings=False)
-  return config, tensors.params(policy_model(config).init, config)
+  return _params(config, tensors, policy_model(config).init)
+
+
+def open_scalar(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
+  """Returns the config and the unread params of a sequence classifier with one label.
+
+  Raises as `open_policy` does, also where there is no score head.
+  """
+  config, tensors = _opened(path)
+  if "score.weight" not in tensors.names:
+    raise UserError(
+      f"{tensors.directory} has no score.weight, so it is no value or reward model. To start one"
+      " from a language model: load_policy, then scalar_params_from."
+    )
+  return _params(config, tensors, scalar_model(config).init)
+
+
+def load_policy(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
+  """Returns what `open_policy` returns, with float32 numpy arrays in place of unread params."""
+  return _loaded(*open_policy(path))
 
 
 def load_scalar(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
-  """Returns the config and params (numpy, float32) of a sequence classifier with one label.
+  """Returns what `open_scalar` returns, with float32 numpy arrays in place of unread params."""
+  return _loaded(*open_scalar(path))
 
-  Raises as `load_policy` does, also where there is no score head.
-  """
-  directory = model_dir(path)
-  config = decoder_config(directory)
-  tensors = _Tensors(directory, config)
-  if "score.weight" not in tensors.files:
-    raise UserError(
-      f"{directory} has no score.weight, so it is no value or reward model. To start one from a"
-      " language model: load_policy, then scalar_params_from."
-    )
-  return config, tensors.params(scalar_model(config).init, config)
+
+def _loaded(config, params):
+  return config, unread.read(jax.tree.map(lambda leaf: leaf.astype(np.float32), params))
 
 
 def save_policy(
-  path: str | os.PathLike, config: DecoderConfig, params: Params, tokenizer: TokenizerInfo
+  path: str | os.PathLike,
+  config: DecoderConfig,
+  params: Params,
+  tokenizer: TokenizerInfo,
+  *,
+  dtype: str = "",
 ) -> None:
   """Writes a directory that `load_policy` and `transformers.AutoModelForCausalLM` open.
 
-  Parameters keep their dtype. Each file appears whole or not at all, `config.json` last.
+  All processes call it, outside of `on_writer`. Parameters may be on any devices; they are fetched
+  and written layer by layer, and adapters are merged into them. They get `dtype`, or by default
+  that of the files from which the model was read; those of a fresh model keep their own. Each file
+  appears whole or not at all, `config.json` last.
   """
-  _save(path, config, params, tokenizer, "ForCausalLM", {})
+  _save(path, config, params, tokenizer, dtype, "ForCausalLM", {})
 
 
 def save_scalar(
-  path: str | os.PathLike, config: DecoderConfig, params: Params, tokenizer: TokenizerInfo
+  path: str | os.PathLike,
+  config: DecoderConfig,
+  params: Params,
+  tokenizer: TokenizerInfo,
+  *,
+  dtype: str = "",
 ) -> None:
-  """Writes a directory that `load_scalar` and `AutoModelForSequenceClassification` open."""
+  """Writes a directory that `load_scalar` and `AutoModelForSequenceClassification` open.
+
+  It does so as `save_policy` does.
+  """
   fields = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
   # transformers finds the last token of a row by its padding, and would take an EOS for padding.
   if (
     tokenizer.pad_id not in tokenizer.eos_ids and config_ids(tokenizer).get("pad_token_id") is None
   ):
     fields["pad_token_id"] = tokenizer.pad_id
-  _save(path, config, params, tokenizer, "ForSequenceClassification", fields)
+  _save(path, config, params, tokenizer, dtype, "ForSequenceClassification", fields)
+
+
+def file_dtype(config: DecoderConfig) -> str:
+  """Returns the dtype of the files that a model was read from; "" for a fresh model."""
+  fields = json.loads(config.hf_config or "{}")
+  dtype = fields.get(_dtype_field(fields))
+  return dtype if dtype in ("float32", "float16", "bfloat16") else ""
+
+
+def _dtype_field(fields):
+  return "torch_dtype" if "torch_dtype" in fields else "dtype"
 
 
 def _hf_config(config: DecoderConfig, model_type: str, dtype: str) -> dict[str, Any]:
   """Returns the config.json of a model: the one that it was read from, or a new one."""
   if config.hf_config:
     fields = json.loads(config.hf_config)
-    fields.pop("torch_dtype", None)
   else:
     fields = {
       "vocab_size": config.vocab_size,
@@ -131,7 +172,7 @@ def _hf_config(config: DecoderConfig, model_type: str, dtype: str) -> dict[str, 
       "hidden_act": "silu",
     }
   changed = {"model_type": model_type, "tie_word_embeddings": config.tie_embeddings}
-  return fields | changed | {"dtype": dtype}
+  return fields | changed | {_dtype_field(fields): dtype}
 
 
 def _names(family, path, num_layers):
@@ -153,166 +194,168 @@ def _fused_outs(family, leaves):
   return outs
 
 
-class _Tensors:
-  """The tensors of a model directory by name; nothing is read before it is asked for."""
-
-  def __init__(self, directory: pathlib.Path, config: DecoderConfig):
-    self.directory, self.family = directory, family_of(config)[1]
-    self.files, self._stored = {}, {}
-    for stored, file in _tensor_files(directory).items():
-      if (name := self.family.known_as(stored)) is not None:
-        self.files[name], self._stored[name] = file, stored
-
-  def rename(self, old: str, new: str) -> None:
-    self.files[new] = self.files.pop(old)
-    self._stored[new] = self._stored.pop(old)
-
-  def read(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """Returns a tensor as float32; UserError where it is none, not finite, or not of `shape`."""
-    file, stored = self.files[name], self._stored[name]
-    where = f"{self.directory}: tensor {stored}"
-    try:
-      view = file.get_slice(stored)
-      found, dtype = tuple(view.get_shape()), view.get_dtype()
-      if shape is not None and found != shape:
-        raise UserError(f"{where} has shape {found}, not {shape}.")
-      if dtype not in _FLOATS:
-        raise UserError(
-          f"{where} holds {dtype}, but must hold one of {', '.join(_FLOATS)}; save the model's"
-          " weights unquantized."
-        )
-      array = file.get_tensor(stored)
-    except safetensors.SafetensorError as error:
-      raise UserError(f"{where} cannot be read: {error}") from None
-    with np.errstate(over="ignore"):
-      array = array.astype(np.float32)
-    # Both are NaN where any number is.
-    if array.size and not np.isfinite([array.min(), array.max()]).all():
-      raise UserError(f"{where} holds NaN, infinity, or numbers beyond float32.")
-    return array
-
-  def params(self, init, config: DecoderConfig) -> Params:
-    """Returns params of the structure that `init` makes, after checking every tensor."""
-    # A config of another model may ask for more layers than there is memory for their names.
-    layer = re.escape(self.family.layers).replace(r"\{\}", r"(\d+)")
-    layers = {match[1] for name in self.files if (match := re.match(layer, name))}
-    if len(layers) < config.num_layers:
-      raise UserError(
-        f"{self.directory} does not hold the model of its config.json: num_hidden_layers is"
-        f" {config.num_layers}, and there are tensors of {len(layers)}."
-      )
-    leaves = traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0)))
-    num_layers = config.num_layers
-    wanted = {name for path in leaves for name in _names(self.family, path, num_layers)}
-    found = set(self.files)
-    if wanted != found:
-      raise UserError(
-        f"{self.directory} does not hold the model of its config.json: missing tensors"
-        f" {sorted(wanted - found)[:5]}, unexpected tensors {sorted(found - wanted)[:5]}."
-      )
-
-    outs = _fused_outs(self.family, leaves)
-
-    def read(name, path, shape):
-      stored = self.family.tensors[path]
-      if stored.rows is not None:
-        shape = (*shape[:-1], outs[stored.name])
-      is_transposed = _is_transposed(self.family, path)
-      array = self.read(name, shape[::-1] if is_transposed else shape)
-      array = array.T if is_transposed else array
-      return array if stored.rows is None else array[..., stored.rows(config)]
-
-    params = {}
-    for path, leaf in leaves.items():
-      names = _names(self.family, path, num_layers)
-      if is_stacked(path):
-        params[path] = np.stack([read(name, path, leaf.shape[1:]) for name in names])
-      else:
-        params[path] = np.ascontiguousarray(read(names[0], path, leaf.shape))
-    return traverse_util.unflatten_dict(params)
+def _opened(path) -> tuple[DecoderConfig, Tensors]:
+  """Returns the config and the tensors of a model directory, under the names of the family."""
+  directory = model_dir(path)
+  config, tensors = decoder_config(directory), Tensors(directory)
+  family = family_of(config)[1]
+  for stored in sorted(tensors.names):
+    if (name := family.known_as(stored)) != stored:
+      tensors.rename(stored, name)
+  return config, tensors
 
 
-def _tensor_files(directory: pathlib.Path) -> dict[str, Any]:
-  """Returns the open safetensors file of each tensor, by the tensor's name."""
-  if (directory / WEIGHTS).is_file():
-    names = [WEIGHTS]
-  elif (directory / INDEX).is_file():
-    names = _shards(directory / INDEX)
-  elif pickles := sorted([*directory.glob("*.bin"), *directory.glob("*.pt*")]):
+def _params(config: DecoderConfig, tensors: Tensors, init) -> tuple[DecoderConfig, Params]:
+  """Returns the config, and params of the structure that `init` makes, after checking the tensors.
+
+  The `hf_config` of the returned config names the dtype that the tensors have.
+  """
+  family = family_of(config)[1]
+  # A config of another model may ask for more layers than there is memory for their names.
+  prefix = re.escape(family.layers).replace(r"\{\}", r"(\d+)")
+  layers = {match[1] for name in tensors.names if (match := re.match(prefix, name))}
+  if len(layers) < config.num_layers:
     raise UserError(
-      f"{pickles[0]} is a pickle, which can run code and is not read; convert it to safetensors."
+      f"{tensors.directory} does not hold the model of its config.json: num_hidden_layers is"
+      f" {config.num_layers}, and there are tensors of {len(layers)}."
     )
-  else:
-    raise UserError(f"{directory} has neither {WEIGHTS} nor {INDEX}.{advice(directory)}")
-  tensor_files = {}
-  for name in names:
-    if not (directory / name).is_file():
-      raise UserError(f"{directory} lacks the shard {name}.")
-    try:
-      file = safetensors.safe_open(directory / name, framework="np")
-    except (safetensors.SafetensorError, OSError) as error:
-      raise UserError(f"{directory / name} is not a safetensors file: {error}") from None
-    tensor_files |= dict.fromkeys(file.keys(), file)
-  return tensor_files
+  leaves = traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0)))
+  outs = _fused_outs(family, leaves)
+  wanted = {
+    name: _stored_shape(family, path, leaf, outs)
+    for path, leaf in leaves.items()
+    for name in _names(family, path, config.num_layers)
+  }
+  if wanted.keys() != tensors.names:
+    raise UserError(
+      f"{tensors.directory} does not hold the model of its config.json: missing tensors"
+      f" {sorted(wanted.keys() - tensors.names)[:5]}, unexpected tensors"
+      f" {sorted(tensors.names - wanted.keys())[:5]}."
+    )
+  for name, shape in wanted.items():
+    if (found := tensors.shape(name)) != shape:
+      raise UserError(f"{tensors.where(name)} has shape {found}, not {shape}.")
+    tensors.dtype(name)
+  params = {
+    path: _unread(config, family, tensors, path, leaf.shape, outs) for path, leaf in leaves.items()
+  }
+  fields = json.loads(config.hf_config)
+  fields[_dtype_field(fields)] = str(params[_EMBEDDING].dtype)
+  config = dataclasses.replace(config, hf_config=json.dumps(fields))
+  return config, traverse_util.unflatten_dict(params)
 
 
-def _shards(file: pathlib.Path) -> list[str]:
-  shard = schema.Rule(
-    "the name of a .safetensors file in the same directory",
-    lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]{1,200}\.safetensors", value),
-  )
-  index = schema.check(
-    schema.read(file), {"weight_map": schema.object_of(shard)}, file, required=("weight_map",)
-  )
-  return sorted(set(index["weight_map"].values()))
+def _stored_shape(family, path, leaf, outs):
+  """Returns the shape of the tensors that hold a leaf."""
+  shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
+  if family.tensors[path].rows is not None:
+    shape = (*shape[:-1], outs[family.tensors[path].name])
+  return shape[::-1] if _is_transposed(family, path) else shape
 
 
-def _save(path, config, params, tokenizer, task, labels):
-  if config.lora_rank:
-    raise ValueError(f"lora_rank={config.lora_rank}: merge_lora first; the layout has no adapters.")
+def _unread(
+  config: DecoderConfig, family: Family, tensors: Tensors, path, shape: tuple[int, ...], outs
+) -> Unread:
+  """Returns a leaf of the params as it is in the tensors of a model."""
+  names, stored = _names(family, path, config.num_layers), family.tensors[path]
+  places = [range(size) for size in shape]
+  if stored.rows is not None:
+    total = range(outs[stored.name])
+    rows = stored.rows(config)
+    places[-1] = total[rows] if isinstance(rows, slice) else np.asarray(rows)
+
+  def blocks(index: Index) -> Iterator[Block]:
+    index = [axis[part] for axis, part in zip(places, index, strict=True)]
+    layers = index.pop(0) if is_stacked(path) else [0]
+    if _is_transposed(family, path):
+      index.reverse()
+    for number, layer in enumerate(layers):
+      for rows, values in tensors.parts(names[layer], index):
+        where = (rows,)
+        if _is_transposed(family, path):
+          where, values = (slice(None), rows), values.T
+        where = (number, *where) if is_stacked(path) else where
+        yield Block(tensors.where(names[layer]), where, values)
+
+  dtypes = {tensors.dtype(name) for name in names}
+  dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+  return Unread(shape, dtype, blocks)
+
+
+def _save(path, config, params, tokenizer, dtype, task, labels):
   directory = pathlib.Path(path)
-  directory.mkdir(parents=True, exist_ok=True)
+  processes.on_writer(directory.mkdir)(parents=True, exist_ok=True)
   model_type, family = family_of(config)
-  leaves = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(params).items()}
-  outs, tensors = _fused_outs(family, leaves), {}
-  for leaf_path, array in leaves.items():
-    stored = family.tensors[leaf_path]
-    parts = array if is_stacked(leaf_path) else [array]
-    for name, part in zip(_names(family, leaf_path, len(parts)), parts, strict=True):
-      if stored.rows is not None:
-        shape = (*part.shape[:-1], outs[stored.name])
-        whole = tensors[name].T if name in tensors and _is_transposed(family, leaf_path) else None
-        whole = tensors.get(name, np.zeros(shape, part.dtype)) if whole is None else whole
-        whole[..., stored.rows(config)] = part
-        part = whole
-      tensors[name] = np.ascontiguousarray(part.T if _is_transposed(family, leaf_path) else part)
-  _write_weights(directory, tensors)
+  planned = _planned(config, family, params, dtype or file_dtype(config))
+  write_weights(directory, planned)
+  dtype = next(x.dtype for x in planned if x.name == family.tensors[_EMBEDDING].name)
+  fields = _hf_config(config, model_type, str(dtype)) | config_ids(tokenizer)
 
-  save_tokenizer(directory, tokenizer, max_len=config.max_len)
-  dtype = str(leaves["decoder", "embed", "embedding"].dtype)
-  fields = _hf_config(config, model_type, dtype) | config_ids(tokenizer)
-  write_json(directory / CONFIG, {**fields, "architectures": [family.classes + task], **labels})
+  @processes.on_writer
+  def finish():
+    save_tokenizer(directory, tokenizer, max_len=config.max_len)
+    write_json(directory / CONFIG, {**fields, "architectures": [family.classes + task], **labels})
+
+  finish()
 
 
-def _write_weights(directory, tensors):
-  shards, size = [{}], 0
-  for name, tensor in tensors.items():
-    if shards[-1] and size + tensor.nbytes > _MAX_SHARD_BYTES:
-      shards.append({})
-      size = 0
-    shards[-1][name] = tensor
-    size += tensor.nbytes
-  metadata = {"format": "pt"}
-  if len(shards) == 1:
-    write(directory / WEIGHTS, safetensors.numpy.save(tensors, metadata))
-    (directory / INDEX).unlink(missing_ok=True)
-    return
-  weight_map = {}
-  for i, shard in enumerate(shards, 1):
-    file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-    write(directory / file, safetensors.numpy.save(shard, metadata))
-    weight_map |= dict.fromkeys(shard, file)
-  total_size = sum(tensor.nbytes for tensor in tensors.values())
-  index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-  write_json(directory / INDEX, index)
-  (directory / WEIGHTS).unlink(missing_ok=True)
+def _planned(config: DecoderConfig, family: Family, params: Params, dtype: str) -> list[Planned]:
+  """Returns the tensors that hold `params`, of which none is made yet."""
+  leaves = traverse_util.flatten_dict(params)
+  factors = {
+    (*path[:-2], "kernel"): (leaf, leaves[*path[:-1], "lora_b"])
+    for path, leaf in leaves.items()
+    if path[-1] == "lora_a"
+  }
+  leaves = {path: leaf for path, leaf in leaves.items() if "lora" not in path}
+  outs = _fused_outs(family, leaves)
+  paths = collections.defaultdict(list)  # of the leaves that share a tensor
+  for leaf_path in leaves:
+    for layer, name in enumerate(_names(family, leaf_path, config.num_layers)):
+      paths[name, layer].append(leaf_path)
+
+  def part(path, layer):
+    """Returns a leaf, or a layer of it, on the host."""
+    if not is_stacked(path):
+      return parallel.fetch(leaves[path])
+    if path in factors:
+      return parallel.fetch(_merged_layer(leaves[path], *factors[path], layer, config.lora_rank))
+    return parallel.fetch(_layer(leaves[path], layer))
+
+  def array(name, layer, shape, dtype):
+    first, *others = paths[name, layer]
+    is_transposed = _is_transposed(family, first)
+    if family.tensors[first].rows is None:
+      whole = np.asarray(part(first, layer))
+      whole = whole.T if is_transposed else whole
+    else:
+      whole = np.zeros(shape, dtype)
+      view = whole.T if is_transposed else whole
+      for path in (first, *others):
+        view[..., family.tensors[path].rows(config)] = part(path, layer)
+    return np.ascontiguousarray(whole).astype(dtype, copy=False)
+
+  planned = []
+  for (name, layer), (first, *_) in paths.items():
+    shape = _stored_shape(family, first, leaves[first], outs)
+    own = np.dtype(dtype or leaves[first].dtype)
+    make = functools.partial(array, name, layer, shape, own)
+    planned.append(Planned(name, shape, own, make))
+  return planned
+
+
+def _layer(leaf, layer):
+  """Returns one layer of a stacked leaf, wherever that is."""
+  return _layer_on_devices(leaf, layer) if isinstance(leaf, jax.Array) else leaf[layer]
+
+
+# The layer is traced: one program serves all layers.
+@jax.jit
+def _layer_on_devices(leaf, layer):
+  return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _merged_layer(kernel, lora_a, lora_b, layer, rank):
+  parts = (_layer_on_devices(jnp.asarray(x), layer) for x in (kernel, lora_a, lora_b))
+  return merged_kernel(*parts, rank=rank)

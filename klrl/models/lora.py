@@ -85,13 +85,14 @@ def merge_lora(config: DecoderConfig, params: Params) -> tuple[DecoderConfig, Pa
       return node
     rest = {name: merged(child) for name, child in node.items() if name != "lora"}
     if "lora" in node:
-      rest["kernel"] = _merged_kernel(rest["kernel"], **node["lora"], rank=config.lora_rank)
+      rest["kernel"] = merged_kernel(rest["kernel"], **node["lora"], rank=config.lora_rank)
     return rest
 
   return dataclasses.replace(config, lora_rank=0), merged(params)
 
 
-def _merged_kernel(kernel, lora_a, lora_b, *, rank):
+def merged_kernel(kernel: jax.Array, lora_a: jax.Array, lora_b: jax.Array, *, rank: int):
+  """Returns the kernel of a linear map with its adapter merged into it; see `merge_lora`."""
   dtype = jnp.promote_types(kernel.dtype, jnp.float32)
   # A TPU would otherwise multiply in bfloat16.
   product = jnp.matmul(lora_a, lora_b, precision="highest", preferred_element_type=dtype)
