@@ -15,7 +15,7 @@ from experiments.lab import dpo_pairs
 from experiments.lab.dpo_pairs import Pairs
 from experiments.settings import training
 from klrl.algorithm.gradients import scalar
-from klrl.devices import parallel
+from klrl.devices import parallel, unread
 from klrl.errors import UserError
 from klrl.exact import oracle
 from klrl.models import (
@@ -380,7 +380,7 @@ def test_pairs_that_are_too_long_are_left_out_where_that_is_asked_for(own, tmp_p
   assert start.prompts.records == [{"prompt": "1+"}]
   np.testing.assert_allclose(
     start.training.ref_log_probs,
-    dpo_pairs.completion_log_probs(start.policy, start.params, *start.training[:3]),
+    dpo_pairs.completion_log_probs(start.policy, unread.read(start.params), *start.training[:3]),
     rtol=1e-5,
   )
 
