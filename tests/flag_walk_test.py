@@ -240,6 +240,7 @@ CASES = {
     "divergence": Case("forward"),
     "jsd_weight": Case(0.25, {"divergence": "jensen_shannon"}),
     "kl_placement": Case("both", shows_in="refusal"),
+    "keep_best": Case("score", shows_in="refusal"),
   },
 }
 SMALL = {"batch_size": 8, "num_iterations": 4, "save_every": 2, "mesh": "data=1"}

@@ -247,7 +247,7 @@ def _path(evaluations: list[dict], figures: dict[str, object]) -> list[Html]:
       if (iteration := number(record.get("iteration"))) is not None
       and None not in (x := _estimate(record, KL), y := _estimate(record, name))
     ]
-    if len(points) > 1:
+    if len({point[3] for point in points}) > 1:  # What stayed the same is told below.
       svg = plot(functools.partial(_draw_path, sorted(points)), "KL(π‖ref), nats per sequence")
       pictures.append(figure(find(name).title, f"{find(name).unit}, against KL(π‖ref)", svg))
   if not pictures:
