@@ -3,7 +3,8 @@
 The console, the pages and docs/figures.md read the tables of this module. `shown` is the one way
 in which a figure is written: three digits, shares as per cent, a KL of nothing as 0.000. Keys with
 a slash are those of `metrics.jsonl`. The others are held-out figures in `summary.json`, where
-`_before`, `_after` and `_stderr` follow the key.
+`_before`, `_after`, `_best` and `_stderr` follow the key; those of `evaluations.jsonl` are among
+them, with `_stderr` alone.
 """
 
 import math
@@ -104,6 +105,8 @@ MORE = (
   Figure("held_out_mean_score", "Mean score of a pair", "score",
          "Mean of the reward model's scores of both completions."),
   Figure("held_out_examples", "Held-out examples", "", "How many pairs or rows were held out."),
+  Figure("best_iteration", "Iterations of the best model", "",
+         "After how many iterations the model in model_best was the best one (--keep_best)."),
   Figure("exact_score", "Score, by enumeration", "per completion",
          "E[score] over all completions (tree)."),
   Figure("exact_kl", "KL(π‖ref), by enumeration", PER_SEQUENCE,
@@ -205,7 +208,7 @@ TRAINING = (
 FIGURES = {figure.key: figure for figure in (*JUDGED, *MORE, *TRAINING)}
 # Keys of which a part is chosen by the run.
 _OPEN = {r"(pass_at_)(\d+)": "K", r"(majority_at_)(\d+)": "K", r"(score/)(.+)": "NAME"}
-_SUFFIX = re.compile("(_(stderr|before|after|change|median|least|most))+$")
+_SUFFIX = re.compile("(_(stderr|before|after|best|change|median|least|most))+$")
 
 
 def find(name: str) -> Figure:
@@ -313,7 +316,7 @@ def markdown() -> str:
 
   return "\n".join(
     (
-      table("On held-out prompts or examples: `summary.json`", (*JUDGED, *MORE)),
+      table("On held-out prompts or examples: `summary.json`, `evaluations.jsonl`", (*JUDGED, *MORE)),
       table("In an iteration: `metrics.jsonl`", TRAINING),
     )
   )

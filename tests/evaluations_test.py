@@ -82,7 +82,7 @@ def test_the_best_model_stays_though_the_run_goes_on(whole):
   assert best["iteration"] == 4 and best["gold"] == 0.9
   assert float((whole / "model_best/weights").read_text()) == lines_of(whole)[2]["x"]
   assert evaluations.best_figures(whole, "gold") == {
-    "best_iteration": 4, "best_gold": 0.9, "best_gold_stderr": 0.01,
+    "best_iteration": 4, "gold_best": 0.9, "gold_best_stderr": 0.01,
   }  # fmt: skip
   assert not [path for path in whole.iterdir() if path.name.startswith("model_best.")]
 

@@ -125,6 +125,8 @@ REMEMBERING = {
   "sampler_correction": "sequence",
   "reward": "2*reward.py:sevens,-0.5*reward.py:length",
   "reward_model": "",
+  "keep_best": "score",
+  "num_interim_rows": 8,
 }
 
 
@@ -149,7 +151,8 @@ def test_interrupted_run_with_own_rewards_goes_on_bit_for_bit(runs, own, monkeyp
     ppo.main(ppo.Config(**settings, workdir="parts"))
   (runs / "reward.py").write_text(reward)
   ppo.main(ppo.Config(**settings, workdir="parts"))
-  for name in ("metrics.jsonl", "samples.jsonl"):
+  best = [f"model_best/{name}" for name in ("evaluation.json", "model.safetensors")]
+  for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", *best):
     assert (runs / "whole" / name).read_bytes() == (runs / "parts" / name).read_bytes(), name
   whole, parts = (
     json.loads((runs / name / "summary.json").read_text()) for name in ("whole", "parts")
@@ -158,6 +161,10 @@ def test_interrupted_run_with_own_rewards_goes_on_bit_for_bit(runs, own, monkeyp
   assert {k: v for k, v in whole.items() if k not in timed} == {
     k: v for k, v in parts.items() if k not in timed
   }
+  scores = {x["iteration"]: x["score"] for x in read_lines(runs / "whole/evaluations.jsonl")}
+  assert list(scores) == [0, 1, 2, 3, 4]
+  assert whole["score_best"] == max(scores.values()) == scores[whole["best_iteration"]]
+  load_policy(runs / "whole/model_best")
   for line in read_lines(runs / "whole/metrics.jsonl"):
     total = 2 * line["score/sevens"] - 0.5 * line["score/length"]
     assert line["score/mean"] == pytest.approx(total, rel=1e-5)
@@ -183,7 +190,7 @@ def test_nan_score_stops_the_run_and_keeps_what_was_saved(runs, own):
     """)
   )
   with pytest.raises(UserError, match=r"Iteration 3: .* returned nan for completion"):
-    ppo.main(ppo.Config(**{**own, "reward": "nan.py:reward"}, workdir="nan"))
+    ppo.main(ppo.Config(**{**own, "reward": "nan.py:reward"}, eval_every=0, workdir="nan"))
   assert len(read_lines(runs / "nan/metrics.jsonl")) == 2
   assert (runs / "nan/checkpoints/2").is_dir()
   assert not (runs / "nan/summary.json").exists()

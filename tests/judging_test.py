@@ -178,6 +178,18 @@ def test_a_judge_says_the_same_each_time(judge):
   assert [sample["when"] for sample in first.samples] == ["before"] * 2
 
 
+def test_while_it_trains_fewer_rows_are_drawn_with_the_same_noise():
+  few = make_judge(num_eval_rows=14, num_interim_rows=7)
+  figures = few.evaluate(make_params(POLICY, 0))
+  assert figures == few.evaluate(make_params(POLICY, 0))
+  # They are the first rows of those that are judged before and after.
+  first = make_judge_fn(num_eval_rows=7)(make_params(POLICY, 0), when="after").figures
+  known = {name: x for name, x in figures.items() if x is not None}
+  assert known == pytest.approx({name: first[name] for name in known}, rel=1e-5)
+  assert {"kl_ref_exact", "kl_ref_forward_stderr", "nll", "gold", "length"} <= figures.keys()
+  assert not [name for name in figures if "greedy" in name or "_at_" in name]
+
+
 def test_what_nothing_gives_is_not_in_the_figures_and_another_seed_draws_anew(judge):
   bare = make_judge_fn(reference=None, verifier=None, seed=1)(make_params(POLICY, 0), when="after")
   named = bare.figures

@@ -500,3 +500,75 @@ def test_band_is_two_standard_errors_on_either_side():
 
 def test_duration():
   assert [page.duration(s) for s in (5.4, 65, 3725)] == ["5 s", "1 min 5 s", "1 h 2 min"]
+
+
+def evaluated(n=5, **changes):
+  """Returns the lines of the evaluations of a run in which only few figures change."""
+  lines = [
+    {
+      "iteration": 2 * i,
+      "score": 1.0 + 0.1 * i, "score_stderr": 0.05,
+      "gold": 0.5 + 0.05 * i, "gold_stderr": 0.02,
+      "kl_ref_exact": 0.3 * i, "kl_ref_exact_stderr": 0.02,
+      "kl_ref_forward": 0.4 * i, "nll": 2.0 - 0.1 * i, "finished_fraction": 1.0,
+      **changes,
+    }
+    for i in range(n)
+  ]  # fmt: skip
+  return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def test_what_was_gained_against_the_kl_on_the_way_comes_first(tmp_path):
+  shown = Page(write_report(write_run(tmp_path, evaluations__jsonl=evaluated())))
+  places = [
+    shown.text.index(part)
+    for part in (
+      "Gained against KL, on held-out prompts",
+      "Gold accuracy % of completions, against KL(π‖ref)",
+      "Score per completion, against KL(π‖ref)",
+      "Bars are two standard errors",
+      "Before and after",
+      "Held-out prompts, while it trained",
+      "KL(π‖ref) nats per sequence KL(π‖ref) 1.2 KL(ref‖π) 1.6",
+      "Curves",
+    )
+  ]
+  assert places == sorted(places)
+  assert "model_best" not in shown.text and "Ended by itself 100.0%" in shown.text
+
+
+def test_the_best_model_is_named_with_its_iteration_and_figure(tmp_path):
+  write_run(tmp_path, evaluations__jsonl=evaluated())
+  summary = json.loads((tmp_path / "summary.json").read_text())
+  summary |= {"best_iteration": 6, "gold_best": 0.65, "gold_best_stderr": 0.02}
+  (tmp_path / "summary.json").write_text(json.dumps(summary))
+  shown = Page(write_report(tmp_path))
+  assert "The model after 6 iterations is kept in model_best." in shown.text
+  assert "the highest gold accuracy, 65.0 ± 2.0%, which luck has a part in" in shown.text
+
+
+@pytest.mark.parametrize(
+  "lines",
+  [
+    "",
+    "[" * 10**5 + "\n{}\n",
+    evaluated(1),
+    evaluated(gold=None, score=None),
+    evaluated(kl_ref_exact=None),
+    evaluated(score=0.0, gold=math.nan),
+    evaluated(score=HOSTILE, gold=math.inf, kl_ref_exact="x"),
+    '{"iteration": null, "score": 1}\n',
+  ],
+)
+def test_without_figures_on_the_way_there_is_no_picture_of_it(tmp_path, lines):
+  shown = Page(write_report(write_run(tmp_path, evaluations__jsonl=lines)))
+  assert "Gained against KL" not in shown.text
+  assert "Before and after" in shown.text
+
+
+def test_errors_that_are_not_known_leave_the_points_of_the_way(tmp_path):
+  shown = Page(
+    write_report(write_run(tmp_path, evaluations__jsonl=evaluated(gold_stderr=None, score=1.0)))
+  )
+  assert "Gold accuracy % of completions, against" in shown.text
+  assert "Score per completion, against" not in shown.text  # It stayed the same.

@@ -257,13 +257,13 @@ def _path(evaluations: list[dict], figures: dict[str, object]) -> list[Html]:
     "the dot where it ended, and the numbers count iterations. Bars are two standard errors long "
     "on either side."
   )
-  chosen = [name for name in ("gold", "score") if number(figures.get(f"best_{name}")) is not None]
+  chosen = [name for name in ("gold", "score") if number(figures.get(f"{name}_best")) is not None]
   best = number(figures.get("best_iteration"))
   if chosen and best is not None:
     about += (
       f" The model after {best:g} iterations is kept in model_best. Of all these it has the "
       f"highest {find(chosen[0]).title[:1].lower()}{find(chosen[0]).title[1:]}, "
-      f"{of_summary(figures, f'best_{chosen[0]}')}, which luck has a part in."
+      f"{of_summary(figures, f'{chosen[0]}_best')}, which luck has a part in."
     )
   heading = element("h2", "Gained against KL, on held-out prompts")
   return [heading, grid(*pictures, least=24), note(about)]

@@ -153,8 +153,11 @@ def best_figures(workdir: pathlib.Path, keep_best: str) -> dict[str, float | Non
   best = processes.on_writer(read_best)(workdir) if keep_best else None
   if best is None:
     return {}
-  names = (name for name in ("iteration", keep_best, f"{keep_best}_stderr") if name in best)
-  return {f"best_{name}": best[name] for name in names}
+  return {
+    "best_iteration": best["iteration"],
+    f"{keep_best}_best": best[keep_best],
+    f"{keep_best}_best_stderr": best.get(f"{keep_best}_stderr"),
+  }
 
 
 def _exchange(best: pathlib.Path) -> None:
