@@ -18,6 +18,7 @@ import numpy as np
 
 from klrl.devices import parallel
 from klrl.models.decoder import Policy
+from klrl.ops.log_probs import logits_of
 
 Array = jax.Array
 
@@ -127,9 +128,15 @@ def make_greedy_fn(
 _FIRST_SLOTS = 128
 
 
-def _cache_lens(prompt_len: int, needed: int) -> list[int]:
-  """Returns growing cache lengths: each is twice the one before, and the last is `needed`."""
+def _cache_lens(prompt_len: int, needed: int, short_len: int) -> list[int]:
+  """Returns growing cache lengths: each is twice the one before, and the last is `needed`.
+
+  Where the last is long enough for the long divisors of a rotation, all are, so that no key is
+  turned in another way than its query.
+  """
   lens = [prompt_len + _FIRST_SLOTS]
+  if needed >= short_len:
+    lens[0] = max(lens[0], short_len)
   while lens[-1] < needed:
     lens.append(2 * lens[-1])
   return [*lens[:-1], needed]
@@ -169,8 +176,7 @@ def _make_generate_fn(policy, max_completion_len, eos_id, pad_id):
     prompt_counts = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
 
     def append(state, hidden):
-      dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-      logits = jnp.matmul(hidden, unembedding, preferred_element_type=dtype)
+      logits = logits_of(hidden, unembedding)
       tokens, log_probs, sampler_log_probs = draw(logits, state.t)
       alive = ~state.finished
       tokens = jnp.where(alive, tokens, pad_id).astype(jnp.int32)
@@ -212,7 +218,7 @@ def _make_generate_fn(policy, max_completion_len, eos_id, pad_id):
 
     shape = (batch_size, max_completion_len)
     # The last token is never read, so it gets no slot.
-    cache_lens = _cache_lens(prompt_len, total_len - 1)
+    cache_lens = _cache_lens(prompt_len, total_len - 1, policy.config.short_len)
     hidden, cache = policy.prefill(params, prompts, prompt_mask, cache_lens[0])
     log_prob_dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     state = _State(

@@ -66,7 +66,7 @@ def numpy_logits(config, params, tokens):
     half = config.head_dim // 2
     out = np.empty_like(x)
     for i in range(half):
-      angle = t * config.rope_theta ** (-2 * i / config.head_dim)
+      angle = t * config.kinds[0].rotation.theta ** (-2 * i / config.head_dim)
       turned = complex(x[i], x[i + half]) * np.exp(1j * angle)
       out[i], out[i + half] = turned.real, turned.imag
     return out

@@ -15,8 +15,10 @@ import tokenizers
 
 from klrl.errors import UserError
 from klrl.models import TokenizerInfo, check_tokenizer, hf, load_tokenizer, weights
+from klrl.models.blocks import LayerKind
 from klrl.models.decoder import DecoderConfig, policy_model, scalar_model
 from klrl.models.lora import add_lora, join, merge_lora
+from klrl.models.rotations import Rotation
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared"
 STORIES = SHARED / "models" / "stories260K"
@@ -31,7 +33,7 @@ LLAMA = DecoderConfig(
   head_dim=4,
   mlp_dim=20,
   max_len=32,
-  rope_theta=5000.0,
+  kinds=(LayerKind(Rotation(5000.0)),),
   norm_eps=1e-3,
 )
 UNTIED = dataclasses.replace(LLAMA, tie_embeddings=False, num_layers=1)
@@ -256,12 +258,11 @@ def test_a_tied_matrix_stored_twice_and_old_frequencies_are_passed_over(tmp_path
   ("changes", "message"),
   [
     ({"model_type": "bert"}, "model_type 'bert' is not supported"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
-    ({"rope_parameters": {"rope_type": "llama3"}}, "rope_scaling of type 'llama3'"),
-    ({"attention_bias": True}, "attention_bias=True"),
-    ({"mlp_bias": True}, "mlp_bias=True"),
-    ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-    ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),
+    ({"rope_scaling": {"type": "mrope"}}, "rope_scaling: rope_type 'mrope' is not supported"),
+    ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters has no low_freq_factor"),
+    ({"attention_bias": True}, r"missing tensors \['model\.layers\.0\.self_attn\.k_proj\.bias"),
+    ({"mlp_bias": True}, r"missing tensors \['model\.layers\.0\.mlp\.down_proj\.bias"),
+    ({"hidden_act": "relu2"}, "hidden_act='relu2'"),
     ({"hidden_size": None}, "has no hidden_size"),
     ({"head_dim": 3}, r"config\.json: head_dim=3 must be even"),
     ({"vocab_size": 12}, r"model\.embed_tokens\.weight has shape \(11, 12\), not \(12, 12\)"),

@@ -44,7 +44,7 @@ class Context(NamedTuple):
   trust_region_beta: jax.Array
   advantage_mean: jax.Array  # mean and deviation that whitened the advantages; 0 and 1 without
   advantage_std: jax.Array
-  ref_unembedding: jax.Array | None
+  ref_unembedding: ops.Unembedding | None
   iteration: jax.Array
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from klrl import ops
 from klrl.algorithm.kl_terms import TokenTerms
 from klrl.errors import UserError
-from klrl.ops.log_probs import matmul
+from klrl.ops.log_probs import logits_of
 
 
 class Tree(NamedTuple):
@@ -400,4 +400,4 @@ def decoder_logits(policy, params, tree: Tree, prompt) -> jax.Array:
   tokens = jnp.concatenate([jnp.tile(prompt, (len(longest), 1)), longest], axis=1)
   hidden = policy.hidden(params, tokens, jnp.ones(tokens.shape, bool))[:, len(prompt) - 1 :]
   rows = [np.arange(x.stop - x.start) * (len(longest) // (x.stop - x.start)) for x in tree.levels]
-  return matmul(hidden[np.concatenate(rows), tree.depths], policy.unembedding(params))
+  return logits_of(hidden[np.concatenate(rows), tree.depths], policy.unembedding(params))

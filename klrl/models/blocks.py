@@ -1,31 +1,67 @@
-"""The modules of the decoder (Llama layout), described in Flax NNX.
+"""The modules of the decoder, described in Flax NNX.
 
 Shapes: B rows, S tokens, D width, K key/value heads, H head width.
 
 Sources: H. Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023), section
-2.2 for the block; J. Su et al., "RoFormer" (2021), equation 34 for the rotation, in the pairing of
-Hugging Face (element i with element i + H/2); N. Shazeer, "GLU Variants Improve Transformer" (2020)
-for the gated MLP; J. Ainslie et al., "GQA" (2023) for the shared key/value heads.
+2.2 for the block; N. Shazeer, "GLU Variants Improve Transformer" (2020) for the gated MLP; J.
+Ainslie et al., "GQA" (2023) for the shared key/value heads; A. Radford et al., "Language Models are
+Unsupervised Multitask Learners" (2019) for learned positions and the plain MLP; S. Black et al.,
+"GPT-NeoX-20B" (2022) for the parallel residual; I. Beltagy et al., "Longformer" (2020) for windows;
+Gemma Team, "Gemma 2" (2024) for soft caps and for norms on both sides, "Gemma 3" (2025) for norms
+of queries and keys. `rotations.py` has those of the rotation.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from klrl.models.rotations import Rotation, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+  """What can differ from layer to layer.
+
+  rotation: that of queries and keys; None leaves them as they are.
+  window: a token attends to itself and the `window - 1` real tokens before it; 0 is no limit.
+  """
+
+  rotation: Rotation | None = dataclasses.field(default_factory=Rotation)
+  window: int = 0
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """The static shape of a decoder.
+  """The static shape of a decoder, and which of a list of independent features it has.
 
-  Activations are computed in `dtype`, and fresh parameters are stored in `param_dtype`.
-  `attention_bias` adds a bias to queries, keys and values (Qwen2). `max_len` bounds the tokens of
-  prompt and completion together. If `num_tokens` > 0, only the first `num_tokens` of the
-  `vocab_size` rows are tokens: the others fill the matrix up and are never predicted.
-  `lora_rank` > 0 gives every linear map of the layers an adapter (see `AdaptedLinear`). A model
-  that was read from files remembers their `model_type`, a row of `families.py`, and the text of
-  their config.json, `hf_config`; both are "" for a fresh model, and no computation reads them.
+  Activations are computed in `dtype`, and fresh parameters are stored in `param_dtype`. `max_len`
+  bounds the tokens of prompt and completion together. If `num_tokens` > 0, only the first
+  `num_tokens` of the `vocab_size` rows are tokens: the others fill the matrix up and are never
+  predicted. `lora_rank` > 0 gives every linear map of the layers an adapter (see `AdaptedLinear`).
+
+  * `kinds` says which kinds of layers there are, and `kind_of_layer` which each layer is, by its
+    place in `kinds`; () is the first for all. What rotations turn is equally wide in all kinds.
+  * `norm`: "rms" divides by the root mean square, "rms_plus_1" does so and multiplies by 1 + its
+    parameter, "layer" subtracts the mean too and has a bias. It stands before attention and MLP
+    (`norm_place` "pre"), behind them ("post"), or on both sides ("both").
+  * `qk_norm`: queries and keys are normed, each head by itself ("head") or the whole projection
+    ("all").
+  * `attention_bias` is one of queries, keys and values, `output_bias` one behind attention, and
+    `mlp_bias` those of the MLP.
+  * `attention_scale` multiplies the attention's logits (None: 1 / sqrt(`head_dim`)), and
+    `attention_cap` bounds them softly, by cap * tanh(logits / cap); 0 is no bound. `logits_cap`
+    bounds those of the next token, which `logits_divisor` divides before.
+  * `activation` is that of the MLP; a `gated_mlp` multiplies it by a second linear map.
+  * `embedding_scale` multiplies the embeddings, and `residual_scale` what attention and MLP add.
+  * `parallel_residual`: the MLP reads what attention reads, not what attention has changed.
+  * `learned_positions` adds one of `max_len` vectors to each embedding.
+
+  A model that was read from files remembers their `model_type`, a row of `families.py`, and the
+  text of their config.json, `hf_config`; both are "" for a fresh model, and no computation reads
+  them.
   """
 
   vocab_size: int
@@ -36,10 +72,26 @@ class DecoderConfig:
   head_dim: int
   mlp_dim: int
   max_len: int
-  rope_theta: float = 10000.0
+  kinds: tuple[LayerKind, ...] = (LayerKind(),)
+  kind_of_layer: tuple[int, ...] = ()
+  norm: Literal["rms", "rms_plus_1", "layer"] = "rms"
+  norm_place: Literal["pre", "post", "both"] = "pre"
   norm_eps: float = 1e-5
-  tie_embeddings: bool = True
+  qk_norm: Literal["none", "head", "all"] = "none"
   attention_bias: bool = False
+  output_bias: bool = False
+  mlp_bias: bool = False
+  attention_scale: float | None = None
+  attention_cap: float = 0.0
+  logits_cap: float = 0.0
+  logits_divisor: float = 1.0
+  activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+  gated_mlp: bool = True
+  embedding_scale: float = 1.0
+  residual_scale: float = 1.0
+  parallel_residual: bool = False
+  learned_positions: bool = False
+  tie_embeddings: bool = True
   dtype: str = "float32"
   param_dtype: str = "float32"
   remat: bool = False
@@ -53,12 +105,31 @@ class DecoderConfig:
       raise ValueError(
         f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}."
       )
-    if self.head_dim % 2:
-      raise ValueError(f"head_dim={self.head_dim} must be even: the rotation works on pairs.")
+    rotated = {kind.rotation.rotated_dim(self.head_dim) for kind in self.kinds if kind.rotation}
+    if any(dim % 2 or not dim for dim in rotated):
+      raise ValueError(
+        f"head_dim={self.head_dim} must be even: the rotation works on pairs, here of"
+        f" {sorted(rotated)} elements."
+      )
+    if len(rotated) > 1:
+      raise ValueError(f"The layers' rotations turn {sorted(rotated)} elements; it must be one.")
+    if self.kind_of_layer and len(self.kind_of_layer) != self.num_layers:
+      raise ValueError(
+        f"kind_of_layer has {len(self.kind_of_layer)} entries, not num_layers={self.num_layers}."
+      )
     if self.num_tokens > self.vocab_size:
       raise ValueError(f"num_tokens={self.num_tokens} exceeds vocab_size={self.vocab_size}.")
     if self.lora_rank < 0:
       raise ValueError(f"lora_rank={self.lora_rank} must not be negative; 0 is no adapters.")
+
+  def index_of_kind(self, layer: int) -> int:
+    """Returns the place in `kinds` of a layer's kind."""
+    return self.kind_of_layer[layer] if self.kind_of_layer else 0
+
+  @property
+  def short_len(self) -> int:
+    """The longest row for which a rotation with long divisors uses the short ones; 0: no such."""
+    return max((k.rotation.short_len for k in self.kinds if k.rotation), default=0)
 
 
 INIT = nnx.initializers.normal(0.02)
@@ -108,18 +179,33 @@ def _linear(config, fan_in, fan_out, rngs, *, use_bias=False, residual=False):
   return nnx.Linear(fan_in, fan_out, rngs=rngs, **options)
 
 
-def _norm(config, rngs):
-  return nnx.RMSNorm(
-    config.width,
-    epsilon=config.norm_eps,
-    dtype=config.dtype,
-    param_dtype=config.param_dtype,
-    rngs=rngs,
-  )
+class PlusOneRMSNorm(nnx.RMSNorm):
+  """RMS norm whose factor is 1 + its parameter, in at least float32 (Gemma)."""
+
+  def __call__(self, x):
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+    return (normed * (1 + self.scale[...].astype(wide.dtype))).astype(self.dtype)
+
+
+def _norm(config, rngs, width=None):
+  options = {
+    "epsilon": config.norm_eps,
+    "dtype": config.dtype,
+    "param_dtype": config.param_dtype,
+    "rngs": rngs,
+  }
+  if config.norm == "layer":
+    # The faster variance, a difference of two large numbers, loses digits where the mean is large.
+    return nnx.LayerNorm(width or config.width, use_fast_variance=False, **options)
+  if config.norm == "rms_plus_1":
+    options["scale_init"] = nnx.initializers.zeros_init()
+    return PlusOneRMSNorm(width or config.width, **options)
+  return nnx.RMSNorm(width or config.width, **options)
 
 
 class Attention(nnx.Module):
-  """Rotary grouped-query attention."""
+  """Grouped-query attention."""
 
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
     query_dim = config.num_heads * config.head_dim
@@ -128,77 +214,125 @@ class Attention(nnx.Module):
     self.query = _linear(config, config.width, query_dim, rngs, use_bias=bias)
     self.key = _linear(config, config.width, kv_dim, rngs, use_bias=bias)
     self.value = _linear(config, config.width, kv_dim, rngs, use_bias=bias)
-    self.output = _linear(config, query_dim, config.width, rngs, residual=True)
-    self.head_dim = config.head_dim
+    self.output = _linear(
+      config, query_dim, config.width, rngs, use_bias=config.output_bias, residual=True
+    )
+    if config.qk_norm != "none":
+      by_head = config.qk_norm == "head"
+      self.query_norm = _norm(config, rngs, config.head_dim if by_head else query_dim)
+      self.key_norm = _norm(config, rngs, config.head_dim if by_head else kv_dim)
+    self.qk_norm, self.head_dim = config.qk_norm, config.head_dim
+    self.scale, self.cap = config.attention_scale, config.attention_cap
 
   def __call__(self, x, rotation, mask, store):
-    def heads(y):
-      return y.reshape(*y.shape[:2], -1, self.head_dim)
+    def heads(y, norm=None):
+      y = norm(y) if norm and self.qk_norm == "all" else y
+      y = y.reshape(*y.shape[:2], -1, self.head_dim)
+      return norm(y) if norm and self.qk_norm == "head" else y
 
-    query = _rotate(heads(self.query(x)), rotation)
-    key = _rotate(heads(self.key(x)), rotation).swapaxes(1, 2)
-    value = heads(self.value(x)).swapaxes(1, 2)
+    normed = self.qk_norm != "none"
+    query = heads(self.query(x), self.query_norm if normed else None)
+    key = heads(self.key(x), self.key_norm if normed else None)
+    if rotation is not None:
+      query, key = rotate(query, *rotation), rotate(key, *rotation)
+    key, value = key.swapaxes(1, 2), heads(self.value(x)).swapaxes(1, 2)
     key, value = store((key, value))
-    y = jax.nn.dot_product_attention(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask=mask)
+    y = self._attend(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask)
     return self.output(y.reshape(*y.shape[:2], -1)), (key, value)
+
+  def _attend(self, query, key, value, mask):
+    if not self.cap:
+      return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=self.scale)
+    # The library's attention has no soft cap.
+    groups = query.reshape(*query.shape[:2], key.shape[2], -1, self.head_dim)
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("bskgh,btkh->bkgst", groups, key, preferred_element_type=dtype)
+    logits *= self.head_dim**-0.5 if self.scale is None else self.scale
+    logits = jnp.where(
+      mask[:, :, None], self.cap * jnp.tanh(logits / self.cap), -0.7 * jnp.finfo(dtype).max
+    )
+    probs = jax.nn.softmax(logits, axis=-1).astype(key.dtype)
+    return jnp.einsum("bkgst,btkh->bskgh", probs, value).reshape(query.shape)
+
+
+_ACTIVATIONS = {
+  "silu": jax.nn.silu,
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
 
 
 class MLP(nnx.Module):
-  """Gated MLP with SiLU."""
+  """Two linear maps with an activation between them, which a third can gate."""
 
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-    self.gate = _linear(config, config.width, config.mlp_dim, rngs)
-    self.up = _linear(config, config.width, config.mlp_dim, rngs)
-    self.down = _linear(config, config.mlp_dim, config.width, rngs, residual=True)
+    bias = config.mlp_bias
+    if config.gated_mlp:
+      self.gate = _linear(config, config.width, config.mlp_dim, rngs, use_bias=bias)
+    self.up = _linear(config, config.width, config.mlp_dim, rngs, use_bias=bias)
+    self.down = _linear(config, config.mlp_dim, config.width, rngs, use_bias=bias, residual=True)
+    self.gated, self.activation = config.gated_mlp, config.activation
 
   def __call__(self, x):
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    activation = _ACTIVATIONS[self.activation]
+    if self.gated:
+      return self.down(activation(self.gate(x)) * self.up(x))
+    return self.down(activation(self.up(x)))
 
 
 class Block(nnx.Module):
-  """One pre-norm residual layer.
+  """One residual layer.
 
   `store` receives the new (keys, values) [B, K, S, H] and returns those to attend over; the block
   returns them beside its output.
   """
 
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-    self.attention_norm = _norm(config, rngs)
+    self.is_pre, self.is_post = config.norm_place != "post", config.norm_place != "pre"
+    self.residual_scale, self.is_parallel = config.residual_scale, config.parallel_residual
+    if self.is_pre:
+      self.attention_norm = _norm(config, rngs)
     self.attention = Attention(config, rngs)
-    self.mlp_norm = _norm(config, rngs)
+    if self.is_pre:
+      self.mlp_norm = _norm(config, rngs)
     self.mlp = MLP(config, rngs)
+    if self.is_post:
+      self.attention_post_norm = _norm(config, rngs)
+      self.mlp_post_norm = _norm(config, rngs)
 
   def __call__(self, x, rotation, mask, store=lambda keys_values: keys_values):
-    y, keys_values = self.attention(self.attention_norm(x), rotation, mask, store)
-    x = x + y
-    return x + self.mlp(self.mlp_norm(x)), keys_values
+    y = self.attention_norm(x) if self.is_pre else x
+    y, keys_values = self.attention(y, rotation, mask, store)
+    y = self._added(self.attention_post_norm(y) if self.is_post else y)
+    read = x if self.is_parallel else x + y
+    z = self.mlp(self.mlp_norm(read) if self.is_pre else read)
+    z = self._added(self.mlp_post_norm(z) if self.is_post else z)
+    return (x + y if self.is_parallel else read) + z, keys_values
+
+  def _added(self, y):
+    return y if self.residual_scale == 1 else y * self.residual_scale
 
 
 class Ends(nnx.Module):
-  """What surrounds the layers: embedding and final norm."""
+  """What surrounds the layers: embeddings of tokens and positions, and final norm."""
 
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-    self.embed = nnx.Embed(
-      config.vocab_size,
-      config.width,
-      dtype=config.dtype,
-      param_dtype=config.param_dtype,
-      embedding_init=INIT,
-      rngs=rngs,
-    )
+    options = {
+      "dtype": config.dtype,
+      "param_dtype": config.param_dtype,
+      "embedding_init": INIT,
+      "rngs": rngs,
+    }
+    self.embed = nnx.Embed(config.vocab_size, config.width, **options)
     self.final_norm = _norm(config, rngs)
+    if config.learned_positions:
+      self.positions = nnx.Embed(config.max_len, config.width, **options)
+    self.scale, self.has_positions = config.embedding_scale, config.learned_positions
 
-
-def rotation_of(positions, config):
-  """Returns (cos, sin), each [B, S, 1, H/2], at least float32: angles reach thousands."""
-  dtype = jnp.promote_types(config.dtype, jnp.float32)
-  exponents = jnp.arange(0, config.head_dim, 2, dtype=dtype) / config.head_dim
-  angles = positions[..., None].astype(dtype) * (config.rope_theta**-exponents)[None, None]
-  return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-
-
-def _rotate(x, rotation):
-  cos, sin = rotation
-  left, right = jnp.split(x, 2, axis=-1)
-  rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-  return rotated.astype(x.dtype)
+  def embedded(self, tokens, positions):
+    """Returns what the first layer reads [B, S, D]; `positions` [B, S] of no token are -1."""
+    x = self.embed(tokens)
+    if self.scale != 1:
+      # Rounded to the dtype of the activations, in which Gemma was trained: 55.5, not 55.4.
+      x *= jnp.asarray(self.scale, x.dtype)
+    return x + self.positions(jnp.maximum(positions, 0)) if self.has_positions else x

@@ -1,4 +1,4 @@
-"""One decoder-only transformer (Llama layout) as pure functions of plain nested dicts.
+"""One decoder-only transformer as pure functions of plain nested dicts.
 
 Flax NNX describes the modules (`blocks.py`, with their sources). `policy_model` and `scalar_model`
 split them once and return pure functions; the rest of the library sees only these.
@@ -24,7 +24,9 @@ import numpy as np
 from flax import nnx
 
 from klrl.devices import parallel
-from klrl.models.blocks import INIT, Block, DecoderConfig, Ends, rotation_of
+from klrl.models.blocks import INIT, Block, DecoderConfig, Ends
+from klrl.models.rotations import cos_sin
+from klrl.ops.log_probs import CappedUnembedding, Unembedding
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -40,7 +42,7 @@ class Policy:
   config: DecoderConfig
   init: Callable[[Array], Params]
   hidden: Callable[..., Array]
-  unembedding: Callable[[Params], Array]
+  unembedding: Callable[[Params], Unembedding]
   prefill: Callable[[Params, Array, Array, int], tuple[Array, Cache]]
   unstack: Callable[[Params], Params]
   decode: Callable[[Params, Array, Array, Cache, Array, Array], tuple[Array, Cache]]
@@ -67,8 +69,9 @@ def policy_model(config: DecoderConfig) -> Policy:
   * `hidden(params, tokens [B, S] int32, mask [B, S], segment_ids=None) -> [B, S, D]`, the hidden
     state after the final norm, in `config.dtype`; `segment_ids` [B, S] int32 say which text of the
     row a token belongs to.
-  * `unembedding(params) -> [D, V]` in `config.dtype`; logits are `hidden @ unembedding`. V is
-    `config.num_tokens` if that is given, so sampler, scorer and every KL see the same tokens.
+  * `unembedding(params) -> [D, V]` in `config.dtype`; logits are `hidden @ unembedding`, also where
+    it is an `ops.CappedUnembedding`. V is `config.num_tokens` if that is given, so sampler, scorer
+    and every KL see the same tokens.
   * `prefill(params, tokens [B, P], mask [B, P], cache_len) -> (hidden [B, D] of the last real
     token, cache)`; the prompt fills slots 0 to P-1.
   * `unstack(params) -> params` with the layers in a tuple: do it once before a loop of `decode`.
@@ -99,7 +102,10 @@ def policy_model(config: DecoderConfig) -> Policy:
       table = params["unembedding"]
     if 0 < config.num_tokens < config.vocab_size:
       table = table[:, : config.num_tokens]
-    return table.astype(config.dtype)
+    table = table.astype(config.dtype)
+    if config.logits_divisor != 1:
+      table /= config.logits_divisor
+    return CappedUnembedding(table, config.logits_cap) if config.logits_cap else table
 
   def prefill(params, tokens, mask, cache_len):
     return decoder.prefill(params["decoder"], tokens, mask, cache_len)
@@ -183,7 +189,7 @@ def _decoder(config):
     params["layers"] = jax.vmap(init_block)(jax.random.split(layers_key, config.num_layers))
     return params
 
-  def forward(params, tokens, mask, keep, segment_ids=None):
+  def forward(params, tokens, mask, keep, segment_ids=None, row_len=None):
     """Returns the final hidden states and `keep(keys_values)` stacked over layers."""
     ends, layers = split(params)
     causal = jnp.tri(tokens.shape[1], dtype=bool)
@@ -191,33 +197,46 @@ def _decoder(config):
     if segment_ids is not None:
       attended &= segment_ids[:, None, :, None] == segment_ids[:, None, None]
     # A token's position is the number of tokens before it that it sees.
-    rotation = rotation_of(attended.sum(axis=-1)[:, 0] - 1, config)
+    positions = attended.sum(axis=-1)[:, 0] - 1
+    kinds = _of_kinds(config, positions, positions, attended, row_len or tokens.shape[1])
 
-    def step(x, layer):
-      x, keys_values = nnx.merge(block_graph, layer)(x, rotation, attended)
+    def step(x, layer_and_kind):
+      layer, kind = layer_and_kind
+      rotation, mask = kinds[0] if kind is None else jax.tree.map(lambda x: x[kind], stacked)
+      x, keys_values = nnx.merge(block_graph, layer)(x, rotation, mask)
       return parallel.split_rows(x), keep(keys_values)
 
     if config.remat:
       step = jax.checkpoint(step)
+    index = None
+    if len(kinds) > 1:
+      stacked = jax.tree.map(lambda *x: jnp.stack(x), *_with_rotations(kinds))
+      index = jnp.array(config.kind_of_layer)
     # A few layers are faster unrolled and compile as fast; many would take minutes to compile.
-    x = parallel.split_rows(ends.embed(tokens))
-    x, kept = jax.lax.scan(step, x, layers, unroll=config.num_layers <= 8)
+    x = parallel.split_rows(ends.embedded(tokens, positions))
+    x, kept = jax.lax.scan(step, x, (layers, index), unroll=config.num_layers <= 8)
     return ends.final_norm(x), kept
 
   def hidden(params, tokens, mask, segment_ids=None):
     return forward(params, tokens, mask, lambda keys_values: None, segment_ids)[0]
 
   def prefill(params, tokens, mask, cache_len):
-    x, (keys, values) = forward(params, tokens, mask, lambda keys_values: keys_values)
+    x, (keys, values) = forward(
+      params, tokens, mask, lambda keys_values: keys_values, row_len=cache_len + 1
+    )
     cache = tuple((keys[i], values[i]) for i in range(config.num_layers))
     return _at_last_real(x, mask), _grow(cache, cache_len)
 
   def decode(params, tokens, positions, cache, slot, cache_mask):
     ends, layers = split(params)
-    x = ends.embed(tokens[:, None])
-    rotation = rotation_of(positions[:, None], config)
+    positions = positions[:, None]
+    x = ends.embedded(tokens[:, None], positions)
+    key_positions = jnp.cumsum(cache_mask, axis=1) - 1
+    # The last token is never read, so a cache has one slot less than the row has tokens.
+    row_len = cache_mask.shape[1] + 1
+    kinds = _of_kinds(config, positions, key_positions, cache_mask[:, None, None], row_len)
     new_cache = []
-    for layer, old in zip(layers, cache, strict=True):
+    for i, (layer, old) in enumerate(zip(layers, cache, strict=True)):
 
       def store(new, old=old):
         return tuple(
@@ -226,11 +245,40 @@ def _decoder(config):
         )
 
       block = nnx.merge(block_graph, layer)
-      x, keys_values = block(x, rotation, cache_mask[:, None, None], store)
+      x, keys_values = block(x, *kinds[config.index_of_kind(i)], store)
       new_cache.append(keys_values)
     return ends.final_norm(x)[:, 0], tuple(new_cache)
 
   return _Decoder(init, hidden, prefill, decode)
+
+
+def _of_kinds(config, positions, key_positions, attended, row_len):
+  """Returns (rotation, mask) of each kind of layer.
+
+  `positions` [B, S] are those of the queries, `key_positions` [B, C] those of what they attend to
+  where the mask `attended` [B, 1, S, C] lets them. A window counts real tokens.
+  """
+  kinds = []
+  for kind in config.kinds:
+    rotation, mask = None, attended
+    if kind.rotation:
+      rotation = cos_sin(
+        kind.rotation, positions, head_dim=config.head_dim, dtype=config.dtype, row_len=row_len
+      )
+    if kind.window:
+      distances = positions[:, :, None] - key_positions[:, None]
+      mask = attended & (distances < kind.window)[:, None]
+    kinds.append((rotation, mask))
+  return kinds
+
+
+def _with_rotations(kinds):
+  """Returns `kinds` with a rotation by nothing where there is none, if there is one elsewhere."""
+  rotation = next((rotation for rotation, _ in kinds if rotation is not None), None)
+  if rotation is None:
+    return kinds
+  still = jnp.ones_like(rotation[0]), jnp.zeros_like(rotation[1])
+  return [(rotation or still, mask) for rotation, mask in kinds]
 
 
 def _unstack(params):

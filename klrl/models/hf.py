@@ -31,7 +31,7 @@ from klrl.devices.unread import Block, Index, Unread
 from klrl.errors import UserError
 from klrl.models.decoder import DecoderConfig, Params, policy_model, scalar_model
 from klrl.models.directory import CONFIG, model_dir, write_json
-from klrl.models.families import Family, decoder_config, family_of, is_map, is_stacked
+from klrl.models.families import Family, config_json, decoder_config, family_of, is_map, is_stacked
 from klrl.models.lora import merged_kernel
 from klrl.models.tokenizer import TokenizerInfo
 from klrl.models.tokenizer_files import config_ids, save_tokenizer
@@ -155,22 +155,7 @@ def _dtype_field(fields):
 
 def _hf_config(config: DecoderConfig, model_type: str, dtype: str) -> dict[str, Any]:
   """Returns the config.json of a model: the one that it was read from, or a new one."""
-  if config.hf_config:
-    fields = json.loads(config.hf_config)
-  else:
-    fields = {
-      "vocab_size": config.vocab_size,
-      "hidden_size": config.width,
-      "num_hidden_layers": config.num_layers,
-      "num_attention_heads": config.num_heads,
-      "num_key_value_heads": config.num_kv_heads,
-      "head_dim": config.head_dim,
-      "intermediate_size": config.mlp_dim,
-      "max_position_embeddings": config.max_len,
-      "rope_theta": config.rope_theta,
-      "rms_norm_eps": config.norm_eps,
-      "hidden_act": "silu",
-    }
+  fields = config_json(config)
   changed = {"model_type": model_type, "tie_word_embeddings": config.tie_embeddings}
   return fields | changed | {_dtype_field(fields): dtype}
 
@@ -294,7 +279,7 @@ def _save(path, config, params, tokenizer, dtype, task, labels):
   @processes.on_writer
   def finish():
     save_tokenizer(directory, tokenizer, max_len=config.max_len)
-    write_json(directory / CONFIG, {**fields, "architectures": [family.classes + task], **labels})
+    write_json(directory / CONFIG, {**fields, "architectures": [family.architecture(task)], **labels})
 
   finish()
 

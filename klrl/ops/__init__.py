@@ -13,6 +13,10 @@ Log-probs and entropies (`klrl.ops.log_probs`):
     vocab_log_probs, token_log_probs, entropy     from logits
     token_log_probs_from_hidden                   without holding the logits
     token_log_probs_and_entropy_from_hidden       both at once
+    logits_of                                     of hidden states
+    CappedUnembedding, Unembedding                a table with softly bounded logits; it or an array
+    logits_of                                     of hidden states
+    CappedUnembedding                             an unembedding with softly bounded logits
 
 Rewards, advantages and returns (`klrl.ops.shaping`, `klrl.ops.advantages`):
 
@@ -96,7 +100,10 @@ from klrl.ops.kl import k3 as k3
 from klrl.ops.kl import kl_new_old as kl_new_old
 from klrl.ops.kl import kl_old_new as kl_old_new
 from klrl.ops.kl import weighted_estimate as weighted_estimate
+from klrl.ops.log_probs import CappedUnembedding as CappedUnembedding
+from klrl.ops.log_probs import Unembedding as Unembedding
 from klrl.ops.log_probs import entropy as entropy
+from klrl.ops.log_probs import logits_of as logits_of
 from klrl.ops.log_probs import token_log_probs as token_log_probs
 from klrl.ops.log_probs import (
   token_log_probs_and_entropy_from_hidden as token_log_probs_and_entropy_from_hidden,

@@ -23,7 +23,17 @@ import jax
 import jax.numpy as jnp
 
 from klrl.ops.importance import weighted
-from klrl.ops.log_probs import chunk_rows, matmul, num_chunks_of, unchunk_rows, vocab_log_probs
+from klrl.ops.log_probs import (
+  Unembedding,
+  chunk_rows,
+  matmul,
+  num_chunks_of,
+  soft_cap,
+  soft_cap_slope,
+  table_and_cap,
+  unchunk_rows,
+  vocab_log_probs,
+)
 from klrl.ops.masking import at_least_float32
 
 
@@ -258,9 +268,9 @@ def _jsd(log_probs, ref_log_probs, weight):
 
 def exact_kl_from_hidden(
   hidden: jax.Array,
-  unembedding: jax.Array,
+  unembedding: Unembedding,
   ref_hidden: jax.Array,
-  ref_unembedding: jax.Array,
+  ref_unembedding: Unembedding,
   *,
   temperature: jax.Array | float = 1.0,
   chunk_size: int | None = None,
@@ -278,7 +288,7 @@ def exact_kl_from_hidden(
 
   Args:
     hidden: [..., T, D]; carries gradient, as the other arrays do.
-    unembedding: [D, V].
+    unembedding: [D, V], or a `CappedUnembedding`, as the other may be.
     ref_hidden: [..., T, D_ref]; D_ref may differ from D.
     ref_unembedding: [D_ref, V].
     temperature: scalar of both, may be traced; carries gradient.
@@ -287,21 +297,22 @@ def exact_kl_from_hidden(
   Raises:
     ValueError: `chunk_size` is not positive.
   """
-  arrays = (hidden, unembedding, ref_hidden, ref_unembedding)
+  (table, cap), (ref_table, ref_cap) = map(table_and_cap, (unembedding, ref_unembedding))
+  arrays = (hidden, table, ref_hidden, ref_table)
   accumulated = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
   temperature = jnp.asarray(temperature, accumulated)
 
   def kl(rows, ref_rows):
-    return _chunked(rows, unembedding, ref_rows, ref_unembedding, temperature)
+    return _chunked((cap, ref_cap), rows, table, ref_rows, ref_table, temperature)
 
   return _by_chunks(kl, *arrays, chunk_size)
 
 
 def exact_jsd_from_hidden(
   hidden: jax.Array,
-  unembedding: jax.Array,
+  unembedding: Unembedding,
   ref_hidden: jax.Array,
-  ref_unembedding: jax.Array,
+  ref_unembedding: Unembedding,
   *,
   weight: jax.Array | float,
   temperature: jax.Array | float = 1.0,
@@ -318,18 +329,19 @@ def exact_jsd_from_hidden(
   [0.034]
   """
   # The gradient of an array is summed over chunks in the array's dtype, so that must be a wide one.
-  wide, ref_wide = at_least_float32(unembedding), at_least_float32(ref_unembedding)
+  (table, cap), (ref_table, ref_cap) = map(table_and_cap, (unembedding, ref_unembedding))
+  wide, ref_wide = at_least_float32(table), at_least_float32(ref_table)
 
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def chunk(rows):
-    logits = matmul(rows[0], wide.astype(unembedding.dtype))
-    ref_logits = matmul(rows[1], ref_wide.astype(ref_unembedding.dtype))
+    logits = soft_cap(matmul(rows[0], wide.astype(table.dtype)), cap)
+    ref_logits = soft_cap(matmul(rows[1], ref_wide.astype(ref_table.dtype)), ref_cap)
     return exact_jsd(logits, ref_logits, weight=weight, temperature=temperature)
 
   def jsd(rows, ref_rows):
     return jax.lax.map(chunk, (rows, ref_rows))
 
-  return _by_chunks(jsd, hidden, unembedding, ref_hidden, ref_unembedding, chunk_size)
+  return _by_chunks(jsd, hidden, table, ref_hidden, ref_table, chunk_size)
 
 
 def _by_chunks(divergence, hidden, unembedding, ref_hidden, ref_unembedding, chunk_size):
@@ -346,16 +358,16 @@ def _by_chunks(divergence, hidden, unembedding, ref_hidden, ref_unembedding, chu
   return unchunk_rows(divergence(rows, ref_rows), num_rows).reshape(shape)
 
 
-@jax.custom_vjp
-def _chunked(hidden, unembedding, ref_hidden, ref_unembedding, temperature):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(caps, hidden, unembedding, ref_hidden, ref_unembedding, temperature):
   """Returns the KL [K, C] of rows `hidden` [K, C, D] and `ref_hidden` [K, C, D_ref]."""
-  return _chunked_fwd(hidden, unembedding, ref_hidden, ref_unembedding, temperature)[0]
+  return _chunked_fwd(caps, hidden, unembedding, ref_hidden, ref_unembedding, temperature)[0]
 
 
-def _chunked_fwd(hidden, unembedding, ref_hidden, ref_unembedding, temperature):
+def _chunked_fwd(caps, hidden, unembedding, ref_hidden, ref_unembedding, temperature):
   def chunk(rows):
-    scaled = matmul(rows[0], unembedding) / temperature
-    ref_scaled = matmul(rows[1], ref_unembedding) / temperature
+    scaled = soft_cap(matmul(rows[0], unembedding), caps[0]) / temperature
+    ref_scaled = soft_cap(matmul(rows[1], ref_unembedding), caps[1]) / temperature
     lse, ref_lse = (jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in (scaled, ref_scaled))
     log_probs = scaled - lse
     kl = (jnp.exp(log_probs) * (log_probs - (ref_scaled - ref_lse))).sum(axis=-1, keepdims=True)
@@ -366,21 +378,22 @@ def _chunked_fwd(hidden, unembedding, ref_hidden, ref_unembedding, temperature):
   return kl[..., 0], (*inputs, kl, lse, ref_lse)
 
 
-def _chunked_bwd(residuals, cotangents):
+def _chunked_bwd(caps, residuals, cotangents):
   hidden, unembedding, ref_hidden, ref_unembedding, temperature, kl, lse, ref_lse = residuals
 
   def chunk(sums, rows):
     hidden, ref_hidden, kl, lse, ref_lse, cotangents = rows
-    scaled = matmul(hidden, unembedding) / temperature
-    ref_scaled = matmul(ref_hidden, ref_unembedding) / temperature
+    logits = soft_cap(matmul(hidden, unembedding), caps[0])
+    ref_logits = soft_cap(matmul(ref_hidden, ref_unembedding), caps[1])
+    scaled, ref_scaled = logits / temperature, ref_logits / temperature
     log_probs, ref_log_probs = scaled - lse, ref_scaled - ref_lse
     probs = jnp.exp(log_probs)
     d_scaled = cotangents[:, None] * probs * (log_probs - ref_log_probs - kl)
     d_ref_scaled = cotangents[:, None] * (jnp.exp(ref_log_probs) - probs)
-    d_hidden, d_unembedding = _matmul_vjp(d_scaled / temperature, hidden, unembedding)
-    d_ref_hidden, d_ref_unembedding = _matmul_vjp(
-      d_ref_scaled / temperature, ref_hidden, ref_unembedding
-    )
+    d_logits = d_scaled / temperature * soft_cap_slope(logits, caps[0])
+    d_ref_logits = d_ref_scaled / temperature * soft_cap_slope(ref_logits, caps[1])
+    d_hidden, d_unembedding = _matmul_vjp(d_logits, hidden, unembedding)
+    d_ref_hidden, d_ref_unembedding = _matmul_vjp(d_ref_logits, ref_hidden, ref_unembedding)
     d_temperature = -(d_scaled * scaled + d_ref_scaled * ref_scaled).sum() / temperature
     # Each gradient is a sum of its own, so that the compiler can leave out of the loop those that
     # nobody asks for, products included.

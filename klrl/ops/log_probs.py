@@ -6,14 +6,16 @@ One definition, with scaled = logits / temperature:
     entropy  = logsumexp(scaled) - sum_v softmax(scaled)_v * scaled_v
 
 and two back-ends. The first reads `logits [..., T, V]`. The second (`*_from_hidden`) reads
-`hidden [..., T, D]` and `unembedding [D, V]`, and holds the logits of `chunk_size` rows at a time:
-the forward pass keeps the log-sum-exp of each row, and the backward pass computes the logits of
-each chunk once more. Matrix products are taken in the dtype of the inputs and accumulated in at
-least float32 (under `jax.default_matmul_precision`, as everywhere in JAX).
+`hidden [..., T, D]` and `unembedding [D, V]`, an array or a `CappedUnembedding`, and holds the
+logits of `chunk_size` rows at a time: the forward pass keeps the log-sum-exp of each row, and the
+backward pass computes the logits of each chunk once more. Matrix products are taken in the dtype of
+the inputs and accumulated in at least float32 (under `jax.default_matmul_precision`, as everywhere
+in JAX).
 
 There is no mask here: `tokens` must be valid ids in the padding too, and the caller masks.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -26,6 +28,38 @@ from klrl.ops.masking import at_least_float32
 # 64 MiB of float32. On 2 CPU cores, 4096 rows of 32000, value and gradient took 11% longer with a
 # quarter of it and 7% less with twice as much, in one run on a noisy machine.
 LOGITS_PER_CHUNK = 2**24
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CappedUnembedding:
+  """A table [D, V] with a soft bound: `hidden @ it` is `cap * tanh(hidden @ table / cap)`.
+
+  Every `*_from_hidden` takes it in place of an array, and nothing else does: it is no array, so
+  whatever forgets the cap fails. Gradient flows to `table`. Source: Gemma Team, "Gemma 2" (2024),
+  section 2, "Logit soft-capping".
+
+  >>> unembedding = ops.CappedUnembedding(jnp.array([[1.0, 100.0]]), cap=30.0)
+  >>> print(jnp.ones((1, 1)) @ unembedding)
+  [[ 1.    29.924]]
+  """
+
+  table: jax.Array
+  cap: float = dataclasses.field(metadata={"static": True})
+  __array_ufunc__ = None  # NumPy's @ then asks for `__rmatmul__`.
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(D, V)."""
+    return self.table.shape
+
+  def __rmatmul__(self, hidden) -> jax.Array:
+    """Returns logits [..., V] of hidden states [..., D]."""
+    return logits_of(hidden, self)
+
+
+# What a language model's hidden states are multiplied by.
+Unembedding = jax.Array | CappedUnembedding
 
 
 def vocab_log_probs(logits: jax.Array, *, temperature: jax.Array | float = 1.0) -> jax.Array:
@@ -81,7 +115,7 @@ def entropy(logits: jax.Array, *, temperature: jax.Array | float = 1.0) -> jax.A
 
 def token_log_probs_from_hidden(
   hidden: jax.Array,
-  unembedding: jax.Array,
+  unembedding: Unembedding,
   tokens: jax.Array,
   *,
   temperature: jax.Array | float = 1.0,
@@ -98,7 +132,8 @@ def token_log_probs_from_hidden(
 
   Args:
     hidden: [..., T, D]; carries gradient.
-    unembedding: [D, V]; carries gradient, accumulated in at least float32.
+    unembedding: [D, V], or a `CappedUnembedding`; carries gradient, accumulated in at least
+      float32.
     tokens: [..., T] integer ids in [0, V).
     temperature: scalar, may be traced; carries gradient.
     chunk_size: the most rows of logits that exist at a time; None takes 2**24 / V rows. Where rows
@@ -112,7 +147,7 @@ def token_log_probs_from_hidden(
 
 def token_log_probs_and_entropy_from_hidden(
   hidden: jax.Array,
-  unembedding: jax.Array,
+  unembedding: Unembedding,
   tokens: jax.Array,
   *,
   temperature: jax.Array | float = 1.0,
@@ -163,32 +198,61 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
   return jnp.matmul(x, y, preferred_element_type=dtype)
 
 
+def table_and_cap(unembedding: Unembedding) -> tuple[jax.Array, float]:
+  """Returns the table [D, V] of an unembedding and its cap; 0 is none."""
+  if isinstance(unembedding, CappedUnembedding):
+    return unembedding.table, unembedding.cap
+  return unembedding, 0.0
+
+
+def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
+  """Returns `cap * tanh(logits / cap)`, and `logits` where the cap is 0."""
+  return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def soft_cap_slope(logits: jax.Array, cap: float) -> jax.Array | float:
+  """Returns the derivative of `soft_cap`, given its result."""
+  return 1 - (logits / cap) ** 2 if cap else 1.0
+
+
+def logits_of(hidden: jax.Array, unembedding: Unembedding) -> jax.Array:
+  """Returns logits [..., V] of hidden states [..., D], in at least float32; gradient flows to both.
+
+  >>> print(ops.logits_of(jnp.ones((1, 1)), jnp.array([[1.0, 100.0]])))
+  [[  1. 100.]]
+  """
+  table, cap = table_and_cap(unembedding)
+  return soft_cap(matmul(hidden, table), cap)
+
+
 def _from_hidden(with_entropy, hidden, unembedding, tokens, temperature, chunk_size):
+  table, cap = table_and_cap(unembedding)
   chex.assert_shape(tokens, hidden.shape[:-1])
-  chex.assert_shape(unembedding, (hidden.shape[-1], None))
-  chex.assert_type([hidden, unembedding, tokens], [float, float, int])
-  num_chunks = num_chunks_of(tokens.size, unembedding.shape[1], chunk_size)
-  accumulated = jnp.promote_types(jnp.result_type(hidden, unembedding), jnp.float32)
+  chex.assert_shape(table, (hidden.shape[-1], None))
+  chex.assert_type([hidden, table, tokens], [float, float, int])
+  num_chunks = num_chunks_of(tokens.size, table.shape[1], chunk_size)
+  accumulated = jnp.promote_types(jnp.result_type(hidden, table), jnp.float32)
   outputs = _chunked(
     with_entropy,
+    cap,
     chunk_rows(hidden.reshape(-1, hidden.shape[-1]), num_chunks),
-    unembedding,
+    table,
     chunk_rows(tokens.reshape(-1), num_chunks),
     jnp.asarray(temperature, accumulated),
   )
   return jax.tree.map(lambda x: unchunk_rows(x, tokens.size).reshape(tokens.shape), outputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(with_entropy, hidden, unembedding, tokens, temperature):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(with_entropy, cap, hidden, unembedding, tokens, temperature):
   """Returns (log_probs,) or (log_probs, entropy), each [K, C], from `hidden` [K, C, D]."""
-  return _chunked_fwd(with_entropy, hidden, unembedding, tokens, temperature)[0]
+  return _chunked_fwd(with_entropy, cap, hidden, unembedding, tokens, temperature)[0]
 
 
-def _chunked_fwd(with_entropy, hidden, unembedding, tokens, temperature):
+def _chunked_fwd(with_entropy, cap, hidden, unembedding, tokens, temperature):
   def chunk(args):
     hidden, tokens = args
-    scaled = matmul(hidden, unembedding) / temperature
+    scaled = soft_cap(matmul(hidden, unembedding), cap) / temperature
     lse = jax.nn.logsumexp(scaled, axis=-1)
     log_probs = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - lse
     if not with_entropy:
@@ -200,19 +264,21 @@ def _chunked_fwd(with_entropy, hidden, unembedding, tokens, temperature):
   return outputs, (hidden, unembedding, tokens, temperature, lse, outputs[1:])
 
 
-def _chunked_bwd(with_entropy, residuals, cotangents):
+def _chunked_bwd(with_entropy, cap, residuals, cotangents):
   hidden, unembedding, tokens, temperature, lse, entropies = residuals
 
   def chunk(sums, args):
     hidden, tokens, lse, entropies, cotangents = args
-    scaled = matmul(hidden, unembedding) / temperature
+    logits = soft_cap(matmul(hidden, unembedding), cap)
+    scaled = logits / temperature
     log_probs = scaled - lse[:, None]
     probs = jnp.exp(log_probs)
     taken = jnp.arange(scaled.shape[1])[None, :] == tokens[:, None]
     d_scaled = cotangents[0][:, None] * (taken - probs)
     if with_entropy:
       d_scaled -= cotangents[1][:, None] * probs * (log_probs + entropies[0][:, None])
-    d_logits = (d_scaled / temperature).astype(jnp.result_type(hidden, unembedding))
+    d_logits = d_scaled / temperature * soft_cap_slope(logits, cap)
+    d_logits = d_logits.astype(jnp.result_type(hidden, unembedding))
     sums = (
       sums[0] + matmul(hidden.T, d_logits),
       sums[1] - (d_scaled * scaled).sum() / temperature,
