@@ -95,13 +95,8 @@ def is_map(path: Path) -> bool:
 
 # Fields of config.json.
 
-# The fields of a decoder that say what it computes.
-_FEATURES = [
-  field.name
-  for field in dataclasses.fields(DecoderConfig)
-  if field.name
-  not in ["dtype", "param_dtype", "remat", "lora_rank", "num_tokens", "model_type", "hf_config"]
-]
+# How a decoder is computed and stored; its other fields say what it computes.
+_SETTINGS = ("dtype", "param_dtype", "remat", "lora_rank", "num_tokens", "model_type", "hf_config")
 
 _BOOL = schema.boolean()
 _SIZE = schema.integer(1, 10**7)
@@ -651,7 +646,8 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
     "tie_word_embeddings": config.tie_embeddings,
   }
   plain = DecoderConfig(**family.config(Fields({**family.defaults, **raw}, CONFIG)))
-  lost = [name for name in _FEATURES if getattr(plain, name) != getattr(config, name)]
+  features = [field.name for field in dataclasses.fields(config) if field.name not in _SETTINGS]
+  lost = [name for name in features if getattr(plain, name) != getattr(config, name)]
   if lost:
     raise ValueError(f"a fresh model is written as {model_type}, which has no such {lost[0]}.")
   return raw
