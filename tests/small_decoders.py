@@ -46,7 +46,7 @@ def _decode(params, tokens, positions, cache, slot, cache_mask):
 
 # A policy that sees how often each token was there; its cache is the sum of the embeddings.
 BAG = Policy(
-  config=types.SimpleNamespace(max_len=64),
+  config=types.SimpleNamespace(max_len=64, short_len=0),
   init=None,
   hidden=_hidden,
   unembedding=lambda params: params["unembedding"],

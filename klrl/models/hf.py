@@ -279,7 +279,9 @@ def _save(path, config, params, tokenizer, dtype, task, labels):
   @processes.on_writer
   def finish():
     save_tokenizer(directory, tokenizer, max_len=config.max_len)
-    write_json(directory / CONFIG, {**fields, "architectures": [family.architecture(task)], **labels})
+    write_json(
+      directory / CONFIG, {**fields, "architectures": [family.architecture(task)], **labels}
+    )
 
   finish()
 
