@@ -57,7 +57,7 @@ LOSSES = {"dpo": ops.dpo_loss, "ipo": ops.ipo_loss}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.RunConfig, common.EvaluationFields, common.StageFields):
+class Config(common.RunConfig, common.ChatFields, common.EvaluationFields, common.StageFields):
   """Settings of DPO and IPO."""
 
   num_iterations: int = again(common.RunConfig, "num_iterations", default=600)
@@ -70,7 +70,11 @@ class Config(common.RunConfig, common.EvaluationFields, common.StageFields):
     0.0, "share of labels taken to be swapped (conservative DPO)", minimum=0.0, maximum=0.5
   )
   policy: str = setting("", "model directory to start from; default: the embedded SFT stage")
-  data: str = setting("", "JSON lines with prompt, chosen, rejected; default: drawn pairs")
+  data: str = setting(
+    "",
+    "rows with prompt, chosen, rejected, text or messages: JSON lines, Parquet, or "
+    "OWNER/NAME[:SPLIT] of the hub; default: drawn pairs",
+  )
   max_len: int = setting(
     0,
     "most tokens of a text, longer pairs are left out; 0: the context, beyond it an error",
@@ -87,6 +91,7 @@ class Config(common.RunConfig, common.EvaluationFields, common.StageFields):
     super().__post_init__()
     self.choose_learning_rate(embedded=5e-4, own=1e-6)
     self.check_evaluations()
+    self.check_chat("data")
     if self.policy and not self.data:
       raise UserError("--policy, a model of yours, needs pairs: --data=FILE.jsonl.")
     if self.data and not self.policy:

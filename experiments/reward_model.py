@@ -45,7 +45,7 @@ from klrl.tasks import arithmetic, data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.RunConfig):
+class Config(common.RunConfig, common.ChatFields):
   """Settings of reward modelling."""
 
   num_iterations: int = again(common.RunConfig, "num_iterations", default=1000)
@@ -59,7 +59,9 @@ class Config(common.RunConfig):
   )
   centring_coef: float = setting(0.0, "weight of (chosen + rejected)^2", minimum=0.0)
   data: str = setting(
-    "", "JSON lines with prompt, chosen, rejected, or of HH-RLHF; default: embedded arithmetic"
+    "",
+    "rows with prompt, chosen, rejected, text or messages, or of HH-RLHF: JSON lines, Parquet, or "
+    "OWNER/NAME[:SPLIT] of the hub; default: embedded arithmetic",
   )
   max_len: int = setting(
     0,
@@ -83,6 +85,7 @@ class Config(common.RunConfig):
     super().__post_init__()
     self.choose_learning_rate(embedded=1e-3, own=1e-5)
     self.check_has_frozen()
+    self.check_chat("data")
     if self.data and not self.policy:
       raise UserError(
         "--data needs --policy=DIR, the model whose trunk the reward model takes over."
@@ -258,7 +261,7 @@ def calibration_error(differences: np.ndarray, *, num_bins: int = 10) -> float:
 def _pairs(config: Config, tokenizer, context: int) -> tuple[Pairs, Pairs]:
   max_len = data.row_len(config.max_len, context)
   if config.data:
-    pairs = data.read_pairs(config.data)
+    pairs = data.read_pairs(config.data, inputs.asking(config))
   else:
     pairs = [
       data.Pair(*texts)
@@ -280,9 +283,11 @@ def _pairs(config: Config, tokenizer, context: int) -> tuple[Pairs, Pairs]:
     np.split(array, 2) for array in (both.tokens, both.mask)
   )
   margins = np.array([pair.margin for pair in pairs], np.float32)
-  return data.split_held_out(
-    Pairs(chosen_tokens, chosen_mask, rejected_tokens, rejected_mask, margins), config.data_seed
-  )
+  rows = data.split_indices(len(pairs), config.data_seed)
+  if config.data:
+    data.warn_of_shared_prompts(*([pairs[i].prompt for i in part] for part in rows))
+  arrays = Pairs(chosen_tokens, chosen_mask, rejected_tokens, rejected_mask, margins)
+  return tuple(data.take(arrays, part) for part in rows)
 
 
 if __name__ == "__main__":

@@ -41,13 +41,16 @@ from klrl.tasks import arithmetic, data, demonstrations, packing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.RunConfig):
+class Config(common.RunConfig, common.ChatFields):
   """Settings of supervised fine-tuning."""
 
   num_iterations: int = again(common.RunConfig, "num_iterations", default=700)
   policy: str = setting("", "model directory to start from; default: a fresh small decoder")
   data: str = setting(
-    "", "JSON lines with prompt and completion, or plain text (.txt); default: embedded arithmetic"
+    "",
+    "rows with prompt and completion, messages, Alpaca's or ShareGPT's columns, or text: JSON "
+    "lines, Parquet, or OWNER/NAME[:SPLIT] of the hub; or plain text (.txt); default: embedded "
+    "arithmetic",
   )
   loss_on: str = setting(
     "completion", "which tokens the loss counts", choices=("completion", "all")
@@ -76,12 +79,15 @@ class Config(common.RunConfig):
     super().__post_init__()
     self.choose_learning_rate(embedded=4e-3, own=2e-5)
     self.check_has_frozen()
+    self.check_chat("data")
     if self.policy and not self.data:
       raise UserError("--policy, a model of yours, needs texts: --data=FILE.jsonl or FILE.txt.")
     if self.data and not self.policy:
       raise UserError("--data of yours needs a model of yours to start from: --policy=DIR.")
     if self.lora_rank and not self.policy:
       raise UserError("--lora_rank adapts a model that is there already; name it by --policy=DIR.")
+    if self.is_text and self.chat:
+      raise UserError(f"--chat is set, but plain text holds no prompts ({self.data}).")
     if self.is_text and self.loss_on == "all":
       raise UserError(
         f"--loss_on is set, but plain text has no prompts ({self.data}): every token counts."
@@ -185,29 +191,33 @@ def _model(config: Config):
 def _examples(config: Config, policy: Policy, tokenizer):
   """Returns training and held-out rows, and what gives the figures that only they allow."""
   max_len = data.row_len(config.max_len, policy.config.max_len)
+  are_documents = config.is_text
   if config.is_text:
     texts = [("", document) for document in data.read_documents(config.data)]
   elif config.data:
-    records = data.read_records(config.data, ("prompt", "completion"))
-    texts = [(record["prompt"], record["completion"]) for record in records]
+    texts, are_documents = data.read_texts(
+      config.data, inputs.asking(config), prefers_chat=bool(tokenizer.chat_templates)
+    )
   else:
     texts = arithmetic.demonstrations(
       config.init_seed, config.num_demonstrations, quality=config.demonstration_quality
     )
-  whole = config.loss_on == "all"  # The whole text then completes an empty prompt.
-  encoded = data.encode_texts([("", p + c) if whole else (p, c) for p, c in texts], tokenizer)
-  if not config.is_text and config.max_len:
+  whole = config.loss_on == "all"
+  encoded = data.encode_whole(texts, tokenizer) if whole else data.encode_texts(texts, tokenizer)
+  if not are_documents and config.max_len:
     kept = data.fitting_rows(encoded, max_len=max_len)
     progress.console.print(f"SFT: {len(kept)} of {len(encoded)} examples are short enough")
     texts, encoded = ([column[i] for i in kept] for column in (texts, encoded))
-  elif not config.is_text:
+  elif not are_documents:
     data.check_lengths(encoded, max_len)
 
   parts = data.split_indices(len(encoded), config.data_seed)
+  if config.data:
+    data.warn_of_shared_prompts(*([data.asked(*texts[i]) for i in rows] for rows in parts))
   arrays = []
   for rows in parts:
     part = [encoded[i] for i in rows]
-    part = data.windows(part, max_len) if config.is_text else part
+    part = data.windows(part, max_len) if are_documents else part
     if config.packing:
       arrays.append(packing.pack(part, tokenizer.pad_id, row_len=max_len))
     else:

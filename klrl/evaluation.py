@@ -188,9 +188,7 @@ def samples(
     mask = rollout.completion_mask[i]
     ids = rollout.tokens[i, prompt_len:][mask].tolist()
     pieces = [
-      decode_continuation(tokenizer, prompt + ids[:t], ids[t : t + 1])
-      or tokenizer.tokenizer.id_to_token(ids[t])
-      or f"<{ids[t]}>"
+      decode_continuation(tokenizer, prompt + ids[:t], ids[t : t + 1]) or tokenizer.name(ids[t])
       for t in range(len(ids))
     ]
     kl = None if evaluation.kl_exact is None else np.asarray(evaluation.kl_exact[i])[mask].tolist()
@@ -198,7 +196,8 @@ def samples(
       {
         "when": when,
         "index": i,
-        "prompt": prompts[i],
+        # Of a chat it is what the template wrote.
+        "prompt": prompts[i] if isinstance(prompts[i], str) else tokenizer.decode_marked(prompt),
         "completion": texts[i],
         "tokens": pieces,
         "kl_ref": kl,

@@ -19,6 +19,7 @@ from klrl.models import (
   ScalarModel,
   TokenizerInfo,
   add_lora,
+  chat,
   check_tokenizer,
   load_tokenizer,
   open_policy,
@@ -62,6 +63,13 @@ class Sources:
   """The embedded task, where there are no `prompts`."""
   prompts: str = ""
   prompt_template: str = "{prompt}"
+  chat: bool = False
+  """Whether prompts that are text are what the user says in a chat."""
+  chat_template: str = ""
+  """A file, or the name of one of the policy's templates; else its default."""
+  system_prompt: str = ""
+  stop_tokens: str = ""
+  """What ends a completion beside the policy's EOS, see `chat.with_stop_tokens`."""
   reward: str = ""
   """As `rewards.load_rewards` takes it; else the reward model scores."""
   pretrain_data: str = ""
@@ -119,7 +127,9 @@ def check_inputs(sources: Sources) -> None:
     if directory not in ("", UNIFORM, EMBEDDED):
       load_tokenizer(directory)
   if sources.prompts:
-    records = data.read_prompts(sources.prompts, sources.prompt_template)
+    records = data.read_prompts(sources.prompts, sources.prompt_template, asking(sources))
+    tokenizer = reading(sources, sources.prompts, load_tokenizer(sources.policy))
+    data.encode_prompt_texts([records[0]["prompt"]], tokenizer)
   else:
     records = TASKS[sources.task].prompts(held_out=True)
   if sources.reward:
@@ -155,6 +165,7 @@ def load_models(
   """
   others = (sources.reference, reward_model, sources.value_model)
   tokenizer, num_tokens = _vocabulary(policy, others, loaders.tokenizer)
+  tokenizer = reading(sources, sources.prompts, tokenizer)
 
   def loaded(load, directory):
     model_config, params = load(directory)
@@ -280,15 +291,49 @@ def start_params(config, params, *, has_frozen: bool):
   return stored_as(params, "bfloat16") if is_rounded else params
 
 
+def asking(config) -> data.Asking:
+  """Returns what the fields `chat` and `system_prompt` of a config add to the data."""
+  return data.Asking(config.chat, config.system_prompt)
+
+
+def reading(config, source: str, tokenizer: TokenizerInfo) -> TokenizerInfo:
+  """Returns the tokenizer as a run reads its data by it: with its chat template and all its EOS.
+
+  Args:
+    config: its `chat`, `chat_template` and `stop_tokens` are read.
+    source: the data; "" for those of the embedded task. Where they are chats, what ends a turn of
+      the template is an EOS.
+    tokenizer: that of the model.
+
+  Raises:
+    UserError: the template or a token does not exist, chats have no template, or a template has
+      no chats.
+  """
+  are_chats = source and (config.chat or (not data.is_text(source) and data.has_chats(source)))
+  if config.chat_template and not are_chats:
+    raise UserError(
+      f"--chat_template is set, but nothing reads it: {source} holds text. Add --chat, which makes "
+      "it what the user says."
+    )
+  if config.chat_template:
+    tokenizer = chat.with_template(tokenizer, config.chat_template)
+  if config.stop_tokens:
+    tokenizer = chat.with_stop_tokens(tokenizer, config.stop_tokens)
+  if are_chats:
+    tokenizer = chat.with_end_of_turn(tokenizer)
+  return tokenizer
+
+
 def load_start(config, directory: str, *, has_reference: bool = False):
   """Returns the config, params and tokenizer of the language model that a stage starts from.
 
   The params are unread, and as `start_params` returns them.
 
   Raises:
-    UserError: the directory does not hold such a model.
+    UserError: the directory does not hold such a model, or `reading` refuses.
   """
   (model_config, params), tokenizer = open_policy(directory), load_tokenizer(directory)
+  tokenizer = reading(config, config.data, tokenizer)
   check_tokenizer(tokenizer, model_config)
   params = start_params(config, params, has_frozen=has_reference or config.lora_rank > 0)
   return *computing(config, (model_config, params), tokenizer.num_tokens), tokenizer
@@ -304,7 +349,7 @@ def load_task(sources: Sources, models: Models) -> Task:
   embedded = None if sources.prompts else TASKS[sources.task]
   if embedded is None:
     max_completion_len = sources.max_completion_len or 64
-    records = data.read_prompts(sources.prompts, sources.prompt_template)
+    records = data.read_prompts(sources.prompts, sources.prompt_template, asking(sources))
     if sources.max_prompt_len:
       kept = data.short_prompts(records, models.tokenizer, max_prompt_len=sources.max_prompt_len)
       progress.console.print(f"{len(kept)} of {len(records)} prompts are short enough")
@@ -314,6 +359,7 @@ def load_task(sources: Sources, models: Models) -> Task:
     order = np.random.default_rng((sources.data_seed, 3)).permutation(len(records))
     num_held_out = max(1, int(_HELD_OUT_SHARE * len(records)))
     parts = [records[i] for i in order[num_held_out:]], [records[i] for i in order[:num_held_out]]
+    data.warn_of_shared_prompts(*([record["prompt"] for record in part] for part in parts))
   else:
     max_completion_len = sources.max_completion_len or embedded.max_completion_len
     parts = tuple(embedded.prompts(held_out=held_out) for held_out in (False, True))

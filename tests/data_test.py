@@ -12,7 +12,7 @@ import tokenizers
 from klrl.errors import UserError
 from klrl.models import load_tokenizer
 from klrl.sampling import Rollout
-from klrl.tasks import arithmetic, data, packing
+from klrl.tasks import arithmetic, data, files, packing
 
 STORIES = pathlib.Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 TOKENIZER = arithmetic.make_tokenizer()
@@ -23,6 +23,10 @@ def stories():
   if not STORIES.is_dir():
     pytest.skip("the stories260K model is not there")
   return load_tokenizer(STORIES)
+
+
+def encoded(tokens, num_prompt_tokens):
+  return data.Encoded(tokens, [i >= num_prompt_tokens for i in range(len(tokens))])
 
 
 def write(path, content):
@@ -49,9 +53,9 @@ def test_every_column_is_kept_and_blank_lines_are_skipped(tmp_path):
       "line 1 has no text column 'completion'; it has prompt, answer",
     ),
     ('{"prompt": "p", "completion": 3}', "line 1 has no text column 'completion'"),
-    ('\n["prompt", "completion"]', "line 2 has no text column 'prompt'"),
+    ('\n["prompt", "completion"]', r"line 2 is \['prompt', 'completion'\], and no object"),
     ('[{"prompt": "p"}]', r"a\.jsonl is a JSON array\. Write its objects as lines"),
-    (b"PAR1\x15\x04", r"a\.jsonl is a Parquet file\. Export it as JSON lines"),
+    (b"PAR1\x15\x04", r"a\.jsonl is a Parquet file; its name has to end in \.parquet"),
     ('{"prompt": "p"}'.encode("utf-16"), r"a\.jsonl is UTF-16\. Save it as UTF-8"),
     ('{"prompt": "p", "completion": "\\ud83d"}', "line 1 holds half a character"),
     ('\n{"prompt": ' + "[" * 200_000, "line 2 is nested deeper than 100"),
@@ -76,7 +80,7 @@ def test_gigabytes_that_a_small_file_unpacks_to_are_not_kept(tmp_path):
 
 
 def test_more_plain_text_than_is_read_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(data, "MAX_TEXT", 10)
+  monkeypatch.setattr(files, "MAX_TEXT", 10)
   assert data.read_documents(write(tmp_path / "a.txt", "ten\n\nbytes")) == ["ten", "bytes"]
   with pytest.raises(UserError, match=r"b\.txt holds more than 10 bytes"):
     data.read_documents(write(tmp_path / "b.txt", "eleven\n\nbyte"))
@@ -125,12 +129,14 @@ def test_without_a_template_the_prompt_is_its_column(tmp_path):
     ("{0}", "only names may be in braces"),
     ("{q", "expected '}' before end of string"),
     ("q}", "Single '}' encountered"),
-    ("{n}", r"a\.jsonl line 1 has no text column 'n'"),
+    ("{n}", r"a\.jsonl line 3 has no text column 'n'"),
+    ("{list}", r"a\.jsonl line 1 has no text column 'list'"),
     ("{q} {other}", r"a\.jsonl line 3 has no text column 'other'"),
   ],
 )
 def test_a_template_that_cannot_be_filled_is_one_clear_error(tmp_path, template, message):
-  path = write(tmp_path / "a.jsonl", '{"q": "a", "n": 1, "other": "b"}\n\n{"q": "c"}')
+  content = '{"q": "a", "n": 1, "other": "b", "list": [1]}\n\n{"q": "c"}'
+  path = write(tmp_path / "a.jsonl", content)
   with pytest.raises(UserError, match=message):
     data.read_prompts(path, template)
 
@@ -358,7 +364,7 @@ def test_documents_are_separated_as_the_file_does(tmp_path, text, documents):
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6, 7, 8, 11])
 def test_windows_predict_every_token_once(length):
   tokens = list(range(length))
-  pieces = data.windows([data.Encoded(tokens, 1)], 4)
+  pieces = data.windows([encoded(tokens, 1)], 4)
   predicted = [token for piece in pieces for token in piece.tokens[1:]]
   assert predicted == tokens[1:]
   assert all(1 <= len(piece.tokens) <= 4 for piece in pieces)
@@ -367,7 +373,7 @@ def test_windows_predict_every_token_once(length):
 def test_packing_keeps_every_text_whole_and_wastes_little():
   rng = np.random.default_rng(0)
   texts = [
-    data.Encoded(rng.integers(1, 100, n).tolist(), int(rng.integers(0, n)))
+    encoded(rng.integers(1, 100, n).tolist(), int(rng.integers(0, n)))
     for n in rng.integers(1, 21, 200)
   ]
   packed = packing.pack(texts, 0, row_len=20)
@@ -378,11 +384,8 @@ def test_packing_keeps_every_text_whole_and_wastes_little():
     for segment in range(1, segment_ids.max() + 1):
       where = segment_ids == segment
       found.append((tokens[where].tolist(), completion_mask[where].tolist()))
-  expected = [
-    (text.tokens, [i >= max(1, text.num_prompt_tokens) for i in range(len(text.tokens))])
-    for text in texts
-  ]
+  expected = [(text.tokens, [False, *text.in_completion[1:]]) for text in texts]
   assert sorted(found) == sorted(expected)
   assert packed.mask.mean() > 0.9
   with pytest.raises(ValueError, match="A text has 21 tokens, a row 20"):
-    packing.pack([data.Encoded([1] * 21, 0)], 0, row_len=20)
+    packing.pack([encoded([1] * 21, 0)], 0, row_len=20)

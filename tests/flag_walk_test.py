@@ -85,6 +85,11 @@ RUN = {
   "tensorboard": Case(True, shows_in="files"),
   "policy": Case("other"),
 }
+CHAT = {
+  "chat": Case(True),
+  "chat_template": Case("other.jinja", {"chat": True}),
+  "system_prompt": Case("1", {"chat": True}),
+}
 EVALUATION = {
   "num_eval_rows": Case(6, EMBEDDED, "judgement"),
   "eval_completions": Case(3, EMBEDDED, "judgement"),
@@ -109,8 +114,10 @@ BOTH_K2 = {
 }
 RL = {
   **RUN,
+  **CHAT,
   **EVALUATION,
   "seed": Case(1),
+  "stop_tokens": Case("7", shows_in="judgement"),
   "dry_run": Case(True, shows_in="dry run"),
   "topology": Case("v5e:2x2", {"dry_run": True}, "dry run"),
   "sft_iterations": Case(9, EMBEDDED, "stages"),
@@ -170,6 +177,8 @@ PRETRAINED = {"pretrain_data": "texts.jsonl", "ptx_coef": 0.5}
 CASES = {
   "sft": {
     **RUN,
+    **CHAT,
+    "stop_tokens": Case("5"),  # the id of 2, which ends completions already
     "seed": Case(1),
     "init_seed": Case(1, EMBEDDED),
     "frozen_dtype": Case("bfloat16", {"lora_rank": 2}),
@@ -184,6 +193,8 @@ CASES = {
   },
   "reward_model": {
     **RUN,
+    **CHAT,
+    "stop_tokens": Case("7"),
     "seed": Case(1),
     "frozen_dtype": Case("bfloat16", {"lora_rank": 2}),
     "data": Case("other.jsonl"),
@@ -221,7 +232,9 @@ CASES = {
   },
   "dpo": {
     **RUN,
+    **CHAT,
     **EVALUATION,
+    "stop_tokens": Case("7"),
     "seed": Case(1, EMBEDDED),
     "sft_iterations": Case(9, EMBEDDED, "stages"),
     "reward_model_iterations": Case(9, EMBEDDED, "stages"),
@@ -243,6 +256,10 @@ CASES = {
     "keep_best": Case("score", shows_in="refusal"),
   },
 }
+TEMPLATE = (
+  "{{ bos_token }}{% for m in messages %}{{ m.content }}"
+  "{{ eos_token if m.role == 'assistant' else '+' }}{% endfor %}"
+)
 SMALL = {"batch_size": 8, "num_iterations": 4, "save_every": 2, "mesh": "data=1"}
 JUDGED = {"num_eval_rows": 4, "num_samples": 2}
 OWN_RL = SMALL | JUDGED | {"policy": "policy", "prompts": "own.jsonl", "max_completion_len": 3}
@@ -346,6 +363,8 @@ def write_inputs():
       (policy_model(config), scalar_model(config)), (save_policy, save_scalar), names, strict=True
     ):
       save(pathlib.Path(name), config, model.init(jax.random.key(seed)), tokenizer)
+    pathlib.Path(names[0], "chat_template.jinja").write_text(TEMPLATE)
+  pathlib.Path("other.jinja").write_text(TEMPLATE.replace("+", "="))
   texts = [f"{'7' * (i % 5)}{i}+{i + 1}=" for i in range(24)]
   for name, rows in (("own", texts[:16]), ("other", texts[8:]), ("texts", texts[:12])):
     lines = [
@@ -511,10 +530,10 @@ def files_of_loop(settings: frozenset) -> list[str]:
 
 def judgement_of(run: Run):
   """Returns what the judge is told; `judging_test` has what it makes of it."""
-  (config, *_, held_out), more = run.judge
+  (config, *_, tokenizer, held_out), more = run.judge
   names = ["seed", "num_eval_rows", "eval_completions", "num_samples"]
   prompts = [record["prompt"] for record in held_out.records]
-  told = more["max_completion_len"], more["num_interim_rows"]
+  told = more["max_completion_len"], more["num_interim_rows"], tokenizer.eos_ids
   return [getattr(config, name) for name in names], prompts, told
 
 

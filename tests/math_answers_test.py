@@ -246,7 +246,12 @@ def test_the_reward_is_one_or_zero():
   ]
 
 
-@pytest.mark.parametrize("columns", [{}, {"answer": ["1", None]}, {"answer": ["1", 2]}])
+def test_answers_may_be_numbers_and_completions_chats():
+  completions = [[{"role": "assistant", "content": "It is 12."}], "12", "3"]
+  assert math_answers.math_reward(["p"] * 3, completions, [12, 12.0, 2]) == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("columns", [{}, {"answer": ["1", None]}, {"answer": ["1", [2]]}])
 def test_a_row_without_an_answer_is_one_clear_error(columns):
   with pytest.raises(UserError, match=r"needs a text column `answer`; prompt '[pq]' has"):
     math_reward(["p", "q"], ["1", "1"], **columns)

@@ -88,13 +88,13 @@ def test_whatever_names_an_eos_ends_a_completion(tmp_path):
   info = load_tokenizer(tmp_path)
   assert (info.eos_id, info.eos_ids) == (7, (7, 9, 2, 4))
   (example,) = data.encode_texts([("w5", " w3")], info)
-  assert example == ([5, 3, 7], 1)
+  assert example == ([5, 3, 7], [False, True, True])
   # Any of them closes a text that ends with it.
   (example,) = data.encode_texts([("w5", " w3 w9")], info)
-  assert example == ([5, 3, 9], 1)
+  assert example == ([5, 3, 9], [False, True, True])
   # A prompt's last word closes nothing.
   (example,) = data.encode_texts([("w5 w9", "")], info)
-  assert example == ([5, 9, 7], 2)
+  assert example == ([5, 9, 7], [False, False, True])
 
 
 @needs_shared
@@ -135,8 +135,8 @@ def test_a_text_that_brings_its_bos_has_it_once(tmp_path):
   assert info.encode("w5 <s>") == [1, 5, 1]
   assert info.encode("") == [1]
   assert data.encode_texts([("<s> w5", " w3 </s>"), ("w5", " w3")], info) == [
-    ([1, 5, 3, 2], 2),
-    ([1, 5, 3, 2], 2),
+    ([1, 5, 3, 2], [False, False, True, True]),
+    ([1, 5, 3, 2], [False, False, True, True]),
   ]
 
 

@@ -95,9 +95,11 @@ def own_start(config) -> Start:
   pairs, arrays = encode_pairs(config, tokenizer, context=model_config.max_len)
   both = make_pairs(config, policy, params, arrays)
   rows, held_out_rows = data.split_indices(len(pairs), config.data_seed)
+  held_out_prompts = [pairs[row].prompt for row in held_out_rows]
+  data.warn_of_shared_prompts([pairs[row].prompt for row in rows], held_out_prompts)
   max_completion_len = config.max_completion_len or 64
   prompts = data.encode_prompts(
-    [{"prompt": prompt} for prompt in dict.fromkeys(pairs[row].prompt for row in held_out_rows)],
+    [{"prompt": prompt} for prompt in data.distinct(held_out_prompts)],
     tokenizer,
     max_prompt_len=model_config.max_len - max_completion_len,
   )
@@ -109,7 +111,7 @@ def own_start(config) -> Start:
 
 def encode_pairs(config, tokenizer: TokenizerInfo, *, context: int):
   """Returns the pairs of the file, and their tokens, mask and completion mask, [N, 2, S] each."""
-  pairs = data.read_pairs(config.data)
+  pairs = data.read_pairs(config.data, inputs.asking(config))
   chosen, rejected = (
     data.encode_texts([(pair.prompt, getattr(pair, name)) for pair in pairs], tokenizer)
     for name in ("chosen", "rejected")

@@ -198,7 +198,30 @@ class RunConfig(LabConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptFields:
+class ChatFields:
+  """Chats, and what ends a completion; to be mixed into a config that has `policy`."""
+
+  chat: bool = setting(
+    False, "text is what the user says to the model, in its chat template; messages always are"
+  )
+  chat_template: str = setting(
+    "", "file with a Jinja template, or a name among the model's; default: the model's own"
+  )
+  system_prompt: str = setting("", "opens each chat that has no message of the system")
+  stop_tokens: str = setting(
+    "",
+    "tokens that end a completion beside the model's own, by text or id, e.g. '<end_of_turn>,106'",
+  )
+
+  def check_chat(self, data: str) -> None:
+    """Raises UserError where one of these is set, and there are no data of the user's."""
+    for name in inspect.get_annotations(ChatFields):
+      if getattr(self, name) and not getattr(self, data):
+        raise UserError(f"--{name} is set, but nothing reads it without --{data}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptFields(ChatFields):
   """Prompts; to be mixed into a config that has `policy`."""
 
   task: str = setting(
@@ -207,9 +230,13 @@ class PromptFields:
     choices=tuple(TASKS),
     read_when=("policy", ("",)),
   )
-  prompts: str = setting("", "JSON lines with a column prompt; default: the embedded task's")
+  prompts: str = setting(
+    "",
+    "rows with prompt, text or messages: JSON lines, Parquet, or OWNER/NAME[:SPLIT] of the hub; "
+    "default: the embedded task's",
+  )
   prompt_template: str = setting(
-    "{prompt}", r"a prompt, made of a line's columns, e.g. 'Question: {question}\nAnswer:'"
+    "{prompt}", r"a prompt, made of a row's columns, e.g. 'Question: {question}\nAnswer:'"
   )
   max_prompt_len: int = setting(
     0,

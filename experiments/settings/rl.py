@@ -73,6 +73,7 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
     for name, default in (("prompt_template", "{prompt}"), ("max_prompt_len", 0)):
       if getattr(self, name) != default and not self.prompts:
         raise UserError(f"--{name} is set, but nothing reads it without --prompts.")
+    self.check_chat("prompts")
     self.check_task()
 
   def missing_inputs(self) -> list[str]:
@@ -137,6 +138,10 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
       task=self.task,
       prompts=self.prompts,
       prompt_template=self.prompt_template,
+      chat=self.chat,
+      chat_template=self.chat_template,
+      system_prompt=self.system_prompt,
+      stop_tokens=self.stop_tokens,
       max_prompt_len=self.max_prompt_len,
       max_completion_len=self.max_completion_len,
       lora_rank=self.lora_rank,

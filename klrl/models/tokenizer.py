@@ -1,7 +1,8 @@
 """A tokenizer with its special tokens, from text to ids and back.
 
 Texts are encoded as `transformers` encodes them, with two exceptions: a text that begins with the
-BOS gets no second one, and no EOS is put behind a text.
+BOS gets no second one, and no EOS is put behind a text. What is decoded never holds half a
+character: one that the last tokens begin and do not finish is left out.
 """
 
 import contextlib
@@ -15,6 +16,9 @@ import tokenizers
 from klrl import schema
 from klrl.errors import UserError
 from klrl.models.blocks import DecoderConfig
+from klrl.models.token_bytes import TokenBytes
+
+DEFAULT_TEMPLATE = "default"  # the name of the chat template that is used unless another is named
 
 
 class Tokens(NamedTuple):
@@ -30,7 +34,9 @@ class TokenizerInfo:
 
   `eos_id` closes the texts that are trained on; it and `other_eos_ids` end a completion. `pad_id`
   fills masked places. `files` are those of the directory that the tokenizer was read from, with the
-  `*_token_id` fields of its config.json; a tokenizer made in code has none.
+  `*_token_id` fields of its config.json; a tokenizer made in code has none. `special_tokens` are
+  the texts that a chat template knows by names such as `bos_token`, and `chat_templates` the
+  templates by their names.
   """
 
   tokenizer: tokenizers.Tokenizer = dataclasses.field(repr=False)
@@ -41,6 +47,8 @@ class TokenizerInfo:
   cleans_up: bool = False
   files: Mapping[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
   config_ids: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
+  special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+  chat_templates: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
   @property
   def eos_ids(self) -> tuple[int, ...]:
@@ -68,6 +76,20 @@ class TokenizerInfo:
     """
     texts = list(texts)
     before, after = self.around
+    encoded = []
+    for text, (ids, ends) in zip(texts, self.encode_bare(texts), strict=True):
+      start = [] if ids[: len(before)] == before else before
+      ends = [0] * len(start) + ends + [len(text)] * len(after)
+      encoded.append(Tokens([*start, *ids, *after], ends))
+    return encoded
+
+  def encode_bare(self, texts: Iterable[str]) -> list[Tokens]:
+    """Returns the tokens of texts that have all their special tokens, as those of templates do.
+
+    Raises:
+      UserError: the tokenizer fails at a text.
+    """
+    texts = list(texts)
     try:
       encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
     except Exception:  # The library does not say which of the texts it was.
@@ -75,13 +97,7 @@ class TokenizerInfo:
         with refusals(f"The tokenizer cannot encode text {number}, {schema.show(text)}"):
           self.tokenizer.encode(text, add_special_tokens=False)
       raise
-    encoded = []
-    for text, encoding in zip(texts, encodings, strict=True):
-      ids = encoding.ids
-      start = [] if ids[: len(before)] == before else before
-      ends = [0] * len(start) + [end for _, end in encoding.offsets] + [len(text)] * len(after)
-      encoded.append(Tokens([*start, *ids, *after], ends))
-    return encoded
+    return [Tokens(encoding.ids, [end for _, end in encoding.offsets]) for encoding in encodings]
 
   @functools.cached_property
   def around(self) -> tuple[list[int], list[int]]:
@@ -109,7 +125,37 @@ class TokenizerInfo:
     return self.tokenizer.encode("")
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of ids, without the special tokens."""
+    """Returns the text of ids, without special tokens and without half a character at the end."""
+    kept = [i for i in ids if i not in self._special_ids]
+    num_bytes = self._bytes.unfinished(kept)
+    if not num_bytes:
+      return self.decode_all(ids)
+    if self._bytes.are_tokens:  # A run of them decodes as a whole or not at all.
+      return self.decode_all(kept[: len(kept) - num_bytes])
+    return self.decode_all(ids).removesuffix("\ufffd")
+
+  def decode_marked(self, ids: Sequence[int]) -> str:
+    """Returns the text of ids with its special tokens."""
+    return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+  def name(self, token_id: int) -> str:
+    """Returns what shows a token: its text, or the bytes of a part of a character: `<0xE4>`."""
+    token = self.tokenizer.id_to_token(token_id)
+    if token is None:
+      return f"<{token_id}>"
+    return self._bytes.part(token_id) or token
+
+  @functools.cached_property
+  def _special_ids(self) -> set[int]:
+    added = self.tokenizer.get_added_tokens_decoder()
+    return {i for i, token in added.items() if token.special}
+
+  @functools.cached_property
+  def _bytes(self) -> TokenBytes:
+    return TokenBytes(self.tokenizer)
+
+  def decode_all(self, ids: Sequence[int]) -> str:
+    """Returns the text of ids without special tokens; bytes that are no character are U+FFFD."""
     text = self.tokenizer.decode(ids)
     if self.cleans_up:
       # The list is that of transformers.

@@ -17,21 +17,24 @@ from klrl import schema
 from klrl.errors import UserError
 from klrl.models.directory import CONFIG, model_dir, write, write_json
 from klrl.models.hf_config import MAX_TOKENS
-from klrl.models.tokenizer import TokenizerInfo, refusals
+from klrl.models.tokenizer import DEFAULT_TEMPLATE, TokenizerInfo, refusals
 from klrl.run import progress
 
 _TOKENIZER = "tokenizer.json"
 _NAMES = "tokenizer_config.json"
 _MAP = "special_tokens_map.json"
 _GENERATION = "generation_config.json"
+_TEMPLATE = "chat_template.jinja"
+_TEMPLATE_JSON = "chat_template.json"  # of models that also read images
+_TEMPLATES = "additional_chat_templates"
 # The files of a tokenizer, which are saved with every model as they were found.
 _KEPT = (
+  _TEMPLATE,
+  _TEMPLATE_JSON,
   _TOKENIZER,
   _NAMES,
   _MAP,
   _GENERATION,
-  "chat_template.jinja",
-  "chat_template.json",
   "added_tokens.json",
   "tokenizer.model",
   "vocab.json",
@@ -58,6 +61,8 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
   """
   directory = model_dir(path)
   files = {name: _bytes(directory / name) for name in _KEPT if (directory / name).is_file()}
+  more = sorted((directory / _TEMPLATES).glob("*.jinja"))
+  files |= {f"{_TEMPLATES}/{file.name}": _bytes(file) for file in more if file.is_file()}
   if _TOKENIZER not in files:
     raise UserError(f"{directory} has no tokenizer.json; save one beside the model.")
 
@@ -71,6 +76,7 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
   config_ids = _ids(config, file, num_rows)
   generation_ids = _ids(parsed(_GENERATION), directory / _GENERATION, num_rows)
   named = _named(parsed, directory, config)
+  templates = _templates(files, parsed, named, directory)
   content = parsed(_TOKENIZER)
   if (named.get("tokenizer_class") or "").removesuffix("Fast") == "LlamaTokenizer":
     named, content = _as_llama(named, content)
@@ -105,6 +111,8 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
     and not isinstance(tokenizer.model, tokenizers.models.BPE),
     files=files,
     config_ids={name: value for name, value in config.items() if name.endswith("_token_id")},
+    special_tokens={name: _content(named[name]) for name in _NAMED if named.get(name) is not None},
+    chat_templates=templates,
   )
   with refusals(f"{directory / _TOKENIZER} does not encode"):
     info.encode_batch([])  # The tokens that it puts around a text may not be in its vocabulary.
@@ -129,6 +137,7 @@ def save_tokenizer(directory: pathlib.Path, info: TokenizerInfo, *, max_len: int
   """Writes the tokenizer's files, byte for byte if they were read from a directory."""
   if info.files:
     for name, content in info.files.items():
+      (directory / name).parent.mkdir(exist_ok=True)
       write(directory / name, content)
     return
   named = {
@@ -210,6 +219,36 @@ def _named(parsed, directory, config) -> dict[str, Any]:
     schema.check(config, {"tokenizer_class": rules["tokenizer_class"]}, directory / CONFIG)
     named["tokenizer_class"] = config.get("tokenizer_class")
   return named
+
+
+_NAME_AND_TEMPLATE = schema.Rule(
+  "an object with a name and a template",
+  lambda value: (
+    isinstance(value, dict) and all(isinstance(value.get(x), str) for x in ("name", "template"))
+  ),
+)
+
+
+def _templates(files, parsed, named, directory) -> dict[str, str]:
+  """Returns the chat templates by name, those of files of their own before the others."""
+  rule = schema.optional(schema.either(schema.text(2**20), schema.list_of(_NAME_AND_TEMPLATE)))
+  found = {}
+  in_json = parsed(_TEMPLATE_JSON)
+  for name, content in ((_TEMPLATE_JSON, in_json), (_NAMES, named)):
+    schema.check(content, {"chat_template": rule}, directory / name)
+    value = content.get("chat_template")
+    if isinstance(value, list):
+      found |= {entry["name"]: entry["template"] for entry in value}
+    elif value is not None:
+      found[DEFAULT_TEMPLATE] = value
+  for name, content in files.items():
+    if name.endswith(".jinja"):
+      try:
+        path = pathlib.PurePath(name)
+        found[DEFAULT_TEMPLATE if name == _TEMPLATE else path.stem] = content.decode()
+      except UnicodeDecodeError as error:
+        raise UserError(f"{directory / name} is not UTF-8: {error}.") from error
+  return found
 
 
 def _as_llama(named, content):

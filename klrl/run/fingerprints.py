@@ -19,8 +19,9 @@ from klrl.run import progress
 FILE = "inputs.json"
 # Fields of a config that name a file or a model's directory.
 _FIELDS = ("policy", "reference", "reward_model", "value_model", "teacher")
-_FIELDS += ("prompts", "data", "pretrain_data")
-_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt")  # of a model's files
+_FIELDS += ("prompts", "data", "pretrain_data", "chat_template")
+# Of a model's files, and of a folder of data.
+_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".parquet", ".arrow")
 _RULES = {
   "files": schema.object_of(schema.object_of(schema.text(64))),
   "accepted": schema.list_of(schema.text()),

@@ -1,40 +1,38 @@
-"""Reads JSON lines and plain text, and makes padded token arrays of them.
+"""Makes padded token arrays of texts, and says which rows of them an iteration uses.
 
 Prompts are left-padded, so that a completion starts right after them. Examples, which hold a prompt
-and its completion, are right-padded, and end with the tokenizer's end-of-sequence token. A file
-whose name ends in .gz is decompressed.
+and its completion, are right-padded, and end with the tokenizer's end-of-sequence token. `files`
+and `columns` read the texts.
 """
 
-import contextlib
-import gzip
-import itertools
-import pathlib
-import re
-import string
-import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from klrl import schema
 from klrl.errors import UserError
 from klrl.models import TokenizerInfo
+from klrl.run import progress
+from klrl.tasks import chats
+from klrl.tasks.chats import Asking as Asking
+from klrl.tasks.chats import Text
+from klrl.tasks.columns import Pair as Pair
+from klrl.tasks.columns import asked as asked
+from klrl.tasks.columns import has_chats as has_chats
+from klrl.tasks.columns import read_pairs as read_pairs
+from klrl.tasks.columns import read_prompts as read_prompts
+from klrl.tasks.columns import read_texts as read_texts
+from klrl.tasks.files import is_text as is_text
+from klrl.tasks.files import read_documents as read_documents
+from klrl.tasks.files import read_records as read_records
 from klrl.tasks.texts import Encoded as Encoded
 from klrl.tasks.texts import completion_texts as completion_texts
 from klrl.tasks.texts import decode_continuation as decode_continuation
+from klrl.tasks.texts import encode_prompt_texts as encode_prompt_texts
 from klrl.tasks.texts import encode_texts as encode_texts
+from klrl.tasks.texts import encode_whole as encode_whole
 from klrl.tasks.texts import token_ids as token_ids
-
-MAX_LINE = 2**20  # A line of 10 MB took a tokenizer 1.4 GiB.
-MAX_TEXT = 2**28
-# How files begin that people take for JSON lines.
-_NO_LINES = {
-  b"[": "is a JSON array. Write its objects as lines, one on each.",
-  b"PAR1": "is a Parquet file. Export it as JSON lines, one object on each.",
-  b"\xff\xfe": "is UTF-16. Save it as UTF-8.",
-  b"\xfe\xff": "is UTF-16. Save it as UTF-8.",
-}
 
 
 class Prompts(NamedTuple):
@@ -55,173 +53,6 @@ class Examples(NamedTuple):
   segment_ids: np.ndarray  # [N, S] int32, which text of the row a token is of, from 1; 0 at padding
 
 
-class Pair(NamedTuple):
-  """Two completions of a prompt, and by how much the first is better."""
-
-  prompt: str
-  chosen: str
-  rejected: str
-  margin: float = 1.0
-
-
-def read_records(path: str | pathlib.Path, required: Sequence[str]) -> list[dict[str, Any]]:
-  """Returns the objects of a JSON-lines file, each with the `required` string columns.
-
-  Raises:
-    UserError: there is no such file, it has no line, or a line is broken, has more than `MAX_LINE`
-      bytes, or lacks a column. The message has the number of the line.
-  """
-  path = pathlib.Path(path)
-  what = f"JSON lines with {', '.join(required)}"
-  records = []
-  with _opened(path, what) as file:
-    for number, line in _lines(file, path):
-      record = schema.parse(line, f"{path} line {number}")
-      for column in required:
-        if not isinstance(record, dict) or not isinstance(record.get(column), str):
-          has = f"; it has {', '.join(record)}" if isinstance(record, dict) and record else ""
-          raise UserError(f"{path} line {number} has no text column {column!r}{has}.")
-      records.append(record)
-  if not records:
-    raise UserError(f"{path} is empty; expected {what}.")
-  return records
-
-
-def read_prompts(path: str | pathlib.Path, template: str = "{prompt}") -> list[dict[str, Any]]:
-  r"""Returns the objects of a JSON-lines file, with the filled template as their `prompt`.
-
-  `{question}` in the template stands for the text column of that name, `{{` for a brace, and the
-  two characters `\n` for a new line, which a shell or a file of flags cannot hold.
-
-  Raises:
-    UserError: as `read_records`, for the columns of the template; or the template names no column,
-      or has anything but a name within braces.
-  """
-  advice = 'Write e.g. "Question: {question}\\nAnswer:", with {{ and }} for braces.'
-  try:
-    fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
-  except ValueError as error:
-    raise UserError(f"--prompt_template={template!r}: {error}. {advice}") from error
-  columns = list(dict.fromkeys(name for _, name, _, _ in fields))
-  # Formats, conversions, attributes and indices would reach into the objects of the row.
-  if any(spec or conversion for _, _, spec, conversion in fields) or not all(
-    re.fullmatch(r"[^\W\d][\w -]*", column) for column in columns
-  ):
-    raise UserError(f"--prompt_template={template!r}: only names may be in braces. {advice}")
-  if not columns:
-    raise UserError(f"--prompt_template={template!r} names no column. {advice}")
-  template = template.replace("\\n", "\n")
-  records = read_records(path, columns)
-  # A column that only some lines have is None on the others, so every batch has the same columns.
-  all_columns = dict.fromkeys(column for record in records for column in record)
-  return [{**all_columns, **record, "prompt": template.format_map(record)} for record in records]
-
-
-# What opens the assistant's turns in HH-RLHF (Y. Bai et al., "Training a Helpful and Harmless
-# Assistant with RLHF", 2022).
-_ASSISTANT = "\n\nAssistant:"
-
-
-def read_pairs(path: str | pathlib.Path) -> list[Pair]:
-  """Returns the preferences of a JSON-lines file; a pair of equal completions is left out.
-
-  A line holds `{"prompt", "chosen", "rejected"}`, or whole dialogues `{"chosen", "rejected"}` as in
-  HH-RLHF. The prompt is then the part that both share, up to the last "\\n\\nAssistant:" in it. A
-  number `margin` is kept; either every line has one or none has.
-
-  Raises:
-    UserError: as `read_records`; two dialogues without a prompt share none; a margin is missing or
-      is no finite number; or no pair has two different completions.
-  """
-  records = read_records(path, ("chosen", "rejected"))
-  pairs = []
-  for number, record in enumerate(records, start=1):
-    where = f"{path}, pair {number}"
-    margin = record.get("margin", 1.0)
-    if ("margin" in record) != ("margin" in records[0]):
-      raise UserError(f"{where}: give every line a margin, or none.")
-    schema.check(record, {"margin": schema.number()}, where)
-    prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
-    if chosen == rejected:
-      continue
-    if "prompt" not in record:
-      differ = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
-      shared = chosen[: next(differ, min(len(chosen), len(rejected)))]
-      length = shared.rfind(_ASSISTANT) + len(_ASSISTANT)
-      if length < len(_ASSISTANT):
-        raise UserError(
-          f"{where} has no prompt, and what its dialogues share holds no {_ASSISTANT!r}. "
-          'Write {"prompt": ..., "chosen": ..., "rejected": ...}.'
-        )
-      prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
-    if not isinstance(prompt, str):
-      raise UserError(f"{where}: the prompt is no text.")
-    pairs.append(Pair(prompt, chosen, rejected, float(margin)))
-  if not pairs:
-    raise UserError(f"{path} holds no pair with two different completions.")
-  return pairs
-
-
-def is_text(path: str) -> bool:
-  """Returns whether a data file is plain text, packed or not, rather than JSON lines."""
-  return path.removesuffix(".gz").endswith(".txt")
-
-
-def read_documents(path: str | pathlib.Path) -> list[str]:
-  """Returns the documents of a plain text file, without the blank space around them.
-
-  They are separated by `<|endoftext|>` if the file has it, and by blank lines otherwise.
-
-  Raises:
-    UserError: there is no such file, it is empty, has more than `MAX_TEXT` bytes, or is not UTF-8.
-  """
-  path = pathlib.Path(path)
-  with _opened(path, "plain text") as file:
-    content = file.read(MAX_TEXT + 1)
-  if len(content) > MAX_TEXT:
-    raise UserError(f"{path} holds more than {MAX_TEXT} bytes of text; take a part of it.")
-  try:
-    text = content.decode()
-  except UnicodeDecodeError as error:
-    raise UserError(f"{path} is not UTF-8: {error}.") from error
-  separator = re.escape("<|endoftext|>") if "<|endoftext|>" in text else r"\n\s*\n"
-  documents = [document.strip() for document in re.split(separator, text)]
-  documents = [document for document in documents if document]
-  if not documents:
-    raise UserError(f"{path} is empty; expected plain text.")
-  return documents
-
-
-@contextlib.contextmanager
-def _opened(path: pathlib.Path, what: str) -> Iterator[BinaryIO]:
-  """Yields the file, decompressed as it is read, since a small one may hold gigabytes of zeros."""
-  try:
-    if not path.is_file():
-      raise UserError(f"There is no file {path}; expected {what}.")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-      yield file
-  except (OSError, EOFError, zlib.error) as error:
-    raise UserError(f"{path} cannot be read: {error}.") from error
-
-
-def _lines(file: BinaryIO, path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-  """Yields (number, line) of all lines that are not blank."""
-  for number in itertools.count(1):
-    line = file.readline(MAX_LINE + 1)
-    if not line:
-      return
-    if number == 1:
-      for beginning, advice in _NO_LINES.items():
-        if line.lstrip().startswith(beginning):
-          raise UserError(f"{path} {advice}")
-    if len(line) > MAX_LINE:
-      raise UserError(
-        f"{path} line {number} has more than {MAX_LINE} bytes, more than any model reads. Cut it."
-      )
-    if line.strip():
-      yield number, line
-
-
 def encode_prompts(
   records: list[dict[str, Any]], tokenizer: TokenizerInfo, *, max_prompt_len: int
 ) -> Prompts:
@@ -230,7 +61,7 @@ def encode_prompts(
   Raises:
     UserError: a prompt has no token, or more than `max_prompt_len` tokens.
   """
-  rows = [row.ids for row in tokenizer.encode_batch(record["prompt"] for record in records)]
+  rows = encode_prompt_texts([record["prompt"] for record in records], tokenizer)
   for number, row in enumerate(rows, start=1):
     if not row:
       raise UserError(f"Prompt {number} is empty and the tokenizer adds no beginning-of-sequence.")
@@ -239,7 +70,7 @@ def encode_prompts(
         f"Prompt {number} has {len(row)} tokens; at most {max_prompt_len} fit into the model's "
         "context beside the completion. Leave longer ones out (--max_prompt_len, of pairs "
         "--max_len), or lower --max_completion_len. "
-        f"It begins {records[number - 1]['prompt'][:60]!r}."
+        f"It begins {chats.beginning(records[number - 1]['prompt'])}."
       )
   tokens, mask = pad(rows, tokenizer.pad_id, left=True)
   return Prompts(tokens, mask, records)
@@ -249,13 +80,29 @@ def short_prompts(
   records: list[dict[str, Any]], tokenizer: TokenizerInfo, *, max_prompt_len: int
 ) -> list[dict[str, Any]]:
   """Returns the records whose prompt has at most `max_prompt_len` tokens; UserError if none has."""
-  encoded = tokenizer.encode_batch(record["prompt"] for record in records)
+  encoded = encode_prompt_texts([record["prompt"] for record in records], tokenizer)
   kept = [
-    record for record, row in zip(records, encoded, strict=True) if len(row.ids) <= max_prompt_len
+    record for record, row in zip(records, encoded, strict=True) if len(row) <= max_prompt_len
   ]
   if not kept:
     raise UserError(f"--max_prompt_len={max_prompt_len}: every prompt is longer. Raise it.")
   return kept
+
+
+def distinct(texts: Sequence[Text]) -> list[Text]:
+  """Returns the different texts or chats, in their order."""
+  return list({json.dumps(text, default=str): text for text in texts}.values())
+
+
+def warn_of_shared_prompts(training: Sequence[Text], held_out: Sequence[Text]) -> None:
+  """Warns if held-out prompts are trained on too, so that what is held out says less."""
+  trained = {json.dumps(prompt, default=str) for prompt in training}
+  shared = [prompt for prompt in held_out if json.dumps(prompt, default=str) in trained]
+  if shared:
+    progress.warn(
+      f"{len(shared)} of {len(held_out)} held-out rows have a prompt that is trained on too, such "
+      f"as {chats.beginning(shared[0])}. Held-out figures of these say little about new prompts."
+    )
 
 
 def row_len(max_len: int, context: int) -> int:
@@ -306,16 +153,16 @@ def windows(texts: Sequence[Encoded], max_len: int) -> list[Encoded]:
   pieces = []
   for text in texts:
     for start in range(0, max(1, len(text.tokens) - 1), max_len - 1):
-      pieces.append(Encoded(text.tokens[start : start + max_len], 0))
+      tokens = text.tokens[start : start + max_len]
+      pieces.append(Encoded(tokens, [True] * len(tokens)))
   return pieces
 
 
 def examples_of(texts: Sequence[Encoded], pad_id: int) -> Examples:
   """Returns one right-padded row per text."""
   tokens, mask = pad([text.tokens for text in texts], pad_id, left=False)
-  num_prompt_tokens = np.array([text.num_prompt_tokens for text in texts])
-  in_completion = np.arange(tokens.shape[1]) >= num_prompt_tokens[:, None]
-  return Examples(tokens, mask, mask & in_completion, mask.astype(np.int32))
+  in_completion, _ = pad([text.in_completion for text in texts], False, left=False)
+  return Examples(tokens, mask, in_completion > 0, mask.astype(np.int32))
 
 
 def encode_examples(

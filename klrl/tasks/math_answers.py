@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import Any
 
 from klrl.errors import UserError
+from klrl.tasks import chats
 from klrl.tasks.math_worker import Worker
 from klrl.tasks.verifier import Verifier
 
@@ -105,17 +106,20 @@ def is_right(completion: str, reference_answer: str) -> bool:
 def math_reward(prompts, completions, answer=None, **columns: Any) -> list[float]:
   """Returns 1 for each completion whose final answer is that of the column `answer`, else 0.
 
+  An answer is text or a number. A completion is text, or the messages of a chat.
+
   Raises:
     UserError: a row has no `answer`; as `is_right`.
   """
   answer = answer or [None] * len(prompts)
   for prompt, reference in zip(prompts, answer, strict=True):
-    if not isinstance(reference, str):
+    if isinstance(reference, bool) or not isinstance(reference, str | int | float):
       raise UserError(
-        f"The reward `math` needs a text column `answer`; prompt {prompt[:80]!r} has "
+        f"The reward `math` needs a text column `answer`; prompt {chats.beginning(prompt)} has "
         f"{'none' if reference is None else repr(reference)}."
       )
-  return [float(is_right(*texts)) for texts in zip(completions, answer, strict=True)]
+  texts = (x[-1]["content"] if chats.is_chat(x) else x for x in completions)
+  return [float(is_right(text, str(a))) for text, a in zip(texts, answer, strict=True)]
 
 
 def _marked(text: str) -> str | None:

@@ -46,7 +46,7 @@ def pack(texts: Sequence[Encoded], pad_id: int, *, row_len: int) -> Examples:
     for segment, text in enumerate(members, start=1):
       end = start + len(text.tokens)
       packed.tokens[row, start:end] = text.tokens
-      packed.completion_mask[row, start + max(1, text.num_prompt_tokens) : end] = True
+      packed.completion_mask[row, start + 1 : end] = text.in_completion[1:]
       packed.segment_ids[row, start:end] = segment
       start = end
   return packed._replace(mask=packed.segment_ids > 0)

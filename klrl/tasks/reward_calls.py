@@ -2,8 +2,10 @@
 
 The function is `f(prompts, completions, **columns)`, plain or `async`. It gets copies, so its
 changes reach neither the samples nor the next reward. If it has parameters `prompt_ids` or
-`completion_ids`, it gets the tokens too. It may return a list, or an array or tensor of any library
-and on any device. A None in a list abstains: it says nothing of that completion.
+`completion_ids`, it gets the tokens too. Where prompts are chats, it gets them as lists of messages
+and each completion as [{"role": "assistant", "content": ...}], as in TRL. It may return a list, or
+an array or tensor of any library and on any device. A None in a list abstains: it says nothing of
+that completion.
 """
 
 import asyncio
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from klrl.errors import UserError
+from klrl.tasks import chats
 
 RewardFn = Callable[..., list[float]]
 
@@ -65,7 +68,13 @@ def scores(
     column: [copy.deepcopy(record.get(column)) for record in records]
     for column in sorted({column for record in records for column in record} - {"prompt"})
   }
-  given = {"prompts": list(prompts), "completions": list(completions)}
+  given = {
+    "prompts": copy.deepcopy(prompts),
+    "completions": [
+      chats.said_by(chats.ASSISTANT, completion) if chats.is_chat(prompt) else completion
+      for prompt, completion in zip(prompts, completions, strict=True)
+    ],
+  }
   check_parameters(reward_fn, name, columns)
   asked_for = [field for field in Ids._fields if field in _parameters(reward_fn)]
   if asked_for and ids is None:
@@ -233,7 +242,7 @@ def _one(row):
   return row[0] if isinstance(row, list) and len(row) == 1 else row
 
 
-def _finite(name: str, score, completion: str, prompt: str) -> float:
+def _finite(name: str, score, completion: str, prompt: chats.Text) -> float:
   try:
     value = _one(score.tolist()) if hasattr(score, "tolist") else score
     if value is None:
@@ -246,6 +255,7 @@ def _finite(name: str, score, completion: str, prompt: str) -> float:
   if not magnitude <= LARGEST:
     raise UserError(
       f"The reward {name} returned {number} for completion {completion[:80]!r} of prompt "
-      f"{prompt[:80]!r}. Return a finite number for every completion, or None to say nothing of it."
+      f"{chats.beginning(prompt)}. Return a finite number for every completion, or None to say "
+      "nothing of it."
     )
   return number

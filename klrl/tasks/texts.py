@@ -12,6 +12,8 @@ import numpy as np
 from klrl.errors import UserError
 from klrl.models import TokenizerInfo
 from klrl.run import progress
+from klrl.tasks import chats
+from klrl.tasks.chats import Text
 
 _NUM_CHECKED = 1000  # prompts that are also encoded alone, for a warning
 
@@ -20,10 +22,10 @@ class Encoded(NamedTuple):
   """One text as tokens."""
 
   tokens: list[int]
-  num_prompt_tokens: int  # the first ones; the others are the completion with its end-of-sequence
+  in_completion: list[bool]  # of each token: whether the model writes it, its EOS included
 
 
-def encode_texts(texts: Sequence[tuple[str, str]], tokenizer: TokenizerInfo) -> list[Encoded]:
+def encode_texts(texts: Sequence[tuple[Text, Text]], tokenizer: TokenizerInfo) -> list[Encoded]:
   """Returns (prompt, completion) texts as tokens, each closed with the end-of-sequence.
 
   The text is encoded as a whole and split by character offsets, so that a completion has the same
@@ -31,26 +33,108 @@ def encode_texts(texts: Sequence[tuple[str, str]], tokenizer: TokenizerInfo) -> 
   completion already ends with an EOS. If a prompt has other tokens alone than before its
   completion, the console says so, since the policy will be asked to complete it alone.
 
+  Of chats the assistant's turns in the completion count, each up to the EOS in it: what a template
+  writes behind that, such as a new line, the model never does. The text ends with the last of them.
+
   Raises:
-    UserError: the tokenizer has no EOS, or fails at a text.
+    UserError: the tokenizer has no EOS, or fails at a text; some texts are chats and others are
+      not; of chats, as `chats.answered_texts`.
   """
   if tokenizer.eos_id is None:
     raise UserError("The tokenizer names no EOS token; completions could not be closed.")
+  if all_chats([completion for _, completion in texts], "examples"):
+    return _encode_chats(texts, tokenizer)
   whole = tokenizer.encode_batch(prompt + completion for prompt, completion in texts)
   encoded = []
   for (prompt, _), (ids, ends) in zip(texts, whole, strict=True):
     num_prompt_tokens = sum(end <= len(prompt) for end in ends)
     is_closed = ids[num_prompt_tokens:][-1:] and ids[-1] in tokenizer.eos_ids
-    encoded.append(Encoded(ids if is_closed else [*ids, tokenizer.eos_id], num_prompt_tokens))
+    ids = ids if is_closed else [*ids, tokenizer.eos_id]
+    encoded.append(Encoded(ids, [i >= num_prompt_tokens for i in range(len(ids))]))
   _warn_of_other_tokens([prompt for prompt, _ in texts], encoded, tokenizer)
   return encoded
 
 
+def encode_whole(texts: Sequence[tuple[Text, Text]], tokenizer: TokenizerInfo) -> list[Encoded]:
+  """Returns the same texts, of which every token counts, those of the prompt too.
+
+  Raises:
+    UserError: as `encode_texts`.
+  """
+  if all_chats([completion for _, completion in texts], "examples"):
+    encoded = encode_texts(texts, tokenizer)
+    return [Encoded(tokens, [True] * len(tokens)) for tokens, _ in encoded]
+  return encode_texts([("", prompt + completion) for prompt, completion in texts], tokenizer)
+
+
+def _encode_chats(pairs, tokenizer: TokenizerInfo) -> list[Encoded]:
+  rendered = chats.answered_texts(pairs, tokenizer)
+  tokens = tokenizer.encode_bare(text for text, _ in rendered)
+  return [
+    _turns(ids, ends, spans, tokenizer)
+    for (ids, ends), (_, spans) in zip(tokens, rendered, strict=True)
+  ]
+
+
+def _turns(ids, ends, spans, tokenizer: TokenizerInfo) -> Encoded:
+  """Returns the tokens up to the end of the last of the turns that are at `spans`."""
+  eos_ids = tokenizer.eos_ids
+  in_completion = np.zeros(len(ids) + 1, bool)
+  last = 0
+  for first_character, behind in spans:
+    turn = [i for i, end in enumerate(ends) if first_character < end <= behind]
+    if not turn:
+      continue
+    closing = [i for i in turn if ids[i] in eos_ids]
+    following = turn[-1] + 1  # A generation block may end before the EOS that closes its turn.
+    if not closing and following < len(ids) and ids[following] in eos_ids:
+      closing = [following]
+    last = closing[-1] if closing else turn[-1]
+    in_completion[turn[0] : last + 1] = True
+  ids = ids[: last + 1]
+  if ids[-1] not in eos_ids:
+    ids = [*ids, tokenizer.eos_id]
+    in_completion[last + 1] = True
+  return Encoded(ids, in_completion[: len(ids)].tolist())
+
+
+def encode_prompt_texts(prompts: Sequence[Text], tokenizer: TokenizerInfo) -> list[list[int]]:
+  """Returns the tokens of prompts; a chat ends where the assistant's turn begins.
+
+  A chat has the BOS that its template writes, and no other.
+
+  Raises:
+    UserError: the tokenizer fails at a text; some prompts are chats and others are not; of chats,
+      as `chats.prompt_texts`.
+  """
+  if not all_chats(prompts, "prompts"):
+    return [row.ids for row in tokenizer.encode_batch(prompts)]
+  rows = [row.ids for row in tokenizer.encode_bare(chats.prompt_texts(prompts, tokenizer))]
+  before, _ = tokenizer.around
+  if before and rows[0][: len(before)] != before:
+    progress.warn_once(
+      f"The chat template writes no {tokenizer.tokenizer.id_to_token(before[0])}, with which this "
+      "tokenizer begins every other text. None is added, as in transformers; a template that "
+      "begins with {{ bos_token }} writes it."
+    )
+  return rows
+
+
+def all_chats(texts: Sequence[Text], what: str) -> bool:
+  """Returns whether the texts are chats; UserError if only some of them are."""
+  are_chats = {chats.is_chat(text) for text in texts}
+  if len(are_chats) > 1:
+    raise UserError(f"Some {what} are messages, and others are text; give one kind.")
+  return are_chats == {True}
+
+
 def _warn_of_other_tokens(prompts, encoded, tokenizer) -> None:
   """Warns if some of the first prompts have other tokens alone than before their completions."""
-  pairs = [(prompt, ids[:n]) for prompt, (ids, n) in zip(prompts, encoded, strict=True) if prompt][
-    :_NUM_CHECKED
-  ]
+  pairs = [
+    (prompt, text.tokens[: text.in_completion.index(True)])
+    for prompt, text in zip(prompts, encoded, strict=True)
+    if prompt
+  ][:_NUM_CHECKED]
   alone = tokenizer.encode_batch(prompt for prompt, _ in pairs)
   other = [prompt for (prompt, ids), found in zip(pairs, alone, strict=True) if found.ids != ids]
   if other:

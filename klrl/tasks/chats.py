@@ -1,0 +1,238 @@
+"""Chats: messages as data files have them, and the assistant's turns in what a template writes.
+
+A chat is a list of messages, {"role": ..., "content": ...}.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from klrl import schema
+from klrl.errors import UserError
+from klrl.models import TokenizerInfo
+from klrl.models.chat import Job, Message, Rendered, render, template_of
+from klrl.models.chat_worker import CLOSE, OPEN
+
+ASSISTANT = "assistant"
+_SYSTEM = ("system", "developer")
+_ROLES = (*_SYSTEM, "user", ASSISTANT, "tool")
+# What the turns of ShareGPT's conversations are called.
+_SHAREGPT = {
+  "system": "system",
+  "human": "user",
+  "user": "user",
+  "tool": "tool",
+  "gpt": ASSISTANT,
+  "assistant": ASSISTANT,
+  "chatgpt": ASSISTANT,
+  "model": ASSISTANT,
+}
+_FORM = 'Write {"role": "user", "content": "..."}.'
+
+
+Text = str | list[Message]  # plain text, or a chat
+
+
+class Asking(NamedTuple):
+  """What the user adds to the data.
+
+  as_chat: a prompt that is text is what the user says, and a completion is the assistant's answer.
+  system_prompt: the first message of chats that begin with none of their own; "" for none.
+  """
+
+  as_chat: bool = False
+  system_prompt: str = ""
+
+
+def is_chat(value: Any) -> bool:
+  """Returns whether a column holds messages rather than text."""
+  return isinstance(value, list)
+
+
+def beginning(text: Text) -> str:
+  """Returns how a text, or the last message of a chat, begins, for a message to the user."""
+  return repr((text[-1]["content"] if is_chat(text) else text)[:80])
+
+
+def messages(value: Any, where: str) -> list[Message]:
+  """Returns the messages of a column, each with its content as one text and without empty fields.
+
+  Raises:
+    UserError: it is no list of messages with a known role and text; what is said begins with
+      `where`.
+  """
+  if not is_chat(value) or not value:
+    raise UserError(f"{where} is {schema.show(value)}, and no list of messages. {_FORM}")
+  return [_message(item, f"{where}, message {i}") for i, item in enumerate(value, start=1)]
+
+
+def _message(item: Any, where: str) -> Message:
+  if not isinstance(item, dict) or not isinstance(item.get("role"), str):
+    raise UserError(f"{where} is {schema.show(item)}, which has no role. {_FORM}")
+  if item["role"] not in _ROLES:
+    raise UserError(
+      f"{where} has the role {schema.show(item['role'])}; roles are {', '.join(_ROLES)}."
+    )
+  # Tables give every message the fields of all; templates ask which are there.
+  kept = {name: field for name, field in item.items() if field is not None}
+  content = kept.get("content", "" if kept.get("tool_calls") else None)
+  if isinstance(content, list):
+    parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+    if not all(isinstance(part, str) for part in parts):
+      raise UserError(f"{where} holds other content than text, {schema.show(content)}.")
+    content = "".join(parts)
+  if not isinstance(content, str):
+    raise UserError(f"{where} has no text as content: {schema.show(item)}. {_FORM}")
+  if OPEN in content or CLOSE in content:
+    raise UserError(f"{where} holds U+10FFFE or U+10FFFF, which are no characters. Remove them.")
+  return {**kept, "content": content}
+
+
+def from_sharegpt(value: Any, where: str) -> list[Message]:
+  """Returns the messages of ShareGPT's turns, {"from": ..., "value": ...}.
+
+  Raises:
+    UserError: as `messages`.
+  """
+  if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+    raise UserError(f"{where} is {schema.show(value)}, and no list of turns.")
+  turns = []
+  for number, turn in enumerate(value, start=1):
+    if "from" not in turn:  # Some name the column so and hold messages.
+      turns.append(turn)
+      continue
+    if turn["from"] not in _SHAREGPT:
+      raise UserError(
+        f"{where}, turn {number} is from {schema.show(turn['from'])}; known are "
+        f"{', '.join(_SHAREGPT)}."
+      )
+    turns.append({"role": _SHAREGPT[turn["from"]], "content": turn.get("value")})
+  return messages(turns, where)
+
+
+def from_hh(text: str, where: str) -> list[Message]:
+  """Returns the messages of a dialogue of HH-RLHF, "\\n\\nHuman: ...\\n\\nAssistant: ...".
+
+  Raises:
+    UserError: the text does not begin like one.
+  """
+  before, *turns = re.split(r"\n\n(Human|Assistant):", text)
+  if before.strip() or not turns:
+    raise UserError(f"{where} has no prompt, and is no dialogue of HH-RLHF: {text[:80]!r}.")
+  roles = {"Human": "user", "Assistant": ASSISTANT}
+  return [
+    {"role": roles[who], "content": said.strip()}
+    for who, said in zip(turns[::2], turns[1::2], strict=True)
+  ]
+
+
+def said_by(role: str, text: str) -> list[Message]:
+  """Returns the chat of one message."""
+  return [{"role": role, "content": text}]
+
+
+def opened(chat: list[Message], system_prompt: str) -> list[Message]:
+  """Returns the chat, which the system prompt opens if it has none and the prompt is not empty."""
+  if not system_prompt or chat[0]["role"] in _SYSTEM:
+    return chat
+  return [*said_by("system", system_prompt), *chat]
+
+
+def until_last_answer(chat: list[Message]) -> list[Message]:
+  """Returns the messages before the assistant's last turn, if the chat ends with that."""
+  while chat and chat[-1]["role"] == ASSISTANT:
+    chat = chat[:-1]
+  return chat
+
+
+def prompt_texts(chats: Sequence[list[Message]], tokenizer: TokenizerInfo) -> list[str]:
+  """Returns the text of each chat, with the beginning of the assistant's turn.
+
+  Raises:
+    UserError: as `klrl.models.chat.render`, or the template leaves the system's message out.
+  """
+  jobs = [Job(i, len(chat), True) for i, chat in enumerate(chats)]
+  texts = [rendered.text for rendered in render(tokenizer, chats, jobs)]
+  for number, (chat, text) in enumerate(zip(chats, texts, strict=True), start=1):
+    _check_system(chat, text, number)
+  return texts
+
+
+def answered_texts(
+  pairs: Sequence[tuple[list[Message], list[Message]]], tokenizer: TokenizerInfo
+) -> list[Rendered]:
+  """Returns the text of each (prompt, completion), with the assistant's turns in the completion.
+
+  The spans are the characters of these turns and what the template ends them with. They are the
+  `generation` blocks of a template that has some. Otherwise they are what a turn adds to the text
+  in which the assistant is asked for it.
+
+  Raises:
+    UserError: as `prompt_texts`; the completion has no turn of the assistant; or the template
+      writes a turn differently after it is asked for, or before others follow.
+  """
+  chats = [[*prompt, *completion] for prompt, completion in pairs]
+  turns = [
+    [i for i in range(len(prompt), len(chat)) if chat[i]["role"] == ASSISTANT]
+    for (prompt, _), chat in zip(pairs, chats, strict=True)
+  ]
+  for number, (chat, found) in enumerate(zip(chats, turns, strict=True), start=1):
+    if not found:
+      raise UserError(
+        f"Chat {number} has no turn of the assistant to learn: {schema.show(chat[-1])} is its last."
+      )
+  has_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", template_of(tokenizer))
+  jobs = []
+  for number, (chat, found) in enumerate(zip(chats, turns, strict=True)):
+    if not has_blocks:
+      for i in found:
+        jobs += [Job(number, i, True), Job(number, i + 1, False)]
+    jobs.append(Job(number, len(chat), False))
+  rendered = iter(render(tokenizer, chats, jobs))
+  answered = []
+  for number, (chat, found) in enumerate(zip(chats, turns, strict=True), start=1):
+    pieces = [] if has_blocks else [(next(rendered).text, next(rendered).text) for _ in found]
+    whole = next(rendered)
+    _check_system(chat, whole.text, number)
+    if has_blocks:
+      num_turns = sum(message["role"] == ASSISTANT for message in chat)
+      if len(whole.spans) != num_turns:
+        raise UserError(
+          f"The chat template marks {len(whole.spans)} generation blocks in chat {number}, which "
+          f"has {num_turns} turns of the assistant."
+        )
+      answered.append(whole._replace(spans=whole.spans[-len(found) :]))
+    else:
+      spans = [_added(*piece, whole.text, number) for piece in pieces]
+      answered.append(Rendered(whole.text, spans))
+  return answered
+
+
+def _added(before: str, after: str, whole: str, number: int) -> tuple[int, int]:
+  """Returns the characters that a turn adds."""
+  if not after.startswith(before):
+    raise UserError(
+      f"The chat template asks the assistant to go on with {before[-40:]!r}, but writes its turn "
+      f"in chat {number} otherwise, so the turn cannot be told apart. Give a template with "
+      "{% generation %} blocks around the assistant's turns by --chat_template=FILE."
+    )
+  if not whole.startswith(after):
+    raise UserError(
+      f"The chat template writes a turn of the assistant in chat {number} differently once others "
+      "follow (some leave the thoughts of earlier turns out), so the model would learn what it is "
+      "never asked for. End each chat with the turn to learn, or give a template with "
+      "{% generation %} blocks around the assistant's turns by --chat_template=FILE."
+    )
+  return len(before), len(after)
+
+
+def _check_system(chat: list[Message], text: str, number: int) -> None:
+  for message in chat:
+    if message["role"] in _SYSTEM and "".join(message["content"].split()) not in "".join(
+      text.split()
+    ):
+      raise UserError(
+        f"The chat template leaves the {message['role']} message of chat {number} out, "
+        f"{message['content'][:80]!r}. Put it into the user's first message, or give another "
+        "template by --chat_template=FILE."
+      )
