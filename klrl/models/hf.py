@@ -113,10 +113,10 @@ def save_policy(
 ) -> None:
   """Writes a directory that `load_policy` and `transformers.AutoModelForCausalLM` open.
 
-  All processes call it, outside of `on_writer`. Parameters may be on any devices; they are fetched
-  and written layer by layer, and adapters are merged into them. They get `dtype`, or by default
-  that of the files from which the model was read; those of a fresh model keep their own. Each file
-  appears whole or not at all, `config.json` last.
+  All processes call it, outside of `on_writer`. Parameters may be unread or on any devices; they
+  are fetched and written layer by layer, and adapters are merged into them. They get `dtype`, or by
+  default that of the files from which the model was read; those of a fresh model keep their own.
+  Each file appears whole or not at all, `config.json` last.
   """
   _save(path, config, params, tokenizer, dtype, "ForCausalLM", {})
 
@@ -304,7 +304,7 @@ def _planned(config: DecoderConfig, family: Family, params: Params, dtype: str) 
   def part(path, layer):
     """Returns a leaf, or a layer of it, on the host."""
     if not is_stacked(path):
-      return parallel.fetch(leaves[path])
+      return parallel.fetch(unread.read(leaves[path]))
     if path in factors:
       return parallel.fetch(_merged_layer(leaves[path], *factors[path], layer, config.lora_rank))
     return parallel.fetch(_layer(leaves[path], layer))
@@ -333,6 +333,8 @@ def _planned(config: DecoderConfig, family: Family, params: Params, dtype: str) 
 
 def _layer(leaf, layer):
   """Returns one layer of a stacked leaf, wherever that is."""
+  if unread.is_unread(leaf):
+    return leaf.read((slice(layer, layer + 1), *[slice(None)] * (leaf.ndim - 1)))[0]
   return _layer_on_devices(leaf, layer) if isinstance(leaf, jax.Array) else leaf[layer]
 
 
