@@ -89,7 +89,7 @@ class Config(common.RunConfig, common.ChatFields, common.EvaluationFields, commo
 
   def __post_init__(self):
     super().__post_init__()
-    self.choose_learning_rate(embedded=5e-4, own=1e-6)
+    self.choose_learning_rate(embedded=5e-4)
     self.check_evaluations()
     self.check_chat("data")
     if self.policy and not self.data:
@@ -122,6 +122,7 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
   start = (own_start if config.data else embedded_start)(config)
   stages = {} if config.policy else training.model_directories(stages_config(config))
   create_workdir(workdir, "dpo", config, read=stages.values())
+  config = config.fitted(start.params)
   return train_on_pairs(config, workdir, start)
 
 

@@ -48,6 +48,7 @@ from klrl.tasks import arithmetic, data
 class Config(common.RunConfig, common.ChatFields):
   """Settings of reward modelling."""
 
+  rate_factor = 10.0
   num_iterations: int = again(common.RunConfig, "num_iterations", default=1000)
   batch_size: int = setting(128, "pairs per iteration", minimum=1)
   policy: str = setting("", "model directory to start from; default: the embedded SFT stage")
@@ -83,7 +84,7 @@ class Config(common.RunConfig, common.ChatFields):
 
   def __post_init__(self):
     super().__post_init__()
-    self.choose_learning_rate(embedded=1e-3, own=1e-5)
+    self.choose_learning_rate(embedded=1e-3)
     self.check_has_frozen()
     self.check_chat("data")
     if self.data and not self.policy:
@@ -116,6 +117,7 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
   model_config, policy_params, tokenizer = inputs.load_start(config, directory)
   training, held_out = _pairs(config, tokenizer, model_config.max_len)
   create_workdir(workdir, "reward_model", config, read=[directory])
+  config = config.fitted(policy_params)
 
   model_config, params, frozen = add_lora(
     model_config,

@@ -44,6 +44,7 @@ from klrl.tasks import arithmetic, data, demonstrations, packing
 class Config(common.RunConfig, common.ChatFields):
   """Settings of supervised fine-tuning."""
 
+  rate_factor = 10.0
   num_iterations: int = again(common.RunConfig, "num_iterations", default=700)
   policy: str = setting("", "model directory to start from; default: a fresh small decoder")
   data: str = setting(
@@ -77,7 +78,7 @@ class Config(common.RunConfig, common.ChatFields):
 
   def __post_init__(self):
     super().__post_init__()
-    self.choose_learning_rate(embedded=4e-3, own=2e-5)
+    self.choose_learning_rate(embedded=4e-3)
     self.check_has_frozen()
     self.check_chat("data")
     if self.policy and not self.data:
@@ -116,6 +117,7 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
   policy = policy_model(model_config)
   training, held_out, more = _examples(config, policy, tokenizer)
   create_workdir(workdir, "sft", config)
+  config = config.fitted(params, frozen)
 
   summary = train(
     config,

@@ -105,6 +105,8 @@ MORE = (
   Figure("held_out_mean_score", "Mean score of a pair", "score",
          "Mean of the reward model's scores of both completions."),
   Figure("held_out_examples", "Held-out examples", "", "How many pairs or rows were held out."),
+  Figure("learning_rate", "Learning rate", "",
+         "The peak learning rate of Adam: --learning_rate, or what fits the size of the model."),
   Figure("best_iteration", "Iterations of the best model", "",
          "After how many iterations the model in model_best was the best one (--keep_best)."),
   Figure("exact_score", "Score, by enumeration", "per completion",
@@ -316,7 +318,7 @@ def markdown() -> str:
 
   return "\n".join(
     (
-      table("On held-out prompts or examples: `summary.json`, `evaluations.jsonl`", (*JUDGED, *MORE)),
+      table("Held-out prompts or examples: `summary.json`, `evaluations.jsonl`", (*JUDGED, *MORE)),
       table("In an iteration: `metrics.jsonl`", TRAINING),
     )
   )

@@ -111,9 +111,10 @@ def train_members(
     if structure:
       progress.console.print(f"Program {i + 1} of {len(groups)}: {structure}")
     models, task = load(group[0].config)
+    trained = models.policy_params, models.base.get("policy")
     _run_group(
       workdir,
-      group,
+      [member._replace(config=member.config.fitted(*trained)) for member in group],
       models,
       task,
       experiment=experiment,
@@ -236,9 +237,10 @@ def _run_group(
     params = params_of(state.run.params, i)
     best = best_figures(member.folder(workdir), member.config.keep_best)
     figures = (
-      announced
+      rlhf.with_symptoms(announced, member.folder(workdir), member.name)
       | best
       | {
+        "learning_rate": member.config.learning_rate,
         "diverged_at": diverged_at[i] or None,
         "num_members": len(members),  # whose time `wall_seconds` is
       }

@@ -18,17 +18,10 @@ from klrl.figures import labels
 from klrl.inputs import Models, Task
 from klrl.models import join, save_policy, save_scalar
 from klrl.programs import Setup, init_run, make_step_fn, set_up
-from klrl.run import loop, progress
+from klrl.run import loop, progress, symptoms
 from klrl.run.evaluations import Evaluations, best_figures, cadence
 from klrl.run.summary import write_summary
 from klrl.run.workdir import write_text
-
-_LARGEST_KL_OLD = 5.0
-_TOO_FAR = (
-  "The steps of iteration {done} took the policy far from the one that had sampled: KL(old||pi) is "
-  "{value} nats per sequence. Such steps rarely help. Try a lower --learning_rate, or fewer steps "
-  "on a rollout."
-)
 
 _DIVERGENCES = {
   kl_terms.forward_kl: "KL(ref||pi)",
@@ -76,12 +69,13 @@ def train_policy(
     evaluations=evaluations,
     **config.loop_settings(),
   )
-  iterations = progress.warned(iterations, "kl/old_k1", _LARGEST_KL_OLD, _TOO_FAR)
+  iterations = progress.warned(iterations, "kl/old_k1", symptoms.LARGEST_KL_OLD, symptoms.far_step)
   state = progress.watch(
     iterations, state, title=title, start=start, total=config.num_iterations, keys=_SHOWN
   )
   after = judge(state.params, when="after")
-  figures |= best_figures(workdir, config.keep_best)
+  figures |= best_figures(workdir, config.keep_best) | {"learning_rate": config.learning_rate}
+  figures = with_symptoms(figures, workdir)
   beta = state.controller.beta
   return write_results(workdir, setup, state.params, before, after, figures, beta=beta)
 
@@ -102,6 +96,18 @@ def announce(config) -> dict[str, Any]:
   for warning in warnings:
     progress.warn(warning)
   return {"kl_penalty": description} | ({"warnings": warnings} if warnings else {})
+
+
+def with_symptoms(figures: dict[str, Any], workdir: pathlib.Path, name="") -> dict[str, Any]:
+  """Returns the figures of a summary with `warnings` of what went wrong in the run.
+
+  What shows at its end alone is said on the console, after the `name` of the run.
+  """
+  far, fell = symptoms.of_run(workdir)
+  if fell:
+    progress.warn(f"{name}: {fell}" if name else fell)
+  found = [*figures.get("warnings", []), *filter(None, (far, fell))]
+  return figures | ({"warnings": found} if found else {})
 
 
 def make_judge(setup: Setup) -> judging.Judge:

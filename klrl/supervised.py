@@ -170,6 +170,8 @@ def train(
 
   at_start = measured(state)
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
+  if not start:
+    progress.console.print(f"{title}: held out, {_before_training(summary, at_start)}")
   evaluations = evaluate and Evaluations(
     workdir,
     lambda state: evaluate(join(frozen, state.params)),
@@ -192,6 +194,7 @@ def train(
   params = join(frozen, state.params)
   figures = {
     "held_out_examples": len(held_out[0]),
+    "learning_rate": config.learning_rate,
     **held_out_figures(summary, at_start, measured(state)),
     **more(params),
     **(best_figures(workdir, config.keep_best) if evaluate else {}),
@@ -209,6 +212,17 @@ def train(
   content = write_summary(workdir, figures, config.num_iterations)
   processes.on_writer(write_report)(workdir)
   return content
+
+
+def _before_training(summary: Mapping[str, str], at_start: dict) -> str:
+  """Returns the figures before training in words; shares would only count ties."""
+  parts = []
+  for name, metric in summary.items():
+    figure = find(name)
+    if figure.scale == 1:
+      found = evaluation.ratio_and_stderr(name, *at_start[metric])
+      parts.append(f"{figure.title} {of_summary(found, name)} {figure.unit}".strip())
+  return f"before training: {', '.join(parts)}".lower()
 
 
 def held_out_metrics(metrics, params, held_out, mesh, *, batch_size: int) -> dict:

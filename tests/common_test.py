@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 
 from experiments import (
+  distill,
   estimators,
   kl_audit,
   kl_directions,
@@ -334,9 +335,32 @@ OWN = {
 @pytest.mark.parametrize("experiment", OWN, ids=lambda module: module.__name__)
 def test_a_model_of_the_users_is_not_trained_at_the_embedded_models_learning_rate(experiment):
   embedded, own = experiment.Config(), experiment.Config(**OWN[experiment])
-  assert own.learning_rate < embedded.learning_rate / 50
+  assert own.fitted({}).learning_rate < embedded.learning_rate / 5
   given = experiment.Config(**OWN[experiment], learning_rate=embedded.learning_rate)
   assert given.learning_rate == embedded.learning_rate
   assert experiment.Config(learning_rate=0.0).learning_rate == 0
   with pytest.raises(UserError, match=r"--learning_rate=-0\.5: must be at least 0, or -1"):
     experiment.Config(learning_rate=-0.5)
+
+
+@pytest.mark.parametrize(
+  ("experiment", "changes", "message"),
+  [
+    (ppo, {"eval_every": 0, "keep_best": "gold"}, "--keep_best is set, but nothing reads it"),
+    (ppo, {"eval_every": 0, "num_interim_rows": 9}, "--num_interim_rows is set, but nothing"),
+    (ppo, {"eval_every": -2}, "--eval_every=-2: must be at least -1"),
+    (ppo, {"keep_best": "kl"}, "--keep_best=kl: must be one of , score, gold"),
+    (distill, {"keep_best": "score"}, "nothing scores completions"),
+  ],
+)
+def test_settings_of_evaluations_that_nothing_reads_are_refused(experiment, changes, message):
+  with pytest.raises(UserError, match=message):
+    experiment.Config(**changes)
+
+
+def test_while_a_model_of_the_users_trains_fewer_completions_are_judged():
+  assert ppo.Config().interim_rows() == ppo.Config().num_eval_rows == 512
+  own = ppo.Config(**OWN[ppo])
+  assert own.interim_rows() == 128
+  assert dataclasses.replace(own, num_eval_rows=16).interim_rows() == 16
+  assert dataclasses.replace(own, num_interim_rows=300).interim_rows() == 300

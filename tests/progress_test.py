@@ -102,10 +102,10 @@ def test_a_figure_that_is_too_large_is_told_once(printed):
     finally:
       closed.append(True)
 
-  warned = progress.warned(iterations(), "kl/old_k1", 5.0, "After {done} it is {value}.")
+  warned = progress.warned(iterations(), "kl/old_k1", 5.0, "After {} it is {}.".format)
   assert [done for done, _, _ in warned] == [1, 2, 3, 4]
   assert printed() == "Warning: After 3 it is 18.7.\n"
-  left = progress.warned(iterations(), "kl/old_k1", 5.0, "")
+  left = progress.warned(iterations(), "kl/old_k1", 5.0, "{}{}".format)
   next(left)
   left.close()
   assert closed == [True, True]

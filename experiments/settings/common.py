@@ -13,18 +13,19 @@ import inspect
 import os
 import pathlib
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
+import jax
 from absl import app, flags, logging
 
-from experiments.settings import usage
+from experiments.settings import learning_rates, usage
 from klrl.algorithm.optimizer import SCHEDULES
 from klrl.devices import processes
 from klrl.errors import UserError, troubles_told
 from klrl.run import metrics
 from klrl.run.evaluations import BY_DEFAULT
 from klrl.run.loop import Interrupted
-from klrl.run.progress import console, fail
+from klrl.run.progress import console, fail, say_once
 from klrl.run.workdir import check_writable, is_read
 from klrl.tasks.registry import TASKS
 
@@ -102,6 +103,8 @@ class LabConfig:
 class RunConfig(LabConfig):
   """Training, checkpoints and devices."""
 
+  rate_factor: ClassVar[float] = 1.0  # of the learning rate of a model of the user's
+
   init_seed: int = setting(0, "seed of fresh parameters and of the stages before", minimum=0)
   data_seed: int = setting(0, "seed of what is held out, and of the order of prompts", minimum=0)
   num_iterations: int = setting(100, "iterations", minimum=1)
@@ -112,8 +115,8 @@ class RunConfig(LabConfig):
   max_grad_norm: float = setting(1.0, "largest global gradient norm", minimum=0.0)
   learning_rate: float = setting(
     CHOSEN,
-    "peak learning rate of Adam; -1: one tuned for the embedded models, or a careful one for "
-    "--policy=DIR, of which adapters take about ten times as much",
+    "peak learning rate of Adam; -1: one tuned for the embedded models, or for --policy=DIR one by "
+    "its size, which is said when it is read",
     minimum=CHOSEN,
   )
   learning_rate_schedule: str = setting(
@@ -164,17 +167,25 @@ class RunConfig(LabConfig):
       )
     self.check_divides("accumulation", self.batch_size, "--batch_size")
 
-  def choose_learning_rate(self, *, embedded: float, own: float) -> None:
-    """Sets a learning rate that nobody gave.
+  def choose_learning_rate(self, *, embedded: float) -> None:
+    """Sets a learning rate that nobody gave to `embedded`, tuned for models of the embedded task.
 
-    Args:
-      embedded: tuned for the models of the embedded task, of 0.1 million parameters.
-      own: for a model directory of the user's, on which that one would do harm.
+    That of a model of the user's, to which this one would do harm, is chosen by `fitted`.
     """
-    if self.learning_rate == CHOSEN:
-      object.__setattr__(self, "learning_rate", own if self.policy else embedded)
-    if self.learning_rate < 0:
+    if self.learning_rate == CHOSEN and not self.policy:
+      object.__setattr__(self, "learning_rate", embedded)
+    if self.learning_rate < 0 and self.learning_rate != CHOSEN:
       raise UserError(f"--learning_rate={self.learning_rate}: must be at least 0, or -1.")
+
+  def fitted(self, *params) -> "RunConfig":
+    """Returns the config with a learning rate; one that nobody gave fits the model of `params`."""
+    if self.learning_rate != CHOSEN:
+      return self
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    rate = learning_rates.of_size(size, factor=self.rate_factor, lora_rank=self.lora_rank)
+    reason = learning_rates.reason(size, rate, lora_rank=self.lora_rank)
+    say_once(reason)
+    return dataclasses.replace(self, learning_rate=rate)
 
   def check_has_frozen(self) -> None:
     """Raises UserError where `frozen_dtype` is set and there is no base of adapters to read it."""

@@ -62,7 +62,7 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
 
   def __post_init__(self):
     super().__post_init__()
-    self.choose_learning_rate(embedded=5e-4, own=1e-6)
+    self.choose_learning_rate(embedded=5e-4)
     self.check_evaluations()
     if self.keep_best == "score" and not self.reads_scores():
       raise UserError("--keep_best=score: nothing scores completions here.")

@@ -5,7 +5,7 @@ import functools
 import re
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -39,6 +39,12 @@ def visible(text: str) -> str:
 def warn(message: str) -> None:
   """Says what a person should know of a run that goes on."""
   _say("Warning:", "bold yellow", message)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+  """Prints a message, unless the same was printed before."""
+  console.print(message, soft_wrap=True)
 
 
 @functools.cache
@@ -90,10 +96,10 @@ def watch(
   return state
 
 
-def warned(iterations: Generator, key: str, largest: float, message: str) -> Generator:
+def warned(iterations: Generator, key: str, largest: float, message: Callable) -> Generator:
   """Yields what `iterations` yield; warns once where the figure `key` is larger than `largest`.
 
-  `message` holds {done} and {value}, for after which iteration, and the figure.
+  `message(iterations done, figure)` is what is said.
   """
   said = False
   with contextlib.closing(iterations):
@@ -101,7 +107,7 @@ def warned(iterations: Generator, key: str, largest: float, message: str) -> Gen
       value = figures.get(key)
       if not said and value is not None and value > largest:
         said = True
-        warn(message.format(done=done, value=shown(key, value)))
+        warn(message(done, value))
       yield done, state, figures
 
 
