@@ -185,7 +185,8 @@ class PlusOneRMSNorm(nnx.RMSNorm):
   def __call__(self, x):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
-    return (normed * (1 + self.scale[...].astype(wide.dtype))).astype(self.dtype)
+    factor = 1 + self.scale[...].astype(wide.dtype)
+    return (normed * factor.reshape((1,) * (x.ndim - 1) + factor.shape)).astype(self.dtype)
 
 
 def _norm(config, rngs, width=None):
