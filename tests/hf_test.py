@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
+from klrl.devices import parallel, unread
 from klrl.errors import UserError
 from klrl.models import TokenizerInfo, check_tokenizer, hf, load_tokenizer, weights
 from klrl.models.blocks import LayerKind
@@ -383,3 +384,105 @@ def test_an_unembedding_where_the_config_says_tied_is_read_as_transformers_reads
   np.testing.assert_allclose(logits(config, loaded, tokens), expected, atol=1e-4)
   hf.save_policy(tmp_path / "again", config, loaded, tiny_tokenizer())
   assert_trees_equal(hf.load_policy(tmp_path / "again")[1], loaded)
+
+
+def peer_of(kind):
+  """Returns a tiny random model of `transformers` whose maps are fused or stored the other way."""
+  transformers = pytest.importorskip("transformers")
+  sizes = {"vocab_size": 12, "max_position_embeddings": 16, "pad_token_id": 0}
+  llama = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+  llama |= {"intermediate_size": 24}
+  config = {
+    "gpt2": lambda: transformers.GPT2Config(
+      vocab_size=12, n_positions=16, n_embd=16, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**sizes, **llama, rotary_pct=0.5),
+    "phi3": lambda: transformers.Phi3Config(**sizes, **llama, num_key_value_heads=2),
+  }[kind]()
+  return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "phi3"])
+def test_fused_maps_are_read_in_shards_and_written_layer_by_layer(kind, tmp_path):
+  peer_of(kind).save_pretrained(tmp_path)
+  config, params = hf.load_policy(tmp_path)
+  opened = hf.open_policy(tmp_path)[1]
+  placed = parallel.put_once(parallel.make_mesh("fsdp=2,tensor=2"), opened)
+  assert_trees_equal(placed, params)
+  split = [leaf for leaf in jax.tree.leaves(placed) if not leaf.sharding.is_fully_replicated]
+  assert len(split) > 5
+  for source, name in ((placed, "placed"), (opened, "unread")):
+    hf.save_policy(tmp_path / name, config, source, tiny_tokenizer(12))
+    saved_again = safetensors.numpy.load_file(tmp_path / name / "model.safetensors")
+    original = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    for tensor, array in saved_again.items():
+      old = [x for x in original if x in (tensor, f"transformer.{tensor}")]
+      np.testing.assert_array_equal(array, original[old[0]])
+
+
+def test_a_process_reads_no_more_than_the_shards_of_its_devices(tmp_path, monkeypatch):
+  saved(tmp_path, UNTIED)
+  sizes, parts = [], weights.Tensors.parts
+
+  def counted(self, name, index):
+    for rows, values in parts(self, name, index):
+      sizes.append(values.size)
+      yield rows, values
+
+  monkeypatch.setattr(weights.Tensors, "parts", counted)
+  params = hf.open_policy(tmp_path)[1]
+  assert not sizes
+  placed = parallel.put_once(parallel.make_mesh("fsdp=4"), params)
+  assert sum(sizes) == sum(leaf.size for leaf in jax.tree.leaves(placed))
+  # In place of a second process, one shard.
+  sizes.clear()
+  shape = params["unembedding"].shape
+  params["unembedding"].read((slice(0, shape[0] // 4), slice(None)))
+  assert sum(sizes) == shape[0] // 4 * shape[1]
+
+
+def test_a_directory_that_is_written_anew_is_read_as_it_was_when_it_was_opened(tmp_path):
+  params = saved(tmp_path)
+  opened = hf.open_policy(tmp_path)[1]
+  hf.save_policy(tmp_path, LLAMA, jax.tree.map(np.zeros_like, params), tiny_tokenizer())
+  assert_trees_equal(unread.read(opened), params)
+
+
+def half_saved(directory, config=LLAMA):
+  """Saves a model in bfloat16 and returns its params."""
+  half = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), random_params(policy_model(config)))
+  hf.save_policy(directory, config, half, tiny_tokenizer())
+  return half
+
+
+def test_a_model_is_saved_in_the_dtype_of_the_file_it_came_from_or_in_another(tmp_path):
+  half = half_saved(tmp_path / "half")
+  edit_config(tmp_path / "half", dtype=None, torch_dtype="float32")  # which is not true
+  config, params = hf.load_policy(tmp_path / "half")
+  assert hf.file_dtype(config) == "bfloat16"
+  hf.save_policy(tmp_path / "again", config, params, tiny_tokenizer())
+  assert_trees_equal(unread.read(hf.open_policy(tmp_path / "again")[1]), half)
+  written = json.loads((tmp_path / "again" / "config.json").read_text())
+  assert written["torch_dtype"] == "bfloat16" and "dtype" not in written
+  hf.save_policy(tmp_path / "full", config, params, tiny_tokenizer(), dtype="float32")
+  config, params = hf.open_policy(tmp_path / "full")
+  assert hf.file_dtype(config) == "float32"
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float64"])
+def test_numbers_are_read_in_the_dtype_of_the_file(stored, tmp_path):
+  saved(tmp_path)
+
+  def change(tensors):
+    for name in tensors:
+      tensors[name] = tensors[name].astype(stored)
+
+  edit_tensors(tmp_path, change)
+  dtype = {"float64": "float32"}.get(stored, stored)  # JAX has no other by default.
+  config, params = hf.open_policy(tmp_path)
+  assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {dtype}
+  assert hf.file_dtype(config) == dtype
+  edit_tensors(tmp_path, lambda tensors: tensors["model.norm.weight"].fill(np.nan))
+  with pytest.raises(UserError, match=r"tensor model\.norm\.weight holds NaN"):
+    parallel.put_once(parallel.make_mesh("data=1"), hf.open_policy(tmp_path)[1])
