@@ -123,13 +123,13 @@ class Task(NamedTuple):
 def check_inputs(sources: Sources) -> None:
   """Raises UserError if a directory, file or function that is named cannot be used."""
   directories = sources.policy, sources.reference, sources.reward_model, sources.value_model
-  for directory in directories:
-    if directory not in ("", UNIFORM, EMBEDDED):
-      load_tokenizer(directory)
+  named = dict.fromkeys(x for x in directories if x not in ("", UNIFORM, EMBEDDED))
+  tokenizers = {directory: load_tokenizer(directory) for directory in named}
   if sources.prompts:
     records = data.read_prompts(sources.prompts, sources.prompt_template, asking(sources))
-    tokenizer = reading(sources, sources.prompts, load_tokenizer(sources.policy))
-    data.encode_prompt_texts([records[0]["prompt"]], tokenizer)
+    if sources.policy in tokenizers:
+      tokenizer = reading(sources, sources.prompts, tokenizers[sources.policy])
+      data.encode_prompt_texts([records[0]["prompt"]], tokenizer)
   else:
     records = TASKS[sources.task].prompts(held_out=True)
   if sources.reward:

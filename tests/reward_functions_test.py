@@ -14,7 +14,7 @@ import pytest
 from klrl.errors import UserError
 from klrl.tasks import math_answers
 from klrl.tasks.reward_calls import Ids, scores
-from klrl.tasks.rewards import load_rewards, weighted_scores
+from klrl.tasks.rewards import Reward, load_rewards, weighted_scores
 
 RECORDS = [{"prompt": "first"}, {"prompt": "second"}]
 
@@ -124,6 +124,30 @@ def test_none_abstains_and_is_in_no_sum(style):
   np.testing.assert_array_equal(total, [0.5, 2.5, np.nan])
   np.testing.assert_array_equal(by_name["f"], [np.nan, 2.0, np.nan])
   np.testing.assert_array_equal(by_name["g"], [1.0, 1.0, np.nan])
+
+
+def test_of_chats_prompts_and_completions_are_messages_and_are_copies():
+  prompts = [[{"role": "user", "content": text}] for text in ("first", "second")]
+  seen = {}
+
+  def f(prompts, completions, completion_ids, n):
+    seen.update(prompts=prompts, completions=completions, ids=completion_ids)
+    prompts[0][0]["content"] = completions[0][0]["content"] = "changed"
+    return n
+
+  records = [{"prompt": prompt, "n": i} for i, prompt in enumerate(prompts)]
+  ids = Ids([[1], [2]], [[3], [4]])
+  assert scores(f, records, ["a", "b"], "f", ids).tolist() == [0, 1]
+  assert seen["prompts"][1] == [{"role": "user", "content": "second"}]
+  assert seen["completions"][1] == [{"role": "assistant", "content": "b"}]
+  assert seen["ids"] == [[3], [4]]
+  assert prompts[0][0]["content"] == "first"
+  with pytest.raises(UserError, match="returned nan for completion 'b' of prompt 'second'"):
+    scores(lambda prompts, completions, n: [1.0, float("nan")], records, ["a", "b"], "f")
+  with pytest.raises(UserError, match="sum of the rewards is 1e\\+39 for completion 'a'"):
+    weighted_scores(
+      [Reward("f", 1e39, lambda prompts, completions, n: [1, 1])], records, ["a", "b"]
+    )
 
 
 def test_other_columns_arrive_as_lists_and_missing_ones_as_none():

@@ -227,6 +227,59 @@ def test_a_saved_reward_model_pads_with_what_is_no_eos(tmp_path):
     assert config.get("pad_token_id") == expected
 
 
+def byte_level():
+  """Returns a tokenizer whose tokens are bytes, with one that ends inside of a character."""
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  vocabulary = {letter: i for i, letter in enumerate(alphabet)} | {"Ġä": 256, "</s>": 257}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("Ġ", "ä")]))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  tokenizer.add_special_tokens(["</s>"])
+  return TokenizerInfo(tokenizer, None, 257, 257)
+
+
+def with_byte_tokens():
+  """Returns a tokenizer with a token for each byte and few others, as SentencePiece makes them."""
+  vocabulary = {f"<0x{i:02X}>": i for i in range(256)} | {"▁": 256, "a": 257, "</s>": 258}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+  tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+  decoders = tokenizers.decoders
+  tokenizer.decoder = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+  )
+  tokenizer.add_special_tokens(["</s>"])
+  return TokenizerInfo(tokenizer, None, 258, 258)
+
+
+@pytest.mark.parametrize("make_tokenizer", [byte_level, with_byte_tokens])
+@pytest.mark.parametrize("text", ["a 中国", "a\ufffd 🤖", "é 中a"])
+def test_what_is_decoded_never_ends_in_half_a_character(make_tokenizer, text):
+  info = make_tokenizer()
+  ids = info.tokenizer.encode(text).ids
+  assert len(ids) > len(text) and info.decode(ids) == text
+  shown = [info.decode(ids[:n]) for n in range(len(ids) + 1)]
+  assert all(text.startswith(some) for some in shown)
+  # Nothing whole is left out: every character is there as soon as its last byte is.
+  assert len(set(shown)) == len(text) + 1
+  for n in range(len(ids)):
+    assert info.decode([*ids[:n], info.eos_id]) == shown[n]
+  # A completion goes on inside of a character, and the pieces make the whole.
+  pieces = [data.decode_continuation(info, ids[:n], [ids[n]]) for n in range(len(ids))]
+  assert "".join(pieces) == text
+
+
+@pytest.mark.parametrize("make_tokenizer", [byte_level, with_byte_tokens])
+def test_bytes_that_are_no_character_are_shown_as_such(make_tokenizer):
+  info = make_tokenizer()
+  *_, last = info.tokenizer.encode("中").ids
+  a = info.tokenizer.encode("a").ids
+  assert info.decode([*a, last, *a]) == info.tokenizer.decode([*a, last, *a]) == "a\ufffda"
+  assert info.name(last) == "<0xAD>"
+  assert info.name(a[0]) == "a" and info.name(info.eos_id) == "</s>" and info.name(999) == "<999>"
+  if make_tokenizer is byte_level:
+    assert info.name(256) == "<0x20><0xE4>" and info.decode([*a, 256]) == "a "
+
+
 def with_tokens(*added, num_tokens=11):
   info = tiny_tokenizer(num_tokens)
   info.tokenizer.add_special_tokens(list(added))

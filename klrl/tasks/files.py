@@ -6,7 +6,9 @@ are read where they are; only what comes from the hub is written, into the cache
 
 import contextlib
 import datetime
+import functools
 import gzip
+import importlib
 import itertools
 import pathlib
 import re
@@ -102,7 +104,7 @@ def _rows(source: str, what: str) -> Iterator[Row]:
     return _tables_as_rows(source, _parquet_tables([path]))
   is_name = re.fullmatch(f"{_HUB_NAME}(:[^:/]+){{0,2}}", source)
   if is_name and not is_file and not source.endswith(_SUFFIXES):
-    return _tables_as_rows(source, _hub_tables(source))
+    return _tables_as_rows(source, _from_hub(source).with_format("arrow").iter(1000))
   return _json_rows(pathlib.Path(source), what)
 
 
@@ -146,7 +148,7 @@ def _plain(value, where: str):
 
 def _imported(name: str, source):
   try:
-    return __import__(name, fromlist=["_"])
+    return importlib.import_module(name)
   except ImportError as error:
     raise UserError(f"{source} needs a package that is not installed. {_INSTALL}") from error
 
@@ -169,6 +171,8 @@ def _folder_tables(folder: pathlib.Path, split: str) -> Iterator:
     progress.console.print(f"{folder}: the split {split} of {', '.join(splits)}", soft_wrap=True)
     return _arrow_tables(folder / pathlib.PurePath(split).name)
   if (folder / _STATE).is_file():
+    if split:
+      raise UserError(f"{folder} is one data set without splits; leave :{split} out.")
     return _arrow_tables(folder)
   return _parquet_tables(_parquet_files(folder, split))
 
@@ -199,22 +203,23 @@ def _arrow_tables(folder: pathlib.Path) -> Iterator:
       yield from ipc.open_stream(stream)
 
 
-def _hub_tables(source: str) -> Iterator:
+@functools.cache  # The hub is asked once in a run.
+def _from_hub(source: str):
   name, *parts = source.split(":")
   datasets = _imported("datasets", source)
   # Before version 4 a data set could bring a program of its own.
   if int(datasets.__version__.split(".")[0]) < 4:
     raise UserError(f"{source}: datasets {datasets.__version__} is too old. {_INSTALL}")
   config, split = (parts[0] if len(parts) == 2 else None), (parts[-1] if parts else "train")
+  progress.console.print(f"{source} is no file here; it is looked for on the hub", soft_wrap=True)
   try:
-    loaded = datasets.load_dataset(name, config, split=split)
+    return datasets.load_dataset(name, config, split=split)
   except Exception as error:  # of the network, of the hub, of the data
-    said = " ".join(str(error).split())[:500]
+    said = " ".join(str(error).split())[:500].rstrip(".")
     raise UserError(
       f"There is no file or folder {source}, and the data set cannot be loaded from the hub: "
-      f"{said} Write OWNER/NAME, OWNER/NAME:SPLIT or OWNER/NAME:CONFIG:SPLIT."
+      f"{said}. Write OWNER/NAME, OWNER/NAME:SPLIT or OWNER/NAME:CONFIG:SPLIT."
     ) from error
-  return loaded.with_format("arrow").iter(1000)
 
 
 def is_text(path: str) -> bool:

@@ -51,7 +51,7 @@ def encode_texts(texts: Sequence[tuple[Text, Text]], tokenizer: TokenizerInfo) -
     is_closed = ids[num_prompt_tokens:][-1:] and ids[-1] in tokenizer.eos_ids
     ids = ids if is_closed else [*ids, tokenizer.eos_id]
     encoded.append(Encoded(ids, [i >= num_prompt_tokens for i in range(len(ids))]))
-  _warn_of_other_tokens([prompt for prompt, _ in texts], encoded, tokenizer)
+  _warn_of_other_tokens([prompt for prompt, _ in texts], encoded, tokenizer.encode_batch)
   return encoded
 
 
@@ -70,10 +70,13 @@ def encode_whole(texts: Sequence[tuple[Text, Text]], tokenizer: TokenizerInfo) -
 def _encode_chats(pairs, tokenizer: TokenizerInfo) -> list[Encoded]:
   rendered = chats.answered_texts(pairs, tokenizer)
   tokens = tokenizer.encode_bare(text for text, _ in rendered)
-  return [
+  encoded = [
     _turns(ids, ends, spans, tokenizer)
     for (ids, ends), (_, spans) in zip(tokens, rendered, strict=True)
   ]
+  asked = [text[: spans[0][0]] for text, spans in rendered]
+  _warn_of_other_tokens(asked, encoded, tokenizer.encode_bare)
+  return encoded
 
 
 def _turns(ids, ends, spans, tokenizer: TokenizerInfo) -> Encoded:
@@ -128,14 +131,14 @@ def all_chats(texts: Sequence[Text], what: str) -> bool:
   return are_chats == {True}
 
 
-def _warn_of_other_tokens(prompts, encoded, tokenizer) -> None:
+def _warn_of_other_tokens(prompts: Sequence[str], encoded: Sequence[Encoded], encode) -> None:
   """Warns if some of the first prompts have other tokens alone than before their completions."""
   pairs = [
     (prompt, text.tokens[: text.in_completion.index(True)])
     for prompt, text in zip(prompts, encoded, strict=True)
     if prompt
   ][:_NUM_CHECKED]
-  alone = tokenizer.encode_batch(prompt for prompt, _ in pairs)
+  alone = encode(prompt for prompt, _ in pairs)
   other = [prompt for (prompt, ids), found in zip(pairs, alone, strict=True) if found.ids != ids]
   if other:
     progress.warn_once(
