@@ -197,9 +197,7 @@ def _examples(config: Config, policy: Policy, tokenizer):
   if config.is_text:
     texts = [("", document) for document in data.read_documents(config.data)]
   elif config.data:
-    texts, are_documents = data.read_texts(
-      config.data, inputs.asking(config), prefers_chat=bool(tokenizer.chat_templates)
-    )
+    texts, are_documents = data.read_texts(config.data, inputs.asking(config))
   else:
     texts = arithmetic.demonstrations(
       config.init_seed, config.num_demonstrations, quality=config.demonstration_quality

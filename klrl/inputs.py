@@ -309,7 +309,8 @@ def reading(config, source: str, tokenizer: TokenizerInfo) -> TokenizerInfo:
     UserError: the template or a token does not exist, chats have no template, or a template has
       no chats.
   """
-  are_chats = source and (config.chat or (not data.is_text(source) and data.has_chats(source)))
+  kind = data.kind_of(source) if source else data.DOCUMENTS
+  are_chats = source and (config.chat or kind == data.CHATS)
   if config.chat_template and not are_chats:
     raise UserError(
       f"--chat_template is set, but nothing reads it: {source} holds text. Add --chat, which makes "
@@ -320,7 +321,12 @@ def reading(config, source: str, tokenizer: TokenizerInfo) -> TokenizerInfo:
   if config.stop_tokens:
     tokenizer = chat.with_stop_tokens(tokenizer, config.stop_tokens)
   if are_chats:
-    tokenizer = chat.with_end_of_turn(tokenizer)
+    return chat.with_end_of_turn(tokenizer)
+  if kind == data.PROMPTS and tokenizer.chat_templates:
+    progress.warn_once(
+      f"{source} holds text, and the model has a chat template, which it does not see without "
+      "--chat. With that, the text is what the user says."
+    )
   return tokenizer
 
 

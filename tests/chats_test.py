@@ -323,7 +323,7 @@ def test_sharegpt_and_hh_dialogues_are_chats():
     chats.from_hh("no dialogue", "x")
 
 
-def test_a_template_that_no_data_need_is_refused(tmp_path):
+def test_a_template_that_no_data_need_is_refused_or_said(tmp_path, capsys):
   (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
   info = load_tokenizer(write_tokenizer(tmp_path / "model", CHATML))
   sources = inputs.Sources(chat_template="default")
@@ -331,4 +331,8 @@ def test_a_template_that_no_data_need_is_refused(tmp_path):
     inputs.reading(sources, str(tmp_path / "p.jsonl"), info)
   chatting = inputs.Sources(chat=True)
   assert len(inputs.reading(chatting, str(tmp_path / "p.jsonl"), info).eos_ids) == 2
+  assert not capsys.readouterr().out.count("--chat")
   assert inputs.reading(inputs.Sources(), str(tmp_path / "p.jsonl"), info) is info
+  assert "has a chat template, which it does not see without --chat" in " ".join(
+    capsys.readouterr().out.split()
+  )

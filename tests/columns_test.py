@@ -164,13 +164,6 @@ def test_texts_to_fine_tune_on_have_the_columns_that_people_publish(rows, record
   assert texts.are_documents == ("text" in record)
 
 
-def test_instructions_are_chats_where_the_model_has_a_template(rows, capsys):
-  path = rows({"instruction": "a", "output": "b"})
-  assert columns.read_texts(path, prefers_chat=True).pairs == [([USER], [ANSWER])]
-  assert "are answered as chats" in capsys.readouterr().out
-  assert columns.read_texts(rows({"text": "a"}), prefers_chat=True).pairs == [("", "a")]
-
-
 @pytest.mark.parametrize(
   ("records", "asking", "message"),
   [
@@ -196,16 +189,18 @@ def test_texts_that_cannot_be_used_are_one_clear_error(rows, records, asking, me
 @pytest.mark.parametrize(
   ("record", "expected"),
   [
-    ({"prompt": "a"}, False),
-    ({"prompt": [USER]}, True),
-    ({"messages": [USER]}, True),
-    ({"conversations": [USER]}, True),
-    ({"chosen": [USER], "rejected": [USER]}, True),
-    ({"text": "a", "tags": []}, False),
+    ({"prompt": "a"}, data.PROMPTS),
+    ({"question": "a", "tags": []}, data.PROMPTS),
+    ({"prompt": [USER]}, data.CHATS),
+    ({"messages": [USER]}, data.CHATS),
+    ({"conversations": [USER]}, data.CHATS),
+    ({"chosen": [USER], "rejected": [USER]}, data.CHATS),
+    ({"text": "a", "tags": []}, data.DOCUMENTS),
+    ({"instruction": "a", "output": "b", "text": "ab"}, data.PROMPTS),
   ],
 )
-def test_the_first_row_says_whether_a_file_holds_chats(rows, record, expected):
-  assert columns.has_chats(rows(record, {"prompt": "a"})) == expected
+def test_the_first_row_says_what_a_file_holds(rows, record, expected):
+  assert columns.kind_of(str(rows(record, {"prompt": "a"}))) == expected
 
 
 def test_prompts_on_both_sides_of_the_split_are_counted_and_shown(capsys):

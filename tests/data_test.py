@@ -1,5 +1,6 @@
 """Tests of reading, encoding, padding, splitting and ordering data."""
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -224,6 +225,31 @@ def test_completions_keep_their_leading_space(stories):
     np.concatenate([tokens, completion_tokens], axis=1), prompt_mask, mask, None, None, None
   )
   assert data.completion_texts(stories, rollout) == completions
+
+
+def test_what_ends_a_completion_is_no_part_of_its_text():
+  tokenizer = dataclasses.replace(TOKENIZER, other_eos_ids=(14,))  # It is written as "=".
+  tokens = np.array([[1, 4, 5, 14], [1, 4, 14, 5], [1, 14, 5, 2]])
+  mask = np.ones((3, 2), bool)
+  rollout = Rollout(tokens, mask, mask, None, None, None)
+  assert data.completion_texts(tokenizer, rollout) == ["2", "=2", "2"]
+
+
+def test_padding_that_is_an_eos_hides_no_eos():
+  tokenizer = dataclasses.replace(TOKENIZER, pad_id=2)
+  examples = data.encode_examples([("1", "2"), ("1", "234")], tokenizer, max_len=9)
+  assert examples.tokens[0].tolist() == [1, 4, 5, 2, 2, 2]
+  assert examples.mask[0].tolist() == [True] * 4 + [False] * 2
+  assert examples.completion_mask[0].tolist() == [False, False, True, True, False, False]
+  packed = packing.pack(data.encode_texts([("1", "2")], tokenizer), 2, row_len=6)
+  assert packed.completion_mask.tolist() == [[False, False, True, True, False, False]]
+  prompts = data.encode_prompts([{"prompt": "1"}, {"prompt": "12"}], tokenizer, max_prompt_len=9)
+  assert prompts.tokens[0].tolist() == [2, 1, 4] and prompts.mask[0].tolist() == [False, True, True]
+  # A rollout's mask says where its EOS is, whatever fills the rest.
+  completion_mask = np.array([[True, True, False]])
+  rollout = Rollout(np.array([[1, 5, 2, 2]]), np.ones((1, 1), bool), completion_mask, *[None] * 3)
+  assert data.token_ids(rollout) == ([[1]], [[5, 2]])
+  assert data.completion_texts(tokenizer, rollout) == ["2"]
 
 
 def test_continuation_of_half_a_character_is_still_text(stories):

@@ -45,6 +45,20 @@ def test_the_files_that_are_read_are_the_ones_that_count(inputs):
   assert "model.safetensors" in fingerprints.digests(["m"])["m"]
 
 
+def test_of_a_folder_of_data_the_files_of_all_its_splits_count(inputs):
+  for split in ("train", "test"):
+    pathlib.Path("d", split).mkdir(parents=True)
+    pathlib.Path("d", split, "data.arrow").write_text(split)
+  pathlib.Path("d/dataset_dict.json").write_text("{}")
+  config = Config(prompts="d:test")
+  assert fingerprints.paths_of(config) == ["d"]
+  digests = fingerprints.digests(["d"])
+  assert digests["d"].keys() == {"dataset_dict.json", "train/data.arrow", "test/data.arrow"}
+  pathlib.Path("d/test/data.arrow").write_text("other")
+  changed = fingerprints.differing(digests, fingerprints.digests(["d"]))
+  assert changed == ["d/test/data.arrow"]
+
+
 def start(config, read=()):
   directory = find_workdir("ppo", config)
   create_workdir(directory, "ppo", config, read=read)

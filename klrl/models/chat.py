@@ -109,7 +109,7 @@ def render(
   request = {
     "template": source,
     "variables": dict(info.special_tokens),
-    "chats": chats,
+    "chats": [list(map(_with_reasoning, chat)) for chat in chats],
     "jobs": jobs,
     "max_len": _MAX_LEN,
     "max_bytes": _MAX_BYTES,
@@ -127,6 +127,13 @@ def render(
       "tomorrow may then read other prompts."
     )
   return [_without_marks(text) for text in reply["texts"]]
+
+
+def _with_reasoning(message: Message) -> Message:
+  """Returns the message with its reasoning under the names that templates know."""
+  names = ("reasoning_content", "thinking", "reasoning")
+  found = next((message[name] for name in names if message.get(name) is not None), None)
+  return message if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
 def _answer(request: bytes, seconds: int) -> dict[str, Any]:

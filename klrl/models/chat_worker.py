@@ -9,6 +9,7 @@ The environment is that of `transformers`: its functions `raise_exception` and `
 `tojson`, loop controls, and blocks trimmed as there. What stands in a `generation` block is marked.
 """
 
+import contextlib
 import datetime
 import json
 import sys
@@ -112,7 +113,8 @@ def main() -> None:
     for name, limit in (("RLIMIT_AS", request["max_bytes"]), ("RLIMIT_CPU", request["seconds"])):
       _, most = resource.getrlimit(getattr(resource, name))
       limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
-      resource.setrlimit(getattr(resource, name), (limit, most))
+      with contextlib.suppress(OSError, ValueError):  # macOS refuses some.
+        resource.setrlimit(getattr(resource, name), (limit, most))
   sys.stdout.write(json.dumps(answer(request)))
 
 

@@ -20,8 +20,8 @@ FILE = "inputs.json"
 # Fields of a config that name a file or a model's directory.
 _FIELDS = ("policy", "reference", "reward_model", "value_model", "teacher")
 _FIELDS += ("prompts", "data", "pretrain_data", "chat_template")
-# Of a model's files, and of a folder of data.
-_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt", ".parquet", ".arrow")
+_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt")  # of a model's files
+_OF_DATA = (".parquet", ".arrow")
 _RULES = {
   "files": schema.object_of(schema.object_of(schema.text(64))),
   "accepted": schema.list_of(schema.text()),
@@ -34,16 +34,18 @@ def paths_of(config) -> list[str]:
   for item in getattr(config, "reward", "").split(","):
     source = item.rpartition("*")[2].strip().rpartition(":")[0]
     named.append(source if source.endswith(".py") else "")
+  # A folder of data may be followed by the name of a split.
+  named += [path.rpartition(":")[0] for path in named]
   return sorted({path for path in named if path and pathlib.Path(path).exists()})
 
 
 def digests(paths: Iterable[str]) -> dict[str, dict[str, str]]:
-  """Returns {path: {name of a file: digest of its bytes}}; of a directory, the model's files."""
+  """Returns {path: {name of a file: digest of its bytes}}; of a directory, those that are read."""
   files = {path: _files(pathlib.Path(path)) for path in paths}
-  every = [file for some in files.values() for file in some]
+  every = [file for some in files.values() for file in some.values()]
   with concurrent.futures.ThreadPoolExecutor() as pool:  # A disk is faster than one hash.
     found = dict(zip(every, pool.map(_digest, every), strict=True))
-  return {path: {file.name: found[file] for file in some} for path, some in files.items()}
+  return {path: {name: found[file] for name, file in some.items()} for path, some in files.items()}
 
 
 def differing(recorded: dict, present: dict) -> list[str]:
@@ -104,14 +106,19 @@ def record(directory: pathlib.Path, paths: Iterable[str], *, changed: list[str])
   return json.dumps({"files": before["files"] | digests(paths), "accepted": accepted}, indent=1)
 
 
-def _files(path: pathlib.Path) -> list[pathlib.Path]:
+def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
   if not path.is_dir():
-    return [path]
+    return {path.name: path}
   try:
-    inside = model_dir(path)
-  except UserError:  # It is refused where it is loaded.
-    inside = path
-  return [file for file in sorted(inside.iterdir()) if file.suffix in _SUFFIXES and file.is_file()]
+    files = list(model_dir(path).iterdir())
+  except UserError:  # It holds data, or is refused where it is loaded.
+    files = [*path.iterdir(), *(x for suffix in _OF_DATA for x in path.rglob(f"*/*{suffix}"))]
+    return {
+      str(file.relative_to(path)): file
+      for file in sorted(files)
+      if file.suffix in (*_SUFFIXES, *_OF_DATA) and file.is_file()
+    }
+  return {file.name: file for file in sorted(files) if file.suffix in _SUFFIXES and file.is_file()}
 
 
 def _digest(path: pathlib.Path) -> str:

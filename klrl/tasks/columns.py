@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 from klrl import schema
 from klrl.errors import UserError
-from klrl.run import progress
 from klrl.tasks import chats
 from klrl.tasks.chats import ASSISTANT, Asking, Text
-from klrl.tasks.files import Row, check_columns, first_row, read_rows
+from klrl.tasks.files import Row, check_columns, first_row, is_text, read_rows
 
 _NOTHING = Asking()
 _PROMPT = "{prompt}"
@@ -43,15 +42,25 @@ class Texts(NamedTuple):
   are_documents: bool  # whether they are texts without prompts, which may be cut
 
 
-def has_chats(source: str) -> bool:
-  """Returns whether the first row of a data file holds messages in place of text.
+CHATS, PROMPTS, DOCUMENTS = "chats", "prompts", "documents"
+
+
+def kind_of(source: str) -> str:
+  """Returns which of these the data are: messages, texts that ask something, or texts alone.
+
+  The first row says it.
 
   Raises:
     UserError: the file cannot be read.
   """
+  if is_text(source):
+    return DOCUMENTS
   record = first_row(source, "rows").record
-  names = ("messages", "conversations", "prompt", "chosen", "completion")
-  return any(chats.is_chat(record.get(name)) for name in names)
+  names = (*_CHATS, "prompt", "chosen", "completion")
+  if any(chats.is_chat(record.get(name)) for name in names):
+    return CHATS
+  is_document = "text" in record and not record.keys() & {"prompt", "chosen", "instruction"}
+  return DOCUMENTS if is_document else PROMPTS
 
 
 def read_prompts(
@@ -227,14 +236,12 @@ def _shared(first, second):
   return first[: next(differ, min(len(first), len(second)))]
 
 
-def read_texts(
-  path: str | pathlib.Path, asking: Asking = _NOTHING, *, prefers_chat: bool = False
-) -> Texts:
+def read_texts(path: str | pathlib.Path, asking: Asking = _NOTHING) -> Texts:
   """Returns what a file has to fine-tune on, by the columns of its first row.
 
   These are `messages`, or ShareGPT's `conversations`, all of whose assistant turns are completions;
-  `prompt` and `completion`, texts or chats; Alpaca's `instruction`, `input` and `output`, as a chat
-  if `asking` or `prefers_chat` says so; or `text`, a document.
+  `prompt` and `completion`, texts or chats; Alpaca's `instruction`, `input` and `output`; or
+  `text`, a document.
 
   Raises:
     UserError: as `files.read_rows`, or a row has none of these, or others than the first.
@@ -246,8 +253,7 @@ def read_texts(
       f"{rows[0].where} has the columns {', '.join(map(str, rows[0].record))}; expected "
       f"{_TEXT_FORMS}."
     )
-  as_chat = asking.as_chat or (prefers_chat and "instruction" in form)
-  pairs = [_FORMS[form](row, as_chat) for row in rows]
+  pairs = [_FORMS[form](row, asking.as_chat) for row in rows]
   are_documents = form == frozenset({"text"})
   if are_documents and asking.as_chat:
     raise UserError(f"--chat: the column text of {path} holds no prompts, so it makes no chats.")
@@ -259,9 +265,6 @@ def read_texts(
       else (p, chats.opened(c, asking.system_prompt))
       for p, c in pairs
     ]
-  if "instruction" in form:
-    how = "chats, in the model's template" if as_chat else "text, after ### Response:"
-    progress.console.print(f"{path}: the instructions are answered as {how}", soft_wrap=True)
   return Texts(pairs, are_documents)
 
 

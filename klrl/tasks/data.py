@@ -17,9 +17,12 @@ from klrl.run import progress
 from klrl.tasks import chats
 from klrl.tasks.chats import Asking as Asking
 from klrl.tasks.chats import Text
+from klrl.tasks.columns import CHATS as CHATS
+from klrl.tasks.columns import DOCUMENTS as DOCUMENTS
+from klrl.tasks.columns import PROMPTS as PROMPTS
 from klrl.tasks.columns import Pair as Pair
 from klrl.tasks.columns import asked as asked
-from klrl.tasks.columns import has_chats as has_chats
+from klrl.tasks.columns import kind_of as kind_of
 from klrl.tasks.columns import read_pairs as read_pairs
 from klrl.tasks.columns import read_prompts as read_prompts
 from klrl.tasks.columns import read_texts as read_texts

@@ -151,11 +151,17 @@ def _warn_of_other_tokens(prompts: Sequence[str], encoded: Sequence[Encoded], en
 def completion_texts(tokenizer: TokenizerInfo, rollout) -> list[str]:
   """Returns the text of each completion of a rollout (host arrays), without special tokens.
 
+  It is also without the token that ended it, be that special or not.
+
   Prompt and completion are decoded together and then cut, since decoders treat the first token of a
   text differently (those of SentencePiece drop its space).
   """
-  pairs = zip(*token_ids(rollout), strict=True)
-  return [decode_continuation(tokenizer, prompt, completion) for prompt, completion in pairs]
+  texts = []
+  for prompt, completion in zip(*token_ids(rollout), strict=True):
+    is_ended = completion and completion[-1] in tokenizer.eos_ids
+    written = completion[:-1] if is_ended else completion
+    texts.append(decode_continuation(tokenizer, prompt, written))
+  return texts
 
 
 def token_ids(rollout) -> tuple[list[list[int]], list[list[int]]]:
