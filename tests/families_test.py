@@ -3,21 +3,26 @@
 import dataclasses
 import functools
 import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from hf_test import tiny_tokenizer
 
-from klrl.models import hf
-from klrl.models.decoder import policy_model
+from klrl import ops
+from klrl.devices import parallel
+from klrl.models import add_lora, families, hf, join, load_tokenizer, merge_lora
+from klrl.models.decoder import policy_model, scalar_model, scalar_params_from
+from klrl.sampling import make_greedy_fn, make_sample_fn
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 SIZES = {
-  "vocab_size": 61,
+  "vocab_size": 62,
   "hidden_size": 24,
   "intermediate_size": 40,
   "num_hidden_layers": 3,
@@ -51,7 +56,7 @@ LONGROPE = {
   "long_factor": [1.5, 3.0, 9.0],
 }
 GEMMA = WIDE | {"query_pre_attn_scalar": 12, "sliding_window": 5, "attention_bias": True}
-GPT2 = {"vocab_size": 61, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 40}
+GPT2 = {"vocab_size": 62, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 40}
 ROWS = 24  # longer than every window, and than what the rotations were made for
 
 # Name of the case -> (model_type, fields of config.json).
@@ -216,3 +221,209 @@ def test_a_saved_model_opens_in_transformers_with_the_same_logits(case, made, tm
     tmp_path, attn_implementation="eager", dtype=torch.float32
   )
   np.testing.assert_array_equal(expected_logits(again, *rows()), expected_logits(model, *rows()))
+
+
+# Three that between them have every feature that more than the decoder must respect: scaled
+# rotations and tied embeddings; windows, norms everywhere and scaled embeddings; learned positions,
+# biases everywhere and layer norms.
+THREE = ("llama3", "gemma3", "gpt2")
+
+
+def loaded(case, made, **settings):
+  config, params = hf.load_policy(made(case)[0])
+  return dataclasses.replace(config, **settings), params
+
+
+@pytest.mark.parametrize("case", THREE)
+def test_gradients_with_remat_on_a_mesh_are_those_of_torch(case, made):
+  model = made(case)[1]
+  tokens, mask = rows()
+  tokens, mask = tokens[:2], mask[:2]
+  config, params = loaded(case, made, remat=True)
+  policy = policy_model(config)
+
+  def loss(params, tokens, mask):
+    log_probs = ops.token_log_probs_from_hidden(
+      policy.hidden(params, tokens, mask)[:, :-1], policy.unembedding(params), tokens[:, 1:]
+    )
+    return -jnp.sum(log_probs * (mask[:, 1:] & mask[:, :-1]))
+
+  mesh = parallel.make_mesh("fsdp=2,tensor=2")
+  shardings = parallel.state_shardings(mesh, params)
+  # Each linear map and embedding is split; what is not are vectors.
+  flat = traverse_util.flatten_dict(jax.tree.map(lambda x: tuple(x.spec), shardings))
+  for path, spec in flat.items():
+    is_vector = path[-1] in ("scale", "bias")
+    assert is_vector != ("fsdp" in spec and "tensor" in spec), path
+  gradient = jax.jit(parallel.on_mesh(mesh, jax.value_and_grad(loss)))
+  value, gradients = jax.device_get(
+    gradient(
+      jax.device_put(params, shardings), *jax.device_put((tokens, mask), parallel.by_rows(mesh))
+    )
+  )
+
+  model.zero_grad()
+  logits = model(
+    torch.tensor(tokens),
+    attention_mask=torch.tensor(mask.astype(int)),
+    position_ids=torch.tensor(np.maximum(mask.cumsum(axis=1) - 1, 0)),
+  ).logits
+  log_probs = logits.log_softmax(dim=-1)[:, :-1].gather(-1, torch.tensor(tokens)[:, 1:, None])
+  expected = -(log_probs[..., 0] * torch.tensor(mask[:, 1:] & mask[:, :-1])).sum()
+  expected.backward()
+  np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+  # Names and parts of tensors are those that the model was read by.
+  family, of_torch = families.FAMILIES[config.model_type], dict(model.named_parameters())
+  for path, leaf in traverse_util.flatten_dict(gradients).items():
+    stored = family.tensors[path]
+    names = [stored.name]
+    if families.is_stacked(path):
+      names = [family.layers.format(i) + stored.name for i in range(config.num_layers)]
+    for i, name in enumerate(names):
+      theirs = of_torch[name].grad.numpy()
+      theirs = theirs.T if path[-1] == "kernel" and family.out_in else theirs
+      theirs = theirs[..., stored.rows(config)] if stored.rows else theirs
+      ours = leaf[i] if families.is_stacked(path) else leaf
+      np.testing.assert_allclose(
+        ours, theirs, atol=2e-5 * np.abs(theirs).max() + 1e-5, err_msg=name
+      )
+
+
+@pytest.mark.parametrize("case", [*THREE, "gemma2", "phi3-long"])
+def test_the_sampler_and_a_full_pass_give_the_same_log_probs_and_kl(case, made):
+  config, params = loaded(case, made)
+  policy = policy_model(config)
+  other = jax.tree.map(lambda x: 0.9 * x, params)
+  tokens, mask = rows()
+  prompts, prompt_mask = tokens[:, :PROMPT], np.roll(mask, 3)[:, :PROMPT]
+  prompt_mask[:, -1] = True
+  sample = make_sample_fn(policy, max_completion_len=ROWS - PROMPT, eos_id=2, pad_id=0)
+
+  @jax.jit
+  def run(params, other):
+    rollout = sample(params, prompts, prompt_mask, jax.random.key(0), temperature=0.9)
+    row_mask = jnp.concatenate([prompt_mask, rollout.completion_mask], axis=1)
+    ours, theirs = (
+      (policy.hidden(p, rollout.tokens, row_mask)[:, PROMPT - 1 : -1], policy.unembedding(p))
+      for p in (params, other)
+    )
+    log_probs = ops.token_log_probs_from_hidden(
+      *ours, rollout.tokens[:, PROMPT:], temperature=0.9, chunk_size=5
+    )
+    kl = ops.exact_kl_from_hidden(*ours, *theirs, temperature=0.9, chunk_size=5)
+    dense = ops.exact_kl(ours[0] @ ours[1], theirs[0] @ theirs[1], temperature=0.9)
+    return rollout, log_probs, kl, dense
+
+  rollout, log_probs, kl, dense = run(params, other)
+  real = np.asarray(rollout.completion_mask)
+  assert real.sum() > 2 * ROWS // 3
+  np.testing.assert_allclose(rollout.old_log_probs[real], log_probs[real], atol=1e-4)
+  np.testing.assert_allclose(kl[real], dense[real], atol=1e-5)
+  assert kl[real].min() > 1e-5
+
+
+@pytest.mark.parametrize("case", THREE)
+def test_packed_texts_and_rows_with_holes_are_as_those_alone(case, made):
+  config, params = loaded(case, made)
+  policy = policy_model(config)
+  tokens, _ = rows()
+  hidden = jax.jit(policy.hidden)
+  whole = np.ones((3, ROWS), bool)
+  alone = np.asarray(hidden(params, tokens, whole, np.zeros((3, ROWS), np.int32)))
+  # Row 0 holds the first 10 tokens of row 1 and the first 14 of row 2.
+  packed = tokens.copy()
+  packed[0] = [*tokens[1, :10], *tokens[2, :14]]
+  segments = np.zeros((3, ROWS), np.int32)
+  segments[0, 10:] = 1
+  together = np.asarray(hidden(params, packed, whole, segments))
+  np.testing.assert_allclose(together[0, :10], alone[1, :10], atol=2e-5)
+  np.testing.assert_allclose(together[0, 10:], alone[2, :14], atol=2e-5)
+  # Row 0 holds the first tokens of row 1 between padding at both ends and in the middle.
+  holes = whole.copy()
+  holes[0, [0, 1, 6, 9, 10, 15, 23]] = False
+  packed[0, holes[0]] = tokens[1, : holes[0].sum()]
+  apart = np.asarray(hidden(params, packed, holes, np.zeros((3, ROWS), np.int32)))
+  np.testing.assert_allclose(apart[0, holes[0]], alone[1, : holes[0].sum()], atol=2e-5)
+
+
+@pytest.mark.parametrize("case", THREE)
+def test_adapters_merge_into_the_same_logits(case, made):
+  config, params = loaded(case, made)
+  tokens, mask = rows()
+  lora_config, trainable, frozen = add_lora(config, params, jax.random.key(0), rank=2)
+  trainable = jax.tree.map(lambda x: x + 0.1, trainable)
+  before, _ = compiled(config)(params, tokens, mask)
+  adapted, steps = compiled(lora_config)(join(frozen, trainable), tokens, mask)
+  merged, _ = compiled(config)(merge_lora(lora_config, join(frozen, trainable))[1], tokens, mask)
+  np.testing.assert_allclose(adapted[mask], merged[mask], atol=2e-3)
+  np.testing.assert_allclose(steps[0], adapted[0, PROMPT - 1 : -1], atol=2e-3)
+  assert np.abs(adapted - before)[mask].max() > 0.1
+
+
+@pytest.mark.parametrize("case", THREE)
+def test_a_reward_model_scores_as_in_transformers_and_its_values_are_read_off(case, made, tmp_path):
+  config, params = loaded(case, made)
+  model = scalar_model(config)
+  params = scalar_params_from(params)
+  params["head"] = np.random.default_rng(1).normal(size=(24, 1)).astype(np.float32)
+  tokens, mask = rows()
+  tokens, mask = np.where(mask, tokens, 0)[:, ::-1], mask[:, ::-1]  # padded on the right
+  values = np.asarray(jax.jit(model.values)(params, tokens, mask))
+  scores = np.asarray(jax.jit(model.scores)(params, tokens, mask))
+  np.testing.assert_array_equal(scores, values[np.arange(3), mask.sum(axis=1) - 1])
+  hf.save_scalar(tmp_path, config, params, tiny_tokenizer())
+  peer = transformers.AutoModelForSequenceClassification.from_pretrained(
+    tmp_path, attn_implementation="eager"
+  )
+  with torch.no_grad():
+    attention_mask = torch.tensor(mask.astype(int))
+    expected = peer(torch.tensor(tokens.copy()), attention_mask=attention_mask).logits[:, 0]
+  np.testing.assert_allclose(scores, expected.numpy(), atol=1e-4)
+  again = hf.load_scalar(tmp_path)
+  assert again[0] == config
+  jax.tree.map(np.testing.assert_array_equal, again[1], params)
+
+
+def test_bfloat16_is_near_float32_in_every_part_of_gemma(made):
+  config, params = loaded("gemma3", made)
+  tokens, mask = rows()
+  expected, _ = compiled(config)(params, tokens, mask)
+  half = compiled(dataclasses.replace(config, dtype="bfloat16"))
+  full, _ = half(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), tokens, mask)
+  # 8 bits of mantissa, through three layers with logits of about one.
+  assert np.mean(np.abs(full - expected)[mask]) < 0.1 * np.std(expected[mask])
+
+
+GEMMA_DIR = os.environ.get("KLRL_GEMMA_DIR", "")
+
+
+@pytest.mark.skipif(not GEMMA_DIR, reason="needs KLRL_GEMMA_DIR, a folder with Gemma 3 270M")
+def test_greedy_decoding_of_a_pretrained_model_is_that_of_transformers():
+  config, params = hf.load_policy(GEMMA_DIR)
+  tokenizer = load_tokenizer(GEMMA_DIR)
+  greedy = make_greedy_fn(policy_model(config), max_completion_len=48, eos_id=None, pad_id=0)
+  model = transformers.AutoModelForCausalLM.from_pretrained(GEMMA_DIR, dtype=torch.float32)
+  model.generation_config.eos_token_id = None
+  long = "The river was slow in summer, and the boats went down to the sea in the evening. " * 32
+  short = [
+    "Once upon a time",
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Q: A train goes 60 km in 45 minutes. How fast is it?\nA:",
+  ]
+  for prompts, least in ((short, 0), ([f"{long}In the end"], 512)):  # the window is 512
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    width = max(map(len, ids))
+    assert width > least
+    tokens = np.array([[0] * (width - len(row)) + row for row in ids])
+    mask = np.arange(width) >= np.array([[width - len(row)] for row in ids])
+    ours = np.asarray(jax.jit(greedy)(params, tokens, mask).tokens)
+    theirs = model.generate(
+      torch.tensor(tokens),
+      attention_mask=torch.tensor(mask.astype(int)),
+      max_new_tokens=48,
+      do_sample=False,
+    ).numpy()
+    for row, peer in zip(ours[:, width:], theirs[:, width:], strict=True):
+      assert tokenizer.decode(row.tolist()) == tokenizer.decode(peer.tolist())
+    np.testing.assert_array_equal(ours, theirs)

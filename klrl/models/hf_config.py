@@ -73,7 +73,7 @@ _HARMLESS = """
   chunk_size_feed_forward is_decoder cross_attention_hidden_size tie_encoder_decoder
   finetuning_task task_specific_params tokenizer_class prefix auto_map attn_implementation
   _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
-  original_max_position_embeddings embd_pdrop resid_pdrop hidden_dropout dropout
+  _model_name_or_path embd_pdrop resid_pdrop hidden_dropout dropout
   classifier_dropout max_length min_length do_sample early_stopping num_beams num_beam_groups
   diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
   no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
