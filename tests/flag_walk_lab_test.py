@@ -23,6 +23,7 @@ from small_decoders import arithmetic_decoder
 from experiments import (
   best_of_n,
   estimators,
+  evaluate,
   kl_audit,
   kl_directions,
   mode_seeking,
@@ -37,7 +38,7 @@ from klrl.run.workdir import find_workdir
 from klrl.sampling import Rollout
 from klrl.tasks import arithmetic
 
-MODULES = (kl_audit, mode_seeking, kl_directions, estimators, best_of_n)
+MODULES = (kl_audit, mode_seeking, kl_directions, estimators, best_of_n, evaluate)
 LANGUAGE = functools.cache(mode_seeking.make_language)  # as no flag changes it
 EXPERIMENTS = {module.__name__.split(".")[-1]: module for module in MODULES}
 
@@ -60,6 +61,30 @@ OWN_POLICY = {
   "max_completion_len": 3,
 }
 OWN_SCORER = OWN_POLICY | {"reward": "", "reward_model": "reward_model"}
+TEMPLATE = (
+  "{{ bos_token }}{% for m in messages %}{{ m.content }}"
+  "{{ eos_token if m.role == 'assistant' else '+' }}{% endfor %}"
+)
+
+
+def chat_cases(given) -> dict[str, Case]:
+  """Returns the cases of `ChatFields`."""
+  return {
+    "chat": Case(True, given),
+    "chat_template": Case("other.jinja", given | {"chat": True}),
+    "system_prompt": Case("1", given | {"chat": True}),
+    "stop_tokens": Case("7", given),
+  }
+
+
+JUDGED = {
+  "policy": "policy",
+  "reference": "policy",
+  "prompts": "own.jsonl",
+  "reward": "reward.py:length",
+  "max_completion_len": 3,
+  "num_eval_rows": 4,
+}
 CASES = {
   "kl_audit": {"seed": Case(1), "beta": Case(0.25), "num_trees": Case(3)},
   "mode_seeking": {"seed": Case(1), "num_steps": Case(9), "learning_rate": Case(0.5)},
@@ -96,10 +121,37 @@ CASES = {
     "data_seed": Case(1, OWN_POLICY),
     "temperature": Case(0.25, OWN_POLICY),
     "compare": Case("run", OWN_POLICY),
+    **chat_cases(OWN_POLICY),
+  },
+  "evaluate": {
+    "sft_iterations": Case(9),
+    "reward_model_iterations": Case(9),
+    "init_seed": Case(1),
+    "task": Case("tree"),
+    "seed": Case(1, JUDGED),
+    "policy": Case("other", JUDGED),
+    "reference": Case("other", JUDGED),
+    "prompts": Case("other.jsonl", JUDGED),
+    "prompt_template": Case("{prompt}{prompt}", JUDGED),
+    "max_prompt_len": Case(5, JUDGED),
+    "held_out": Case(True, JUDGED),
+    "reward": Case("reward.py:sevens", JUDGED),
+    "reward_model": Case("other_reward_model", JUDGED | {"reward": ""}),
+    "max_completion_len": Case(2, JUDGED),
+    "num_eval_rows": Case(6, JUDGED),
+    "eval_completions": Case(2, JUDGED),
+    "num_samples": Case(1, JUDGED),
+    "data_seed": Case(1, JUDGED | {"held_out": True}),
+    "temperature": Case(0.25, JUDGED),
+    "dtype": Case("bfloat16", JUDGED),
+    "mesh": Case("data=2", JUDGED),
+    **chat_cases(JUDGED),
   },
 }
 for experiment, cases in CASES.items():
-  given = {"best_of_n": OWN_POLICY, "estimators": OWN_MODELS}.get(experiment, {})
+  given = {"best_of_n": OWN_POLICY, "estimators": OWN_MODELS, "evaluate": JUDGED}.get(
+    experiment, {}
+  )
   cases["workdir"] = Case("elsewhere", given)
 
 
@@ -126,13 +178,15 @@ def workplace(tmp_path_factory):
         rng = np.random.default_rng(i)
         params = jax.tree.map(lambda x, rng=rng: np.float32(rng.normal(size=x.shape)), shapes)
         save(pathlib.Path(name), config, params, tokenizer)
+    pathlib.Path("policy/chat_template.jinja").write_text(TEMPLATE)
+    pathlib.Path("other.jinja").write_text(TEMPLATE.replace("+", "="))
     for name, first in (("own", 0), ("other", 10)):
       prompts = [f"{'7' * (i % 3)}{i}+1=" for i in range(first, first + 60)]
       lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
       pathlib.Path(f"{name}.jsonl").write_text(lines)
     pathlib.Path("reward.py").write_text(
       "def length(prompts, completions, **columns):\n"
-      "  return [float(sum(map(ord, p + c))) for p, c in zip(prompts, completions)]\n"
+      "  return [float(sum(map(ord, str(p) + str(c)))) for p, c in zip(prompts, completions)]\n"
       "def sevens(prompts, completions, **columns):\n"
       "  return [float(c.count('7')) for c in completions]\n"
     )
@@ -225,7 +279,34 @@ def replace_in_best_of_n(patch, noted):
   patch.setattr(best_of_n, "best_of_pool", lambda *arguments: list(arguments))
 
 
+def replace_in_evaluate(patch, noted):
+  patch.setattr(ppo, "main", noted(returns=pathlib.Path("other")))
+  patch.setattr(sft, "main", noted(returns=pathlib.Path("policy")))
+  patch.setattr(reward_model, "main", noted(returns=Enough))
+
+  def numbers(params):
+    return [float(np.asarray(x).sum()) for x in jax.tree.leaves(params)]
+
+  def make_judge(config, mesh, policy, reference, params, tokenizer, prompts, **more):
+    names = ("seed", "num_eval_rows", "eval_completions", "num_samples")
+    told = [getattr(config, name) for name in names]
+    told += [str(mesh), str(policy.config.dtype), prompts.tokens, prompts.records]
+    told += [more["max_completion_len"], more["temperature"], more["score"], tokenizer.eos_ids]
+
+    def judge(judged, *, when):
+      noted(returns=Enough)(told, numbers(params), numbers(judged), when)
+
+    return judging.Judge(judge, None)
+
+  def score_fn(mesh, rewards, model, params):
+    return [reward.fn(["1+1="], ["27"]) for reward in rewards], numbers(params)
+
+  patch.setattr(judging, "make_judge", make_judge)
+  patch.setattr(judging, "make_completion_score_fn", score_fn)
+
+
 replacements = {
+  "evaluate": replace_in_evaluate,
   "kl_audit": replace_in_kl_audit,
   "mode_seeking": replace_in_mode_seeking,
   "kl_directions": replace_in_kl_directions,

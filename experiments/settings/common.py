@@ -273,10 +273,23 @@ class ScoreFields:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationFields:
-  """How a policy is judged before and after, and while it trains."""
+class JudgeFields:
+  """How a policy is judged on held-out prompts."""
 
-  num_eval_rows: int = setting(512, "held-out completions before and after", minimum=2)
+  num_eval_rows: int = setting(512, "completions that a policy is judged by", minimum=2)
+  eval_completions: int = setting(
+    4,
+    "completions per prompt for pass@k and maj@k, of the first num_eval_rows / k prompts; read by "
+    "tasks whose answers can be checked",
+    minimum=1,
+  )
+  num_samples: int = setting(8, "completions shown in the report", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationFields(JudgeFields):
+  """How a policy is judged while it trains."""
+
   eval_every: int = setting(
     BY_DEFAULT,
     "iterations between evaluations on held-out prompts while it trains; -1: about ten times in a "
@@ -285,8 +298,8 @@ class EvaluationFields:
   )
   num_interim_rows: int = setting(
     0,
-    "held-out completions of such an evaluation, at most num_eval_rows; 0: all of them, and 128 "
-    "for --policy=DIR, which takes longer to draw them",
+    "completions of such an evaluation, at most num_eval_rows; 0: all of them, and 128 for "
+    "--policy=DIR, which takes longer to draw them",
     minimum=0,
   )
   keep_best: str = setting(
@@ -295,13 +308,6 @@ class EvaluationFields:
     "one: score, or gold where answers can be checked",
     choices=("", "score", "gold"),
   )
-  eval_completions: int = setting(
-    4,
-    "completions per prompt for pass@k and maj@k, of the first num_eval_rows / k prompts; read by "
-    "tasks whose answers can be checked",
-    minimum=1,
-  )
-  num_samples: int = setting(8, "completions shown in the report", minimum=0)
 
   def check_evaluations(self) -> None:
     """Raises UserError where something is set that only evaluations read, and there are none."""

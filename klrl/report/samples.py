@@ -56,7 +56,13 @@ def side_by_side(prompt: object, *columns: Html, **attributes) -> Html:
   return element("div", prompt, *columns, class_="pair", **attributes)
 
 
-def samples_part(records: list[dict]) -> list[Html]:
+def samples_part(
+  records: list[dict], whens=("before", "after"), of: str = "before and after training"
+) -> list[Html]:
+  """Returns the first completions of each prompt side by side, one for each of `whens`.
+
+  `of` says whose they are.
+  """
   pairs: dict[str, dict[str, dict]] = {}
   for position, record in enumerate(records):
     index = str(record.get("index", f"line {position}"))
@@ -74,8 +80,8 @@ def samples_part(records: list[dict]) -> list[Html]:
   count = f"{len(kept)} of {len(pairs)} prompts" if len(kept) < len(pairs) else "The same prompts"
   parts = [
     note(
-      f"{count}, before and after training. A token's background is the exact KL to the reference "
-      "at its position; point at it for the figures."
+      f"{count}, {of}. A token's background is the exact KL to the reference at its position; "
+      "point at it for the figures."
     )
   ]
   if most:
@@ -83,10 +89,10 @@ def samples_part(records: list[dict]) -> list[Html]:
     parts.append(element("div", *scale, class_="scale note"))
   for pair in kept:
     columns = []
-    for when in ("before", "after"):
+    for when in whens:
       sample = pair.get(when, {})
       heading = (
-        element("b", when.capitalize()),
+        element("b", f"{when[:1].upper()}{when[1:]}" if when in ("before", "after") else when),
         " ",
         element("span", facts_of(sample), class_="note"),
       )
