@@ -1,0 +1,197 @@
+"""Tests of how a run reads its data by its models: as chats or text, and what ends a completion."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from chat_templates import CHATML, MARKED, NUM_TOKENS, write_tokenizer
+
+from experiments import dpo, grpo, reward_model, sft
+from experiments.lab import dpo_pairs
+from klrl import inputs
+from klrl.errors import UserError
+from klrl.models import DecoderConfig, load_tokenizer, policy_model, save_policy
+from klrl.run import progress
+from klrl.tasks import data
+
+TINY = DecoderConfig(
+  vocab_size=NUM_TOKENS,
+  width=16,
+  num_layers=1,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=8,
+  mlp_dim=16,
+  max_len=256,
+)
+CHATS = [
+  [
+    {"role": "user", "content": f"Question {i}"},
+    {"role": "assistant", "content": f"Answer {i}"},
+  ]
+  for i in range(12)
+]
+
+
+def write_rows(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return str(path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """A folder with a model whose template ends turns with no EOS of its files, and with data."""
+  folder = tmp_path_factory.mktemp("place")
+  params = policy_model(TINY).init(jax.random.key(0))
+  for name, template in (("chatty", "{{ bos_token }}" + CHATML), ("plain", None)):
+    info = load_tokenizer(write_tokenizer(folder / f"{name}-tokenizer", template))
+    save_policy(folder / name, TINY, params, info)
+  (folder / "marked.jinja").write_text(MARKED)
+  write_rows(
+    folder / "messages.jsonl", [{"messages": chat, "n": i} for i, chat in enumerate(CHATS)]
+  )
+  write_rows(folder / "text.jsonl", [{"prompt": chat[0]["content"]} for chat in CHATS])
+  pairs = [
+    {"prompt": chat[:1], "chosen": chat[1:], "rejected": [{"role": "assistant", "content": "No"}]}
+    for chat in CHATS
+  ]
+  write_rows(folder / "pairs.jsonl", pairs)
+  return folder
+
+
+@pytest.fixture(autouse=True)
+def says_everything_again():
+  progress.warn_once.cache_clear()
+
+
+def loaded(place, **settings):
+  sources = inputs.Sources(policy=str(place / "chatty"), has_reference=False, **settings)
+  inputs.check_inputs(sources)
+  models = inputs.load_models(sources, policy=sources.policy, reward_model="")
+  return models, inputs.load_task(sources, models)
+
+
+@pytest.mark.parametrize(("source", "chat"), [("messages", False), ("text", True)])
+def test_prompts_are_what_the_user_says_and_end_where_the_answer_begins(place, source, chat):
+  models, task = loaded(
+    place, prompts=str(place / f"{source}.jsonl"), chat=chat, system_prompt="Be brief."
+  )
+  info = models.tokenizer
+  row = task.training.tokens[0][task.training.mask[0]].tolist()
+  user = task.training.records[0]["prompt"][-1]["content"]
+  assert info.decode_marked(row) == (
+    f"<bos><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+  )
+  assert row.count(info.bos_id) == 1
+  assert [info.name(i) for i in info.eos_ids] == ["<eos>", "<|im_end|>"]
+  assert len(task.training.tokens) + len(task.held_out.tokens) == len(CHATS)
+  if source == "messages":
+    assert all(isinstance(record["n"], int) for record in task.training.records)
+
+
+def test_text_without_chat_stays_text(place, capsys):
+  models, task = loaded(place, prompts=str(place / "text.jsonl"), stop_tokens="\\n")
+  row = task.training.tokens[0][task.training.mask[0]].tolist()
+  assert models.tokenizer.decode_marked(row).startswith("<bos>Question ")
+  assert [models.tokenizer.name(i) for i in models.tokenizer.eos_ids] == ["<eos>", "Ċ"]
+  assert "which it does not see without --chat" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_cannot_be_asked_is_told_before_models_are_read(place):
+  settings = {"prompts": str(place / "messages.jsonl"), "has_reference": False}
+  with pytest.raises(UserError, match=r"the model has no chat template\. Give one by"):
+    inputs.check_inputs(inputs.Sources(policy=str(place / "plain"), **settings))
+  inputs.check_inputs(
+    inputs.Sources(
+      policy=str(place / "plain"), chat_template=str(place / "marked.jinja"), **settings
+    )
+  )
+  (place / "broken.jinja").write_text("{{ raise_exception('not today') }}")
+  with pytest.raises(UserError, match="cannot render chat 1: not today"):
+    inputs.check_inputs(
+      inputs.Sources(
+        policy=str(place / "chatty"), chat_template=str(place / "broken.jinja"), **settings
+      )
+    )
+
+
+@pytest.mark.parametrize("module", [sft, dpo, reward_model, grpo])
+@pytest.mark.parametrize(
+  "setting", [{"chat": True}, {"chat_template": "x"}, {"system_prompt": "x"}, {"stop_tokens": "x"}]
+)
+def test_flags_of_chats_need_data_of_the_users(module, setting):
+  (name,) = setting
+  with pytest.raises(UserError, match=f"--{name} is set, but nothing reads it without --"):
+    module.Config(**setting)
+
+
+def test_pairs_of_chats_are_told_apart_and_judged_by_their_prompts(place, monkeypatch):
+  monkeypatch.setattr(
+    dpo_pairs,
+    "make_pairs",
+    lambda config, policy, params, arrays: dpo_pairs.Pairs(*arrays, np.zeros(arrays[0].shape[:2])),
+  )
+  config = dpo.Config(
+    policy=str(place / "chatty"), data=str(place / "pairs.jsonl"), max_completion_len=8
+  )
+  start = dpo_pairs.own_start(config)
+  texts = {
+    start.tokenizer.decode_marked(tokens[mask])
+    for pair in zip(start.training.tokens, start.training.completion_mask, strict=True)
+    for tokens, mask in zip(*pair, strict=True)
+  }
+  assert "No<|im_end|>" in texts
+  assert texts - {"No<|im_end|>"} <= {f"Answer {i}<|im_end|>" for i in range(12)}
+  (prompt,) = start.prompts.tokens
+  shown = start.tokenizer.decode_marked(prompt)
+  assert shown.startswith("<bos><|im_start|>user\nQuestion ")
+  assert shown.endswith("<|im_end|>\n<|im_start|>assistant\n")
+  training, held_out = reward_model._pairs(
+    reward_model.Config(policy=config.policy, data=config.data), start.tokenizer, 256
+  )
+  for tokens, mask in zip(training.rejected, training.rejected_mask, strict=True):
+    # It is scored at the token that ends the turn, as a completion is.
+    assert start.tokenizer.name(tokens[mask][-1]) == "<|im_end|>"
+  assert len(held_out.chosen) == 1
+
+
+def test_a_model_that_learns_a_template_is_saved_with_it_and_with_what_ends_its_turns(
+  place, tmp_path, capsys
+):
+  transformers = pytest.importorskip("transformers")
+  config = sft.Config(
+    policy=str(place / "plain"),
+    data=write_rows(tmp_path / "rows.jsonl", [{"messages": chat} for chat in CHATS + CHATS[:1]]),
+    chat_template=str(place / "marked.jinja"),
+    workdir=str(tmp_path / "run"),
+    num_iterations=1,
+    batch_size=4,
+    max_len=200,
+  )
+  sft.main(config)
+  said = " ".join(capsys.readouterr().out.split())
+  assert "ends a turn with <|im_end|>, which the model's files do not call an end" in said
+  saved = tmp_path / "run" / "model"
+  assert (saved / "chat_template.jinja").read_text() == MARKED
+  assert json.loads((saved / "generation_config.json").read_text())["eos_token_id"] == [257, 260]
+  theirs = transformers.AutoTokenizer.from_pretrained(saved)
+  info = load_tokenizer(saved)
+  asked = CHATS[0][:1]
+  assert data.encode_prompt_texts([asked], info) == [
+    theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+  ]
+  assert [info.name(i) for i in info.eos_ids] == ["<eos>", "<|im_end|>"]
+  assert dataclasses.replace(info, files={}).config_ids["pad_token_id"] == -1
+
+
+def test_all_tokens_count_where_the_loss_is_on_all(place):
+  chatty = inputs.reading(
+    inputs.Sources(), str(place / "messages.jsonl"), load_tokenizer(place / "chatty")
+  )
+  (whole,) = data.encode_whole([([], CHATS[0])], chatty)
+  (turns,) = data.encode_texts([([], CHATS[0])], chatty)
+  assert whole.tokens == turns.tokens and all(whole.in_completion)
+  assert sum(turns.in_completion) == len("Answer 0") + 1
