@@ -155,7 +155,9 @@ def train_on_pairs(config: Config, workdir: pathlib.Path, start: Start) -> dict:
     raise UserError(f"--keep_best={config.keep_best}: nothing gives that figure for --data.")
 
   def save(directory, params):
-    save_policy(directory, model_config, params, start.tokenizer, dtype=config.saved_dtype)
+    save_policy(
+      directory, model_config, params, start.tokenizer, dtype=config.saved_dtype, base=config.policy
+    )
 
   def figures(params):
     after = judge(params, when="after")

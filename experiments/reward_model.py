@@ -148,8 +148,8 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
     training,
     held_out,
     frozen=frozen,
-    save=lambda directory, params: save_scalar(
-      directory, model_config, params, tokenizer, dtype=config.saved_dtype
+    save=lambda folder, params: save_scalar(
+      folder, model_config, params, tokenizer, dtype=config.saved_dtype, base=directory
     ),
     summary={
       "held_out_accuracy": "loss/accuracy",

@@ -128,7 +128,7 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
     held_out,
     frozen=frozen,
     save=lambda directory, params: save_policy(
-      directory, model_config, params, tokenizer, dtype=config.saved_dtype
+      directory, model_config, params, tokenizer, dtype=config.saved_dtype, base=config.policy
     ),
     summary={"held_out_cross_entropy": "loss/cross_entropy"},
     more=more,

@@ -105,6 +105,7 @@ class Models(NamedTuple):
   value_params: dict | None
   reward_model: ScalarModel | None
   reward_params: dict | None
+  policy_path: str = ""  # where the policy was, as its user names it
 
 
 class Task(NamedTuple):
@@ -236,6 +237,7 @@ def load_models(
     value_params,
     scorer,
     reward_params,
+    policy,
   )
 
 

@@ -190,8 +190,15 @@ def save_trained_policy(directory: pathlib.Path, setup: Setup, params) -> None:
 
 
 def _save_policy(directory: pathlib.Path, setup: Setup, params) -> None:
-  config, dtype = setup.models.policy.config, setup.config.saved_dtype
-  save_policy(directory, config, params["policy"], setup.models.tokenizer, dtype=dtype)
+  models = setup.models
+  save_policy(
+    directory,
+    models.policy.config,
+    params["policy"],
+    models.tokenizer,
+    dtype=setup.config.saved_dtype,
+    base=models.policy_path,
+  )
 
 
 def write_results(

@@ -288,13 +288,12 @@ def test_a_folder_that_is_none_says_what_to_do(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for path in ("x" * 5000, f"{tmp_path}/{'x' * 5000}", "a\0b"):
     refusal(path, "model directory")
-  for name in ("Qwen/Qwen2.5-0.5B", "gpt2"):
-    refusal(name, "does not exist", f"hf download {name}")
-  assert "hf download" not in refusal(tmp_path / "nowhere", "does not exist")
+  refusal("gpt2", "does not exist", "OWNER/NAME")
+  assert "OWNER/NAME" not in refusal(tmp_path / "nowhere", "does not exist")
   (tmp_path / "loop").symlink_to("loop")
   refusal("loop", "loop")
   for name, file, word in (
-    ("adapter", "adapter_config.json", "merge_and_unload"),
+    ("adapter", "adapter_config.json", "base_model_name_or_path"),
     ("raw", "consolidated.safetensors", "consolidated"),
     ("models--a--b", "snapshots/1f/config.json", "models--a--b/snapshots/1f"),
   ):

@@ -53,6 +53,21 @@ def fetch(tree):
   return jax.tree.map(whole, tree)
 
 
+def fetch_layer(leaf, layer: int) -> np.ndarray:
+  """Returns `leaf[layer]` on the host, wherever the leaf is; see `fetch`."""
+  if is_unread(leaf):
+    return leaf.read((slice(layer, layer + 1), *[slice(None)] * (leaf.ndim - 1)))[0]
+  return fetch(_layer_on_devices(leaf, layer)) if isinstance(leaf, jax.Array) else leaf[layer]
+
+
+def layer_of(leaf: jax.Array, layer) -> jax.Array:
+  """Returns `leaf[layer]`, where `layer` may be traced."""
+  return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+
+_layer_on_devices = jax.jit(layer_of)  # One program serves all layers.
+
+
 def topology_devices(name: str) -> list:
   """Returns the devices of a TPU slice, e.g. "v5e:16x16", to compile for without having them.
 

@@ -7,32 +7,27 @@ from typing import Any
 
 from klrl import schema
 from klrl.errors import UserError
+from klrl.models import hub
 
 CONFIG = "config.json"
+ADAPTERS = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 def model_dir(path: str | os.PathLike) -> pathlib.Path:
-  """Returns the directory that holds the model's files: `path`, or `path / "model"` of a run.
+  """Returns the directory that holds the model's files.
+
+  That is the folder at `path`, or `path / "model"` of a run, or, of adapters, the directory of the
+  model that they adapt. `path` may be the name of a model on the hub, see `hub.py`.
 
   Raises:
-    UserError: there is none. If `path` holds adapters, a cache of the hub, or weights in another
-      layout, the message says what to do.
+    UserError: there is none. If `path` holds a cache of the hub, or weights in another layout, the
+      message says what to do.
   """
-  path, shown = pathlib.Path(path), str(path)[:300]
-  try:
-    is_there = path.is_dir()
-  except (OSError, ValueError) as error:  # a name too long, a loop of links, a zero byte
-    raise UserError(f"model directory {shown} cannot be opened: {error}"[:300]) from error
-  if not is_there:
-    hint = ""
-    if not path.is_absolute() and len(path.parts) <= 2 and not shown.startswith("."):
-      hint = (
-        " Where that is the id of a model on the Hugging Face hub, download it and name the folder:"
-        f" hf download {shown} --local-dir DIR."
-      )
-    raise UserError(f"model directory {shown} does not exist.{hint}")
+  path = _found(path)
+  if (path / ADAPTERS).is_file():
+    return _base_of(path)
   # The folder of a run has a config.json too, with the settings of the run.
   for directory in (path, path / "model"):
     file = directory / CONFIG
@@ -44,17 +39,47 @@ def model_dir(path: str | os.PathLike) -> pathlib.Path:
   )
 
 
+def adapters_dir(path: str | os.PathLike) -> pathlib.Path | None:
+  """Returns the directory of the adapters at `path`, in the layout of PEFT; None for a model."""
+  found = _found(path)
+  return found if (found / ADAPTERS).is_file() else None
+
+
+def _found(path) -> pathlib.Path:
+  """Returns the folder at a path, or of a name on the hub."""
+  path, shown = pathlib.Path(path), str(path)[:300]
+  try:
+    is_there = path.is_dir()
+  except (OSError, ValueError) as error:  # a name too long, a loop of links, a zero byte
+    raise UserError(f"model directory {shown} cannot be opened: {error}"[:300]) from error
+  if is_there:
+    return path
+  if hub.is_name(str(path)):
+    return hub.snapshot(str(path))
+  hint = ""
+  if len(path.parts) <= 2 and not path.is_absolute() and not shown.startswith("."):
+    hint = " A model on the Hugging Face hub is named as OWNER/NAME, e.g. Qwen/Qwen3-0.6B."
+  raise UserError(f"model directory {shown} does not exist.{hint}")
+
+
+def _base_of(path: pathlib.Path) -> pathlib.Path:
+  """Returns the directory of the model that the adapters in a directory adapt."""
+  file, rule = path / ADAPTERS, {"base_model_name_or_path": schema.text(4000)}
+  base = schema.check(schema.read(file), rule, file, required=rule)["base_model_name_or_path"]
+  try:
+    if adapters_dir(base) is not None:
+      raise UserError("that holds adapters itself.")
+    return model_dir(base)
+  except UserError as error:
+    raise UserError(f"{file}: of base_model_name_or_path {base[:200]!r}: {error}") from error
+
+
 def advice(path):
   """Returns what to do with a directory that holds something other than a model's files."""
   snapshots = sorted(path.glob("snapshots/*/config.json"))
   snapshots += sorted(path.glob("models--*/snapshots/*/config.json"))
   if snapshots:
     return f" This is a cache of the hub: name the snapshot in it, {snapshots[0].parent}."
-  if (path / "adapter_config.json").is_file():
-    return (
-      " It holds adapters alone. Merge them into their model and save that: peft's"
-      " AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(DIR)."
-    )
   if next(path.glob("consolidated*"), None):
     return (
       " The consolidated weights are in the layout of their makers; take the files of the same"

@@ -30,9 +30,10 @@ from klrl.devices import parallel, processes, unread
 from klrl.devices.unread import Block, Index, Unread
 from klrl.errors import UserError
 from klrl.models.decoder import DecoderConfig, Params, policy_model, scalar_model
-from klrl.models.directory import CONFIG, model_dir, write_json
+from klrl.models.directory import CONFIG, adapters_dir, model_dir, write_json
 from klrl.models.families import Family, config_json, decoder_config, family_of, is_map, is_stacked
 from klrl.models.lora import merged_kernel
+from klrl.models.peft import add_adapters, base_name, save_adapters
 from klrl.models.tokenizer import TokenizerInfo
 from klrl.models.tokenizer_files import config_ids, save_tokenizer
 from klrl.models.weights import Planned, Tensors, write_weights
@@ -40,6 +41,7 @@ from klrl.run import progress
 
 _EMBEDDING = ("decoder", "embed", "embedding")
 _UNEMBEDDING = ("unembedding",)
+ADAPTERS = "adapters"  # the folder beside merged weights
 
 
 def load_config(path: str | os.PathLike) -> DecoderConfig:
@@ -110,6 +112,7 @@ def save_policy(
   tokenizer: TokenizerInfo,
   *,
   dtype: str = "",
+  base: str = "",
 ) -> None:
   """Writes a directory that `load_policy` and `transformers.AutoModelForCausalLM` open.
 
@@ -117,8 +120,11 @@ def save_policy(
   are fetched and written layer by layer, and adapters are merged into them. They get `dtype`, or by
   default that of the files from which the model was read; those of a fresh model keep their own.
   Each file appears whole or not at all, `config.json` last.
+
+  If `base` is given, the path of the model that adapters adapt, they are also written by
+  themselves, into the folder `adapters`, as `peft` opens them.
   """
-  _save(path, config, params, tokenizer, dtype, "ForCausalLM", {})
+  _save(path, config, params, tokenizer, dtype, base, "ForCausalLM", {})
 
 
 def save_scalar(
@@ -128,6 +134,7 @@ def save_scalar(
   tokenizer: TokenizerInfo,
   *,
   dtype: str = "",
+  base: str = "",
 ) -> None:
   """Writes a directory that `load_scalar` and `AutoModelForSequenceClassification` open.
 
@@ -139,7 +146,7 @@ def save_scalar(
     tokenizer.pad_id not in tokenizer.eos_ids and config_ids(tokenizer).get("pad_token_id") is None
   ):
     fields["pad_token_id"] = tokenizer.pad_id
-  _save(path, config, params, tokenizer, dtype, "ForSequenceClassification", fields)
+  _save(path, config, params, tokenizer, dtype, base, "ForSequenceClassification", fields)
 
 
 def file_dtype(config: DecoderConfig) -> str:
@@ -187,6 +194,8 @@ def _opened(path) -> tuple[DecoderConfig, Tensors]:
   for stored in sorted(tensors.names):
     if (name := family.known_as(stored)) != stored:
       tensors.rename(stored, name)
+  if (adapters := adapters_dir(path)) is not None:
+    add_adapters(adapters, tensors, family)
   return config, tensors
 
 
@@ -267,12 +276,14 @@ def _unread(
   return Unread(shape, dtype, blocks)
 
 
-def _save(path, config, params, tokenizer, dtype, task, labels):
+def _save(path, config, params, tokenizer, dtype, base, task, labels):
   directory = pathlib.Path(path)
   processes.on_writer(directory.mkdir)(parents=True, exist_ok=True)
   model_type, family = family_of(config)
   planned = _planned(config, family, params, dtype or file_dtype(config))
   write_weights(directory, planned)
+  if config.lora_rank and base and (name := processes.on_writer(base_name)(base)):
+    save_adapters(directory / ADAPTERS, config, params, base=name)
   dtype = next(x.dtype for x in planned if x.name == family.tensors[_EMBEDDING].name)
   fields = _hf_config(config, model_type, str(dtype)) | config_ids(tokenizer)
 
@@ -307,7 +318,7 @@ def _planned(config: DecoderConfig, family: Family, params: Params, dtype: str) 
       return parallel.fetch(unread.read(leaves[path]))
     if path in factors:
       return parallel.fetch(_merged_layer(leaves[path], *factors[path], layer, config.lora_rank))
-    return parallel.fetch(_layer(leaves[path], layer))
+    return parallel.fetch_layer(leaves[path], layer)
 
   def array(name, layer, shape, dtype):
     first, *others = paths[name, layer]
@@ -331,20 +342,8 @@ def _planned(config: DecoderConfig, family: Family, params: Params, dtype: str) 
   return planned
 
 
-def _layer(leaf, layer):
-  """Returns one layer of a stacked leaf, wherever that is."""
-  if unread.is_unread(leaf):
-    return leaf.read((slice(layer, layer + 1), *[slice(None)] * (leaf.ndim - 1)))[0]
-  return _layer_on_devices(leaf, layer) if isinstance(leaf, jax.Array) else leaf[layer]
-
-
 # The layer is traced: one program serves all layers.
-@jax.jit
-def _layer_on_devices(leaf, layer):
-  return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
-
-
 @functools.partial(jax.jit, static_argnums=4)
 def _merged_layer(kernel, lora_a, lora_b, layer, rank):
-  parts = (_layer_on_devices(jnp.asarray(x), layer) for x in (kernel, lora_a, lora_b))
+  parts = (parallel.layer_of(jnp.asarray(x), layer) for x in (kernel, lora_a, lora_b))
   return merged_kernel(*parts, rank=rank)

@@ -15,7 +15,7 @@ import tokenizers
 
 from klrl import schema
 from klrl.errors import UserError
-from klrl.models.directory import CONFIG, model_dir, write, write_json
+from klrl.models.directory import CONFIG, adapters_dir, model_dir, write, write_json
 from klrl.models.hf_config import MAX_TOKENS
 from klrl.models.tokenizer import DEFAULT_TEMPLATE, TokenizerInfo, refusals
 from klrl.run import progress
@@ -59,10 +59,15 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
   Raises:
     UserError: a file is missing, broken, or names a token or id that the model does not have.
   """
-  directory = model_dir(path)
+  model = model_dir(path)
+  directory = adapters_dir(path) or model
+  if not (directory / _TOKENIZER).is_file():
+    directory = model
   files = {name: _bytes(directory / name) for name in _KEPT if (directory / name).is_file()}
   more = sorted((directory / _TEMPLATES).glob("*.jinja"))
   files |= {f"{_TEMPLATES}/{file.name}": _bytes(file) for file in more if file.is_file()}
+  if directory != model and _GENERATION not in files and (model / _GENERATION).is_file():
+    files[_GENERATION] = _bytes(model / _GENERATION)  # Adapters come without.
   if _TOKENIZER not in files:
     raise UserError(f"{directory} has no tokenizer.json; save one beside the model.")
 
@@ -70,7 +75,7 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
     file = directory / name
     return schema.check(schema.parse(files.get(name, b"{}"), file), {}, file)
 
-  file, rule = directory / CONFIG, schema.integer(1, MAX_TOKENS)
+  file, rule = model / CONFIG, schema.integer(1, MAX_TOKENS)
   config = schema.check(schema.read(file), {"vocab_size": rule}, file)
   num_rows = config.get("vocab_size", MAX_TOKENS)
   config_ids = _ids(config, file, num_rows)

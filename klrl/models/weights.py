@@ -50,6 +50,14 @@ class Tensors:
     self._files = {name: (file, name) for name, file in _tensor_files(directory).items()}
     self._deltas: dict[str, Delta] = {}
 
+  @classmethod
+  def of_file(cls, file: pathlib.Path) -> "Tensors":
+    """Returns the tensors of one safetensors file."""
+    tensors = cls.__new__(cls)
+    tensors.directory, tensors._deltas = file.parent, {}
+    tensors._files = {name: (opened, name) for name, opened in open_tensors(file).items()}
+    return tensors
+
   @property
   def names(self) -> set[str]:
     """The names of all tensors."""
@@ -60,6 +68,14 @@ class Tensors:
     found = self._files.pop(old)
     if new is not None:
       self._files[new] = found
+
+  def add(self, name: str, delta: Delta) -> None:
+    """Has a tensor read with what an adapter adds to it."""
+    self._deltas[name] = delta
+
+  def take(self, name: str, other: "Tensors", stored: str) -> None:
+    """Has a tensor, which may be a new one, read from another file."""
+    self._files[name] = other._files[stored]
 
   def where(self, name: str) -> str:
     """Returns what a message calls a tensor."""

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 
 from klrl import schema
 from klrl.errors import UserError
-from klrl.models.directory import model_dir
+from klrl.models import hub
+from klrl.models.directory import adapters_dir, model_dir
 from klrl.run import progress
 
 FILE = "inputs.json"
@@ -37,7 +38,7 @@ def paths_of(config) -> list[str]:
     named.append(source if source.endswith(".py") else "")
   # A folder of data may be followed by the name of a split.
   named += [path.rpartition(":")[0] for path in named]
-  return sorted({path for path in named if path and pathlib.Path(path).exists()})
+  return sorted({path for path in named if path and _is_there(path)})
 
 
 def digests(paths: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -85,7 +86,7 @@ def check(directory: pathlib.Path, *, accept: bool) -> list[str]:
     UserError: some have changed, and `accept` is false.
   """
   recorded = read(directory)["files"]
-  changed = differing(recorded, digests(path for path in recorded if pathlib.Path(path).exists()))
+  changed = differing(recorded, digests(path for path in recorded if _is_there(path)))
   if changed:
     are = "are not what they were" if len(changed) > 1 else "is not what it was"
     text = f"{', '.join(changed)} {are} when the run in {directory} began."
@@ -107,11 +108,16 @@ def record(directory: pathlib.Path, paths: Iterable[str], *, changed: list[str])
   return json.dumps({"files": before["files"] | digests(paths), "accepted": accepted}, indent=1)
 
 
+def _is_there(path: str) -> bool:
+  """Returns whether there is a file or a folder at `path`, or a model of this name in the cache."""
+  return pathlib.Path(path).exists() or (hub.is_name(path) and hub.cached(path) is not None)
+
+
 def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
-  if not path.is_dir():
+  if path.exists() and not path.is_dir():
     return {path.name: path}
   try:
-    files = list(model_dir(path).iterdir())
+    folders = [model_dir(path), *filter(None, [adapters_dir(path)])]
   except UserError:  # It holds data, or is refused where it is loaded.
     files = [*path.iterdir(), *(x for suffix in _OF_DATA for x in path.rglob(f"*/*{suffix}"))]
     return {
@@ -119,7 +125,8 @@ def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
       for file in sorted(files)
       if file.suffix in (*_SUFFIXES, *_OF_DATA) and file.is_file()
     }
-  return {file.name: file for file in sorted(files) if file.suffix in _SUFFIXES and file.is_file()}
+  files = [file for folder in folders for file in sorted(folder.iterdir())]
+  return {file.name: file for file in files if file.suffix in _SUFFIXES and file.is_file()}
 
 
 def _digest(path: pathlib.Path) -> str:
