@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 from chat_templates import CHATML, GEMMA, MARKED, QWEN3, TEMPLATES, write_tokenizer
@@ -336,3 +337,27 @@ def test_a_template_that_no_data_need_is_refused_or_said(tmp_path, capsys):
   assert "has a chat template, which it does not see without --chat" in " ".join(
     capsys.readouterr().out.split()
   )
+
+
+@pytest.mark.parametrize(
+  ("name", "begins", "turns"),
+  [
+    ("plain", "<bos>Be brief.\n\nUser: Hé? \n\nAssistant: Yes.", [" Yes.<eos>", " So 中<eos>"]),
+    ("chatml", "<bos><|im_start|>system\nBe brief.<|im_end|>\n", ["Yes.<|im_end|>", None]),
+    ("gemma", "<bos><start_of_turn>user\nBe brief.\n\nHé? <end", ["Yes.<end_of_turn>", None]),
+  ],
+)
+def test_the_templates_that_come_with_the_experiments_mark_the_assistants_turns(
+  tmp_path, name, begins, turns
+):
+  info = load_tokenizer(write_tokenizer(tmp_path))
+  path = pathlib.Path(__file__).parents[1] / "experiments" / "templates" / f"{name}.jinja"
+  info = chat.with_end_of_turn(chat.with_template(info, str(path)))
+  conversation = [SYSTEM, USER, ANSWER, MORE, LAST]
+  (example,) = data.encode_texts([([], conversation)], info)
+  assert info.decode_marked(example.tokens).startswith(begins)
+  assert learnt(example, info) == [turns[0], turns[1] or turns[0].replace("Yes.", "So 中")]
+  # What is asked is how the answered text goes on.
+  (asked,) = data.encode_prompt_texts([conversation[:4]], info)
+  assert asked == example.tokens[: len(asked)] and example.in_completion[len(asked)]
+  assert not any(example.in_completion[len(asked) - 5 : len(asked)])
