@@ -4,18 +4,23 @@ import dataclasses
 import functools
 import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import traverse_util
-from hf_test import tiny_tokenizer
+from hf_test import LLAMA, edit_config, random_params, tiny_tokenizer
 
 from klrl import ops
 from klrl.devices import parallel
+from klrl.errors import UserError
 from klrl.models import add_lora, families, hf, join, load_tokenizer, merge_lora
+from klrl.models.blocks import LayerKind
 from klrl.models.decoder import policy_model, scalar_model, scalar_params_from
+from klrl.models.rotations import Rotation
 from klrl.sampling import make_greedy_fn, make_sample_fn
 
 torch = pytest.importorskip("torch")
@@ -392,6 +397,199 @@ def test_bfloat16_is_near_float32_in_every_part_of_gemma(made):
   full, _ = half(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), tokens, mask)
   # 8 bits of mantissa, through three layers with logits of about one.
   assert np.mean(np.abs(full - expected)[mask]) < 0.1 * np.std(expected[mask])
+
+
+MINIMAL = {name: value for name, value in SIZES.items() if "token_id" not in name} | {
+  "num_attention_heads": 32,
+  "hidden_size": 256,
+}
+MINIMAL.pop("num_key_value_heads")
+
+
+@pytest.mark.parametrize("model_type", families.FAMILIES)
+def test_absent_and_null_fields_mean_what_they_mean_to_transformers(model_type, tmp_path):
+  fields = GPT2 if model_type == "gpt2" else MINIMAL
+  of_transformers = functools.partial(transformers.AutoConfig.for_model, model_type)
+
+  def loaded_config(raw):
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"model_type": model_type}))
+    return hf.load_config(tmp_path)
+
+  whole = of_transformers(**fields).to_dict()
+  assert loaded_config(fields) == loaded_config(whole)
+  for name in ("sliding_window", "final_logit_softcapping"):
+    null = fields | {name: None}
+    if whole.get(name) is None:
+      continue
+    if name == "sliding_window" and "gemma" in model_type:
+      with pytest.raises(UserError, match=name):  # transformers fails in the forward pass
+        loaded_config(null)
+    else:
+      assert loaded_config(null) == loaded_config(of_transformers(**null).to_dict()), name
+
+
+def copied(directory, to, change_name=lambda name: name, **changes):
+  """Copies a model, with its tensors under other names and other fields in its config.json."""
+  tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+  tensors = {change_name(name): tensor for name, tensor in tensors.items()}
+  safetensors.numpy.save_file(tensors, to / "model.safetensors")
+  (to / "config.json").write_text((directory / "config.json").read_text())
+  edit_config(to, **changes)
+
+
+def test_the_language_model_of_a_gemma_with_a_vision_tower_is_taken(tmp_path, capsys):
+  vision = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+  }
+  config = transformers.Gemma3Config(
+    text_config=json.loads(json.dumps(CASES["gemma3"][1])),
+    vision_config=vision,
+    mm_tokens_per_image=4,
+    eos_token_id=[2, 7],
+    attn_implementation="eager",
+  )
+  model = transformers.Gemma3ForConditionalGeneration(config).eval()
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.normal_(std=0.2)
+  model.save_pretrained(tmp_path)
+  config, params = hf.load_policy(tmp_path)
+  hf.load_policy(tmp_path)
+  assert capsys.readouterr().out.count("the language model of this gemma3 is taken") == 1
+  assert config.model_type == "gemma3_text"
+  assert json.loads(config.hf_config)["eos_token_id"] == [2, 7]
+  tokens, mask = rows()
+  full, _ = compiled(config)(params, tokens, mask)
+  np.testing.assert_allclose(full[mask], expected_logits(model, tokens, mask)[mask], atol=1e-4)
+  # What this transformers writes, what others write, and what newer models hold.
+  for old, new in (
+    (r"^(model\.)?language_model\.(model\.)?", "language_model.model."),
+    (r"^(model\.)?language_model\.(model\.)?", "model.language_model."),
+  ):
+    other = tmp_path / new
+    other.mkdir()
+    copied(tmp_path, other, lambda name, old=old, new=new: re.sub(old, new, name))
+    jax.tree.map(np.testing.assert_array_equal, hf.load_policy(other)[1], params)
+  hf.save_policy(tmp_path / "text", config, params, tiny_tokenizer())
+  again = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / "text", attn_implementation="eager"
+  )
+  assert type(again).__name__ == "Gemma3ForCausalLM"
+  np.testing.assert_allclose(
+    expected_logits(again, tokens, mask)[mask], np.asarray(full)[mask], atol=1e-4
+  )
+
+
+def test_older_names_and_buffers_of_tensors_are_known(made, tmp_path):
+  for case, old, new, buffers in (
+    ("gpt2", "transformer.", "", ["h.0.attn.bias", "h.1.attn.masked_bias"]),
+    (
+      "gpt_neox",
+      "embed_out",
+      "lm_head",
+      [
+        "gpt_neox.layers.0.attention.bias",
+        "gpt_neox.layers.1.attention.masked_bias",
+        "gpt_neox.layers.1.attention.rotary_emb.inv_freq",
+      ],
+    ),
+  ):
+    directory = made(case)[0]
+    expected = hf.load_policy(directory)[1]
+    copied(directory, tmp_path, lambda name, old=old, new=new: name.replace(old, new))
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    assert not any(old in name for name in tensors)
+    tensors |= {name: np.ones(3, np.float32) for name in buffers}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, hf.load_policy(tmp_path)[1], expected)
+
+
+@pytest.mark.parametrize(
+  ("case", "changes", "words"),
+  [
+    ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
+    ("llama", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+    ("llama", {"query_pre_attn_scalar": 64}, ["query_pre_attn_scalar"]),
+    ("llama", {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping"]),
+    ("llama", {"rope_parameters": YARN | {"factor": 0.5}}, ["rope_parameters", "factor"]),
+    ("llama", {"rope_parameters": YARN | {"mrope_section": [1]}}, ["mrope_section"]),
+    ("llama", {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, ["low_freq_factor"]),
+    ("llama", {"rope_parameters": {"rope_type": "linear"}}, ["rope_parameters has no factor"]),
+    ("llama", {"rope_parameters": {"full_attention": {}}}, ["full_attention"]),
+    (
+      "llama3",
+      {"original_max_position_embeddings": 32},
+      ["original_max_position_embeddings is 16 there and 32 beside it"],
+    ),
+    ("mistral", {"attention_bias": True}, ["attention_bias"]),
+    ("mistral", {"sliding_window": 0}, ["sliding_window"]),
+    ("mistral", {"layer_types": ["sliding_attention"] * 3}, ["layer_types"]),
+    (
+      "qwen2",
+      {"layer_types": ["sliding_attention"] * 3},
+      ["layer_types", "sliding_window is None"],
+    ),
+    ("qwen2", {"layer_types": ["full_attention"] * 2}, ["layer_types", "3 entries"]),
+    ("qwen3", {"qk_norm": True}, ["qk_norm"]),
+    ("gemma", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+    ("gemma", {"final_logit_softcapping": 30.0}, ["final_logit_softcapping"]),
+    ("gemma2", {"layer_types": ["chunked_attention"] * 3}, ["layer_types", "chunked"]),
+    ("gemma2", {"final_logit_softcapping": 0}, ["final_logit_softcapping"]),
+    ("gemma2", {"hidden_activation": "relu2"}, ["hidden_activation"]),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping"]),
+    ("gemma3", {"rope_parameters": LLAMA3}, ["rope_parameters", "rope_type"]),
+    ("phi3-short", {"rope_parameters": LLAMA3}, ["rope_type 'llama3'"]),
+    ("phi3-short", {"partial_rotary_factor": 1.5}, ["partial_rotary_factor"]),
+    (
+      "phi3-short",
+      {"rope_parameters": LONGROPE | {"long_factor": [1.0]}},
+      ["long_factor has 1 numbers, not 3"],
+    ),
+    ("phi3-short", {"rope_parameters": LONGROPE | {"short_mscale": 1.2}}, ["short_mscale"]),
+    ("smollm3", {"no_rope_layers": [1]}, ["no_rope_layers has 1 entries for 3 layers"]),
+    ("smollm3", {"no_rope_layers": [1, 2, 3]}, ["no_rope_layers"]),
+    ("granite", {"residual_multiplier": 0}, ["residual_multiplier"]),
+    ("granite", {"num_local_experts": 8}, ["num_local_experts"]),
+    ("gpt_neox", {"rotary_pct": "0.5", "rope_parameters": {}}, ["rotary_pct"]),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
+    ("gpt2", {"add_cross_attention": True}, ["add_cross_attention"]),
+    ("gpt2", {"n_head": 5}, ["n_embd=24", "n_head=5"]),
+    ("gpt2", {"model_type": "mixtral"}, ["model_type 'mixtral' is not supported", "gemma3"]),
+    ("llama", {"model_type": "gemma3"}, ["has no text_config"]),
+  ],
+)
+def test_what_is_not_computed_is_refused_by_its_name(case, changes, words, made, tmp_path):
+  (tmp_path / "config.json").write_text((made(case)[0] / "config.json").read_text())
+  hf.load_config(tmp_path)
+  edit_config(tmp_path, **changes)
+  with pytest.raises(UserError) as found:
+    hf.load_config(tmp_path)
+  message = str(found.value)
+  assert len(message) < 1000
+  for word in ["config.json", *words]:
+    assert word in message
+
+
+def test_a_fresh_model_that_no_file_could_describe_is_not_saved(tmp_path):
+  config = dataclasses.replace(LLAMA, kinds=(LayerKind(window=4),))
+  with pytest.raises(ValueError, match="written as llama, which has no such kinds"):
+    hf.save_policy(tmp_path, config, random_params(policy_model(config)), tiny_tokenizer())
+  assert not (tmp_path / "config.json").exists()
+
+
+def test_the_kinds_of_layers_fit_the_decoder():
+  for changes, message in (
+    ({"kind_of_layer": (0,)}, "kind_of_layer has 1 entries"),
+    ({"kinds": (LayerKind(), LayerKind(Rotation(share=0.5)))}, "it must be one"),
+    ({"kinds": (LayerKind(Rotation(share=0.3)),)}, "must be even"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      dataclasses.replace(LLAMA, **changes)
 
 
 GEMMA_DIR = os.environ.get("KLRL_GEMMA_DIR", "")

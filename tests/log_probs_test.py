@@ -267,5 +267,64 @@ class HiddenTest(chex.TestCase):
       _chunked(*_inputs(), 1.0, 0)
 
 
+class CappedTest(chex.TestCase):
+  """Every function of hidden states against the same one of logits that are capped by hand."""
+
+  @parameterized.parameters("log_probs", "exact_kl", "exact_jsd")
+  def test_capped_logits_give_the_dense_value_and_gradients(self, name):
+    def capped(x, table, cap):
+      return cap * jnp.tanh(x @ table / cap)
+
+    def dense(hidden, table, ref_hidden, ref_table, temperature):
+      logits, ref_logits = capped(hidden, table, 1.5), capped(ref_hidden, ref_table, 0.7)
+      if name == "log_probs":
+        return _weighted(
+          ops.token_log_probs(logits, tokens, temperature=temperature),
+          ops.entropy(logits, temperature=temperature),
+        )
+      if name == "exact_kl":
+        return jnp.sum(weights * ops.exact_kl(logits, ref_logits, temperature=temperature))
+      jsd = ops.exact_jsd(logits, ref_logits, weight=0.3, temperature=temperature)
+      return jnp.sum(weights * jsd)
+
+    def from_hidden(hidden, table, ref_hidden, ref_table, temperature):
+      ours = hidden, ops.CappedUnembedding(table, 1.5)
+      both = *ours, ref_hidden, ops.CappedUnembedding(ref_table, 0.7)
+      options = {"temperature": temperature, "chunk_size": 3}
+      if name == "log_probs":
+        return _weighted(*ops.token_log_probs_and_entropy_from_hidden(*ours, tokens, **options))
+      if name == "exact_kl":
+        return jnp.sum(weights * ops.exact_kl_from_hidden(*both, **options))
+      return jnp.sum(weights * ops.exact_jsd_from_hidden(*both, weight=0.3, **options))
+
+    with jax.enable_x64(True):
+      hidden, table, tokens = _inputs(jnp.float64)
+      ref_hidden, ref_table, _ = _inputs(jnp.float64, seed=1)
+      weights = jnp.sin(1.0 + jnp.arange(B * T)).reshape(B, T)
+      arguments = (hidden, table, ref_hidden, ref_table, jnp.float64(0.7))
+      expected, found = (
+        jax.jit(jax.value_and_grad(f, argnums=range(5)))(*arguments) for f in (dense, from_hidden)
+      )
+      chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-10)
+      self.assertGreater(float(jnp.abs(found[1][1]).max()), 1e-3)
+
+  def test_whoever_takes_it_for_an_array_fails(self):
+    hidden, table, _ = _inputs()
+    unembedding = ops.CappedUnembedding(table, 1.5)
+    expected = 1.5 * np.tanh(np.asarray(hidden) @ np.asarray(table) / 1.5)
+    for x in (hidden, np.asarray(hidden)):
+      np.testing.assert_allclose(x @ unembedding, expected, rtol=1e-5)
+    for wrong in (
+      lambda: jnp.matmul(hidden, unembedding),
+      lambda: jnp.einsum("btd,dv->btv", hidden, unembedding),
+      lambda: np.matmul(np.asarray(hidden), unembedding),
+      lambda: unembedding[:, :3],
+      lambda: unembedding.T,
+      lambda: jnp.asarray(unembedding),
+    ):
+      with self.assertRaises((TypeError, AttributeError)):
+        wrong()
+
+
 if __name__ == "__main__":
   absltest.main()

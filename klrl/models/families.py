@@ -257,7 +257,7 @@ def _gemma(read: Fields) -> dict[str, Any]:
 
 def _gemma2(read: Fields) -> dict[str, Any]:
   rotation = _rotation(read)
-  windows = _windows(read, lambda i: i % 2 == 0, read("sliding_window", _WINDOW))
+  windows = _windows(read, lambda i: i % 2 == 0, read("sliding_window", schema.integer(1)))
   return {
     **_of_later_gemmas(read),
     **_layers(read, lambda i: LayerKind(rotation, windows[i])),
@@ -268,7 +268,9 @@ def _gemma2(read: Fields) -> dict[str, Any]:
 def _gemma3(read: Fields) -> dict[str, Any]:
   period = read("sliding_window_pattern", schema.integer(1), 6)
   read.ignore("_sliding_window_pattern")  # what transformers writes, and does not read
-  windows = _windows(read, lambda i: (i + 1) % period != 0, read("sliding_window", _WINDOW))
+  windows = _windows(
+    read, lambda i: (i + 1) % period != 0, read("sliding_window", schema.integer(1))
+  )
   full, local = rotations_of_gemma3(
     read, head_dim=_head_dim(read), max_len=read("max_position_embeddings", _SIZE)
   )
@@ -610,7 +612,7 @@ FAMILIES = {
     defaults={"tie_word_embeddings": True},
   ),
 }
-# model_type of a model with several parts -> the field with its language model, and that's type.
+# model_type of a model with several parts -> the field with its language model, and its type.
 _LANGUAGE_PARTS = {"gemma3": ("text_config", "gemma3_text")}
 
 
@@ -653,29 +655,19 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
   return raw
 
 
-def read_config(directory: pathlib.Path) -> dict[str, Any]:
-  """Returns the config.json of a model, or that of its language model if it has other parts.
+def language_config(raw: dict[str, Any], file: pathlib.Path) -> dict[str, Any]:
+  """Returns the config.json of the language model in `raw`: `raw` itself, where it is one.
 
   Raises:
-    UserError: the file is broken, or its model_type is not supported.
+    UserError: the model has other parts too, and no config of its language model.
   """
-  file = directory / CONFIG
-  raw = schema.check(schema.read(file), {"model_type": schema.text(100)}, file)
-  model_type = raw["model_type"]
-  if model_type in _LANGUAGE_PARTS:
-    name, part_type = _LANGUAGE_PARTS[model_type]
-    schema.check(raw, {name: schema.object_of(ANYTHING)}, file, required=(name,))
-    progress.warn_once(
-      f"{file}: the language model of this {model_type} is taken; its other parts are left aside."
-    )
-    outer = {n: value for n, value in raw.items() if n.endswith("token_id")}
-    raw = raw[name] | outer | {"model_type": part_type}
-  elif model_type not in FAMILIES:
-    raise UserError(
-      f"{file}: model_type {model_type!r} is not supported; supported are the language models of"
-      f" {', '.join([*FAMILIES, *_LANGUAGE_PARTS])}, without experts, images or audio."
-    )
-  return raw
+  model_type = raw.get("model_type")
+  if model_type not in _LANGUAGE_PARTS:
+    return raw
+  name, part_type = _LANGUAGE_PARTS[model_type]
+  schema.check(raw, {name: schema.object_of(ANYTHING)}, file, required=(name,))
+  ids = {field: value for field, value in raw.items() if field.endswith("token_id")}
+  return {**FAMILIES[part_type].defaults, **raw[name], **ids, "model_type": part_type}
 
 
 def decoder_config(directory: pathlib.Path) -> DecoderConfig:
@@ -685,7 +677,19 @@ def decoder_config(directory: pathlib.Path) -> DecoderConfig:
     UserError: a field of config.json is missing or of another type, or it names something that the
       decoder does not compute.
   """
-  file, raw = directory / CONFIG, read_config(directory)
+  file = directory / CONFIG
+  raw = schema.check(schema.read(file), {"model_type": schema.text(100)}, file)
+  model_type = raw["model_type"]
+  if model_type in _LANGUAGE_PARTS:
+    raw = language_config(raw, file)
+    progress.warn_once(
+      f"{file}: the language model of this {model_type} is taken; its other parts are left aside."
+    )
+  elif model_type not in FAMILIES:
+    raise UserError(
+      f"{file}: model_type {model_type!r} is not supported; supported are the language models of"
+      f" {', '.join([*FAMILIES, *_LANGUAGE_PARTS])}, without experts, images or audio."
+    )
   family = FAMILIES[raw["model_type"]]
   read = Fields({**family.defaults, **raw}, file)
   try:

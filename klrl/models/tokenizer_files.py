@@ -16,6 +16,7 @@ import tokenizers
 from klrl import schema
 from klrl.errors import UserError
 from klrl.models.directory import CONFIG, adapters_dir, model_dir, write, write_json
+from klrl.models.families import language_config
 from klrl.models.hf_config import MAX_TOKENS
 from klrl.models.tokenizer import DEFAULT_TEMPLATE, TokenizerInfo, refusals
 from klrl.run import progress
@@ -76,7 +77,8 @@ def load_tokenizer(path: str | os.PathLike) -> TokenizerInfo:
     return schema.check(schema.parse(files.get(name, b"{}"), file), {}, file)
 
   file, rule = model / CONFIG, schema.integer(1, MAX_TOKENS)
-  config = schema.check(schema.read(file), {"vocab_size": rule}, file)
+  config = schema.check(schema.read(file), {}, file)
+  config = schema.check(language_config(config, file), {"vocab_size": rule}, file)
   num_rows = config.get("vocab_size", MAX_TOKENS)
   config_ids = _ids(config, file, num_rows)
   generation_ids = _ids(parsed(_GENERATION), directory / _GENERATION, num_rows)
