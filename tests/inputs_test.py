@@ -1,4 +1,4 @@
-"""Tests of how a run reads its data by its models: as chats or text, and what ends a completion."""
+"""Tests of what a run reads: its models and their dtypes, chats or text, what ends a completion."""
 
 import dataclasses
 import json
@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 from chat_templates import CHATML, MARKED, NUM_TOKENS, write_tokenizer
+from hf_test import LLAMA, random_params, tiny_tokenizer
 
 from experiments import dpo, grpo, reward_model, sft
 from experiments.lab import dpo_pairs
 from klrl import inputs
+from klrl.devices import parallel, unread
 from klrl.errors import UserError
 from klrl.models import DecoderConfig, load_tokenizer, policy_model, save_policy
 from klrl.run import progress
@@ -195,3 +197,69 @@ def test_all_tokens_count_where_the_loss_is_on_all(place):
   (turns,) = data.encode_texts([([], CHATS[0])], chatty)
   assert whole.tokens == turns.tokens and all(whole.in_completion)
   assert sum(turns.in_completion) == len("Answer 0") + 1
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+  """Folders of one random model, saved in several dtypes."""
+  folder = tmp_path_factory.mktemp("stored")
+  for dtype in ("float32", "bfloat16"):
+    params = random_params(policy_model(LLAMA))
+    save_policy(folder / dtype, LLAMA, params, tiny_tokenizer(), dtype=dtype)
+  return folder
+
+
+def dtypes_in(params):
+  return {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+
+
+@pytest.mark.parametrize(
+  ("in_file", "settings", "of_policy", "of_reference"),
+  [
+    ("bfloat16", {}, "float32", "bfloat16"),
+    ("bfloat16", {"dtype": "bfloat16"}, "float32", "bfloat16"),
+    ("bfloat16", {"frozen_dtype": "float32"}, "float32", "float32"),
+    ("bfloat16", {"param_dtype": "bfloat16"}, "bfloat16", "bfloat16"),
+    ("float32", {}, "float32", "float32"),
+    ("float32", {"frozen_dtype": "bfloat16"}, "float32", "bfloat16"),
+    ("float32", {"param_dtype": "bfloat16"}, "bfloat16", "bfloat16"),
+  ],
+)
+def test_a_policy_has_no_kl_to_the_reference_that_it_starts_as(
+  in_file, settings, of_policy, of_reference, stored
+):
+  sources = inputs.Sources(**settings)
+  models = inputs.load_models(sources, policy=str(stored / in_file), reward_model="")
+  assert dtypes_in(models.policy_params) == {of_policy}
+  assert dtypes_in(models.reference_params) == {of_reference}
+  mesh = parallel.make_mesh("data=1")
+  own, frozen = parallel.put_own(mesh, models.policy_params), models.reference_params
+  tokens = np.random.default_rng(1).integers(0, 11, (4, 9))
+
+  def log_probs(model, params):
+    def apply(params):
+      logits = model.hidden(params, tokens, tokens >= 0) @ model.unembedding(params)
+      return jax.nn.log_softmax(logits.astype(np.float32))
+
+    return jax.jit(apply)(params)
+
+  ours = log_probs(models.policy, own)
+  theirs = log_probs(models.reference, parallel.put_once(mesh, frozen))
+  np.testing.assert_array_equal(ours, theirs)
+
+
+def test_adapters_share_a_base_in_the_dtype_of_its_file(stored):
+  sources = inputs.Sources(lora_rank=2, has_value_model=True)
+  models = inputs.load_models(sources, policy=str(stored / "bfloat16"), reward_model="")
+  assert dtypes_in(models.policy_params) == dtypes_in(models.value_params) == {"float32"}
+  assert dtypes_in(models.base) == {"bfloat16"}
+  kernels = (x["decoder"]["layers"]["mlp"]["up"]["kernel"] for x in models.base.values())
+  reference = models.reference_params["decoder"]["layers"]["mlp"]["up"]["kernel"]
+  assert all(kernel is reference for kernel in kernels)
+
+
+def test_a_policy_with_another_reference_starts_from_its_file_as_it_is(stored):
+  sources = inputs.Sources(reference=str(stored / "bfloat16"), frozen_dtype="bfloat16")
+  models = inputs.load_models(sources, policy=str(stored / "float32"), reward_model="")
+  expected = random_params(policy_model(LLAMA))
+  jax.tree.map(np.testing.assert_array_equal, unread.read(models.policy_params), expected)
