@@ -114,7 +114,7 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
   mesh = parallel.make_mesh(config.mesh)
   parallel.check_batch_size(mesh, config.batch_size)
   directory = config.policy or str(run_sft_stage(config))
-  model_config, policy_params, tokenizer = inputs.load_start(config, directory)
+  model_config, policy_params, tokenizer = inputs.load_start(config, directory, data.read_pairs)
   training, held_out = _pairs(config, tokenizer, model_config.max_len)
   create_workdir(workdir, "reward_model", config, read=[directory])
   config = config.fitted(policy_params)

@@ -187,7 +187,7 @@ def _model(config: Config):
     tokenizer = arithmetic.make_tokenizer()
     fresh = fresh_decoder(config, tokenizer)
     return *inputs.computing(config, fresh, tokenizer.num_tokens), tokenizer
-  return inputs.load_start(config, config.policy)
+  return inputs.load_start(config, config.policy, data.read_texts)
 
 
 def _examples(config: Config, policy: Policy, tokenizer):

@@ -129,7 +129,7 @@ def check_inputs(sources: Sources) -> None:
   if sources.prompts:
     records = data.read_prompts(sources.prompts, sources.prompt_template, asking(sources))
     if sources.policy in tokenizers:
-      tokenizer = reading(sources, sources.prompts, tokenizers[sources.policy])
+      tokenizer = reading(sources, _kind(sources), tokenizers[sources.policy])
       data.encode_prompt_texts([records[0]["prompt"]], tokenizer)
   else:
     records = TASKS[sources.task].prompts(held_out=True)
@@ -166,7 +166,7 @@ def load_models(
   """
   others = (sources.reference, reward_model, sources.value_model)
   tokenizer, num_tokens = _vocabulary(policy, others, loaders.tokenizer)
-  tokenizer = reading(sources, sources.prompts, tokenizer)
+  tokenizer = reading(sources, _kind(sources), tokenizer)
 
   def loaded(load, directory):
     model_config, params = load(directory)
@@ -298,25 +298,31 @@ def asking(config) -> data.Asking:
   return data.Asking(config.chat, config.system_prompt)
 
 
-def reading(config, source: str, tokenizer: TokenizerInfo) -> TokenizerInfo:
+def _kind(sources: Sources) -> str:
+  """Returns what the prompts of a run are, see `columns.kind_of`; "" for the embedded task's."""
+  if not sources.prompts:
+    return ""
+  return data.kind_of(sources.prompts, data.read_prompts, sources.prompt_template)
+
+
+def reading(config, kind: str, tokenizer: TokenizerInfo) -> TokenizerInfo:
   """Returns the tokenizer as a run reads its data by it: with its chat template and all its EOS.
 
   Args:
     config: its `chat`, `chat_template` and `stop_tokens` are read.
-    source: the data; "" for those of the embedded task. Where they are chats, what ends a turn of
-      the template is an EOS.
+    kind: of the data, see `columns.kind_of`; "" for those of the embedded task. Where they are
+      chats, what ends a turn of the template is an EOS.
     tokenizer: that of the model.
 
   Raises:
     UserError: the template or a token does not exist, chats have no template, or a template has
       no chats.
   """
-  kind = data.kind_of(source) if source else data.DOCUMENTS
-  are_chats = source and (config.chat or kind == data.CHATS)
+  are_chats = kind and (config.chat or kind == data.CHATS)
   if config.chat_template and not are_chats:
     raise UserError(
-      f"--chat_template is set, but nothing reads it: {source} holds text. Add --chat, which makes "
-      "it what the user says."
+      "--chat_template is set, but nothing reads it: the data are text. Add --chat, which makes "
+      "prompts what the user says."
     )
   if config.chat_template:
     tokenizer = chat.with_template(tokenizer, config.chat_template)
@@ -324,24 +330,25 @@ def reading(config, source: str, tokenizer: TokenizerInfo) -> TokenizerInfo:
     tokenizer = chat.with_stop_tokens(tokenizer, config.stop_tokens)
   if are_chats:
     return chat.with_end_of_turn(tokenizer)
-  if kind == data.PROMPTS and tokenizer.chat_templates:
+  if kind == data.TEXT and tokenizer.chat_templates:
     progress.warn_once(
-      f"{source} holds text, and the model has a chat template, which it does not see without "
-      "--chat. With that, the text is what the user says."
+      "The data are text, and the model has a chat template, which it does not see without --chat. "
+      "With that, prompts are what the user says."
     )
   return tokenizer
 
 
-def load_start(config, directory: str, *, has_reference: bool = False):
+def load_start(config, directory: str, reader: Callable, *, has_reference: bool = False):
   """Returns the config, params and tokenizer of the language model that a stage starts from.
 
-  The params are unread, and as `start_params` returns them.
+  The params are unread, and as `start_params` returns them. `reader` is what reads `config.data`.
 
   Raises:
     UserError: the directory does not hold such a model, or `reading` refuses.
   """
   (model_config, params), tokenizer = open_policy(directory), load_tokenizer(directory)
-  tokenizer = reading(config, config.data, tokenizer)
+  kind = data.kind_of(config.data, reader) if config.data else ""
+  tokenizer = reading(config, kind, tokenizer)
   check_tokenizer(tokenizer, model_config)
   params = start_params(config, params, has_frozen=has_reference or config.lora_rank > 0)
   return *computing(config, (model_config, params), tokenizer.num_tokens), tokenizer

@@ -325,15 +325,14 @@ def test_sharegpt_and_hh_dialogues_are_chats():
 
 
 def test_a_template_that_no_data_need_is_refused_or_said(tmp_path, capsys):
-  (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
   info = load_tokenizer(write_tokenizer(tmp_path / "model", CHATML))
   sources = inputs.Sources(chat_template="default")
   with pytest.raises(UserError, match=r"--chat_template is set, but nothing reads it: "):
-    inputs.reading(sources, str(tmp_path / "p.jsonl"), info)
+    inputs.reading(sources, data.TEXT, info)
   chatting = inputs.Sources(chat=True)
-  assert len(inputs.reading(chatting, str(tmp_path / "p.jsonl"), info).eos_ids) == 2
+  assert len(inputs.reading(chatting, data.TEXT, info).eos_ids) == 2
   assert not capsys.readouterr().out.count("--chat")
-  assert inputs.reading(inputs.Sources(), str(tmp_path / "p.jsonl"), info) is info
+  assert inputs.reading(inputs.Sources(), data.TEXT, info) is info
   assert "has a chat template, which it does not see without --chat" in " ".join(
     capsys.readouterr().out.split()
   )

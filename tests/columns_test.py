@@ -186,21 +186,33 @@ def test_texts_that_cannot_be_used_are_one_clear_error(rows, records, asking, me
     columns.read_texts(rows(*records), asking)
 
 
+PROMPTS, TEXTS, PAIRS = columns.read_prompts, columns.read_texts, columns.read_pairs
+
+
 @pytest.mark.parametrize(
-  ("record", "expected"),
+  ("record", "reader", "expected"),
   [
-    ({"prompt": "a"}, data.PROMPTS),
-    ({"question": "a", "tags": []}, data.PROMPTS),
-    ({"prompt": [USER]}, data.CHATS),
-    ({"messages": [USER]}, data.CHATS),
-    ({"conversations": [USER]}, data.CHATS),
-    ({"chosen": [USER], "rejected": [USER]}, data.CHATS),
-    ({"text": "a", "tags": []}, data.DOCUMENTS),
-    ({"instruction": "a", "output": "b", "text": "ab"}, data.PROMPTS),
+    ({"prompt": "a"}, PROMPTS, data.TEXT),
+    ({"question": "a", "tags": []}, PROMPTS, data.TEXT),
+    ({"prompt": [USER]}, PROMPTS, data.CHATS),
+    ({"messages": [USER]}, PROMPTS, data.CHATS),
+    # As in UltraChat and UltraFeedback: each reader has columns of its own.
+    ({"prompt": "a", "messages": [USER, ANSWER]}, PROMPTS, data.TEXT),
+    ({"prompt": "a", "messages": [USER, ANSWER]}, TEXTS, data.CHATS),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "messages": [USER]}, PAIRS, data.TEXT),
+    ({"prompt": "a", "chosen": [USER], "rejected": [USER]}, PAIRS, data.CHATS),
+    ({"prompt": [USER], "chosen": "b", "rejected": "c"}, PAIRS, data.CHATS),
+    ({"conversations": [USER]}, TEXTS, data.CHATS),
+    ({"prompt": [USER], "completion": "a"}, TEXTS, data.CHATS),
+    ({"text": "a", "tags": []}, TEXTS, data.DOCUMENTS),
+    ({"instruction": "a", "output": "b", "text": "ab"}, TEXTS, data.TEXT),
   ],
 )
-def test_the_first_row_says_what_a_file_holds(rows, record, expected):
-  assert columns.kind_of(str(rows(record, {"prompt": "a"}))) == expected
+def test_the_first_row_says_what_the_data_are(rows, record, reader, expected):
+  path = str(rows(record, {"prompt": "a"}))
+  assert columns.kind_of(path, reader) == expected
+  if reader is PROMPTS:  # A template makes text of whatever there is.
+    assert columns.kind_of(path, reader, "{prompt}?") == data.TEXT
 
 
 def test_prompts_on_both_sides_of_the_split_are_counted_and_shown(capsys):

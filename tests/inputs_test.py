@@ -190,9 +190,7 @@ def test_a_model_that_learns_a_template_is_saved_with_it_and_with_what_ends_its_
 
 
 def test_all_tokens_count_where_the_loss_is_on_all(place):
-  chatty = inputs.reading(
-    inputs.Sources(), str(place / "messages.jsonl"), load_tokenizer(place / "chatty")
-  )
+  chatty = inputs.reading(inputs.Sources(), data.CHATS, load_tokenizer(place / "chatty"))
   (whole,) = data.encode_whole([([], CHATS[0])], chatty)
   (turns,) = data.encode_texts([([], CHATS[0])], chatty)
   assert whole.tokens == turns.tokens and all(whole.in_completion)

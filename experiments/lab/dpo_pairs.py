@@ -90,7 +90,9 @@ def make_pairs(config, policy: Policy, params, arrays) -> Pairs:
 
 def own_start(config) -> Start:
   """Returns the model and the pairs that the config names; judged by prompts of held-out pairs."""
-  model_config, params, tokenizer = inputs.load_start(config, config.policy, has_reference=True)
+  model_config, params, tokenizer = inputs.load_start(
+    config, config.policy, data.read_pairs, has_reference=True
+  )
   policy = policy_model(model_config)
   pairs, arrays = encode_pairs(config, tokenizer, context=model_config.max_len)
   both = make_pairs(config, policy, params, arrays)

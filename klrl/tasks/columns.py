@@ -6,6 +6,7 @@ A prompt or completion is text, or a chat (see `chats`). `asking` is what the us
 import pathlib
 import re
 import string
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from klrl import schema
@@ -16,7 +17,7 @@ from klrl.tasks.files import Row, check_columns, first_row, is_text, read_rows
 
 _NOTHING = Asking()
 _PROMPT = "{prompt}"
-_CHATS = {"messages", "conversations"}
+_CHATS = ("messages", "conversations")
 # What opens the assistant's turns in HH-RLHF (Y. Bai et al., "Training a Helpful and Harmless
 # Assistant with RLHF", 2022).
 _HH_ASSISTANT = "\n\nAssistant:"
@@ -42,25 +43,35 @@ class Texts(NamedTuple):
   are_documents: bool  # whether they are texts without prompts, which may be cut
 
 
-CHATS, PROMPTS, DOCUMENTS = "chats", "prompts", "documents"
+CHATS, TEXT, DOCUMENTS = "chats", "text", "documents"
 
 
-def kind_of(source: str) -> str:
+def kind_of(source: str, reader: Callable, template: str = _PROMPT) -> str:
   """Returns which of these the data are: messages, texts that ask something, or texts alone.
 
   The first row says it.
 
+  Args:
+    source: the data.
+    reader: what reads them: `read_prompts`, `read_texts` or `read_pairs`.
+    template: of prompts; one that is given makes text.
+
   Raises:
-    UserError: the file cannot be read.
+    UserError: the data cannot be read.
   """
   if is_text(source):
     return DOCUMENTS
   record = first_row(source, "rows").record
-  names = (*_CHATS, "prompt", "chosen", "completion")
-  if any(chats.is_chat(record.get(name)) for name in names):
-    return CHATS
-  is_document = "text" in record and not record.keys() & {"prompt", "chosen", "instruction"}
-  return DOCUMENTS if is_document else PROMPTS
+  if reader is read_texts:
+    if _form_of(record) == _DOCUMENT:
+      return DOCUMENTS
+    names = (*_CHATS, "prompt", "completion")
+  elif reader is read_pairs:
+    names = ("prompt", "chosen")
+  else:
+    names = ("prompt",) if "prompt" in record else _CHATS
+    names = names if template == _PROMPT else ()
+  return CHATS if any(chats.is_chat(record.get(name)) for name in names) else TEXT
 
 
 def read_prompts(
@@ -115,7 +126,7 @@ def _prompt(row: Row, template: str, columns: list[str], asking: Asking) -> Text
       raise UserError(
         f"{row.where}: the prompt ends with a turn of the assistant, which leaves nothing to ask."
       )
-  elif template == _PROMPT and "prompt" not in record and _CHATS & record.keys():
+  elif template == _PROMPT and "prompt" not in record and record.keys() & set(_CHATS):
     chat = chats.until_last_answer(_conversation(row))
     if not chat:
       raise UserError(f"{row.where}: the chat holds nothing that the assistant is asked.")
@@ -247,14 +258,14 @@ def read_texts(path: str | pathlib.Path, asking: Asking = _NOTHING) -> Texts:
     UserError: as `files.read_rows`, or a row has none of these, or others than the first.
   """
   rows = read_rows(path, f"rows with {_TEXT_FORMS}")
-  form = next((form for form in _FORMS if form <= rows[0].record.keys()), None)
+  form = _form_of(rows[0].record)
   if form is None:
     raise UserError(
       f"{rows[0].where} has the columns {', '.join(map(str, rows[0].record))}; expected "
       f"{_TEXT_FORMS}."
     )
   pairs = [_FORMS[form](row, asking.as_chat) for row in rows]
-  are_documents = form == frozenset({"text"})
+  are_documents = form == _DOCUMENT
   if are_documents and asking.as_chat:
     raise UserError(f"--chat: the column text of {path} holds no prompts, so it makes no chats.")
   _check_kinds([completion for _, completion in pairs], rows, asking, "texts")
@@ -317,13 +328,18 @@ def _of_text(row: Row, as_chat: bool) -> tuple[Text, Text]:
   return "", row.record["text"]
 
 
+def _form_of(record: dict[str, Any]) -> frozenset | None:
+  return next((form for form in _FORMS if form <= record.keys()), None)
+
+
+_DOCUMENT = frozenset({"text"})
 # The columns that a form needs, and what makes (prompt, completion) of a row.
 _FORMS = {
   frozenset({"messages"}): _of_conversation,
   frozenset({"conversations"}): _of_conversation,
   frozenset({"prompt", "completion"}): _of_completion,
   frozenset({"instruction", "output"}): _of_alpaca,
-  frozenset({"text"}): _of_text,
+  _DOCUMENT: _of_text,
 }
 
 

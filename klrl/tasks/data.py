@@ -19,7 +19,7 @@ from klrl.tasks.chats import Asking as Asking
 from klrl.tasks.chats import Text
 from klrl.tasks.columns import CHATS as CHATS
 from klrl.tasks.columns import DOCUMENTS as DOCUMENTS
-from klrl.tasks.columns import PROMPTS as PROMPTS
+from klrl.tasks.columns import TEXT as TEXT
 from klrl.tasks.columns import Pair as Pair
 from klrl.tasks.columns import asked as asked
 from klrl.tasks.columns import kind_of as kind_of
