@@ -16,13 +16,16 @@ def rows_of(results: dict) -> list[tuple[Figure, ...]]:
   names = dict.fromkeys(
     name for figures in models for name in figures if not name.endswith("_stderr")
   )
-  order = [x.key for x in JUDGED]
-  known = [name for key in order for name in names if find(name).key == key]
-  # A figure whose name has a number in it is registered without that.
-  known += [x for x in names if x.partition("_at_")[0] in ("pass", "majority")]
+  # The name of a figure may end in a number where that of its row ends in K.
+  known = [
+    name
+    for key in (x.key for x in JUDGED)
+    for name in names
+    if name == key or (key.endswith("_K") and name.startswith(key.removesuffix("K")))
+  ]
   rest = [name for name in ("distinct_1", "distinct_3", "finished_fraction") if name in names]
   rows = []
-  for name in dict.fromkeys([*known, *rest]):
+  for name in (*known, *rest):
     cells = [of_summary(figures, name) for figures in models]
     if {*cells} != {ABSENT}:
       rows.append((find(name), *cells))
