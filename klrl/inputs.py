@@ -408,6 +408,12 @@ def load_task(sources: Sources, models: Models) -> Task:
   if pretraining:
     _check_tokens(pretraining.tokens, models, sources.pretrain_data)
   weighted = rewards.load_rewards(sources.reward) if sources.reward else []
+  if weighted and data.is_chat(training.records[0]["prompt"]):
+    progress.console.print(
+      'Prompts are chats: a reward function gets each completion as [{"role": "assistant", '
+      '"content": ...}].',
+      soft_wrap=True,
+    )
   verifier = embedded.verifier if embedded else None
   if any(reward.name == rewards.MATH for reward in weighted):
     verifier = math_answers.VERIFIER

@@ -117,6 +117,28 @@ def test_a_block_that_leaves_the_end_of_turn_out_is_taken_with_it(tmp_path):
   assert learnt(example, info) == ["Yes.<|im_end|>"]
 
 
+def test_a_turn_ends_with_the_first_of_the_tokens_that_end_it(tmp_path):
+  info = load_tokenizer(write_tokenizer(tmp_path, CHATML))
+  info = chat.with_end_of_turn(chat.with_stop_tokens(info, "\\n"))
+  lines = {"role": "assistant", "content": "One\ntwo"}
+  ended = {"role": "assistant", "content": "Three\n"}
+  (example,) = data.encode_texts([([], [USER, lines, MORE, ended])], info)
+  assert learnt(example, info) == ["One\ntwo<|im_end|>", "Three\n"]
+  assert example.tokens[-1] == info.tokenizer.token_to_id("Ċ")
+
+
+def test_a_turn_that_a_template_leaves_out_is_one_clear_error(tmp_path):
+  for template in (
+    CHATML.replace("in messages", "in messages if message.role == 'user'").replace(
+      "{{ '<|im_start|>assistant\n' }}", ""
+    ),
+    MARKED.replace("{{ message.content }}<|im_end|>", ""),
+  ):
+    info = load_tokenizer(write_tokenizer(tmp_path, template))
+    with pytest.raises(UserError, match="writes nothing for a turn of the assistant in chat 1"):
+      data.encode_texts([([USER], [ANSWER])], info)
+
+
 def test_a_turn_that_no_token_ends_is_closed_with_the_eos(tmp_path):
   template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
   template += "{% if add_generation_prompt %}assistant:{% endif %}"

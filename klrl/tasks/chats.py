@@ -201,10 +201,14 @@ def answered_texts(
           f"The chat template marks {len(whole.spans)} generation blocks in chat {number}, which "
           f"has {num_turns} turns of the assistant."
         )
-      answered.append(whole._replace(spans=whole.spans[-len(found) :]))
+      spans = whole.spans[-len(found) :]
     else:
       spans = [_added(*piece, whole.text, number) for piece in pieces]
-      answered.append(Rendered(whole.text, spans))
+    if any(first == behind for first, behind in spans):
+      raise UserError(
+        f"The chat template writes nothing for a turn of the assistant in chat {number}."
+      )
+    answered.append(Rendered(whole.text, spans))
   return answered
 
 

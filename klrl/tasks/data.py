@@ -17,6 +17,7 @@ from klrl.run import progress
 from klrl.tasks import chats
 from klrl.tasks.chats import Asking as Asking
 from klrl.tasks.chats import Text
+from klrl.tasks.chats import is_chat as is_chat
 from klrl.tasks.columns import CHATS as CHATS
 from klrl.tasks.columns import DOCUMENTS as DOCUMENTS
 from klrl.tasks.columns import TEXT as TEXT

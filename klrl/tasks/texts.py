@@ -4,6 +4,7 @@ Tokenizers drop or add a blank at the beginning of a text, so a word has other t
 further on. A completion is therefore encoded and decoded behind its prompt.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -88,11 +89,15 @@ def _turns(ids, ends, spans, tokenizer: TokenizerInfo) -> Encoded:
     turn = [i for i, end in enumerate(ends) if first_character < end <= behind]
     if not turn:
       continue
-    closing = [i for i in turn if ids[i] in eos_ids]
-    following = turn[-1] + 1  # A generation block may end before the EOS that closes its turn.
-    if not closing and following < len(ids) and ids[following] in eos_ids:
-      closing = [following]
-    last = closing[-1] if closing else turn[-1]
+    behind = turn[-1] + 1
+    if behind < len(ids) and ids[behind] in eos_ids:  # A generation block may leave it out.
+      behind += 1
+    # The turn ends with the first EOS of the blanks and special tokens that are its end.
+    is_end = itertools.takewhile(
+      lambda i: ids[i] in eos_ids or not tokenizer.decode([ids[i]]).strip(),
+      reversed(range(turn[0], behind)),
+    )
+    last = min((i for i in is_end if ids[i] in eos_ids), default=turn[-1])
     in_completion[turn[0] : last + 1] = True
   ids = ids[: last + 1]
   if ids[-1] not in eos_ids:
