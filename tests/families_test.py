@@ -428,6 +428,112 @@ def test_absent_and_null_fields_mean_what_they_mean_to_transformers(model_type, 
       assert loaded_config(null) == loaded_config(of_transformers(**null).to_dict()), name
 
 
+# Fields of configs as they were published, by older versions of transformers too.
+PUBLISHED = {
+  "Llama-3.2-1B-Instruct": {
+    "model_type": "llama",
+    "head_dim": 64,
+    "num_key_value_heads": 8,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "rope_scaling": {
+      "factor": 32.0,
+      "high_freq_factor": 4.0,
+      "low_freq_factor": 1.0,
+      "original_max_position_embeddings": 8192,
+      "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+  },
+  "Qwen2.5-0.5B": {
+    "model_type": "qwen2",
+    "max_window_layers": 24,
+    "num_key_value_heads": 2,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "use_mrope": False,
+    "use_sliding_window": False,
+  },
+  "Qwen3-0.6B": {
+    "model_type": "qwen3",
+    "head_dim": 128,
+    "max_window_layers": 28,
+    "num_key_value_heads": 8,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "use_sliding_window": False,
+  },
+  "Qwen3 with the YaRN of its model card": {
+    "model_type": "qwen3",
+    "num_key_value_heads": 8,
+    "rope_scaling": {
+      "rope_type": "yarn",
+      "factor": 4.0,
+      "original_max_position_embeddings": 32768,
+    },
+  },
+  "gemma-3-270m-it": {
+    "model_type": "gemma3_text",
+    "_sliding_window_pattern": 6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": 512,
+    "use_bidirectional_attention": False,
+  },
+  "gemma-3-12b": {
+    "model_type": "gemma3_text",
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window": 1024,
+    "sliding_window_pattern": 2,
+  },
+  "Phi-4-mini-instruct": {
+    "model_type": "phi3",
+    "num_key_value_heads": 8,
+    "num_attention_heads": 8,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 4096,
+    "max_position_embeddings": 131072,
+    "rope_scaling": {
+      "long_factor": [1.0 + i for i in range(12)],
+      "short_factor": [1.0] * 12,
+      "type": "longrope",
+    },
+    "sliding_window": 262144,
+    "mlp_bias": False,
+    "resid_pdrop": 0.0,
+  },
+  "pythia-70m": {"model_type": "gpt_neox", "rotary_emb_base": 20000, "rotary_pct": 0.5},
+  "SmolLM3-3B": {
+    "model_type": "smollm3",
+    "no_rope_layers": [1, 1, 0],
+    "max_window_layers": 28,
+    "rope_theta": 5000000.0,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "layer_types": ["full_attention"] * 3,
+  },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_mean_what_they_mean_to_transformers(name, tmp_path, capsys):
+  raw = MINIMAL | PUBLISHED[name]
+  of_transformers = transformers.AutoConfig.for_model(**json.loads(json.dumps(raw))).to_dict()
+  found = []
+  for fields in (raw, of_transformers):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    found.append(hf.load_config(tmp_path))
+  assert found[0] == found[1]
+  assert "left aside" not in capsys.readouterr().out
+
+
 def copied(directory, to, change_name=lambda name: name, **changes):
   """Copies a model, with its tensors under other names and other fields in its config.json."""
   tensors = safetensors.numpy.load_file(directory / "model.safetensors")
