@@ -18,7 +18,7 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -66,6 +66,23 @@ def layer_of(leaf: jax.Array, layer) -> jax.Array:
 
 
 _layer_on_devices = jax.jit(layer_of)  # One program serves all layers.
+
+
+def fetch_blocks(leaf, axis: int, size: int) -> Iterator[np.ndarray]:
+  """Yields `leaf` on the host in blocks of at most `size` along an axis; see `fetch`."""
+  for start in range(0, leaf.shape[axis], size):
+    part = min(size, leaf.shape[axis] - start)
+    if part == leaf.shape[axis] and not is_unread(leaf):
+      yield fetch(leaf)
+    elif isinstance(leaf, jax.Array):
+      yield fetch(_slice_on_devices(leaf, start, part, axis))
+    else:
+      index = [slice(None)] * leaf.ndim
+      index[axis] = slice(start, start + part)
+      yield leaf.read(tuple(index)) if is_unread(leaf) else leaf[tuple(index)]
+
+
+_slice_on_devices = jax.jit(jax.lax.dynamic_slice_in_dim, static_argnums=(2, 3))
 
 
 def topology_devices(name: str) -> list:
@@ -318,15 +335,22 @@ def _largest_first(leaves: dict) -> list:
 
 
 def _placed(leaf: Unread, sharding) -> jax.Array:
-  parts = {}  # Devices may hold the same part.
+  """Returns the array with each device's part read into a buffer of its own, one after the other.
 
-  def part(index):
+  `jax.make_array_from_callback` would hold all parts on the host, and may keep them as buffers,
+  which cannot be donated.
+  """
+  devices_of = {}  # Several may hold the same part.
+  for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
     place = tuple((axis.start, axis.stop) for axis in index)
-    if place not in parts:
-      parts[place] = leaf.read(index)
-    return parts[place]
-
-  return jax.make_array_from_callback(leaf.shape, sharding, part, dtype=leaf.dtype)
+    devices_of.setdefault(place, (index, []))[1].append(device)
+  arrays = []
+  for index, devices in devices_of.values():
+    part = leaf.read(index)
+    arrays += [jax.device_put(part, device, may_alias=False) for device in devices]
+    jax.block_until_ready(arrays[-len(devices) :])
+    del part
+  return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays, dtype=leaf.dtype)
 
 
 def put_once(mesh: Mesh, tree):
@@ -356,7 +380,8 @@ def put_own(mesh: Mesh, tree):
   shardings = jax.tree.leaves(state_shardings(mesh, tree))
   own = dict(enumerate(leaves))
   for i in _largest_first(own):
-    own[i] = put(leaves[i], shardings[i]).copy()
+    placed = put(leaves[i], shardings[i])
+    own[i] = placed if is_unread(leaves[i]) else placed.copy()
   return structure.unflatten(own.values())
 
 

@@ -41,6 +41,7 @@ from klrl.run import progress
 
 _EMBEDDING = ("decoder", "embed", "embedding")
 _UNEMBEDDING = ("unembedding",)
+_BLOCK_BYTES = 2**26
 ADAPTERS = "adapters"  # the folder beside merged weights
 
 
@@ -312,32 +313,37 @@ def _planned(config: DecoderConfig, family: Family, params: Params, dtype: str) 
     for layer, name in enumerate(_names(family, leaf_path, config.num_layers)):
       paths[name, layer].append(leaf_path)
 
-  def part(path, layer):
-    """Returns a leaf, or a layer of it, on the host."""
-    if not is_stacked(path):
-      return parallel.fetch(unread.read(leaves[path]))
+  def in_layer(path, layer):
+    """Returns a layer of a leaf on the host."""
     if path in factors:
       return parallel.fetch(_merged_layer(leaves[path], *factors[path], layer, config.lora_rank))
     return parallel.fetch_layer(leaves[path], layer)
 
-  def array(name, layer, shape, dtype):
+  def parts(name, layer, shape, dtype):
+    """Yields a tensor, some rows after the other."""
     first, *others = paths[name, layer]
     is_transposed = _is_transposed(family, first)
-    if family.tensors[first].rows is None:
-      whole = np.asarray(part(first, layer))
-      whole = whole.T if is_transposed else whole
+    if not is_stacked(first):
+      axis = 1 if is_transposed else 0
+      row_bytes = 4 * leaves[first].size // leaves[first].shape[axis]
+      size = max(1, _BLOCK_BYTES // row_bytes)
+      for block in parallel.fetch_blocks(leaves[first], axis, size):
+        yield block.T if is_transposed else block
+    elif family.tensors[first].rows is None:
+      whole = in_layer(first, layer)
+      yield whole.T if is_transposed else whole
     else:
       whole = np.zeros(shape, dtype)
       view = whole.T if is_transposed else whole
       for path in (first, *others):
-        view[..., family.tensors[path].rows(config)] = part(path, layer)
-    return np.ascontiguousarray(whole).astype(dtype, copy=False)
+        view[..., family.tensors[path].rows(config)] = in_layer(path, layer)
+      yield whole
 
   planned = []
   for (name, layer), (first, *_) in paths.items():
     shape = _stored_shape(family, first, leaves[first], outs)
     own = np.dtype(dtype or leaves[first].dtype)
-    make = functools.partial(array, name, layer, shape, own)
+    make = functools.partial(parts, name, layer, shape, own)
     planned.append(Planned(name, shape, own, make))
   return planned
 

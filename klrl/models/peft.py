@@ -133,20 +133,20 @@ def _of_module(patterns: dict[str, Any], module: str, default):
   return default
 
 
-def _a_of(config, family, parts, layer, shape) -> np.ndarray:
+def _a_of(config, family, parts, layer, shape) -> list[np.ndarray]:
   """Returns the factor A of a module in a layer: those of its maps, one below the other."""
-  del config, family
-  return np.concatenate([_factor(lora_a, layer) for _, lora_a, _ in parts]).reshape(shape)
+  del config, family, shape
+  return [_factor(lora_a, layer) for _, lora_a, _ in parts]
 
 
-def _b_of(config, family, parts, layer, shape) -> np.ndarray:
+def _b_of(config, family, parts, layer, shape) -> list[np.ndarray]:
   """Returns the factor B of a module in a layer: each map's at its outputs and its ranks."""
   whole = np.zeros(shape, np.float32)
   for i, (path, _, lora_b) in enumerate(parts):
     rows = family.tensors[path].rows
     ranks = slice(i * config.lora_rank, (i + 1) * config.lora_rank)
     whole[slice(None) if rows is None else rows(config), ranks] = _factor(lora_b, layer)
-  return whole
+  return [whole]
 
 
 def _factor(leaf, layer) -> np.ndarray:
@@ -211,7 +211,7 @@ def save_adapters(
         _PREFIX + family.tensors[path].name,
         leaf.shape[::-1],
         np.dtype(np.float32),
-        lambda leaf=leaf: np.asarray(parallel.fetch(leaf), np.float32).T,
+        lambda leaf=leaf: [np.asarray(parallel.fetch(leaf), np.float32).T],
       )
     )
   several = {module: rank for module, rank in ranks.items() if rank != config.lora_rank}

@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -192,12 +192,12 @@ def _shards(file: pathlib.Path) -> list[str]:
 
 
 class Planned(NamedTuple):
-  """A tensor that will be written; `array()` makes it."""
+  """A tensor that will be written; `parts()` makes it, some rows after the other."""
 
   name: str
   shape: tuple[int, ...]
   dtype: np.dtype
-  array: Callable[[], np.ndarray]
+  parts: Callable[[], Iterable[np.ndarray]]
 
   @property
   def nbytes(self) -> int:
@@ -264,15 +264,18 @@ def write_tensors(path: pathlib.Path, tensors: Sequence[Planned]) -> None:
     except OSError as error:
       failure = error
   for tensor in tensors:
-    array = tensor.array()  # Also after a failure, since the other processes take part in it.
-    if array.shape != tensor.shape or array.dtype != tensor.dtype:
-      raise ValueError(f"{tensor.name} is {array.dtype}{array.shape}, and not as planned.")
-    if file is not None and failure is None:
-      try:
-        file.write(np.ascontiguousarray(array).view(np.uint8).data)
-      except OSError as error:
-        failure = error
-    del array
+    written = 0
+    for part in tensor.parts():  # Also after a failure, since other processes take part in it.
+      data = np.ascontiguousarray(part, dtype=tensor.dtype)
+      written += data.nbytes
+      if file is not None and failure is None:
+        try:
+          file.write(data.view(np.uint8).data)
+        except OSError as error:
+          failure = error
+      del part, data
+    if written != tensor.nbytes:
+      raise ValueError(f"{tensor.name} has {written} bytes, and not {tensor.nbytes} as planned.")
 
   def finish():
     try:
