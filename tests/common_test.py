@@ -196,6 +196,7 @@ def test_loop_settings_are_fields_of_the_same_names():
     "keep": 5,
     "profile": False,
     "tensorboard": False,
+    "wandb_project": "",
   }
   json.dumps(settings)
 

@@ -82,7 +82,8 @@ RUN = {
   "accept_changed_inputs": Case(True),  # edited inputs are in fingerprints_test.py
   "save_dtype": Case("bfloat16"),  # saved models are in hf_test.py
   "profile": Case(True, shows_in="files"),
-  "tensorboard": Case(True, shows_in="files"),
+  "tensorboard": Case(True, shows_in="loop"),
+  "wandb_project": Case("mine", shows_in="loop"),
   "policy": Case("other"),
 }
 CHAT = {
@@ -562,6 +563,7 @@ def differs(shows_in: str, run: Run, other: Run) -> bool:
     "files": files_of,
     "judgement": judgement_of,
     "evaluations": evaluations_of,
+    "loop": lambda run: {k: v for k, v in run.settings.items() if k != "evaluations"},
     "scores": scores_of,
   }[shows_in]
   return look(run) != look(other)

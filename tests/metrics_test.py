@@ -1,8 +1,6 @@
-"""Tests of figures on the host: division, the first bad one, files of lines, TensorBoard."""
+"""Tests of figures on the host: division, the first bad one, files of lines."""
 
 import math
-import sys
-import types
 
 import jax.numpy as jnp
 import pytest
@@ -93,31 +91,3 @@ def test_what_is_no_file_is_named(tmp_path):
   for name in ("metrics.jsonl", "timing.jsonl"):
     with pytest.raises(UserError, match=f"{name} cannot be read.*Move it away"):
       metrics.truncate(tmp_path / name, 2)
-
-
-def test_tensorboard_says_what_to_install(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  with pytest.raises(UserError, match=r"pip install 'klrl\[tensorboard\]'"):
-    metrics.TensorBoard(tmp_path)
-
-
-def test_tensorboard_gets_every_figure_that_was_measured(tmp_path, monkeypatch):
-  seen = []
-
-  class SummaryWriter:
-    def __init__(self, directory):
-      seen.append(directory)
-
-    def add_scalar(self, *arguments):
-      seen.append(arguments)
-
-    def close(self):
-      seen.append("closed")
-
-  monkeypatch.setitem(
-    sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter)
-  )
-  writer = metrics.TensorBoard(tmp_path)
-  writer.write(3, {"score/mean": 0.0, "kl/ref_exact": None, "policy/loss": -1.0})
-  writer.close()
-  assert seen == [str(tmp_path), ("score/mean", 0.0, 3), ("policy/loss", -1.0, 3), "closed"]

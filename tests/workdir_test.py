@@ -193,7 +193,14 @@ def test_hash_follows_everything_that_can_change_a_result():
   base = config_hash(ppo.Config())
   for change in ({"seed": 1}, {"init_seed": 1}, {"beta": 0.7}, {"mesh": "data=1"}):
     assert config_hash(ppo.Config(**change)) != base, change
-  free = {"workdir": "w", "save_every": 7, "keep": 7, "profile": True, "tensorboard": True}
+  free = {
+    "workdir": "w",
+    "save_every": 7,
+    "keep": 7,
+    "profile": True,
+    "tensorboard": True,
+    "wandb_project": "mine",
+  }
   free |= {"dry_run": True, "topology": "v5e:2x2", "accept_changed_inputs": True}
   fields = {field.name for field in dataclasses.fields(ppo.Config)}
   assert set(free) == set(NOT_PART_OF_THE_RESULT) & fields

@@ -22,7 +22,7 @@ from experiments.settings import learning_rates, usage
 from klrl.algorithm.optimizer import SCHEDULES
 from klrl.devices import processes
 from klrl.errors import UserError, troubles_told
-from klrl.run import metrics
+from klrl.run import trackers
 from klrl.run.evaluations import BY_DEFAULT
 from klrl.run.loop import Interrupted
 from klrl.run.progress import console, fail, say_once
@@ -157,6 +157,9 @@ class RunConfig(LabConfig):
   accept_changed_inputs: bool = ACCEPT_CHANGED_INPUTS
   profile: bool = setting(False, "write a trace of a few iterations to WORKDIR/profile")
   tensorboard: bool = setting(False, "write event files to WORKDIR/tensorboard")
+  wandb_project: str = setting(
+    "", "project of Weights & Biases to log to; WANDB_MODE=offline writes to WORKDIR/wandb alone"
+  )
 
   def __post_init__(self):
     super().__post_init__()
@@ -204,7 +207,7 @@ class RunConfig(LabConfig):
 
   def loop_settings(self) -> dict[str, Any]:
     """Returns the fields that `loop.iterate` takes under the same names."""
-    names = ("num_iterations", "save_every", "keep", "profile", "tensorboard")
+    names = ("num_iterations", "save_every", "keep", "profile", "tensorboard", "wandb_project")
     return {name: getattr(self, name) for name in names}
 
 
@@ -394,8 +397,9 @@ def config_from_flags(config_class):
 
 def check_machine(config) -> None:
   """Raises UserError where this machine lacks what `config` asks for; called before any stage."""
-  if getattr(config, "tensorboard", False):
-    metrics.check_tensorboard()
+  for name in trackers.TRACKERS:
+    if getattr(config, name, False):
+      trackers.check(name)
   if config.workdir:
     processes.on_writer(check_writable)(pathlib.Path(config.workdir))
 

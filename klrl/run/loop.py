@@ -19,7 +19,7 @@ import jax
 
 from klrl.devices import parallel, processes
 from klrl.errors import UserError, troubles_told
-from klrl.run import checkpoint, metrics, progress
+from klrl.run import checkpoint, metrics, progress, trackers
 from klrl.run.checkpoint import Checkpoints
 from klrl.run.evaluations import Evaluations, OfMembers
 
@@ -97,6 +97,7 @@ def iterate(
   keep: int,
   profile: bool = False,
   tensorboard: bool = False,
+  wandb_project: str = "",
   evaluations: Evaluations | OfMembers | None = None,
 ) -> Iterator[tuple[int, Any, dict[str, float | None]]]:
   """Yields (iterations done, state, figures) after each iteration.
@@ -116,6 +117,7 @@ def iterate(
     keep: how many checkpoints are kept.
     profile: whether to write a trace of a few iterations to `workdir/profile`.
     tensorboard: whether to write event files to `workdir/tensorboard`.
+    wandb_project: the project of Weights & Biases to which figures go; "" for none.
     evaluations: what judges the policy while it trains.
 
   Raises:
@@ -138,10 +140,8 @@ def iterate(
     checkpoints = stack.enter_context(
       contextlib.closing(Checkpoints(workdir / "checkpoints", keep=keep))
     )
-    events = (
-      tensorboard
-      and processes.is_writer()
-      and stack.enter_context(contextlib.closing(metrics.TensorBoard(workdir / "tensorboard")))
+    log = stack.enter_context(
+      trackers.opened(workdir, start, {"tensorboard": tensorboard, "wandb_project": wandb_project})
     )
     asked_to_stop = stack.enter_context(_deferred_signals())
 
@@ -150,6 +150,7 @@ def iterate(
       began = time.monotonic()
       with _saved_if_it_fails(f"The evaluation after iteration {done}", done, state, checkpoints):
         figures = evaluations.after(done, state) if evaluations else None
+      log.evaluated(figures or {})
       return 0.0 if figures is None else time.monotonic() - began
 
     if evaluations:
@@ -181,8 +182,7 @@ def iterate(
           **({"evaluation_seconds": round(evaluation_seconds, 6)} if evaluation_seconds else {}),
         },
       )
-      if events:
-        events.write(iteration, figures)
+      log.write(iteration, figures)
       done = iteration + 1
       # It is read once, so that message and save agree. One process may get a signal alone.
       stop = processes.anywhere(bool(asked_to_stop))
@@ -205,6 +205,7 @@ def iterate(
           f"Stopped after iteration {done} of {num_iterations}, saved in {workdir}. "
           "Run the same command again to go on."
         )
+    log.write(num_iterations, {})  # The evaluation at the end has no iteration after it.
     if processes.anywhere(bool(asked_to_stop)):  # The signal came late; everything is saved.
       raise Interrupted(f"Stopped after the last iteration, saved in {workdir}.")
 

@@ -113,27 +113,3 @@ def _record(line: bytes) -> dict | None:
   except UserError:
     pass
   return None
-
-
-def check_tensorboard():
-  """Returns the package that writes event files; raises UserError if it is not installed."""
-  try:
-    import tensorboardX
-  except ImportError as error:
-    raise UserError("--tensorboard needs: pip install 'klrl[tensorboard]'") from error
-  return tensorboardX
-
-
-class TensorBoard:
-  """Writes every figure as a scalar event; needs the extra `tensorboard`."""
-
-  def __init__(self, directory: pathlib.Path):
-    self._writer = check_tensorboard().SummaryWriter(str(directory))
-
-  def write(self, iteration: int, figures: dict[str, float | None]) -> None:
-    for name, value in figures.items():
-      if value is not None:
-        self._writer.add_scalar(name, value, iteration)
-
-  def close(self) -> None:
-    self._writer.close()

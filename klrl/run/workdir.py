@@ -22,7 +22,7 @@ _SETTINGS = ("config.json", "flags.txt", fingerprints.FILE, DRY_RUN)
 _LEFT = (".shared-*", "*.partial", lock.FILE)
 # Fields that change no figure of a run or of a member, so any value of them shares the folder.
 NOT_PART_OF_THE_RESULT = (
-  *("workdir", "save_every", "keep", "profile", "tensorboard"),
+  *("workdir", "save_every", "keep", "profile", "tensorboard", "wandb_project"),
   *("sweep", "seeds", "best_of_n", "dry_run", "topology", "accept_changed_inputs"),
 )
 
