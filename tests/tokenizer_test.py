@@ -16,6 +16,7 @@ from klrl.devices import unread
 from klrl.errors import UserError
 from klrl.models import (
   TokenizerInfo,
+  chat,
   hf,
   load_tokenizer,
   policy_model,
@@ -266,6 +267,17 @@ def test_what_is_decoded_never_ends_in_half_a_character(make_tokenizer, text):
   # A completion goes on inside of a character, and the pieces make the whole.
   pieces = [data.decode_continuation(info, ids[:n], [ids[n]]) for n in range(len(ids))]
   assert "".join(pieces) == text
+
+
+def test_a_stop_token_is_what_it_spells():
+  info = with_byte_tokens()  # "a" alone would be two tokens where a blank were put before it.
+  for text, token_id in (("a", 257), ("\\n", 10), ("</s>", 258)):
+    assert chat.with_stop_tokens(info, text).eos_ids[-1] == token_id
+  info = byte_level()
+  assert chat.with_stop_tokens(info, "a").eos_ids[-1] == info.tokenizer.token_to_id("a")
+  for wrong in ("é", "Ġ", "aa"):  # the names of bytes, and two tokens
+    with pytest.raises(UserError, match="is no token of the model; it is made of"):
+      chat.with_stop_tokens(info, wrong)
 
 
 @pytest.mark.parametrize("make_tokenizer", [byte_level, with_byte_tokens])

@@ -226,18 +226,17 @@ def _token_id(info: TokenizerInfo, item: str) -> int:
   text = item.replace("\\n", "\n")
   if not text:
     raise UserError("--stop_tokens has an empty item; write e.g. '<end_of_turn>,106'.")
-  # The names of other tokens than added ones may look like another text, as those of bytes do.
-  token_id = known.token_to_id(text)
-  if token_id in known.get_added_tokens_decoder():
-    return token_id
   ids = known.encode(text, add_special_tokens=False).ids
-  if len(ids) != 1 or info.decode_all(ids) != text:
-    names = ", ".join(info.name(i) for i in ids)
-    raise UserError(
-      f"--stop_tokens: {item!r} is no token of the model; it is made of {names[:200]}. Give one "
-      "token, by its text or its id."
-    )
-  return ids[0]
+  # A text alone may begin with a blank of the tokenizer's, and a name may stand for other bytes.
+  named = (known.token_to_id(name) for name in (text, text.replace(" ", "▁")))
+  for token_id in (*named, *ids[: len(ids) == 1]):
+    if token_id is not None and info.spells(token_id, text):
+      return token_id
+  names = ", ".join(info.name(i) for i in ids)
+  raise UserError(
+    f"--stop_tokens: {item!r} is no token of the model; it is made of {names[:200]}. Give one "
+    "token, by its text or its id."
+  )
 
 
 def with_eos_ids(info: TokenizerInfo, ids: Sequence[int]) -> TokenizerInfo:

@@ -27,7 +27,7 @@ _BYTES = _byte_level_characters()
 
 
 class TokenBytes:
-  """Says of tokens, special ones left out, whether a character ends with them.
+  """Says what bytes tokens are, and whether a character ends with them.
 
   `are_tokens` says whether each byte is a token of its own.
   """
@@ -45,26 +45,27 @@ class TokenBytes:
     if not (self.are_tokens or self._are_characters):
       return 0
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    decoder.decode(b"".join(map(self._of, ids[-_MAX_BYTES:])))
+    decoder.decode(b"".join(map(self.of, ids[-_MAX_BYTES:])))
     return len(decoder.getstate()[0])
 
   def part(self, token_id: int) -> str:
     """Returns the bytes of a token as `<0xE4><0xB8>`; "" if it is made of whole characters."""
     if not (self.are_tokens or self._are_characters):
       return ""
-    content = self._of(token_id)
+    content = self.of(token_id)
     try:
       content.decode()
     except UnicodeDecodeError:
       return "".join(f"<0x{byte:02X}>" for byte in content)
     return ""
 
-  def _of(self, token_id: int) -> bytes:
+  def of(self, token_id: int) -> bytes:
+    """Returns the bytes of a token."""
     token = self._tokenizer.id_to_token(token_id) or ""
     if self.are_tokens:
       byte = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
-      return bytes([int(byte[1], 16)]) if byte else token.encode()
-    if token_id in self._added:  # It is written as it is.
+      return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
+    if token_id in self._added or not self._are_characters:  # It is written as it is.
       return token.encode()
     return b"".join(
       bytes([_BYTES[character]]) if character in _BYTES else character.encode()

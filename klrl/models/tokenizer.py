@@ -145,6 +145,10 @@ class TokenizerInfo:
       return f"<{token_id}>"
     return self._bytes.part(token_id) or token
 
+  def spells(self, token_id: int, text: str) -> bool:
+    """Returns whether a token is this text."""
+    return self._bytes.of(token_id) == text.encode()
+
   @functools.cached_property
   def _special_ids(self) -> set[int]:
     added = self.tokenizer.get_added_tokens_decoder()
