@@ -238,3 +238,16 @@ def test_members_are_put_on_every_core_and_what_is_no_member_on_one(
   ]
   assert outputs[0].split() == [str(on_data), str(num_devices)]
   assert f"needs 5000 devices, JAX sees {num_devices}." in outputs[1]
+
+
+@pytest.mark.parametrize("split", [(), ("fsdp",), (None, "tensor"), ("fsdp", "tensor")])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_blocks_of_an_array_are_fetched_from_the_devices_that_hold_them(split, axis):
+  array = np.arange(8 * 12, dtype=np.float32).reshape(8, 12)
+  mesh = parallel.make_mesh("fsdp=2,tensor=2")
+  placed = jax.device_put(array, jax.NamedSharding(mesh, jax.P(*split)))
+  blocks = list(parallel.fetch_blocks(placed, axis, 3))
+  assert all(block.shape[axis] <= 3 for block in blocks)
+  np.testing.assert_array_equal(np.concatenate(blocks, axis), array)
+  (whole,) = parallel.fetch_blocks(placed, axis, 12)
+  np.testing.assert_array_equal(whole, array)

@@ -15,6 +15,7 @@ that no collective ever crosses members, and leave the other axes to the compile
 """
 
 import functools
+import gc
 import importlib.util
 import math
 import os
@@ -70,16 +71,33 @@ _layer_on_devices = jax.jit(layer_of)  # One program serves all layers.
 
 def fetch_blocks(leaf, axis: int, size: int) -> Iterator[np.ndarray]:
   """Yields `leaf` on the host in blocks of at most `size` along an axis; see `fetch`."""
-  for start in range(0, leaf.shape[axis], size):
-    part = min(size, leaf.shape[axis] - start)
-    if part == leaf.shape[axis] and not is_unread(leaf):
-      yield fetch(leaf)
-    elif isinstance(leaf, jax.Array):
-      yield fetch(_slice_on_devices(leaf, start, part, axis))
+  num = leaf.shape[axis]
+  is_whole = num <= size or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable)
+  if is_whole and not is_unread(leaf):
+    yield fetch(leaf)
+    return
+  for start in range(0, num, size):
+    index = [slice(None)] * leaf.ndim
+    index[axis] = slice(start, min(start + size, num))
+    if isinstance(leaf, jax.Array):
+      yield _fetch_block(leaf, axis, index[axis])
     else:
-      index = [slice(None)] * leaf.ndim
-      index[axis] = slice(start, start + part)
       yield leaf.read(tuple(index)) if is_unread(leaf) else leaf[tuple(index)]
+
+
+def _fetch_block(leaf, axis, rows):
+  """Returns some rows of an array, each part from its device: XLA would gather the whole first."""
+  shape = (*leaf.shape[:axis], rows.stop - rows.start, *leaf.shape[axis + 1 :])
+  block = np.empty(shape, leaf.dtype)
+  for shard in leaf.addressable_shards:
+    begin, end, _ = shard.index[axis].indices(leaf.shape[axis])
+    first, last = max(begin, rows.start), min(end, rows.stop)
+    if shard.replica_id == 0 and first < last:
+      index = list(shard.index)
+      index[axis] = slice(first - rows.start, last - rows.start)
+      part = _slice_on_devices(shard.data, first - begin, last - first, axis)
+      block[tuple(index)] = np.asarray(part)
+  return block
 
 
 _slice_on_devices = jax.jit(jax.lax.dynamic_slice_in_dim, static_argnums=(2, 3))
@@ -350,6 +368,7 @@ def _placed(leaf: Unread, sharding) -> jax.Array:
     arrays += [jax.device_put(part, device, may_alias=False) for device in devices]
     jax.block_until_ready(arrays[-len(devices) :])
     del part
+    gc.collect(0)  # JAX lets go of what it has copied when Python collects garbage.
   return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays, dtype=leaf.dtype)
 
 
