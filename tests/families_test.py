@@ -15,7 +15,7 @@ import safetensors.numpy
 from flax import traverse_util
 from hf_test import LLAMA, edit_config, random_params, tiny_tokenizer
 
-from klrl import ops
+from klrl import ops, sampling
 from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.models import add_lora, families, hf, join, load_tokenizer, merge_lora
@@ -302,7 +302,9 @@ def test_gradients_with_remat_on_a_mesh_are_those_of_torch(case, made):
 
 
 @pytest.mark.parametrize("case", [*THREE, "gemma2", "phi3-long"])
-def test_the_sampler_and_a_full_pass_give_the_same_log_probs_and_kl(case, made):
+def test_the_sampler_and_a_full_pass_give_the_same_log_probs_and_kl(case, made, monkeypatch):
+  # The cache grows, beyond the length from which phi3 turns its keys in another way too.
+  monkeypatch.setattr(sampling, "_FIRST_SLOTS", 2)
   config, params = loaded(case, made)
   policy = policy_model(config)
   other = jax.tree.map(lambda x: 0.9 * x, params)

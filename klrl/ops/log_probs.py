@@ -48,11 +48,6 @@ class CappedUnembedding:
   cap: float = dataclasses.field(metadata={"static": True})
   __array_ufunc__ = None  # NumPy's @ then asks for `__rmatmul__`.
 
-  @property
-  def shape(self) -> tuple[int, int]:
-    """(D, V)."""
-    return self.table.shape
-
   def __rmatmul__(self, hidden) -> jax.Array:
     """Returns logits [..., V] of hidden states [..., D]."""
     return logits_of(hidden, self)
