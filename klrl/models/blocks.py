@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from klrl.models.heads import Head
 from klrl.models.rotations import Rotation, rotate
 
 
@@ -97,6 +98,7 @@ class DecoderConfig:
   remat: bool = False
   lora_rank: int = 0
   num_tokens: int = 0
+  head: Head | None = None
   model_type: str = dataclasses.field(default="", compare=False)
   hf_config: str = dataclasses.field(default="", compare=False, repr=False)
 

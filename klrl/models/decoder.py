@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 
 from klrl.devices import parallel
+from klrl.models import heads
 from klrl.models.blocks import INIT, Block, DecoderConfig, Ends
 from klrl.models.rotations import cos_sin
 from klrl.ops.log_probs import CappedUnembedding, Unembedding
@@ -123,7 +124,8 @@ def scalar_model(config: DecoderConfig) -> ScalarModel:
   """Returns the pure functions of a value or reward model: a decoder with a linear head.
 
   The params are `{"decoder": {...}, "head": [D, 1]}`; the head has no bias and starts at zero, so a
-  fresh model returns 0 everywhere.
+  fresh model returns 0 everywhere. The head of a model that was read may have more parameters, see
+  `heads.py`.
 
   * `head(params, hidden [..., D]) -> [...] float32`, of hidden states after the final norm. It
     reads the head alone, so the hidden states may be those of a policy.
@@ -137,8 +139,7 @@ def scalar_model(config: DecoderConfig) -> ScalarModel:
     return {"decoder": decoder.init(key), "head": head}
 
   def head(params, hidden):
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    return (hidden.astype(dtype) @ params["head"].astype(dtype))[..., 0]
+    return heads.apply(config.head, params["head"], hidden)
 
   def values(params, tokens, mask):
     return head(params, decoder.hidden(params["decoder"], tokens, mask))

@@ -96,7 +96,8 @@ def is_map(path: Path) -> bool:
 # Fields of config.json.
 
 # How a decoder is computed and stored; its other fields say what it computes.
-_SETTINGS = ("dtype", "param_dtype", "remat", "lora_rank", "num_tokens", "model_type", "hf_config")
+_SETTINGS = ("dtype", "param_dtype", "remat", "lora_rank", "num_tokens", "head")
+_SETTINGS += ("model_type", "hf_config")
 
 _BOOL = schema.boolean()
 _SIZE = schema.integer(1, 10**7)

@@ -29,9 +29,18 @@ from flax import traverse_util
 from klrl.devices import parallel, processes, unread
 from klrl.devices.unread import Block, Index, Unread
 from klrl.errors import UserError
+from klrl.models import heads
 from klrl.models.decoder import DecoderConfig, Params, policy_model, scalar_model
 from klrl.models.directory import CONFIG, adapters_dir, model_dir, write_json
-from klrl.models.families import Family, config_json, decoder_config, family_of, is_map, is_stacked
+from klrl.models.families import (
+  Family,
+  Stored,
+  config_json,
+  decoder_config,
+  family_of,
+  is_map,
+  is_stacked,
+)
 from klrl.models.lora import merged_kernel
 from klrl.models.peft import add_adapters, base_name, save_adapters
 from klrl.models.tokenizer import TokenizerInfo
@@ -41,6 +50,7 @@ from klrl.run import progress
 
 _EMBEDDING = ("decoder", "embed", "embedding")
 _UNEMBEDDING = ("unembedding",)
+_HEAD = ("head",)
 _BLOCK_BYTES = 2**26
 ADAPTERS = "adapters"  # the folder beside merged weights
 
@@ -75,21 +85,42 @@ def open_policy(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
         f" than {embedding}; both are taken, as transformers does."
       )
       config = dataclasses.replace(config, tie_embeddings=False)
-  return _params(config, tensors, policy_model(config).init)
+  shapes = jax.eval_shape(policy_model(config).init, jax.random.key(0))
+  return _params(config, tensors, shapes)
 
 
 def open_scalar(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
   """Returns the config and the unread params of a sequence classifier with one label.
 
-  Raises as `open_policy` does, also where there is no score head.
+  Its head is one of those in `heads.py`. An unembedding beside it is left aside.
+
+  Raises as `open_policy` does, also where there is no head.
   """
   config, tensors = _opened(path)
-  if "score.weight" not in tensors.names:
+  family = family_of(config)[1]
+  head = heads.find(tensors.names)
+  if head is None:
     raise UserError(
-      f"{tensors.directory} has no score.weight, so it is no value or reward model. To start one"
-      " from a language model: load_policy, then scalar_params_from."
+      f"{tensors.directory} has no score.weight and no other head that is known, so it is no value"
+      " or reward model. To start one from a language model: load_policy, then scalar_params_from."
     )
-  return _params(config, tensors, scalar_model(config).init)
+  if family.tensors[_UNEMBEDDING].name in tensors.names:
+    tensors.rename(family.tensors[_UNEMBEDDING].name, None)
+  shapes = jax.eval_shape(scalar_model(config).init, jax.random.key(0))
+  if not head.hidden and f"{head.output}.bias" not in tensors.names:
+    tensors.rename(f"{head.output}.weight", family.tensors[_HEAD].name)
+    return _params(config, tensors, shapes)
+  config = dataclasses.replace(config, head=head)
+  found = {path: name for path, name in head.tensors().items() if name in tensors.names}
+  num_hidden = config.width
+  if head.hidden:
+    num_hidden = tensors.shape(f"{head.hidden}.weight")[0]
+  sizes = {"hidden": (config.width, num_hidden), "output": (num_hidden, 1)}
+  leaves = traverse_util.flatten_dict(shapes | {"head": {}})
+  for path in found:
+    shape = sizes[path[1]] if path[2] == "kernel" else sizes[path[1]][1:]
+    leaves[path] = jax.ShapeDtypeStruct(shape, np.float32)
+  return _params(config, tensors, traverse_util.unflatten_dict(leaves))
 
 
 def load_policy(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
@@ -168,6 +199,15 @@ def _hf_config(config: DecoderConfig, model_type: str, dtype: str) -> dict[str, 
   return fields | changed | {_dtype_field(fields): dtype}
 
 
+def _family(config: DecoderConfig) -> tuple[str, Family]:
+  """Returns `family_of` a model, with the tensors of its own head."""
+  model_type, family = family_of(config)
+  if config.head is None:
+    return model_type, family
+  head = {path: Stored(name) for path, name in config.head.tensors().items()}
+  return model_type, dataclasses.replace(family, tensors={**family.tensors, **head})
+
+
 def _names(family, path, num_layers):
   """Returns the names of one leaf's tensors: one, or one per layer."""
   name = family.tensors[path].name
@@ -200,12 +240,12 @@ def _opened(path) -> tuple[DecoderConfig, Tensors]:
   return config, tensors
 
 
-def _params(config: DecoderConfig, tensors: Tensors, init) -> tuple[DecoderConfig, Params]:
-  """Returns the config, and params of the structure that `init` makes, after checking the tensors.
+def _params(config: DecoderConfig, tensors: Tensors, shapes) -> tuple[DecoderConfig, Params]:
+  """Returns the config, and unread params of these shapes, after checking the tensors.
 
   The `hf_config` of the returned config names the dtype that the tensors have.
   """
-  family = family_of(config)[1]
+  family = _family(config)[1]
   # A config of another model may ask for more layers than there is memory for their names.
   prefix = re.escape(family.layers).replace(r"\{\}", r"(\d+)")
   layers = {match[1] for name in tensors.names if (match := re.match(prefix, name))}
@@ -214,7 +254,7 @@ def _params(config: DecoderConfig, tensors: Tensors, init) -> tuple[DecoderConfi
       f"{tensors.directory} does not hold the model of its config.json: num_hidden_layers is"
       f" {config.num_layers}, and there are tensors of {len(layers)}."
     )
-  leaves = traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0)))
+  leaves = traverse_util.flatten_dict(shapes)
   outs = _fused_outs(family, leaves)
   wanted = {
     name: _stored_shape(family, path, leaf, outs)
@@ -280,20 +320,26 @@ def _unread(
 def _save(path, config, params, tokenizer, dtype, base, task, labels):
   directory = pathlib.Path(path)
   processes.on_writer(directory.mkdir)(parents=True, exist_ok=True)
-  model_type, family = family_of(config)
+  model_type, family = _family(config)
   planned = _planned(config, family, params, dtype or file_dtype(config))
   write_weights(directory, planned)
-  if config.lora_rank and base and (name := processes.on_writer(base_name)(base)):
+  # A head of its own kind is unknown to transformers, and so to peft.
+  if (
+    config.lora_rank
+    and base
+    and config.head is None
+    and (name := processes.on_writer(base_name)(base))
+  ):
     save_adapters(directory / ADAPTERS, config, params, base=name)
   dtype = next(x.dtype for x in planned if x.name == family.tensors[_EMBEDDING].name)
   fields = _hf_config(config, model_type, str(dtype)) | config_ids(tokenizer)
+  if config.head is None:
+    fields["architectures"] = [family.architecture(task)]
 
   @processes.on_writer
   def finish():
     save_tokenizer(directory, tokenizer, max_len=config.max_len)
-    write_json(
-      directory / CONFIG, {**fields, "architectures": [family.architecture(task)], **labels}
-    )
+    write_json(directory / CONFIG, fields | labels)
 
   finish()
 
