@@ -59,6 +59,7 @@ class DecoderConfig:
   * `embedding_scale` multiplies the embeddings, and `residual_scale` what attention and MLP add.
   * `parallel_residual`: the MLP reads what attention reads, not what attention has changed.
   * `learned_positions` adds one of `max_len` vectors to each embedding.
+  * `head` is that of a reward model that was read, see `heads.py`; None is the plain one.
 
   A model that was read from files remembers their `model_type`, a row of `families.py`, and the
   text of their config.json, `hf_config`; both are "" for a fresh model, and no computation reads

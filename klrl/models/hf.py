@@ -114,7 +114,7 @@ def open_scalar(path: str | os.PathLike) -> tuple[DecoderConfig, Params]:
   found = {path: name for path, name in head.tensors().items() if name in tensors.names}
   num_hidden = config.width
   if head.hidden:
-    num_hidden = tensors.shape(f"{head.hidden}.weight")[0]
+    num_hidden = (*tensors.shape(f"{head.hidden}.weight"), 1)[0]
   sizes = {"hidden": (config.width, num_hidden), "output": (num_hidden, 1)}
   leaves = traverse_util.flatten_dict(shapes | {"head": {}})
   for path in found:
