@@ -261,3 +261,35 @@ def test_a_policy_with_another_reference_starts_from_its_file_as_it_is(stored):
   models = inputs.load_models(sources, policy=str(stored / "float32"), reward_model="")
   expected = random_params(policy_model(LLAMA))
   jax.tree.map(np.testing.assert_array_equal, unread.read(models.policy_params), expected)
+
+
+def said_of_shared(run, capsys):
+  run()
+  return "have a prompt that is trained on too" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("num_prompts", [1, 8])
+def test_a_prompt_on_both_sides_of_the_split_is_said_by_all(
+  place, tmp_path, capsys, monkeypatch, num_prompts
+):
+  monkeypatch.setattr(
+    dpo_pairs,
+    "make_pairs",
+    lambda config, policy, params, arrays: dpo_pairs.Pairs(*arrays, np.zeros(arrays[0].shape[:2])),
+  )
+  rows = [
+    {"prompt": f"{i % num_prompts}", "completion": "a", "chosen": "b", "rejected": "c"}
+    for i in range(8)
+  ]
+  policy, path = str(place / "plain"), write_rows(tmp_path / "rows.jsonl", rows)
+  info = load_tokenizer(policy)
+  of_model = {"policy": policy, "data": path}
+  sources = inputs.Sources(policy=policy, prompts=path, has_reference=False)
+  models = inputs.load_models(sources, policy=policy, reward_model="")
+  for run in (
+    lambda: inputs.load_task(sources, models),
+    lambda: sft._examples(sft.Config(**of_model), models.policy, info),
+    lambda: reward_model._pairs(reward_model.Config(**of_model), info, 256),
+    lambda: dpo_pairs.own_start(dpo.Config(**of_model, max_completion_len=8)),
+  ):
+    assert said_of_shared(run, capsys) == (num_prompts == 1)

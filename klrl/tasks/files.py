@@ -5,7 +5,6 @@ are read where they are; only what comes from the hub is written, into the cache
 """
 
 import contextlib
-import datetime
 import functools
 import gzip
 import importlib
@@ -142,8 +141,7 @@ def _plain(value, where: str):
   for name in ("to_pydatetime", "to_pytimedelta"):  # Times in nanoseconds are those of pandas.
     if hasattr(value, name):
       return getattr(value, name)()
-  is_of_numpy = hasattr(value, "tolist") and not isinstance(value, datetime.datetime)
-  return value.tolist() if is_of_numpy else value
+  return value
 
 
 def _imported(name: str, source):
