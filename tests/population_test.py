@@ -299,7 +299,8 @@ def read_lines(path):
 
 def contents(folder):
   """Returns {path: bytes} of a finished run, less what tells of time."""
-  paths = [folder / "metrics.jsonl", folder / "samples.jsonl", *folder.glob("*model/*")]
+  lines = [folder / f"{name}.jsonl" for name in ("metrics", "evaluations", "samples")]
+  paths = [*lines, *folder.glob("*model/*")]
   return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
