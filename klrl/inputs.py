@@ -21,6 +21,7 @@ from klrl.models import (
   add_lora,
   chat,
   check_tokenizer,
+  difference,
   load_tokenizer,
   open_policy,
   open_scalar,
@@ -252,11 +253,12 @@ def _vocabulary(policy, others, load) -> tuple[TokenizerInfo, int]:
   for directory in others:
     if directory in ("", UNIFORM, policy):
       continue
-    num_shared = shared_tokens(tokenizer, load(directory))
+    other = load(directory)
+    num_shared = shared_tokens(tokenizer, other)
     if num_shared is None:
       raise UserError(
-        f"The model in {directory} has another vocabulary than the policy; all models of a run "
-        "read the same tokens."
+        f"The model in {directory} has another vocabulary than the policy: "
+        f"{difference(tokenizer, other)}; all models of a run read the same tokens."
       )
     num_tokens = min(num_tokens, num_shared)
   if tokenizer.pad_id >= num_tokens:

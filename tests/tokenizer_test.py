@@ -17,6 +17,7 @@ from klrl.errors import UserError
 from klrl.models import (
   TokenizerInfo,
   chat,
+  difference,
   hf,
   load_tokenizer,
   policy_model,
@@ -304,6 +305,17 @@ def test_vocabularies_that_differ_in_what_never_occurs_are_the_same():
   assert shared_tokens(ours, with_tokens("<fill>", "<x>")) == 11
   padded = dataclasses.replace(with_tokens("<fill>"), pad_id=11)
   assert shared_tokens(padded, with_tokens()) == 11
+  # One pad token in place of another, whatever they are called.
+  named_otherwise = dataclasses.replace(with_tokens("<pad-of-theirs>"), pad_id=11)
+  assert shared_tokens(padded, named_otherwise) == 11
+  assert shared_tokens(padded, with_tokens("<y>")) is None
+  assert difference(padded, named_otherwise) == (
+    "id 11 is '<pad-of-theirs>' there, and '<fill>' in the policy"
+  )
+  assert shared_tokens(dataclasses.replace(padded, pad_id=0), named_otherwise) is None
+  assert difference(ours, with_tokens("<y>")) == (
+    "id 11 is '<y>' there, and no token in the policy"
+  )
   # Its own tokens must have rows in the other model, and words are no padding.
   assert shared_tokens(with_tokens("<x>"), with_tokens()) is None
   assert shared_tokens(dataclasses.replace(padded, eos_id=11), with_tokens()) is None

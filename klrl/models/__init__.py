@@ -19,6 +19,7 @@ from klrl.models.lora import join as join
 from klrl.models.lora import merge_lora as merge_lora
 from klrl.models.tokenizer import TokenizerInfo as TokenizerInfo
 from klrl.models.tokenizer import check_tokenizer as check_tokenizer
+from klrl.models.tokenizer import difference as difference
 from klrl.models.tokenizer import shared_tokens as shared_tokens
 from klrl.models.tokenizer_files import load_tokenizer as load_tokenizer
 from klrl.models.uniform import uniform_policy as uniform_policy

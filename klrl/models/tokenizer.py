@@ -187,26 +187,40 @@ def check_tokenizer(info: TokenizerInfo, config: DecoderConfig) -> None:
 def shared_tokens(ours: TokenizerInfo, theirs: TokenizerInfo) -> int | None:
   """Returns how many ids, from 0 on, both tokenizers share; None if their vocabularies differ.
 
-  Equal ids must be equal tokens. `theirs` may have further added tokens, which then never occur,
-  and `ours` may have a pad token of its own.
+  Equal ids must be equal tokens. Behind them `theirs` may have further added tokens, which then
+  never occur, and `ours` a pad token, in place of which theirs may have its own.
   """
+  num_shared, vocabularies = _equal_ids(ours, theirs)
+  beyond = [{i for i in vocabulary if i >= num_shared} for vocabulary in vocabularies]
+  same = (
+    beyond[0] <= {ours.pad_id}
+    and all(eos_id < num_shared for eos_id in ours.eos_ids)
+    and beyond[1] <= set(theirs.tokenizer.get_added_tokens_decoder())
+    and beyond[0] & beyond[1] <= {theirs.pad_id}
+  )
+  return num_shared if same else None
+
+
+def difference(ours: TokenizerInfo, theirs: TokenizerInfo) -> str:
+  """Returns how the vocabularies of two tokenizers differ first, for a message."""
+  first, vocabularies = _equal_ids(ours, theirs)
+  names = [
+    repr(vocabulary[first])[:100] if first in vocabulary else "no token"
+    for vocabulary in vocabularies
+  ]
+  return f"id {first} is {names[1]} there, and {names[0]} in the policy"
+
+
+def _equal_ids(ours, theirs) -> tuple[int, list[dict[int, str]]]:
+  """Returns how many ids, from 0 on, are the same in both, and {id: token} of each."""
   vocabularies = [
     {token_id: token for token, token_id in info.tokenizer.get_vocab().items()}
     for info in (ours, theirs)
   ]
-  num_shared = min(info.num_tokens for info in (ours, theirs))
-  beyond = [{i for i in vocabulary if i >= num_shared} for vocabulary in vocabularies]
-  known = [
-    {i: token for i, token in vocabulary.items() if i < num_shared} for vocabulary in vocabularies
-  ]
-  added = theirs.tokenizer.get_added_tokens_decoder()
-  same = (
-    known[0] == known[1]
-    and beyond[0] <= {ours.pad_id}
-    and all(eos_id < num_shared for eos_id in ours.eos_ids)
-    and beyond[1] <= set(added)
-  )
-  return num_shared if same else None
+  num = min(info.num_tokens for info in (ours, theirs))
+  known = (vocabulary.get for vocabulary in vocabularies)
+  pairs = zip(*(map(get, range(num)) for get in known), strict=True)
+  return next((i for i, (left, right) in enumerate(pairs) if left != right), num), vocabularies
 
 
 @contextlib.contextmanager
