@@ -69,8 +69,11 @@ def test_too_little_is_no_fall(records):
   ("values", "said"),
   [
     ([0.2, 1.0, None, 0.3], ""),
-    ([0.2, 1.5, 0.3, 0.1], "iteration 2 took the policy far"),
-    ([0.2, 1.5, 3.25, 0.1], "2 of 4 iterations, first 2 and most 3, took the policy far"),
+    ([0.2, 1.5, 0.3, 0.1], "In iteration 2 the steps took the policy far"),
+    (
+      [0.2, 1.5, 3.25, 0.1],
+      "In 2 of 4 iterations, first in iteration 2, the steps took the policy far",
+    ),
   ],
 )
 def test_a_step_beyond_a_nat_is_told_once_for_the_run(tmp_path, values, said):
@@ -79,5 +82,5 @@ def test_a_step_beyond_a_nat_is_told_once_for_the_run(tmp_path, values, said):
   far, fell = symptoms.of_run(tmp_path)
   assert fell == "" and bool(far) == bool(said) and said in far
   if said:
-    assert f"KL(old||pi) was {max(x or 0 for x in values):.3g}" in far
-  assert symptoms.far_step(2, 1.5).startswith("The steps of iteration 2 took the policy far")
+    assert f"{max(x or 0 for x in values):.3g} nats per sequence" in far
+  assert symptoms.far_step(2, 1.5).startswith("In iteration 2 the steps took the policy far")

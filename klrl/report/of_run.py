@@ -263,7 +263,7 @@ def _path(evaluations: list[dict], figures: dict[str, object]) -> list[Html]:
     about += (
       f" The model after {best:g} iterations is kept in model_best. Of all these it has the "
       f"highest {find(chosen[0]).title[:1].lower()}{find(chosen[0]).title[1:]}, "
-      f"{of_summary(figures, f'{chosen[0]}_best')}, which luck has a part in."
+      f"{of_summary(figures, f'{chosen[0]}_best')}; the best of many looks better than it is."
     )
   heading = element("h2", "Gained against KL, on held-out prompts")
   return [heading, grid(*pictures, least=24), note(about)]

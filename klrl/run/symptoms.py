@@ -16,9 +16,9 @@ _FEWEST = 5  # iterations of a mean over a part of the run
 _ERRORS = 3.0  # standard errors that are no noise
 
 _FAR = (
-  "The steps of {which} took the policy far from the one that had sampled: KL(old||pi) was "
-  "{value} nats per sequence, and more than {largest:g} is no small step. The rollout then says "
-  "little of where the steps lead. Lower --learning_rate, or take fewer steps on a rollout."
+  "In {which} the steps took the policy far from the one that had sampled: KL(old||pi) was {value} "
+  "nats per sequence. Beyond {largest:g} nat a rollout says little of where the steps lead: lower "
+  "--learning_rate, or take fewer steps on a rollout."
 )
 
 
@@ -33,8 +33,8 @@ def of_run(workdir: pathlib.Path) -> tuple[str, str]:
   return _far_steps(records), falling_objective(records)
 
 
-def _far(which: str, value: float) -> str:
-  value = shown("kl/old_k1", value)
+def _far(which: str, value: float, up_to: str = "") -> str:
+  value = f"{up_to}{shown('kl/old_k1', value)}"
   return _FAR.format(which=which, value=value, largest=LARGEST_KL_OLD)
 
 
@@ -43,11 +43,10 @@ def _far_steps(records: Sequence[dict]) -> str:
   far = {done: x for done, x in values.items() if x is not None and x > LARGEST_KL_OLD}
   if not far:
     return ""
-  first, worst = min(far), max(far, key=far.get)
-  which = f"iteration {first}"
-  if len(far) > 1:
-    which = f"{len(far)} of {len(records)} iterations, first {first} and most {worst},"
-  return _far(which, far[worst])
+  if len(far) == 1:
+    return far_step(*far.popitem())
+  which = f"{len(far)} of {len(records)} iterations, first in iteration {min(far)},"
+  return _far(which, max(far.values()), "up to ")
 
 
 def falling_objective(records: Sequence[dict]) -> str:
