@@ -27,11 +27,13 @@ OWN = ["--workdir=run", "--policy=policy", "--prompts=prompts.jsonl", "--max_com
 OWN += ["--num_iterations=3", "--batch_size=8", "--num_eval_rows=8", "--num_samples=1"]
 OWN += ["--save_every=10"]
 HOST = ["--reward_model=reward", "--reward=model,0.1*reward.py:sevens", "--learning_rate=1e-2"]
-SINGLE = ["experiments.reinforce", *OWN, *HOST, "--lora_rank=2"]
+SINGLE = ["experiments.reinforce", *OWN, *HOST, "--lora_rank=2", "--keep_best=score"]
 SWEEP = ["experiments.sweep", "--experiment=ppo", "--sweep=beta=0.1,0.5,3", *OWN, *HOST]
 SWEEP += ["--mesh=sweep=2,fsdp=2", "--num_epochs=1", "--num_minibatches=2"]
-# Two calls of the reward judge the start, so this one is of the second iteration.
-IN_SECOND = "4"
+# Two calls of the reward judge the start, and three each evaluate the members after 0 and after 1
+# iteration, so this one is of the second iteration.
+IN_SECOND = "10"
+ONCE = ("summary.json", "frontier.json", "evaluation.json")
 NOT_THE_RESULT = ("wall_seconds", "tokens_per_second", "device")
 # Process 1, which nobody asks for scores, leaves its number, and the other may send it a signal.
 REWARD = """
@@ -133,7 +135,7 @@ def results(folder):
   """Returns all figures of all runs in a folder, {file: {name: figure}}."""
   found = {}
   for path in sorted((folder / "run").rglob("*.json*")):
-    if path.name in ("metrics.jsonl", "summary.json", "frontier.json", "samples.jsonl"):
+    if (path.name.endswith(".jsonl") and path.name != "timing.jsonl") or path.name in ONCE:
       leaves, _ = jax.tree.flatten_with_path([json.loads(x) for x in lines_or_one(path)])
       found[str(path.relative_to(folder))] = {
         jax.tree_util.keystr(key): x
@@ -181,7 +183,7 @@ def test_a_sweep_that_one_process_interrupts_goes_on_in_both_and_equals_one(inpu
   assert len(set((folder / "calls").read_text().split())) == 1
   one(place(inputs, tmp_path / "one"), SWEEP, devices=4)
   expected = results(tmp_path / "one")
-  assert len(expected) == 1 + 3 * 3 + 1  # the frontier, members, their group
+  assert len(expected) == 1 + 3 * 4 + 1  # the frontier, members, their group
   assert_same_results(results(folder), expected)
 
 
