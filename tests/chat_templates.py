@@ -88,6 +88,20 @@ MARKED = (
   "{% endif %}{% endfor %}"
   "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Like Phi-3's it writes an EOS behind everything.
+PHI3 = (
+  "{% for message in messages %}{{ '<|start|>' + message.role + '\n' + message.content }}"
+  "{{ '<|end|>\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+PHI3_MARKED = (
+  "{% for message in messages %}<|start|>{{ message.role + '\n' }}"
+  "{% if message.role == 'assistant' %}"
+  "{% generation %}{{ message.content + '<|end|>\n' }}{% endgeneration %}"
+  "{% else %}{{ message.content + '<|end|>\n' }}{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}"
+  "{% else %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"
+)
 TEMPLATES = {
   "chatml": CHATML,
   "llama3": LLAMA3,
@@ -95,6 +109,8 @@ TEMPLATES = {
   "mistral": MISTRAL,
   "qwen3": QWEN3,
   "marked": MARKED,
+  "phi3": PHI3,
+  "phi3_marked": PHI3_MARKED,
 }
 SPECIAL = (
   *("<bos>", "<eos>", "<pad>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>"),

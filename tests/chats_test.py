@@ -59,7 +59,7 @@ def test_examples_have_the_ids_that_transformers_gives_them_up_to_the_end_of_the
   expected = theirs.apply_chat_template(chat_of, return_dict=False)
   assert example.tokens == expected[: len(example.tokens)]
   assert example.tokens[-1] in info.eos_ids
-  assert theirs.decode(expected[len(example.tokens) :]).strip() == ""
+  assert theirs.decode(expected[len(example.tokens) :]).strip() in ("", "<eos>")
 
 
 def learnt(example, info):
@@ -82,6 +82,8 @@ def learnt(example, info):
     ("gemma", ["Yes.<end_of_turn>", "So 中<end_of_turn>"]),
     ("mistral", [" Yes.<eos>", " So 中<eos>"]),
     ("marked", ["Yes.<|im_end|>", "So 中<|im_end|>"]),
+    ("phi3", ["Yes.<|end|>", "So 中<|end|>"]),
+    ("phi3_marked", ["Yes.<|end|>", "So 中<|end|>"]),
   ],
 )
 def test_the_loss_counts_the_turns_of_the_assistant_alone(tmp_path, name, turns):
@@ -128,15 +130,38 @@ def test_a_turn_ends_with_the_first_of_the_tokens_that_end_it(tmp_path):
 
 
 def test_a_turn_that_a_template_leaves_out_is_one_clear_error(tmp_path):
-  for template in (
-    CHATML.replace("in messages", "in messages if message.role == 'user'").replace(
-      "{{ '<|im_start|>assistant\n' }}", ""
+  block = "{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}"
+  for template, message in (
+    (
+      MARKED.replace(block, "{% generation %}{% endgeneration %}"),
+      "leaves the assistant message of",
     ),
-    MARKED.replace("{{ message.content }}<|im_end|>", ""),
+    (
+      MARKED.replace(block, "{% generation %}{% endgeneration %}{{ message.content }}"),
+      "writes nothing for a turn of the assistant in chat 1",
+    ),
+    # Templates of models that read images want content in parts, and write nothing of a text.
+    (CHATML.replace("+ message['content'] +", "+"), "leaves the user message of chat 1 out, 'Hé"),
   ):
     info = load_tokenizer(write_tokenizer(tmp_path, template))
-    with pytest.raises(UserError, match="writes nothing for a turn of the assistant in chat 1"):
+    with pytest.raises(UserError, match=message):
       data.encode_texts([([USER], [ANSWER])], info)
+    if "user" in message:
+      with pytest.raises(UserError, match=message):
+        data.encode_prompt_texts([[USER]], info)
+
+
+def test_turns_of_a_prompt_are_context_whatever_marks_them(tmp_path):
+  before_header = MARKED.replace("<|im_start|>assistant\n{% generation %}", "{% generation %}A:")
+  before_header = before_header.replace("<|im_start|>assistant\n{% endif %}", "A:{% endif %}")
+  info = chat.with_end_of_turn(load_tokenizer(write_tokenizer(tmp_path, before_header)))
+  (example,) = data.encode_texts([([USER, ANSWER, MORE], [LAST])], info)
+  assert learnt(example, info) == ["A:So 中<|im_end|>"]
+  info = load_tokenizer(
+    write_tokenizer(tmp_path, MARKED.replace("{{ message.role }}", "{{ loop.revindex }}"))
+  )
+  with pytest.raises(UserError, match="prompt of chat 1 differently once an answer follows"):
+    data.encode_texts([([USER], [LAST])], info)
 
 
 def test_a_turn_that_no_token_ends_is_closed_with_the_eos(tmp_path):

@@ -149,12 +149,12 @@ def prompt_texts(chats: Sequence[list[Message]], tokenizer: TokenizerInfo) -> li
   """Returns the text of each chat, with the beginning of the assistant's turn.
 
   Raises:
-    UserError: as `klrl.models.chat.render`, or the template leaves the system's message out.
+    UserError: as `klrl.models.chat.render`, or the template leaves a message out.
   """
   jobs = [Job(i, len(chat), True) for i, chat in enumerate(chats)]
   texts = [rendered.text for rendered in render(tokenizer, chats, jobs)]
   for number, (chat, text) in enumerate(zip(chats, texts, strict=True), start=1):
-    _check_system(chat, text, number)
+    _check_kept(chat, text, number)
   return texts
 
 
@@ -172,39 +172,27 @@ def answered_texts(
       writes a turn differently after it is asked for, or before others follow.
   """
   chats = [[*prompt, *completion] for prompt, completion in pairs]
-  turns = [
-    [i for i in range(len(prompt), len(chat)) if chat[i]["role"] == ASSISTANT]
-    for (prompt, _), chat in zip(pairs, chats, strict=True)
-  ]
-  for number, (chat, found) in enumerate(zip(chats, turns, strict=True), start=1):
-    if not found:
+  for number, (chat, (_, completion)) in enumerate(zip(chats, pairs, strict=True), start=1):
+    if not any(message["role"] == ASSISTANT for message in completion):
       raise UserError(
         f"Chat {number} has no turn of the assistant to learn: {schema.show(chat[-1])} is its last."
       )
   has_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", template_of(tokenizer))
-  jobs = []
-  for number, (chat, found) in enumerate(zip(chats, turns, strict=True)):
-    if not has_blocks:
-      for i in found:
-        jobs += [Job(number, i, True), Job(number, i + 1, False)]
-    jobs.append(Job(number, len(chat), False))
+  needed = [
+    (_for_blocks if has_blocks else _for_turns)(chat, len(prompt))
+    for chat, (prompt, _) in zip(chats, pairs, strict=True)
+  ]
+  jobs = [Job(i, *job) for i, some in enumerate(needed) for job in some]
   rendered = iter(render(tokenizer, chats, jobs))
+  eos = tokenizer.special_tokens.get("eos_token", "")
   answered = []
-  for number, (chat, found) in enumerate(zip(chats, turns, strict=True), start=1):
-    pieces = [] if has_blocks else [(next(rendered).text, next(rendered).text) for _ in found]
-    whole = next(rendered)
-    _check_system(chat, whole.text, number)
-    if has_blocks:
-      num_turns = sum(message["role"] == ASSISTANT for message in chat)
-      if len(whole.spans) != num_turns:
-        raise UserError(
-          f"The chat template marks {len(whole.spans)} generation blocks in chat {number}, which "
-          f"has {num_turns} turns of the assistant."
-        )
-      spans = whole.spans[-len(found) :]
-    else:
-      spans = [_added(*piece, whole.text, number) for piece in pieces]
-    if any(first == behind for first, behind in spans):
+  for number, (chat, some) in enumerate(zip(chats, needed, strict=True), start=1):
+    *parts, whole = [next(rendered) for _ in some]
+    _check_kept(chat, whole.text, number)
+    texts = [part.text for part in parts]
+    spans = (_in_blocks if has_blocks else _added)(texts, whole, eos, number)
+    num_turns = sum(message["role"] == ASSISTANT for message in pairs[number - 1][1])
+    if len(spans) < num_turns or any(first == behind for first, behind in spans):
       raise UserError(
         f"The chat template writes nothing for a turn of the assistant in chat {number}."
       )
@@ -212,31 +200,71 @@ def answered_texts(
   return answered
 
 
-def _added(before: str, after: str, whole: str, number: int) -> tuple[int, int]:
-  """Returns the characters that a turn adds."""
-  if not after.startswith(before):
-    raise UserError(
-      f"The chat template asks the assistant to go on with {before[-40:]!r}, but writes its turn "
-      f"in chat {number} otherwise, so the turn cannot be told apart. Give a template with "
-      "{% generation %} blocks around the assistant's turns by --chat_template=FILE."
-    )
-  if not whole.startswith(after):
-    raise UserError(
-      f"The chat template writes a turn of the assistant in chat {number} differently once others "
-      "follow (some leave the thoughts of earlier turns out), so the model would learn what it is "
-      "never asked for. End each chat with the turn to learn, or give a template with "
-      "{% generation %} blocks around the assistant's turns by --chat_template=FILE."
-    )
-  return len(before), len(after)
+# What has to be rendered of a chat whose first messages are its prompt: how many messages, and
+# whether the assistant is asked to go on. The last is the whole.
 
 
-def _check_system(chat: list[Message], text: str, number: int) -> None:
+def _for_blocks(chat: list[Message], num_prompt: int) -> list[tuple[int, bool]]:
+  return [(n, False) for n in (num_prompt, len(chat)) if n]
+
+
+def _for_turns(chat: list[Message], num_prompt: int) -> list[tuple[int, bool]]:
+  turns = (i for i in range(num_prompt, len(chat)) if chat[i]["role"] == ASSISTANT)
+  return [*(job for i in turns for job in ((i, True), (i + 1, False))), (len(chat), False)]
+
+
+def _in_blocks(prompt: list[str], whole: Rendered, eos: str, number: int) -> list[tuple[int, int]]:
+  """Returns the characters of the blocks behind the prompt."""
+  # Some templates write an EOS behind everything, and so behind a prompt that stands alone.
+  before = prompt[0].removesuffix(eos) if prompt else ""
+  if not whole.text.startswith(before):
+    raise UserError(
+      f"The chat template writes the prompt of chat {number} differently once an answer follows, "
+      "so the model would learn to answer what it is never asked."
+    )
+  return [span for span in whole.spans if span[0] < span[1] > len(before)]
+
+
+def _added(turns: list[str], whole: Rendered, eos: str, number: int) -> list[tuple[int, int]]:
+  """Returns the characters that each turn adds to the text in which the assistant is asked."""
+  spans = []
+  for before, after in zip(turns[::2], turns[1::2], strict=True):
+    if not whole.text.startswith(after):
+      after = after.removesuffix(eos)
+    if not after.startswith(before):
+      raise UserError(
+        f"The chat template asks the assistant to go on with {before[-40:]!r}, but writes its turn "
+        f"in chat {number} otherwise, so the turn cannot be told apart. Give a template with "
+        "{% generation %} blocks around the assistant's turns by --chat_template=FILE."
+      )
+    if not whole.text.startswith(after):
+      raise UserError(
+        f"The chat template writes a turn of the assistant in chat {number} differently once "
+        "others follow (some leave the thoughts of earlier turns out), so the model would learn "
+        "what it is never asked for. End each chat with the turn to learn, or give a template with "
+        "{% generation %} blocks around the assistant's turns by --chat_template=FILE."
+      )
+    spans.append((len(before), len(after)))
+  return spans
+
+
+def _check_kept(chat: list[Message], text: str, number: int) -> None:
+  """Raises UserError if the text lacks what the system or user says, or the assistant at last.
+
+  Templates may leave earlier turns of the assistant out, and what it thought.
+  """
+  words = "".join(text.split())
   for message in chat:
-    if message["role"] in _SYSTEM and "".join(message["content"].split()) not in "".join(
-      text.split()
-    ):
+    said = message["content"]
+    if message["role"] == ASSISTANT:
+      said = said.rpartition("</think>")[2] if message is chat[-1] else ""
+    elif message["role"] == "tool":
+      said = ""
+    if "".join(said.split()) not in words:
+      advice = "Give another template by --chat_template=FILE."
+      if message["role"] in _SYSTEM:
+        advice = f"Put it into the user's first message, or give {advice[5:]}"
       raise UserError(
         f"The chat template leaves the {message['role']} message of chat {number} out, "
-        f"{message['content'][:80]!r}. Put it into the user's first message, or give another "
-        "template by --chat_template=FILE."
+        f"{message['content'][:80]!r}. {advice}"
       )

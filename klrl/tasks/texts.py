@@ -93,11 +93,15 @@ def _turns(ids, ends, spans, tokenizer: TokenizerInfo) -> Encoded:
     if behind < len(ids) and ids[behind] in eos_ids:  # A generation block may leave it out.
       behind += 1
     # The turn ends with the first EOS of the blanks and special tokens that are its end.
-    is_end = itertools.takewhile(
-      lambda i: ids[i] in eos_ids or not tokenizer.decode([ids[i]]).strip(),
-      reversed(range(turn[0], behind)),
+    end = list(
+      itertools.takewhile(
+        lambda i: ids[i] in eos_ids or not tokenizer.decode([ids[i]]).strip(),
+        reversed(range(turn[0], behind)),
+      )
     )
-    last = min((i for i in is_end if ids[i] in eos_ids), default=turn[-1])
+    if len(end) == behind - turn[0] and ids[last] in eos_ids and last:
+      continue  # A block of its own, behind the EOS of the turn before.
+    last = min((i for i in end if ids[i] in eos_ids), default=turn[-1])
     in_completion[turn[0] : last + 1] = True
   ids = ids[: last + 1]
   if ids[-1] not in eos_ids:
