@@ -101,10 +101,10 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   def compute(_):
     directories, reference, reward_model = what_to_judge(config, root)
     names = names_of(directories)
-    judged = [
-      judgement(config, directory, reference, reward_model, name=name)
-      for directory, name in zip(directories, names, strict=True)
-    ]
+    sources = [sources_of(config, directory, reference, reward_model) for directory in directories]
+    for one in sources:  # What is wrong with the last is told before the first takes its time.
+      inputs.check_inputs(one)
+    judged = [judgement(config, *pair) for pair in zip(sources, names, strict=True)]
     return {
       "reference": reference,
       "num_rows": config.num_eval_rows,
@@ -152,20 +152,9 @@ def names_of(directories: list[str]) -> list[str]:
     depth += 1
 
 
-def judgement(
-  config: Config, directory: str, reference: str, reward_model: str, *, name: str
-) -> dict[str, Any]:
-  """Returns the figures and samples of the model in `directory`.
-
-  Args:
-    config: of the evaluation.
-    directory: of the model.
-    reference: directory of the reference, or "".
-    reward_model: directory of the reward model, or "".
-    name: what the model is called.
-  """
-  progress.console.print(f"Judging {name}, in {directory}", soft_wrap=True)
-  sources = dataclasses.replace(
+def sources_of(config: Config, directory: str, reference: str, reward_model: str) -> inputs.Sources:
+  """Returns where all comes from that judges the model in `directory`; "" is none."""
+  return dataclasses.replace(
     config.settings().sources(),
     policy=directory,
     reference=reference,
@@ -174,8 +163,12 @@ def judgement(
     reward=config.reward,
     enumerated=False,
   )
-  inputs.check_inputs(sources)
-  models = inputs.load_models(sources, policy=directory, reward_model=reward_model)
+
+
+def judgement(config: Config, sources: inputs.Sources, name: str) -> dict[str, Any]:
+  """Returns the figures and samples of the policy of `sources`, which is called `name`."""
+  progress.console.print(f"Judging {name}, in {sources.policy}", soft_wrap=True)
+  models = inputs.load_models(sources, policy=sources.policy, reward_model=sources.reward_model)
   task = inputs.load_task(sources, models)
   prompts = task.held_out
   if config.prompts and not config.held_out:
@@ -205,7 +198,7 @@ def judgement(
   found = judge(join(base, trained)["policy"], when=name)
   return {
     "name": name,
-    "directory": directory,
+    "directory": sources.policy,
     "num_prompts": min(len(prompts.tokens), config.num_eval_rows),
     "parameters": sum(leaf.size for leaf in jax.tree.leaves((trained, base))),
     "figures": found.figures,

@@ -12,6 +12,7 @@ from small_decoders import arithmetic_decoder
 
 from experiments import evaluate
 from experiments.lab import evaluate_page
+from klrl import judging
 from klrl.errors import UserError
 from klrl.models import policy_model, save_policy
 from klrl.tasks import arithmetic, data
@@ -63,14 +64,15 @@ def test_each_model_is_judged_by_the_same_prompts_against_the_same_reference(jud
 
 def test_a_model_is_its_own_reference_at_no_kl(judged):
   config = evaluate.Config(**OWN | {"policy": "base"})
-  found = evaluate.judgement(config, "base", "base", "", name="base")["figures"]
+  sources = evaluate.sources_of(config, "base", "base", "")
+  found = evaluate.judgement(config, sources, "base")["figures"]
   assert found["kl_ref_exact"] == pytest.approx(0, abs=1e-6)
   assert found["kl_ref_forward"] == pytest.approx(0, abs=1e-6)
 
 
 def test_without_reference_and_reward_there_is_neither_kl_nor_score(judged):
   config = evaluate.Config(**OWN | {"reference": "", "reward": "", "held_out": True})
-  found = evaluate.judgement(config, "runs/one", "", "", name="one")
+  found = evaluate.judgement(config, evaluate.sources_of(config, "runs/one", "", ""), "one")
   assert found["figures"]["score"] is None and "kl_ref_exact" not in found["figures"]
   assert found["num_prompts"] == 2  # a tenth of 20
   results = {**judged, "models": [found], "reference": ""}
@@ -161,13 +163,14 @@ def test_settings_that_contradict_each_other_are_refused(changes, message):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"policy": "nowhere"}, "nowhere does not exist"),
+    ({"policy": "base,nowhere"}, "nowhere does not exist"),
     ({"policy": "base", "reference": "nowhere"}, "nowhere does not exist"),
     ({"prompts": "nowhere.jsonl"}, "no file nowhere.jsonl"),
     ({"reward": "reward.py:nothing"}, "no function 'nothing'"),
   ],
 )
-def test_what_cannot_be_judged_is_one_message_and_leaves_nothing(judged, changes, message):
+def test_what_cannot_be_judged_is_one_message_at_once(judged, changes, message, monkeypatch):
+  monkeypatch.setattr(judging, "make_judge", None)  # Nothing is judged before.
   with pytest.raises(UserError, match=message):
     evaluate.main(evaluate.Config(**OWN | changes, workdir="wrong"))
   assert not pathlib.Path("wrong").exists()
