@@ -188,6 +188,12 @@ def _windows(read, is_windowed: Callable[[int], bool], window: int | None) -> Se
   return [window if kind == "sliding_attention" else 0 for kind in types]
 
 
+def _window_of_all(read) -> int:
+  """Returns the window that all layers have; 0 where it holds every row."""
+  window = read("sliding_window", _WINDOW, None) or 0
+  return window if window < read("max_position_embeddings", _SIZE) else 0
+
+
 def _llama(read: Fields) -> dict[str, Any]:
   return {
     **_with_rms_norm(read),
@@ -198,8 +204,7 @@ def _llama(read: Fields) -> dict[str, Any]:
 
 
 def _mistral(read: Fields) -> dict[str, Any]:
-  window = read("sliding_window", _WINDOW)
-  return _with_rms_norm(read) | {"kinds": (LayerKind(_rotation(read), window or 0),)}
+  return _with_rms_norm(read) | {"kinds": (LayerKind(_rotation(read), _window_of_all(read)),)}
 
 
 def _qwen2(read: Fields) -> dict[str, Any]:
@@ -308,8 +313,7 @@ def _phi3(read: Fields) -> dict[str, Any]:
     share=1.0 if share is None else share,
     kinds={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
   )
-  window = read("sliding_window", _WINDOW, None)
-  return _with_rms_norm(read) | {"kinds": (LayerKind(rotation, window or 0),)}
+  return _with_rms_norm(read) | {"kinds": (LayerKind(rotation, _window_of_all(read)),)}
 
 
 def _olmo2(read: Fields) -> dict[str, Any]:
