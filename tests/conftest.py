@@ -20,6 +20,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 QUICK_FILES = [
   "advantage_rules",
   "advantages",
+  "columns",
   "common",
   "controllers",
   "epochs",
