@@ -273,8 +273,10 @@ def shown(name: str, value: object, stderr: object = None) -> str:
   if figure.scale != 1:
     about = f" \N{PLUS-MINUS SIGN} {100 * error:.1f}" if known else ""
     return f"{round(100 * x, 1) + 0.0:.1f}{about}%".replace("-", "\N{MINUS SIGN}")
-  # What rounding leaves of a KL has either sign.
-  if "KL" in figure.label and max(abs(x), error if known else 0.0) < 5e-4:
+  # What rounding leaves of a KL, or of a margin between equal policies, has either sign.
+  if ("KL" in figure.label or "margin" in figure.label) and max(
+    abs(x), error if known else 0.0
+  ) < 5e-4:
     return "0.000 \N{PLUS-MINUS SIGN} 0.000" if known else "0.000"
   if known and error < 0.01 <= abs(x):
     about = f"{x:.3f} \N{PLUS-MINUS SIGN} {error:.3f}"

@@ -171,7 +171,9 @@ def train(
   at_start = measured(state)
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
   if not start:
-    progress.console.print(f"{title}: held out, {_before_training(summary, at_start)}")
+    progress.console.print(
+      f"{title}: held out, {_before_training(summary, at_start)}", soft_wrap=True
+    )
   evaluations = evaluate and Evaluations(
     workdir,
     lambda state: evaluate(join(frozen, state.params)),

@@ -19,6 +19,7 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs" / "figures.md"
     ("objective_gap", -1e-9, None, "0.0%"),
     ("kl/ref_k1", -6.985e-09, None, "0.000"),
     ("kl_ref_exact_before", 1.2e-9, 3e-9, "0.000 ± 0.000"),
+    ("held_out_margin_before", -7.9e-8, 7.1e-8, "0.000 ± 0.000"),
     ("kl_ref_k1_per_token", 0.16853, None, "0.169"),
     ("kl_ref_k1", -0.0002, 0.012, "0.000 ± 0.012"),
     ("score", 0.20912, 0.0703, "0.209 ± 0.070"),

@@ -106,7 +106,6 @@ class Evaluations:
       return
     # All files are there before one takes the place of the model before, so that a kill loses none.
     fresh = self._best.with_suffix(".partial")
-    processes.on_writer(shutil.rmtree)(fresh, ignore_errors=True)
     self._save(fresh, state)
     write_text(fresh / RECORD, json.dumps({"iteration": done, **figures}, indent=2) + "\n")
     processes.on_writer(_exchange)(self._best)
