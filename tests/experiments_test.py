@@ -95,6 +95,15 @@ def test_embedded_run_leaves_everything_behind(runs):
   load_scalar(workdir / "value_model")
 
 
+def test_evaluations_change_nothing_in_training(runs):
+  workdir = ppo.main(ppo.Config(**TINY, **STAGES, eval_every=0, workdir="unjudged"))
+  judged = (runs / "embedded/metrics.jsonl").read_bytes()
+  assert (workdir / "metrics.jsonl").read_bytes() == judged
+  assert len(read_lines(runs / "embedded/evaluations.jsonl")) == TINY["num_iterations"] + 1
+  assert not (workdir / "evaluations.jsonl").exists()
+  assert "while it trained" not in (workdir / "report.html").read_text()
+
+
 def test_a_finished_run_is_shown_and_not_run_again(runs, capsys):
   before = (runs / "embedded/timing.jsonl").read_bytes()
   ppo.main(ppo.Config(**TINY, **STAGES, workdir="embedded"))
