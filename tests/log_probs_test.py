@@ -322,7 +322,7 @@ class CappedTest(chex.TestCase):
       lambda: unembedding.T,
       lambda: jnp.asarray(unembedding),
     ):
-      with self.assertRaises((TypeError, AttributeError)):
+      with self.assertRaises((TypeError, AttributeError, ValueError)):
         wrong()
 
 
