@@ -145,9 +145,10 @@ def test_models_need_no_weights_and_equal_ones_are_one_argument(tmp_path):
   )
   save_policy(tmp_path, decoder, policy_model(decoder).init(jax.random.key(0)), tokenizer)
   (tmp_path / "model.safetensors").unlink()
-  config = ppo.Config(
-    policy=str(tmp_path), prompts="p", reward="f.py:f", lora_rank=2, value_init="policy"
-  )
+  prompts = tmp_path / "p.jsonl"
+  prompts.write_text('{"prompt": "1+1="}\n')
+  settings = {"prompts": str(prompts), "reward": "f.py:f"}
+  config = ppo.Config(policy=str(tmp_path), lora_rank=2, value_init="policy", **settings)
   models = dry_run.shapes_of_models(
     config.sources(), dry_run.FROM_CONFIGS, policy=str(tmp_path), reward_model=""
   )
