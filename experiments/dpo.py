@@ -169,7 +169,7 @@ def train_on_pairs(config: Config, workdir: pathlib.Path, start: Start) -> dict:
     config,
     workdir,
     make_preference_fn(policy, config.loss),
-    params,
+    params if config.lora_rank else start.params,  # which are read anew, in their own dtype
     start.training,
     start.held_out,
     frozen=frozen,

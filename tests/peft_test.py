@@ -19,7 +19,7 @@ from hf_test import (
 )
 
 from klrl.errors import UserError
-from klrl.models import add_lora, hf, join, load_tokenizer, peft, policy_model, scalar_model
+from klrl.models import add_lora, hf, hub, join, load_tokenizer, peft, policy_model, scalar_model
 
 # Of the two libraries' own.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -213,3 +213,20 @@ def test_adapters_of_fused_maps_are_those_of_peft_both_ways(kind, tmp_path):
     expected = peer(torch.tensor(TOKENS)).logits.numpy()
   found = logits(config, join(frozen, trainable), TOKENS)
   np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_file_without_adapters_is_refused(tmp_path):
+  saved(tmp_path / "base")
+  write_adapters(tmp_path / "adapters", tmp_path / "base")
+  safetensors.numpy.save_file({}, tmp_path / "adapters" / "adapter_model.safetensors")
+  with pytest.raises(UserError, match=r"adapter_model\.safetensors holds no adapters"):
+    hf.load_policy(tmp_path / "adapters")
+
+
+def test_the_revision_of_a_base_on_the_hub_is_taken(tmp_path, monkeypatch):
+  saved(tmp_path / "base")
+  asked = []
+  monkeypatch.setattr(hub, "snapshot", lambda name: asked.append(name) or tmp_path / "base")
+  write_adapters(tmp_path / "adapters", "owner/base", revision="v2")
+  hf.load_policy(tmp_path / "adapters")
+  assert set(asked) == {"owner/base@v2"}

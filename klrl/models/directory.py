@@ -64,8 +64,12 @@ def _found(path) -> pathlib.Path:
 
 def _base_of(path: pathlib.Path) -> pathlib.Path:
   """Returns the directory of the model that the adapters in a directory adapt."""
-  file, rule = path / ADAPTERS, {"base_model_name_or_path": schema.text(4000)}
-  base = schema.check(schema.read(file), rule, file, required=rule)["base_model_name_or_path"]
+  file, name = path / ADAPTERS, "base_model_name_or_path"
+  rules = {name: schema.text(4000), "revision": schema.optional(schema.text(200))}
+  raw = schema.check(schema.read(file), rules, file, required=(name,))
+  base = raw[name]
+  if raw.get("revision") and hub.is_name(base):
+    base = f"{base}@{raw['revision']}"
   try:
     if adapters_dir(base) is not None:
       raise UserError("that holds adapters itself.")

@@ -79,6 +79,8 @@ def add_adapters(directory: pathlib.Path, tensors: Tensors, family: Family) -> N
   if not (directory / WEIGHTS).is_file():
     raise UserError(f"{directory} has no {WEIGHTS}; a pickle in its place is not read.")
   adapters = Tensors.of_file(directory / WEIGHTS)
+  if not adapters.names:
+    raise UserError(f"{directory / WEIGHTS} holds no adapters.")
   for name in sorted(adapters.names):
     where = adapters.where(name)
     if not name.startswith(_PREFIX):

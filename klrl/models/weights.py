@@ -212,11 +212,13 @@ def write_weights(directory: pathlib.Path, tensors: Sequence[Planned]) -> None:
   Each file appears whole or not at all.
   """
   shards: list[list[Planned]] = [[]]
+  size = 0
   for tensor in tensors:
-    size = sum(other.nbytes for other in shards[-1])
     if shards[-1] and size + tensor.nbytes > _MAX_SHARD_BYTES:
       shards.append([])
+      size = 0
     shards[-1].append(tensor)
+    size += tensor.nbytes
   if len(shards) == 1:
     write_tensors(directory / WEIGHTS, tensors)
     _unlink(directory / INDEX)
