@@ -111,6 +111,8 @@ CASES = {
     "smollm3",
     SIZES | {"no_rope_layers": [0, 1, 0], "use_sliding_window": True, "sliding_window": 5},
   ),
+  # So many layers are one loop, and not unrolled.
+  "smollm3-deep": ("smollm3", SIZES | {"num_hidden_layers": 9}),
   "granite": (
     "granite",
     SIZES
