@@ -275,3 +275,29 @@ def test_settings_have_markers_of_their_own_and_the_start_its_name(sweep_dir, tm
   config = {"experiment": "reinforce", "task": "tree"}
   (tmp_path / "config.json").write_text(json.dumps(config))
   assert "The ring is the policy at the start." in write_page(tmp_path).read_text()
+
+
+def evaluate_members(workdir, members, **changes):
+  """Writes what each member was judged by on its way."""
+  for record in members:
+    kl, gold = record["kl_ref_exact"], record["gold"]
+    lines = [
+      {"iteration": 10 * i, "kl_ref_exact": kl * i / 4, "gold": 0.5 + (gold - 0.5) * i / 4}
+      | changes
+      for i in range(5)
+    ]
+    path = workdir / "members" / record["name"] / "evaluations.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_way_of_each_setting_is_drawn_where_it_was_evaluated(sweep_dir, tmp_path):
+  before = sweep_dir(SEVERAL)
+  assert "The way there" not in before
+  evaluate_members(tmp_path, SEVERAL)
+  html = write_page(tmp_path).read_text()
+  assert html.count("<svg") == before.count("<svg") + 1  # of gold; there is no score
+  start = html.index("The way there")
+  assert html.index("The frontier") < start < html.index("<h2>Members")
+  assert "The first seed of each, judged on held-out prompts while it trained" in html
+  evaluate_members(tmp_path, SEVERAL, gold=None)
+  assert "The way there" not in write_page(tmp_path).read_text()

@@ -1,9 +1,9 @@
 """The page of a sweep, made from the files in its folder alone: which beta, and what it costs.
 
-It reads frontier.json, config.json and, of each member, metrics.jsonl and samples.jsonl; best-of-n
-and the best policies, as draws of the policy at the start tell them, from the run of best-of-n that
-the sweep made. Members of an enumerated task have optimum.json, the exact frontier of the best
-policies. The sweep's command, given again, makes the page anew.
+It reads frontier.json, config.json and, of each member, metrics.jsonl, evaluations.jsonl and
+samples.jsonl; best-of-n and the best policies, as draws of the policy at the start tell them, from
+the run of best-of-n that the sweep made. Members of an enumerated task have optimum.json, the exact
+frontier of the best policies. The sweep's command, given again, makes the page anew.
 """
 
 import pathlib
@@ -19,6 +19,7 @@ from klrl.report.samples import column, side_by_side
 from klrl.report.sweep_answer import answer, exact_answer, standing
 from klrl.report.sweep_pictures import BEST_OF_N, OPTIMUM, Setting
 from klrl.run import metrics
+from klrl.run.evaluations import FILE
 from klrl.run.workdir import write_text
 
 MAX_SAMPLES = 8
@@ -32,9 +33,9 @@ def write_page(workdir: pathlib.Path, *, best_of_n: bool = False) -> pathlib.Pat
   """
   found, config = (schema.read(workdir / name) for name in ("frontier.json", "config.json"))
   names = [record["name"] for record in found["members"]]
-  series, samples = (
+  series, evaluations, samples = (
     {name: metrics.read_lines(workdir / "members" / name / file) for name in names}
-    for file in ("metrics.jsonl", "samples.jsonl")
+    for file in ("metrics.jsonl", FILE, "samples.jsonl")
   )
   path = workdir / "best_of_n" / "best_of_n.json"
   beside = schema.read(path) if best_of_n else None
@@ -55,6 +56,7 @@ def write_page(workdir: pathlib.Path, *, best_of_n: bool = False) -> pathlib.Pat
     element("p", sentence, class_="verdict"),
     *map(paragraph, notes),
     *_frontier(finite, before, kl_name, beside, optimum, start),
+    *_paths(finite, evaluations, kl_name, start),
     element("h2", "Members"),
     *_members(settings, before, gain, kl_name, start),
     element("h2", "Training"),
@@ -182,6 +184,30 @@ def _best_of_n_notes(best_of_n, optimum, start) -> list[Html]:
     )
     text += _turn(best_of_n["frontier"])
   return [note(text)]
+
+
+def _paths(settings, evaluations, kl_name, start) -> list[Html]:
+  """Returns the pictures of the way of each setting, from the evaluations while it trained."""
+  if kl_name is None:
+    return []
+  kl = f"{find(kl_name).label}, {find(kl_name).unit}"
+  drawn = (
+    (name, sweep_pictures.paths(settings, evaluations, name, kl_name, kl))
+    for name in ("gold", "score")
+  )
+  figures = [figure(find(x).label, find(x).unit, svg) for x, svg in drawn if svg is not None]
+  if not figures:
+    return []
+  return [
+    element("h2", "The way there"),
+    sweep_pictures.legend(settings),
+    grid(*figures, least=26),
+    note(
+      f"The first seed of each, judged on held-out prompts while it trained: from the ring, "
+      f"{start}, to the large mark, where it ended. Errors are left out; they are as "
+      "large as those above."
+    ),
+  ]
 
 
 def _turn(frontier: dict) -> str:

@@ -119,6 +119,37 @@ def frontier(
   return _coloured(plot(draw, x_label, height=3.0), settings)
 
 
+def paths(
+  settings: list[Setting], evaluations: dict[str, list[dict]], name: str, x_name: str, x_label: str
+) -> str | None:
+  """Returns the picture of a figure against a KL while the first seed of each setting trained.
+
+  It is None where no setting has two evaluations with both. `evaluations` are the objects of
+  evaluations.jsonl, of each member by name.
+  """
+  lines = []
+  for setting in settings:
+    rows = evaluations[setting.records[0]["name"]]
+    x, y = _values(rows, x_name), _values(rows, name)
+    known = np.isfinite(x) & np.isfinite(y)
+    if known.sum() > 1:
+      lines.append((setting, x[known], y[known]))
+  if not lines:
+    return None
+
+  def draw(axes):
+    for setting, x, y in lines:
+      axes.plot(x, y, "-", color=setting.drawn, alpha=0.55, linewidth=1.0)
+      axes.plot(x[:-1], y[:-1], "o", color=setting.drawn, markersize=2.2, markeredgewidth=0)
+      marker = setting.marker[0]
+      axes.plot(x[-1], y[-1], marker, color=setting.drawn, markersize=6.5, markeredgewidth=0)
+    axes.plot(lines[0][1][0], lines[0][2][0], "o", color=INK, markersize=5.5, fillstyle="none")
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+
+  return _coloured(plot(draw, x_label, height=3.0), settings)
+
+
 def _until(end: float, x, y):
   """Returns the part of a curve up to `end`, to which it is interpolated."""
   order = np.argsort(x)
