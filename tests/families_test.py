@@ -400,6 +400,36 @@ def test_a_reward_model_scores_as_in_transformers_and_its_values_are_read_off(ca
   jax.tree.map(np.testing.assert_array_equal, again[1], params)
 
 
+@pytest.mark.parametrize("model_type", families.FAMILIES)
+def test_a_classifier_of_transformers_scores_as_there(model_type, tmp_path):
+  fields = next(dict(fields) for kind, fields in CASES.values() if kind == model_type)
+  config = transformers.AutoConfig.for_model(
+    model_type, **json.loads(json.dumps(fields)), num_labels=1
+  )
+  config.pad_token_id = 0
+  config._attn_implementation = "eager"
+  if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    pytest.skip(f"transformers has no classifier of {model_type}")
+  peer = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for parameter in peer.parameters():
+      parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+  peer.save_pretrained(tmp_path)
+  config, params = hf.load_scalar(tmp_path)
+  tokens = np.random.default_rng(0).integers(3, 61, (2, 9))
+  mask = np.arange(9) < np.array([[9], [6]])  # padded on the right
+  tokens = np.where(mask, tokens, 0)
+  with torch.no_grad():
+    attention_mask = torch.tensor(mask.astype(int))
+    expected = peer(torch.tensor(tokens), attention_mask=attention_mask).logits[:, 0].numpy()
+  assert np.std(expected) > 1e-3
+  scores = jax.jit(scalar_model(config).scores)
+  np.testing.assert_allclose(scores(params, tokens, mask), expected, atol=1e-4)
+  left, left_mask = np.roll(tokens[1:], 3, axis=1), np.roll(mask[1:], 3, axis=1)
+  np.testing.assert_allclose(scores(params, left, left_mask), expected[1:], atol=1e-4)
+
+
 def test_bfloat16_is_near_float32_in_every_part_of_gemma(made):
   config, params = loaded("gemma3", made)
   tokens, mask = rows()
