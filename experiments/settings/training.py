@@ -127,7 +127,7 @@ def model_directories(config: PolicyConfig) -> dict[str, str]:
   if write_policy := TASKS[config.task].write_policy:
     root = pathlib.Path(STAGES)
     with lock.held(root / config.task, wait=True):
-      directory = processes.on_writer(write_policy)(root, config.init_seed)
+      directory = write_policy(root, config.init_seed)
     return {"policy": str(directory), "reward_model": config.sources().reward_model}
   if not config.reads_reward_model():
     return {"policy": str(reward_model.run_sft_stage(_stages(config))), "reward_model": ""}

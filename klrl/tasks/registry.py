@@ -22,7 +22,8 @@ class EmbeddedTask(NamedTuple):
   verifier: how completions are checked, from their text.
   has_one_answer: whether the column `answer` is the one right completion, so that a device can
     check completions while training goes on.
-  write_policy: write_policy(folder, seed) -> the directory of the policy that a run starts with.
+  write_policy: write_policy(folder, seed) -> the directory of the policy that a run starts with;
+    all processes call it.
   scorer: scorer(config of the policy) -> (what scores completions in place of a reward model, its
     params); the limit of tokens is then the task's own.
   exact: exact(policy, reference, reference_params) -> what enumerates all completions, see
