@@ -69,7 +69,9 @@ class Config(common.RunConfig, common.ChatFields, common.EvaluationFields, commo
   label_smoothing: float = setting(
     0.0, "share of labels taken to be swapped (conservative DPO)", minimum=0.0, maximum=0.5
   )
-  policy: str = setting("", "model directory to start from; default: the embedded SFT stage")
+  policy: str = setting(
+    "", "model to start from: a directory, or a name on the hub; default: the embedded SFT stage"
+  )
   data: str = setting(
     "",
     "rows with prompt, chosen, rejected, text or messages: JSON lines, Parquet, or "

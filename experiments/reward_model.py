@@ -51,7 +51,9 @@ class Config(common.RunConfig, common.ChatFields):
   rate_factor = 10.0
   num_iterations: int = again(common.RunConfig, "num_iterations", default=1000)
   batch_size: int = setting(128, "pairs per iteration", minimum=1)
-  policy: str = setting("", "model directory to start from; default: the embedded SFT stage")
+  policy: str = setting(
+    "", "model to start from: a directory, or a name on the hub; default: the embedded SFT stage"
+  )
   margin: float = setting(
     0.0, "by how much chosen should win, times the column margin where there is one", minimum=0.0
   )

@@ -46,7 +46,9 @@ class Config(common.RunConfig, common.ChatFields):
 
   rate_factor = 10.0
   num_iterations: int = again(common.RunConfig, "num_iterations", default=700)
-  policy: str = setting("", "model directory to start from; default: a fresh small decoder")
+  policy: str = setting(
+    "", "model to start from: a directory, or a name on the hub; default: a fresh small decoder"
+  )
   data: str = setting(
     "",
     "rows with prompt and completion, messages, Alpaca's or ShareGPT's columns, or text: JSON "

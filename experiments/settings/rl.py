@@ -40,7 +40,11 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
 
   num_iterations: int = again(KLConfig, "num_iterations", default=80)
   batch_size: int = setting(128, "completions per iteration", minimum=1)
-  policy: str = setting("", "model directory to train; default: the embedded SFT stage")
+  policy: str = setting(
+    "",
+    "model to train: its directory, its name on the Hugging Face hub, or adapters of PEFT; default: "
+    "the embedded SFT stage",
+  )
   temperature: float = setting(1.0, "of sampling, and of every log-prob", minimum=1e-3)
   missing_eos_penalty: float = setting(
     0.0, "taken off the score of a completion that was cut off at the limit", minimum=0.0
