@@ -121,6 +121,7 @@ class Config(rl.SurrogateConfig):
   ptx_coef: float = setting(0.0, "weight of the pretraining log-likelihood", minimum=0.0)
 
   def __post_init__(self):
+    self.choose_learning_rate(embedded=3e-4)
     super().__post_init__()
     if bool(self.pretrain_data) != bool(self.ptx_coef):
       raise UserError("--pretrain_data and --ptx_coef go together: texts, and what they weigh.")
