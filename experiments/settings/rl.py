@@ -42,8 +42,8 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
   batch_size: int = setting(128, "completions per iteration", minimum=1)
   policy: str = setting(
     "",
-    "model to train: its directory, its name on the Hugging Face hub, or adapters of PEFT; default: "
-    "the embedded SFT stage",
+    "model to train: its directory, its name on the Hugging Face hub, or adapters of PEFT; "
+    "default: the embedded SFT stage",
   )
   temperature: float = setting(1.0, "of sampling, and of every log-prob", minimum=1e-3)
   missing_eos_penalty: float = setting(
