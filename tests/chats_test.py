@@ -156,12 +156,27 @@ def test_turns_of_a_prompt_are_context_whatever_marks_them(tmp_path):
   before_header = before_header.replace("<|im_start|>assistant\n{% endif %}", "A:{% endif %}")
   info = chat.with_end_of_turn(load_tokenizer(write_tokenizer(tmp_path, before_header)))
   (example,) = data.encode_texts([([USER, ANSWER, MORE], [LAST])], info)
-  assert learnt(example, info) == ["A:So 中<|im_end|>"]
+  assert learnt(example, info) == ["So 中<|im_end|>"]  # "A:" is how the assistant is asked.
   info = load_tokenizer(
     write_tokenizer(tmp_path, MARKED.replace("{{ message.role }}", "{{ loop.revindex }}"))
   )
   with pytest.raises(UserError, match="prompt of chat 1 differently once an answer follows"):
     data.encode_texts([([USER], [LAST])], info)
+
+
+def test_blocks_that_begin_before_or_behind_what_asks_the_assistant(tmp_path, capsys):
+  header = "<|im_start|>assistant\n"
+  in_block = MARKED.replace(header + "{% generation %}", "{% generation %}" + header)
+  for template, turns, is_said in (
+    (in_block, ["Yes.<|im_end|>", "So 中<|im_end|>"], False),
+    (MARKED.replace(header + "{% endif %}", "{% endif %}"), ["Yes.<|im_end|>"] * 2, True),
+    (MARKED.replace(header + "{% endif %}", header + "<think>{% endif %}"), ["Yes."], True),
+  ):
+    progress.warn_once.cache_clear()
+    info = chat.with_end_of_turn(load_tokenizer(write_tokenizer(tmp_path, template)))
+    (example,) = data.encode_texts([([], [USER, ANSWER, MORE, LAST])], info)
+    assert learnt(example, info)[0].startswith(turns[0])
+    assert ("is then asked otherwise" in " ".join(capsys.readouterr().out.split())) == is_said
 
 
 def test_a_turn_that_no_token_ends_is_closed_with_the_eos(tmp_path):

@@ -12,6 +12,7 @@ from klrl.errors import UserError
 from klrl.models import TokenizerInfo
 from klrl.models.chat import Job, Message, Rendered, render, template_of
 from klrl.models.chat_worker import CLOSE, OPEN
+from klrl.run import progress
 
 ASSISTANT = "assistant"
 _SYSTEM = ("system", "developer")
@@ -164,8 +165,9 @@ def answered_texts(
   """Returns the text of each (prompt, completion), with the assistant's turns in the completion.
 
   The spans are the characters of these turns and what the template ends them with. They are the
-  `generation` blocks of a template that has some. Otherwise they are what a turn adds to the text
-  in which the assistant is asked for it.
+  `generation` blocks of a template that has some, without the beginning with which the assistant is
+  asked. Otherwise they are what a turn adds to the text in which the assistant is asked for it. If
+  a template with blocks asks for a turn otherwise than it writes it, the console says so.
 
   Raises:
     UserError: as `prompt_texts`; the completion has no turn of the assistant; or the template
@@ -190,7 +192,11 @@ def answered_texts(
     *parts, whole = [next(rendered) for _ in some]
     _check_kept(chat, whole.text, number)
     texts = [part.text for part in parts]
-    spans = (_in_blocks if has_blocks else _added)(texts, whole, eos, number)
+    if has_blocks:
+      num_before = bool(pairs[number - 1][0])
+      spans = _in_blocks(texts[:num_before], texts[num_before:], whole, eos, number)
+    else:
+      spans = _added(texts, whole, eos, number)
     num_turns = sum(message["role"] == ASSISTANT for message in pairs[number - 1][1])
     if len(spans) < num_turns or any(first == behind for first, behind in spans):
       raise UserError(
@@ -205,16 +211,23 @@ def answered_texts(
 
 
 def _for_blocks(chat: list[Message], num_prompt: int) -> list[tuple[int, bool]]:
-  return [(n, False) for n in (num_prompt, len(chat)) if n]
+  asked = [(i, True) for i in _turns_of(chat, num_prompt) if i]
+  return [*((n, False) for n in (num_prompt,) if n), *asked, (len(chat), False)]
 
 
 def _for_turns(chat: list[Message], num_prompt: int) -> list[tuple[int, bool]]:
-  turns = (i for i in range(num_prompt, len(chat)) if chat[i]["role"] == ASSISTANT)
+  turns = _turns_of(chat, num_prompt)
   return [*(job for i in turns for job in ((i, True), (i + 1, False))), (len(chat), False)]
 
 
-def _in_blocks(prompt: list[str], whole: Rendered, eos: str, number: int) -> list[tuple[int, int]]:
-  """Returns the characters of the blocks behind the prompt."""
+def _turns_of(chat: list[Message], num_prompt: int) -> list[int]:
+  return [i for i in range(num_prompt, len(chat)) if chat[i]["role"] == ASSISTANT]
+
+
+def _in_blocks(
+  prompt: list[str], asked: list[str], whole: Rendered, eos: str, number: int
+) -> list[tuple[int, int]]:
+  """Returns the characters of the blocks behind the prompt, without what asks for each turn."""
   # Some templates write an EOS behind everything, and so behind a prompt that stands alone.
   before = prompt[0].removesuffix(eos) if prompt else ""
   if not whole.text.startswith(before):
@@ -222,7 +235,20 @@ def _in_blocks(prompt: list[str], whole: Rendered, eos: str, number: int) -> lis
       f"The chat template writes the prompt of chat {number} differently once an answer follows, "
       "so the model would learn to answer what it is never asked."
     )
-  return [span for span in whole.spans if span[0] < span[1] > len(before)]
+  spans = [span for span in whole.spans if span[0] < span[1] > len(before)]
+  for text in asked:
+    # Some blocks hold the header of the turn, which the assistant does not write.
+    num, is_kept = len(text), whole.text.startswith(text)
+    if is_kept:
+      spans = [(num if first < num < behind else first, behind) for first, behind in spans]
+    next_turn = min((first for first, _ in spans if first >= num), default=num)
+    if not is_kept or whole.text[num:next_turn].strip():
+      progress.warn_once(
+        f"The chat template asks the assistant to go on with {text[-40:]!r}, but does not write "
+        "its turns so. The model is then asked otherwise than it has learnt to answer: what "
+        "add_generation_prompt writes has to be what stands before the {% generation %} block."
+      )
+  return spans
 
 
 def _added(turns: list[str], whole: Rendered, eos: str, number: int) -> list[tuple[int, int]]:
