@@ -448,7 +448,7 @@ MINIMAL.pop("num_key_value_heads")
 
 
 @pytest.mark.parametrize("model_type", families.FAMILIES)
-def test_absent_and_null_fields_mean_what_they_mean_to_transformers(model_type, tmp_path):
+def test_absent_and_null_fields_mean_what_they_mean_to_transformers(model_type, tmp_path, capsys):
   fields = GPT2 if model_type == "gpt2" else MINIMAL
   of_transformers = functools.partial(transformers.AutoConfig.for_model, model_type)
 
@@ -458,6 +458,7 @@ def test_absent_and_null_fields_mean_what_they_mean_to_transformers(model_type, 
 
   whole = of_transformers(**fields).to_dict()
   assert loaded_config(fields) == loaded_config(whole)
+  assert "left aside" not in capsys.readouterr().out
   for name in ("sliding_window", "final_logit_softcapping"):
     null = fields | {name: None}
     if whole.get(name) is None:
@@ -614,13 +615,22 @@ def test_the_language_model_of_a_gemma_with_a_vision_tower_is_taken(tmp_path, ca
   full, _ = compiled(config)(params, tokens, mask)
   np.testing.assert_allclose(full[mask], expected_logits(model, tokens, mask)[mask], atol=1e-4)
   # What this transformers writes, what others write, and what newer models hold.
+  raw = json.loads((tmp_path / "config.json").read_text())
   for old, new in (
     (r"^(model\.)?language_model\.(model\.)?", "language_model.model."),
     (r"^(model\.)?language_model\.(model\.)?", "model.language_model."),
   ):
     other = tmp_path / new
     other.mkdir()
-    copied(tmp_path, other, lambda name, old=old, new=new: re.sub(old, new, name))
+    text = {name: value for name, value in raw["text_config"].items() if name != "dtype"}
+    copied(
+      tmp_path,
+      other,
+      lambda name, old=old, new=new: re.sub(old, new, name),
+      text_config=text,
+      dtype="bfloat16",
+    )
+    assert hf.file_dtype(hf.load_config(other)) == "bfloat16"
     jax.tree.map(np.testing.assert_array_equal, hf.load_policy(other)[1], params)
   hf.save_policy(tmp_path / "text", config, params, tiny_tokenizer())
   again = transformers.AutoModelForCausalLM.from_pretrained(
@@ -708,6 +718,13 @@ def test_older_names_and_buffers_of_tensors_are_known(made, tmp_path):
     ("gpt2", {"n_head": 5}, ["n_embd=24", "n_head=5"]),
     ("gpt2", {"model_type": "mixtral"}, ["model_type 'mixtral' is not supported", "gemma3"]),
     ("llama", {"model_type": "gemma3"}, ["has no text_config"]),
+    ("llama", {"quantization_config": {"bits": 4}}, ["quantization_config", "unquantized"]),
+    # transformers would not read this type: it takes the rotation for an unscaled one.
+    (
+      "gemma3",
+      {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 8.0}},
+      ["rope_scaling", "factor=8.0"],
+    ),
   ],
 )
 def test_what_is_not_computed_is_refused_by_its_name(case, changes, words, made, tmp_path):
@@ -718,6 +735,7 @@ def test_what_is_not_computed_is_refused_by_its_name(case, changes, words, made,
     hf.load_config(tmp_path)
   message = str(found.value)
   assert len(message) < 1000
+  assert message.count("config.json") == 1
   for word in ["config.json", *words]:
     assert word in message
 

@@ -285,6 +285,8 @@ def test_missing_and_broken_files_are_named(tmp_path):
   with pytest.raises(UserError, match=r"config\.json with a model_type"):
     hf.load_policy(tmp_path)
   saved(tmp_path)
+  with pytest.raises(UserError, match=r"config\.json is a file; name the model's folder"):
+    hf.load_policy(tmp_path / "config.json")
   weights = tmp_path / "model.safetensors"
   weights.write_bytes(b"not tensors")
   with pytest.raises(UserError, match="is not a safetensors file"):

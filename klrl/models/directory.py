@@ -54,6 +54,8 @@ def _found(path) -> pathlib.Path:
     raise UserError(f"model directory {shown} cannot be opened: {error}"[:300]) from error
   if is_there:
     return path
+  if path.is_file():
+    raise UserError(f"{shown} is a file; name the model's folder.")
   if hub.is_name(str(path)):
     return hub.snapshot(str(path))
   hint = ""

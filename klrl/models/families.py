@@ -671,8 +671,12 @@ def language_config(raw: dict[str, Any], file: pathlib.Path) -> dict[str, Any]:
     return raw
   name, part_type = _LANGUAGE_PARTS[model_type]
   schema.check(raw, {name: schema.object_of(ANYTHING)}, file, required=(name,))
-  ids = {field: value for field, value in raw.items() if field.endswith("token_id")}
-  return {**FAMILIES[part_type].defaults, **raw[name], **ids, "model_type": part_type}
+  of_all = {
+    field: value
+    for field, value in raw.items()
+    if field.endswith("token_id") or field in ("dtype", "torch_dtype")
+  }
+  return {**FAMILIES[part_type].defaults, **raw[name], **of_all, "model_type": part_type}
 
 
 def decoder_config(directory: pathlib.Path) -> DecoderConfig:
@@ -701,5 +705,7 @@ def decoder_config(directory: pathlib.Path) -> DecoderConfig:
     fields = family.config(read)
     read.refuse_the_others()
     return DecoderConfig(**fields, model_type=raw["model_type"], hf_config=json.dumps(raw))
+  except UserError:
+    raise  # It names the file.
   except ValueError as error:
     raise UserError(f"{file}: {error}") from None

@@ -19,6 +19,7 @@ from klrl.run import progress
 MAX_TOKENS = 10**7
 ANYTHING = schema.Rule("anything", lambda value: True)
 _REQUIRED: Any = object()
+_QUANTIZED = ("quantization_config", "compression_config")
 # The values, besides null, at which a field of Llama, Qwen2 or a related model changes nothing. A
 # related model gets here if somebody has edited its model_type.
 _NEUTRAL = {
@@ -61,8 +62,7 @@ _NEUTRAL = {
   "is_encoder_decoder": (False,),
   "use_bidirectional_attention": (False,),
   "is_causal": (True,),
-  "quantization_config": (),
-  "compression_config": (),
+  **dict.fromkeys(_QUANTIZED, ()),
 }
 # Fields that only training, generation and bookkeeping read.
 _HARMLESS = """
@@ -73,7 +73,7 @@ _HARMLESS = """
   chunk_size_feed_forward is_decoder cross_attention_hidden_size tie_encoder_decoder
   finetuning_task task_specific_params tokenizer_class prefix auto_map attn_implementation
   _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
-  _model_name_or_path embd_pdrop resid_pdrop hidden_dropout dropout
+  _model_name_or_path attn_pdrop embd_pdrop resid_pdrop hidden_dropout dropout
   classifier_dropout max_length min_length do_sample early_stopping num_beams num_beam_groups
   diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
   no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
@@ -192,7 +192,8 @@ def rotations_of_gemma3(read: Fields, *, head_dim: int, max_len: int) -> tuple[R
   where = f"{read.where}, rope_parameters"
   _refuse(by_type, {name: () for name in by_type if name not in types}, where)
   ropes = [schema.check(by_type, {name: anything}, where).get(name) or {} for name in types]
-  ropes[0] = ropes[0] | (read("rope_scaling", anything, None) or {})
+  # transformers sets the type before it adds the older field, whose `type` then says nothing.
+  ropes[0] = {"rope_type": "default"} | ropes[0] | (read("rope_scaling", anything, None) or {})
   full, local = (
     _rotation(
       Fields(rope, f"{where} or rope_scaling, {name}"),
@@ -327,4 +328,5 @@ def _refuse(values: Mapping[str, Any], neutral: Mapping[str, tuple], where) -> N
     if value is not None and not any(
       value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed
     ):
-      raise UserError(f"{where}: {name}={repr(value)[:100]} is not supported.")
+      advice = " Save the model's weights unquantized." if name in _QUANTIZED else ""
+      raise UserError(f"{where}: {name}={repr(value)[:100]} is not supported.{advice}")

@@ -15,8 +15,6 @@ Log-probs and entropies (`klrl.ops.log_probs`):
     token_log_probs_and_entropy_from_hidden       both at once
     logits_of                                     of hidden states
     CappedUnembedding, Unembedding                a table with softly bounded logits; it or an array
-    logits_of                                     of hidden states
-    CappedUnembedding                             an unembedding with softly bounded logits
 
 Rewards, advantages and returns (`klrl.ops.shaping`, `klrl.ops.advantages`):
 
