@@ -178,6 +178,16 @@ def test_another_reference_stops_a_run_that_should_start_as_it():
   check(found, starts_as_reference=False)
 
 
+def test_few_rows_that_happen_to_be_alike_do_not_stop_a_run():
+  found = evaluate()
+  mask = found.rollout.completion_mask
+  surprise = np.where(mask, -found.log_probs - found.entropy, 0).sum(axis=1)
+  alike = np.argsort(surprise)[:6]
+  mean, stderr = mean_and_stderr(surprise[alike])
+  assert abs(mean) > 6 * stderr
+  check(jax.tree.map(lambda x: x[alike], found))
+
+
 @pytest.mark.parametrize("temperature", [1.5, 0.7])
 def test_draws_at_another_temperature_than_claimed_stop_the_run(temperature):
   found = evaluate(temperature=temperature)
