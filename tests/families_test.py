@@ -18,7 +18,7 @@ from hf_test import LLAMA, edit_config, random_params, tiny_tokenizer
 from klrl import ops, sampling
 from klrl.devices import parallel
 from klrl.errors import UserError
-from klrl.models import add_lora, families, hf, join, load_tokenizer, merge_lora
+from klrl.models import add_lora, families, hf, join, load_tokenizer, merge_lora, peft
 from klrl.models.blocks import LayerKind
 from klrl.models.decoder import policy_model, scalar_model, scalar_params_from
 from klrl.models.rotations import Rotation
@@ -610,6 +610,7 @@ def test_the_language_model_of_a_gemma_with_a_vision_tower_is_taken(tmp_path, ca
   hf.load_policy(tmp_path)
   assert capsys.readouterr().out.count("the language model of this gemma3 is taken") == 1
   assert config.model_type == "gemma3_text"
+  assert not peft.base_name(str(tmp_path))  # peft would find none of the layers by our names
   assert json.loads(config.hf_config)["eos_token_id"] == [2, 7]
   tokens, mask = rows()
   full, _ = compiled(config)(params, tokens, mask)

@@ -154,7 +154,7 @@ def save_policy(
   Each file appears whole or not at all, `config.json` last.
 
   If `base` is given, the path of the model that adapters adapt, they are also written by
-  themselves, into the folder `adapters`, as `peft` opens them.
+  themselves, into the folder `adapters`, as `peft` opens them; see `peft.base_name`.
   """
   _save(path, config, params, tokenizer, dtype, base, "ForCausalLM", {})
 

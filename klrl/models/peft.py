@@ -21,8 +21,8 @@ from klrl.errors import UserError
 from klrl.models import hub
 from klrl.models.blocks import LORA_ALPHA, DecoderConfig
 from klrl.models.decoder import Params
-from klrl.models.directory import ADAPTERS, adapters_dir, model_dir, write_json
-from klrl.models.families import Family, family_of
+from klrl.models.directory import ADAPTERS, CONFIG, adapters_dir, model_dir, write_json
+from klrl.models.families import FAMILIES, Family, family_of
 from klrl.models.weights import Delta, Planned, Tensors, write_tensors
 from klrl.run import progress
 
@@ -158,11 +158,15 @@ def _factor(leaf, layer) -> np.ndarray:
 def base_name(path: str) -> str:
   """Returns what adapters of the model at `path` call it: its name on the hub, or where it is.
 
-  It is "" if that model is itself one with adapters, which have no adapters of their own in PEFT.
+  It is "" if there can be no adapters of that model in PEFT: it has adapters itself, or other parts
+  beside its language model, whose layers are called otherwise there.
   """
   if adapters_dir(path) is not None:
     return ""
-  return path if hub.is_name(path) else str(model_dir(path).absolute())
+  directory = model_dir(path)
+  if schema.read(directory / CONFIG)["model_type"] not in FAMILIES:
+    return ""
+  return path if hub.is_name(path) else str(directory.absolute())
 
 
 def save_adapters(
