@@ -280,7 +280,7 @@ def test_a_template_of_the_user_takes_the_place_of_the_models_and_is_saved(tmp_p
 @pytest.mark.parametrize(
   ("template", "message"),
   [
-    (None, "The data are messages, but the model has no chat template. Give one by"),
+    (None, "The data are chats .*but the model has no chat template. Give one by"),
     ("{% for %}", "chat template cannot be used: line 1: "),
     ("{{ raise_exception('only tools') }}", "cannot render chat 1: only tools. The chat begins"),
     ("{{ messages[7].content }}", "cannot render chat 1: UndefinedError: "),

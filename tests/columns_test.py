@@ -33,6 +33,7 @@ def rows(tmp_path):
     ({"prompt": [USER], "n": 1}, Asking(), [USER]),
     ({"prompt": [USER, ANSWER, MORE]}, ASKING, [SYSTEM, USER, ANSWER, MORE]),
     ({"prompt": [{"role": "system", "content": "own"}, USER]}, ASKING, None),
+    ({"prompt": [USER, {"role": "system", "content": "own"}, MORE]}, ASKING, None),
     ({"messages": [USER, ANSWER, MORE, LAST]}, Asking(), [USER, ANSWER, MORE]),
     ({"conversations": [{"from": "human", "value": "a"}]}, Asking(), [USER]),
     ({"prompt": "a"}, AS_CHAT, [SYSTEM, USER]),
@@ -55,7 +56,7 @@ def test_numbers_fill_a_template_and_make_what_the_user_says(rows):
 @pytest.mark.parametrize(
   ("records", "template", "asking", "message"),
   [
-    ([{"prompt": [USER, ANSWER]}], "{prompt}", Asking(), "line 1: the prompt ends with a turn"),
+    ([{"prompt": [USER, ANSWER]}], "{prompt}", Asking(), "line 1: prompt ends with a turn"),
     ([{"messages": [ANSWER]}], "{prompt}", Asking(), "line 1: the chat holds nothing that the"),
     ([{"messages": "a"}], "{prompt}", Asking(), "line 1: messages is 'a', and no list"),
     ([{"prompt": [USER]}, {"prompt": "a"}], "{prompt}", Asking(), "line 2 holds text, unlike the"),
@@ -103,6 +104,11 @@ def test_pairs_are_texts_or_chats(rows, record, asking, pair):
 def test_dialogues_that_differ_early_keep_all_that_follows(rows):
   longer = {"chosen": [USER, ANSWER, MORE, LAST], "rejected": [USER, OTHER]}
   assert columns.read_pairs(rows(longer)) == [columns.Pair([USER], [ANSWER, MORE, LAST], [OTHER])]
+  # Where users go on differently, both are asked what comes before.
+  users = {"chosen": [USER, ANSWER, MORE, LAST], "rejected": [USER, ANSWER, USER, OTHER]}
+  assert columns.read_pairs(rows(users)) == [
+    columns.Pair([USER], [ANSWER, MORE, LAST], [ANSWER, USER, OTHER])
+  ]
   # One that ends where the other goes on has lost a turn of the assistant, not won a prompt.
   cut = {"chosen": [USER, ANSWER, OTHER], "rejected": [USER, ANSWER]}
   assert columns.read_pairs(rows(cut)) == [columns.Pair([USER], [ANSWER, OTHER], [ANSWER])]
@@ -114,6 +120,16 @@ def test_dialogues_that_differ_early_keep_all_that_follows(rows):
     ({"chosen": [USER, ANSWER], "rejected": "e"}, Asking(), "rejected is 'e', and no list of"),
     ({"chosen": [MORE, ANSWER], "rejected": [USER, OTHER]}, Asking(), "begin with different mess"),
     ({"chosen": [USER, MORE], "rejected": [USER, OTHER]}, Asking(), "no turn of the assistant"),
+    (
+      {"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+      Asking(),
+      "dialogues do not begin with the messages of its prompt",
+    ),
+    (
+      {"prompt": [USER, ANSWER], "chosen": [ANSWER], "rejected": [OTHER]},
+      Asking(),
+      "pair 1: prompt ends with a turn of the assistant",
+    ),
     ({"prompt": 3, "chosen": [ANSWER], "rejected": [OTHER]}, Asking(), "prompt is 3, and no list"),
     ({"chosen": "b", "rejected": "e"}, AS_CHAT, "pair 1: chosen has no prompt, and is no dialogue"),
     ({"prompt": "", "chosen": "b", "rejected": "e"}, ASKING, "--system_prompt opens chats, and"),
@@ -171,6 +187,7 @@ def test_texts_to_fine_tune_on_have_the_columns_that_people_publish(rows, record
     ([{"prompt": "a", "completion": 3}], Asking(), "no text column 'completion'"),
     ([{"text": "a"}, {"prompt": "a"}], Asking(), "line 2 has no text column 'text'"),
     ([{"messages": [USER, ANSWER]}, {"messages": []}], Asking(), "line 2: messages is"),
+    ([{"messages": [USER, ANSWER]}, {"text": "a"}], Asking(), "line 2: messages is null"),
     ([{"instruction": "a", "input": 3, "output": "b"}], Asking(), "input is no text"),
     ([{"text": "a"}], Asking(as_chat=True), "--chat: the column text of"),
     ([{"text": "a"}], ASKING, "--system_prompt opens chats, and these texts are text"),

@@ -91,8 +91,9 @@ def template_of(info: TokenizerInfo) -> str:
       f"{DEFAULT_TEMPLATE}; choose one, e.g. --chat_template={next(iter(templates))}."
     )
   raise UserError(
-    "The data are messages, but the model has no chat template. Give one by "
-    "--chat_template=FILE, or take a model that was trained to chat."
+    "The data are chats (messages, or text with --chat), but the model has no chat template. Give "
+    "one by --chat_template=FILE, e.g. experiments/templates/plain.jinja, or take a model that was "
+    "trained to chat."
   )
 
 

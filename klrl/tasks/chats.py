@@ -38,7 +38,7 @@ class Asking(NamedTuple):
   """What the user adds to the data.
 
   as_chat: a prompt that is text is what the user says, and a completion is the assistant's answer.
-  system_prompt: the first message of chats that begin with none of their own; "" for none.
+  system_prompt: the first message of chats that have none of the system's; "" for none.
   """
 
   as_chat: bool = False
@@ -133,8 +133,8 @@ def said_by(role: str, text: str) -> list[Message]:
 
 
 def opened(chat: list[Message], system_prompt: str) -> list[Message]:
-  """Returns the chat, which the system prompt opens if it has none and the prompt is not empty."""
-  if not system_prompt or chat[0]["role"] in _SYSTEM:
+  """Returns the chat, opened by the system prompt if that is not empty and no message is one."""
+  if not system_prompt or any(message["role"] in _SYSTEM for message in chat):
     return chat
   return [*said_by("system", system_prompt), *chat]
 

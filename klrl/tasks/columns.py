@@ -121,11 +121,7 @@ def _columns_of(template: str) -> list[str]:
 def _prompt(row: Row, template: str, columns: list[str], asking: Asking) -> Text:
   record = row.record
   if template == _PROMPT and chats.is_chat(record.get("prompt")):
-    chat = chats.messages(record["prompt"], f"{row.where}: prompt")
-    if chat[-1]["role"] == ASSISTANT:
-      raise UserError(
-        f"{row.where}: the prompt ends with a turn of the assistant, which leaves nothing to ask."
-      )
+    chat = _asking_chat(record["prompt"], f"{row.where}: prompt")
   elif template == _PROMPT and "prompt" not in record and record.keys() & set(_CHATS):
     chat = chats.until_last_answer(_conversation(row))
     if not chat:
@@ -159,13 +155,13 @@ def read_pairs(path: str | pathlib.Path, asking: Asking = _NOTHING) -> list[Pair
   """Returns the preferences of a file; a pair of equal completions is left out.
 
   A row holds `{"prompt", "chosen", "rejected"}`, texts or chats, or whole dialogues `{"chosen",
-  "rejected"}`. Their prompt is what both share: of chats the messages, of text as in HH-RLHF the
-  part up to the last "\\n\\nAssistant:" in it. A number `margin` is kept; either every row has one
-  or none has.
+  "rejected"}`. Their prompt is what both share, up to the last turn of the assistant that it asks
+  for: of chats the messages, of text as in HH-RLHF the part up to the last "\\n\\nAssistant:". A
+  number `margin` is kept; either every row has one or none has.
 
   Raises:
-    UserError: as `files.read_rows`; a column is missing, or no text or chat; two dialogues without
-      a prompt share none; a margin is missing or is no finite number; or no pair has two different
+    UserError: as `files.read_rows`; a column is missing, or no text or chat; a prompt ends with a
+      turn of the assistant; two dialogues share no prompt, or do not begin with the one beside them; a margin is missing or is no finite number; or no pair has two different
       completions.
   """
   rows = read_rows(path, "JSON lines with chosen, rejected")
@@ -210,7 +206,7 @@ def _text_pair(record, where: str, asking: Asking) -> tuple[Text, Text, Text]:
   elif chosen == rejected:
     prompt = ""
   if chats.is_chat(prompt):
-    prompt = chats.messages(prompt, f"{where}: prompt")
+    prompt = _asking_chat(prompt, f"{where}: prompt")
   elif not isinstance(prompt, str):
     raise UserError(f"{where}: the prompt is no text.")
   elif not asking.as_chat:
@@ -225,20 +221,32 @@ def _chat_pair(record, where: str) -> tuple[Text, Text, Text]:
     chats.messages(record.get(name), f"{where}: {name}") for name in ("chosen", "rejected")
   )
   prompt = record.get("prompt")
-  if chosen[0]["role"] == ASSISTANT and "prompt" in record:
-    if isinstance(prompt, str):
-      return chats.said_by("user", prompt), chosen, rejected
-    return chats.messages(prompt, f"{where}: prompt"), chosen, rejected
-  # Whole dialogues; a column prompt beside them repeats how they begin.
-  shared = _shared(chosen, rejected)
-  while shared and shared[-1]["role"] == ASSISTANT and len(shared) in (len(chosen), len(rejected)):
-    shared = shared[:-1]
+  if isinstance(prompt, str):
+    prompt = chats.said_by("user", prompt)
+  elif prompt is not None or chosen[0]["role"] == ASSISTANT:
+    prompt = _asking_chat(prompt, f"{where}: prompt")
+    if chosen[0]["role"] != ASSISTANT and not all(
+      chat[: len(prompt)] == prompt for chat in (chosen, rejected)
+    ):
+      raise UserError(f"{where}: its dialogues do not begin with the messages of its prompt.")
+  if chosen[0]["role"] == ASSISTANT:
+    return prompt, chosen, rejected
+  # Whole dialogues; a column prompt beside them repeats how they begin. Where the user goes on
+  # differently, the turn of the assistant before is the last that both prompts ask for.
+  shared = chats.until_last_answer(_shared(chosen, rejected))
   rest = chosen[len(shared) :], rejected[len(shared) :]
   if not shared:
     raise UserError(f"{where} has no prompt, and its dialogues begin with different messages.")
   if chosen != rejected and not all(any(m["role"] == ASSISTANT for m in part) for part in rest):
     raise UserError(f"{where}: after what both share, a dialogue has no turn of the assistant.")
   return shared, *rest
+
+
+def _asking_chat(value, where: str) -> list[chats.Message]:
+  chat = chats.messages(value, where)
+  if chat[-1]["role"] == ASSISTANT:
+    raise UserError(f"{where} ends with a turn of the assistant, which leaves nothing to ask.")
+  return chat
 
 
 def _shared(first, second):
@@ -280,8 +288,8 @@ def read_texts(path: str | pathlib.Path, asking: Asking = _NOTHING) -> Texts:
 
 
 def _conversation(row: Row) -> list[chats.Message]:
-  if "messages" in row.record:
-    return chats.messages(row.record["messages"], f"{row.where}: messages")
+  if "messages" in row.record or "conversations" not in row.record:
+    return chats.messages(row.record.get("messages"), f"{row.where}: messages")
   return chats.from_sharegpt(row.record.get("conversations"), f"{row.where}: conversations")
 
 
