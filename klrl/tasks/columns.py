@@ -161,8 +161,8 @@ def read_pairs(path: str | pathlib.Path, asking: Asking = _NOTHING) -> list[Pair
 
   Raises:
     UserError: as `files.read_rows`; a column is missing, or no text or chat; a prompt ends with a
-      turn of the assistant; two dialogues share no prompt, or do not begin with the one beside them; a margin is missing or is no finite number; or no pair has two different
-      completions.
+      turn of the assistant; two dialogues share no prompt, or do not begin with the one beside
+      them; a margin is missing or is no finite number; or no pair has two different completions.
   """
   rows = read_rows(path, "JSON lines with chosen, rejected")
   has_margins = "margin" in rows[0].record
