@@ -223,7 +223,7 @@ def both(first: data.Prompts, second: data.Prompts, *, pad_id: int) -> data.Prom
 def show(results: dict) -> None:
   """Prints the table and the verdict."""
   table = Table(title=f"{results['num_prompts']} prompts", title_justify="left")
-  table.add_column("")
+  table.add_column("", overflow="fold")
   for model in results["models"]:
     table.add_column(model["name"], justify="right", overflow="fold")
   for figure, *cells in rows_of(results):

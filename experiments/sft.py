@@ -119,7 +119,7 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
   policy = policy_model(model_config)
   training, held_out, more = _examples(config, policy, tokenizer)
   create_workdir(workdir, "sft", config)
-  config = config.fitted(params, frozen)
+  config = config.fitted(frozen or params)
 
   summary = train(
     config,

@@ -111,10 +111,10 @@ def train_members(
     if structure:
       progress.console.print(f"Program {i + 1} of {len(groups)}: {structure}")
     models, task = load(group[0].config)
-    trained = models.policy_params, models.base.get("policy")
+    start = models.base.get("policy") or models.policy_params
     _run_group(
       workdir,
-      [member._replace(config=member.config.fitted(*trained)) for member in group],
+      [member._replace(config=member.config.fitted(start)) for member in group],
       models,
       task,
       experiment=experiment,

@@ -37,17 +37,17 @@ def test_a_rate_has_one_digit_and_falls_with_the_size():
 
 @pytest.mark.parametrize("experiment", OWN, ids=lambda module: module.__name__)
 def test_every_kind_of_training_follows_the_rule(experiment, capsys):
-  params = {"large": np.empty((16_000, 16_000), bool)}, {"small": np.empty(12, bool)}
+  params = {"large": np.empty((16_000, 16_000), bool), "small": np.empty(12, bool)}
   supervised = 10 if experiment in (sft, reward_model) else 1
   for rank, factor in ((0, 1), (4, 10)):
     config = experiment.Config(**OWN[experiment], lora_rank=rank)
-    fitted = config.fitted(*params)
+    fitted = config.fitted(params)
     assert fitted.learning_rate == pytest.approx(2e-6 * supervised * factor)
     # What is chosen is no part of the settings: a run in the same folder is the same run.
     assert config.learning_rate == -1
   given = experiment.Config(**OWN[experiment], learning_rate=0.5)
-  assert given.fitted(*params) is given
-  assert experiment.Config().fitted(*params).learning_rate == experiment.Config().learning_rate > 0
+  assert given.fitted(params) is given
+  assert experiment.Config().fitted(params).learning_rate == experiment.Config().learning_rate > 0
 
 
 def test_the_reason_names_the_size_and_the_adapters():

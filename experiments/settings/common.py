@@ -180,8 +180,11 @@ class RunConfig(LabConfig):
     if self.learning_rate < 0 and self.learning_rate != CHOSEN:
       raise UserError(f"--learning_rate={self.learning_rate}: must be at least 0, or -1.")
 
-  def fitted(self, *params) -> "RunConfig":
-    """Returns the config with a learning rate; one that nobody gave fits the model of `params`."""
+  def fitted(self, params) -> "RunConfig":
+    """Returns the config with a learning rate; one that nobody gave fits the model of `params`.
+
+    Where adapters are trained, `params` are those of the model that they adapt.
+    """
     if self.learning_rate != CHOSEN:
       return self
     size = sum(leaf.size for leaf in jax.tree.leaves(params))

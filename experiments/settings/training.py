@@ -52,7 +52,7 @@ def _train(config: PolicyConfig, workdir: pathlib.Path, name: str, title: str) -
     )
   read = [*stages_of(config, directories), source_of(config)]
   create_workdir(workdir, name, config, read=read)
-  config = config.fitted(models.policy_params, models.base.get("policy"))
+  config = config.fitted(models.base.get("policy") or models.policy_params)
   progress.console.print(
     f"{title}: {len(task.training.tokens)} prompts, {len(task.held_out.tokens)} held out; "
     f"learning rate {config.learning_rate:g}; results go to {workdir}",
