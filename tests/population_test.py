@@ -527,7 +527,7 @@ def test_a_grid_has_these_points(grid, expected):
       "Member beta=0,seed=0: --controller=doubling multiplies beta",
     ),
     (
-      {"sweep": "batch_size=8,6", "batch_size": 128, "mesh": "sweep=1,data=4"},
+      {"sweep": "batch_size=8,6", "batch_size": 512, "mesh": "sweep=1,data=4"},
       "--batch_size=6 cannot be split over 4",
     ),
     ({"sweep": "reward_model=nowhere"}, "nowhere"),
