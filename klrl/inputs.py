@@ -167,7 +167,10 @@ def load_models(
   """
   others = (sources.reference, reward_model, sources.value_model)
   tokenizer, num_tokens = _vocabulary(policy, others, loaders.tokenizer)
-  tokenizer = reading(sources, _kind(sources), tokenizer)
+  kind = _kind(sources)
+  tokenizer = reading(sources, kind, tokenizer)
+  if _are_chats(sources, kind):
+    _say_other_templates(tokenizer, others, loaders.tokenizer)
 
   def loaded(load, directory):
     model_config, params = load(directory)
@@ -307,6 +310,23 @@ def _kind(sources: Sources) -> str:
   return data.kind_of(sources.prompts, data.read_prompts, sources.prompt_template)
 
 
+def _are_chats(config, kind: str) -> bool:
+  return bool(kind) and (config.chat or kind == data.CHATS)
+
+
+def _say_other_templates(tokenizer: TokenizerInfo, others, load) -> None:
+  """Says which other models have learnt chats in another form than they get in this run."""
+  ours = chat.template_of(tokenizer)
+  for directory in dict.fromkeys(others):
+    theirs = {} if directory in ("", UNIFORM) else load(directory).chat_templates
+    if theirs and ours not in theirs.values():
+      progress.warn_once(
+        f"The model in {directory} has another chat template than the one that writes the prompts "
+        "of this run, so it may read chats in a form that it has not learnt. --chat_template takes "
+        "its chat_template.jinja for all."
+      )
+
+
 def reading(config, kind: str, tokenizer: TokenizerInfo) -> TokenizerInfo:
   """Returns the tokenizer as a run reads its data by it: with its chat template and all its EOS.
 
@@ -320,7 +340,7 @@ def reading(config, kind: str, tokenizer: TokenizerInfo) -> TokenizerInfo:
     UserError: the template or a token does not exist, chats have no template, or a template has
       no chats.
   """
-  are_chats = kind and (config.chat or kind == data.CHATS)
+  are_chats = _are_chats(config, kind)
   if config.chat_template and not are_chats:
     raise UserError(
       "--chat_template is set, but nothing reads it: the data are text. Add --chat, which makes "

@@ -120,6 +120,20 @@ def test_what_cannot_be_asked_is_told_before_models_are_read(place):
     )
 
 
+@pytest.mark.parametrize(("template", "is_said"), [("marked", True), ("chatml", False)])
+def test_a_model_that_has_learnt_chats_in_another_form_is_named(place, capsys, template, is_said):
+  (place / "chatml.jinja").write_text("{{ bos_token }}" + CHATML)
+  sources = inputs.Sources(
+    policy=str(place / "plain"),
+    reference=str(place / "chatty"),
+    prompts=str(place / "messages.jsonl"),
+    chat_template=str(place / f"{template}.jinja"),
+  )
+  inputs.load_models(sources, policy=sources.policy, reward_model="")
+  said = " ".join(capsys.readouterr().out.split())
+  assert ("chatty has another chat template" in said) == is_said
+
+
 @pytest.mark.parametrize("module", [sft, dpo, reward_model, grpo])
 @pytest.mark.parametrize(
   "setting", [{"chat": True}, {"chat_template": "x"}, {"system_prompt": "x"}, {"stop_tokens": "x"}]
