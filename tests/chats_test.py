@@ -151,6 +151,19 @@ def test_a_turn_that_a_template_leaves_out_is_one_clear_error(tmp_path):
         data.encode_prompt_texts([[USER]], info)
 
 
+def test_a_template_that_leaves_the_call_of_a_tool_out_is_refused(tmp_path):
+  call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
+  reply = {"role": "tool", "content": "4"}
+  info = load_tokenizer(write_tokenizer(tmp_path, CHATML))
+  with pytest.raises(UserError, match="leaves the call of the tool 'add' of chat 1 out"):
+    data.encode_texts([([USER], [call])], info)
+  with pytest.raises(UserError, match="leaves the call of the tool 'add' of chat 1 out"):
+    data.encode_prompt_texts([[USER, call, reply]], info)
+  info = load_tokenizer(write_tokenizer(tmp_path, QWEN3))
+  (example,) = data.encode_texts([([USER], [call])], info)
+  assert '"add"' in info.decode(example.tokens)
+
+
 def test_turns_of_a_prompt_are_context_whatever_marks_them(tmp_path):
   before_header = MARKED.replace("<|im_start|>assistant\n{% generation %}", "{% generation %}A:")
   before_header = before_header.replace("<|im_start|>assistant\n{% endif %}", "A:{% endif %}")

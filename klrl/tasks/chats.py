@@ -274,13 +274,28 @@ def _added(turns: list[str], whole: Rendered, eos: str, number: int) -> list[tup
   return spans
 
 
+def _tools_called(message: Message) -> list[str]:
+  calls = message.get("tool_calls")
+  calls = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+  functions = (call.get("function", call) for call in calls)
+  names = (function.get("name") for function in functions if isinstance(function, dict))
+  return [name for name in names if isinstance(name, str)]
+
+
 def _check_kept(chat: list[Message], text: str, number: int) -> None:
   """Raises UserError if the text lacks what the system or user says, or the assistant at last.
 
-  Templates may leave earlier turns of the assistant out, and what it thought.
+  Templates may leave earlier turns of the assistant out, and what it thought, but no tool that it
+  calls.
   """
   words = "".join(text.split())
   for message in chat:
+    missing = next((name for name in _tools_called(message) if name not in text), None)
+    if missing is not None:
+      raise UserError(
+        f"The chat template leaves the call of the tool {missing[:80]!r} of chat {number} out. "
+        "Give another template by --chat_template=FILE."
+      )
     said = message["content"]
     if message["role"] == ASSISTANT:
       said = said.rpartition("</think>")[2] if message is chat[-1] else ""
