@@ -74,7 +74,7 @@ class Config(common.RunConfig, common.ChatFields, common.EvaluationFields, commo
   )
   data: str = setting(
     "",
-    "rows with prompt, chosen, rejected, text or messages: JSON lines, Parquet, or "
+    "rows with prompt, chosen, rejected (texts or chats), or of HH-RLHF: JSON lines, Parquet, or "
     "OWNER/NAME[:SPLIT] of the hub; default: drawn pairs",
   )
   max_len: int = setting(

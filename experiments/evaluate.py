@@ -13,7 +13,8 @@ one table, in one picture of score against KL, and prompt by prompt.
 Without `--prompts` it is the held-out problems of the embedded task, the reference is the SFT
 policy, and what is judged without `--policy` are that policy and the default PPO run, which is
 trained if it is not there. With `--prompts` it is all of them; `--held_out` leaves out those that a
-run with the same `--data_seed` trains on. Everything but `--policy` and `--prompts` may be missing.
+run with the same `--data_seed` and `--max_prompt_len`, which both decide the split, trains on.
+Everything but `--policy` and `--prompts` may be missing.
 
 Without flags it takes about half a minute on 2 cores after the default run of `experiments.ppo`.
 """
@@ -59,7 +60,9 @@ class Config(
     "arithmetic", "the embedded task", choices=tuple(TASKS), read_when=("prompts", ("",))
   )
   held_out: bool = setting(
-    False, "of --prompts only the tenth that a run with the same --data_seed does not train on"
+    False,
+    "of --prompts only the tenth that a run with the same --data_seed and --max_prompt_len does "
+    "not train on",
   )
   temperature: float = again(rl.PolicyConfig, "temperature", default=1.0)
   dtype: str = again(common.RunConfig, "dtype", default="float32")

@@ -63,7 +63,7 @@ class Config(common.RunConfig, common.ChatFields):
   centring_coef: float = setting(0.0, "weight of (chosen + rejected)^2", minimum=0.0)
   data: str = setting(
     "",
-    "rows with prompt, chosen, rejected, text or messages, or of HH-RLHF: JSON lines, Parquet, or "
+    "rows with prompt, chosen, rejected (texts or chats), or of HH-RLHF: JSON lines, Parquet, or "
     "OWNER/NAME[:SPLIT] of the hub; default: embedded arithmetic",
   )
   max_len: int = setting(

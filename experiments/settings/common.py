@@ -249,8 +249,8 @@ class PromptFields(ChatFields):
   )
   prompts: str = setting(
     "",
-    "rows with prompt, text or messages: JSON lines, Parquet, or OWNER/NAME[:SPLIT] of the hub; "
-    "default: the embedded task's",
+    "rows with prompt (text or a chat), or messages: JSON lines, Parquet, or OWNER/NAME[:SPLIT] of "
+    "the hub; default: the embedded task's",
   )
   prompt_template: str = setting(
     "{prompt}", r"a prompt, made of a row's columns, e.g. 'Question: {question}\nAnswer:'"
