@@ -749,6 +749,11 @@ def test_older_names_and_buffers_of_tensors_are_known(made, tmp_path):
     ("granite", {"num_local_experts": 8}, ["num_local_experts"]),
     ("gpt_neox", {"rotary_pct": "0.5", "rope_parameters": {}}, ["rotary_pct"]),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
+    (
+      "gpt2",
+      {"num_hidden_layers": "3", "layer_types": ["sliding_attention"] * 3},  # The first is unknown.
+      ["layer_types"],
+    ),
     ("gpt2", {"add_cross_attention": True}, ["add_cross_attention"]),
     ("gpt2", {"n_head": 5}, ["n_embd=24", "n_head=5"]),
     ("gpt2", {"model_type": "mixtral"}, ["model_type 'mixtral' is not supported", "gemma3"]),

@@ -703,7 +703,7 @@ def decoder_config(directory: pathlib.Path) -> DecoderConfig:
   read = Fields({**family.defaults, **raw}, file)
   try:
     fields = family.config(read)
-    read.refuse_the_others()
+    read.refuse_uncomputed()
     return DecoderConfig(**fields, model_type=raw["model_type"], hf_config=json.dumps(raw))
   except UserError:
     raise  # It names the file.

@@ -42,7 +42,6 @@ _NEUTRAL = {
   "final_logit_softcapping": (),
   "logits_soft_cap": (),
   "sliding_window": (),
-  "layer_types": (),
   "attn_temperature_tuning": (False,),
   "scale_attn_by_inverse_layer_idx": (False,),
   "use_mrope": (False,),
@@ -89,8 +88,8 @@ _LEN = schema.optional(schema.integer(1, 2**24))
 class Fields:
   """The fields of a config.json, read one by one.
 
-  A field that is read is computed. `refuse_the_others` then refuses each of the others that would
-  change the logits.
+  A field that is read is computed. At the end one of two methods looks at those that were not:
+  `refuse_uncomputed` takes all that change nothing, and `refuse_unread` takes none.
   """
 
   def __init__(self, values: Mapping[str, Any], where: pathlib.Path | str):
@@ -118,14 +117,15 @@ class Fields:
     """Notes that fields change nothing in this family, whatever they hold."""
     self._read |= set(names)
 
-  def refuse_all_others(self) -> None:
+  def refuse_unread(self) -> None:
     """Raises UserError if a field that was not read holds anything."""
     _refuse(self.values, {name: () for name in self.values if name not in self._read}, self.where)
 
-  def refuse_the_others(self) -> None:
+  def refuse_uncomputed(self) -> None:
     """Raises UserError if a field that was not read could change the logits; names unknown ones."""
-    num_layers = self.values.get("num_hidden_layers")
-    neutral = _NEUTRAL | {"layer_types": (["full_attention"] * num_layers,) if num_layers else ()}
+    types = self.values.get("layer_types")
+    full = ["full_attention"] * len(types) if isinstance(types, list) else ()
+    neutral = _NEUTRAL | {"layer_types": (full,)}
     neutral = {name: allowed for name, allowed in neutral.items() if name not in self._read}
     _refuse(self.values, neutral, self.where)
     known = {*neutral, *self._read, *_HARMLESS.split()}
@@ -234,7 +234,7 @@ def _rotation(read, *, theta, head_dim, max_len, kinds, share=None, original_len
       )
     original_len = original_len or own or max_len
   rotation = _KINDS[kind](read, base, base.rotated_dim(head_dim), max_len, original_len)
-  read.refuse_all_others()
+  read.refuse_unread()
   return rotation
 
 
