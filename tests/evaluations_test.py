@@ -205,6 +205,14 @@ def test_a_damaged_record_of_the_best_model_is_one_message(tmp_path):
   assert evaluations.best_figures(pathlib.Path(tmp_path), "") == {}
 
 
+def test_a_run_whose_evaluations_have_no_such_figure_says_that_no_model_was_kept(tmp_path, capsys):
+  run(tmp_path / "run", evaluate=lambda state: {"gold": None})
+  assert not (tmp_path / "run" / evaluations.BEST).exists()
+  assert evaluations.best_figures(tmp_path / "run", "gold") == {}
+  said = " ".join(capsys.readouterr().out.split())
+  assert "--keep_best=gold: no evaluation had a gold, so no model is kept in model_best." in said
+
+
 def test_about_ten_evaluations_are_made_in_a_run():
   assert [cadence(-1, n) for n in (1, 4, 10, 80, 95)] == [1, 1, 1, 8, 10]
   assert cadence(0, 80) == 0 and cadence(3, 80) == 3

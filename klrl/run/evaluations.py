@@ -148,9 +148,17 @@ def _shown(figures, name: str) -> str:
 
 
 def best_figures(workdir: pathlib.Path, keep_best: str) -> dict[str, float | None]:
-  """Returns what a summary says of the best model: its iteration and the figure it is chosen by."""
-  best = processes.on_writer(read_best)(workdir) if keep_best else None
+  """Returns what a summary says of the best model: its iteration and the figure it is chosen by.
+
+  If no evaluation had that figure, no model was kept, which the console says.
+  """
+  if not keep_best:
+    return {}
+  best = processes.on_writer(read_best)(workdir)
   if best is None:
+    progress.warn(
+      f"--keep_best={keep_best}: no evaluation had a {keep_best}, so no model is kept in {BEST}."
+    )
     return {}
   return {
     "best_iteration": best["iteration"],
