@@ -6,10 +6,11 @@
 
 Without flags it trains a small decoder from scratch on embedded arithmetic demonstrations, half of
 which are wrong; their distribution is known, so the summary has the forward KL itself. With
-`--data` it trains on lines of `{"prompt": ..., "completion": ...}`, or on plain text: documents
-separated by `<|endoftext|>` or, where there is none, by blank lines, and cut where they are longer
-than the context. `--packing` puts several examples into a row, where one each would be mostly
-padding, and changes no gradient. The model is left in WORKDIR/model.
+`--data` it trains on lines of `{"prompt": ..., "completion": ...}`; on chats, of which it learns
+what the assistant says (docs/data.md has all forms); or on plain text: documents separated by
+`<|endoftext|>` or, where there is none, by blank lines, and cut where they are longer than the
+context. `--packing` puts several examples into a row, where one each would be mostly padding, and
+changes no gradient. The model is left in WORKDIR/model.
 
 Without flags it takes about a minute on 2 cores and ends at a held-out cross-entropy of 0.66 nats
 per token, of which 0.60 are the entropy of the demonstrations.

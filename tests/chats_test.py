@@ -254,6 +254,12 @@ def test_stop_tokens_are_texts_or_ids(tmp_path, given, names):
   assert saved == {"eos_token_id": [*ended.eos_ids]}  # pad_token_id: -1 is none
 
 
+def test_what_ends_a_turn_is_found_where_a_template_asks_for_a_system_prompt(tmp_path):
+  strict = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+  info = load_tokenizer(write_tokenizer(tmp_path, strict + CHATML))
+  assert [info.name(i) for i in chat.with_end_of_turn(info).eos_ids] == ["<eos>", "<|im_end|>"]
+
+
 def test_the_templates_of_a_directory_are_found_where_transformers_finds_them(tmp_path):
   named = [{"name": "default", "template": "one"}, {"name": "tools", "template": "two"}]
   write_tokenizer(tmp_path, chat_template=named)

@@ -187,10 +187,9 @@ def with_end_of_turn(info: TokenizerInfo) -> TokenizerInfo:
   Raises:
     UserError: there is no template.
   """
-  chat = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
-  try:
-    (rendered,) = render(info, [chat], [Job(0, 2, False)])
-  except UserError:
+  turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+  rendered = _tried(info, turns) or _tried(info, [{"role": "system", "content": "Begin"}, *turns])
+  if rendered is None:
     template_of(info)
     return info  # What is wrong is said of a chat of the user's.
   _, found, behind = rendered.text.rpartition("Answer")
@@ -203,6 +202,13 @@ def with_end_of_turn(info: TokenizerInfo) -> TokenizerInfo:
     "--stop_tokens would have it, and the trained model's generation_config.json says so."
   )
   return with_eos_ids(info, ids[:1])
+
+
+def _tried(info: TokenizerInfo, chat: list[Message]) -> Rendered | None:
+  try:
+    return render(info, [chat], [Job(0, len(chat), False)])[0]
+  except UserError:
+    return None
 
 
 def with_stop_tokens(info: TokenizerInfo, given: str) -> TokenizerInfo:
