@@ -678,8 +678,14 @@ def test_the_language_model_of_a_gemma_with_a_vision_tower_is_taken(tmp_path, ca
 
 
 def test_older_names_and_buffers_of_tensors_are_known(made, tmp_path):
-  for case, old, new, buffers in (
-    ("gpt2", "transformer.", "", ["h.0.attn.bias", "h.1.attn.masked_bias"]),
+  for case, old, new, buffers, name in (
+    (
+      "gpt2",
+      "transformer.",
+      "",
+      ["h.0.attn.bias", "h.1.attn.masked_bias"],
+      "transformer.wte.weight",
+    ),
     (
       "gpt_neox",
       "embed_out",
@@ -689,6 +695,7 @@ def test_older_names_and_buffers_of_tensors_are_known(made, tmp_path):
         "gpt_neox.layers.1.attention.masked_bias",
         "gpt_neox.layers.1.attention.rotary_emb.inv_freq",
       ],
+      "embed_out.weight",
     ),
   ):
     directory = made(case)[0]
@@ -699,6 +706,10 @@ def test_older_names_and_buffers_of_tensors_are_known(made, tmp_path):
     tensors |= {name: np.ones(3, np.float32) for name in buffers}
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, hf.load_policy(tmp_path)[1], expected)
+    tensors[name] = np.ones(3, np.float32)
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"{name} are the same part of the model"):
+      hf.load_policy(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -736,6 +747,7 @@ def test_older_names_and_buffers_of_tensors_are_known(made, tmp_path):
     ("gemma3", {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping"]),
     ("gemma3", {"rope_parameters": LLAMA3}, ["rope_parameters", "rope_type"]),
     ("phi3-short", {"rope_parameters": LLAMA3}, ["rope_type 'llama3'"]),
+    ("phi3-long", {"original_max_position_embeddings": 1}, ["original_max_position_embeddings"]),
     ("phi3-short", {"partial_rotary_factor": 1.5}, ["partial_rotary_factor"]),
     (
       "phi3-short",

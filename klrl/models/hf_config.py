@@ -82,7 +82,7 @@ _HARMLESS = """
 _THETA = schema.number(1, 1e30)
 _NUMBER = schema.number(1e-6, 1e6)
 _FACTOR = schema.number(1, 1e6)
-_LEN = schema.optional(schema.integer(1, 2**24))
+_LEN = schema.optional(schema.integer(2, 2**24))
 
 
 class Fields:

@@ -64,8 +64,17 @@ class Tensors:
     return set(self._files)
 
   def rename(self, old: str, new: str | None) -> None:
-    """Gives a tensor another name; None leaves it aside."""
+    """Gives a tensor another name; None leaves it aside.
+
+    Raises:
+      UserError: another tensor has the new name.
+    """
     found = self._files.pop(old)
+    if new in self._files:
+      raise UserError(
+        f"{self.directory}: the tensors {old} and {self._files[new][1]} are the same part of the"
+        " model; leave one of them out."
+      )
     if new is not None:
       self._files[new] = found
 
