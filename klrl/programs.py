@@ -185,7 +185,7 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
   gold = make_gold_fn(task.training, models.tokenizer)
   gold = gold and jax.jit(lift(gold, (0, None)))
   reads_model = any(reward.fn is None for reward in task.rewards)
-  notice_slow, notice_unscored = _SlowRewardNotice(), _UnscoredNotice()
+  notice_slow, notice_unscored = _said_once(_slow_reward), _said_once(_unscored)
 
   def step_with_host_reward(state, iteration):
     rows = rows_of(iteration)
@@ -244,33 +244,35 @@ def make_gold_fn(prompts: data.Prompts, tokenizer: TokenizerInfo) -> Callable | 
   )
 
 
-class _SlowRewardNotice:
-  """Says once when the user's reward function takes most of an iteration."""
+def _said_once(message_of: Callable[..., str]) -> Callable[..., None]:
+  """Returns a function that prints the first message of `message_of`, where "" is none."""
+  said = False
 
-  def __init__(self):
-    self._said = False
+  def say(*arguments):
+    nonlocal said
+    if not said and (message := message_of(*arguments)):
+      said = True
+      progress.console.print(message)
 
-  def __call__(self, reward_seconds: float, iteration_seconds: float, num: int) -> None:
-    slow = reward_seconds > 1.0 and reward_seconds > _SLOW_REWARD_SHARE * iteration_seconds
-    if slow and not self._said:
-      self._said = True
-      progress.console.print(
-        f"The reward function takes {reward_seconds:.1f} s for {num} completions, "
-        f"{reward_seconds / iteration_seconds:.0%} of an iteration."
-      )
+  return say
 
 
-class _UnscoredNotice:
-  """Says once when every reward abstained from a completion."""
+def _slow_reward(reward_seconds: float, iteration_seconds: float, num: int) -> str:
+  """Returns what to say where the user's reward function takes most of an iteration."""
+  if reward_seconds <= 1.0 or reward_seconds <= _SLOW_REWARD_SHARE * iteration_seconds:
+    return ""
+  return (
+    f"The reward function takes {reward_seconds:.1f} s for {num} completions, "
+    f"{reward_seconds / iteration_seconds:.0%} of an iteration."
+  )
 
-  def __init__(self):
-    self._said = False
 
-  def __call__(self, scores: np.ndarray, iteration: int) -> None:
-    num = int(np.isnan(scores).sum())
-    if num and not self._said:
-      self._said = True
-      progress.console.print(
-        f"Every reward abstained, by None, from {num} of {scores.size} completions of iteration "
-        f"{iteration + 1}: nothing is learnt from these, and they are in no mean of scores."
-      )
+def _unscored(scores: np.ndarray, iteration: int) -> str:
+  """Returns what to say where every reward abstained from a completion."""
+  num = int(np.isnan(scores).sum())
+  if not num:
+    return ""
+  return (
+    f"Every reward abstained, by None, from {num} of {scores.size} completions of iteration "
+    f"{iteration + 1}: nothing is learnt from these, and they are in no mean of scores."
+  )

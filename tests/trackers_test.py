@@ -70,7 +70,7 @@ def fake(monkeypatch):
 
     return Tracker(log, close)
 
-  monkeypatch.setitem(trackers.TRACKERS, "wandb_project", Kind("json", opened))
+  monkeypatch.setitem(trackers.TRACKERS, "wandb_project", Kind("json", "json", opened))
   return told, failing
 
 

@@ -180,7 +180,7 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
     # The cost of a nat of KL in the unit of the scores, if something divides the scores alone.
     is_relative = algorithm.advantage is advantage_rules.GROUP_RULES["group_relative"]
     if is_relative and (penalty.in_loss or penalty.credit == "token"):
-      score_std *= advantage_rules.group_deviation(scores, mask.any(axis=1), algorithm.group_size)
+      score_std *= advantage_rules.group_deviation(scores, experience.scored, algorithm.group_size)
     if has_kl:
       metrics["controller/effective_beta"] = (beta * score_std, 1.0)
     controller, trust_region, controller_metrics = _controlled(algorithm, state, metrics)

@@ -32,7 +32,8 @@ class Tracker(NamedTuple):
 class Kind(NamedTuple):
   """One row: which package a tracker needs, and how it is opened."""
 
-  package: str  # that is imported, and the extra of klrl that installs it
+  package: str  # that is imported
+  extra: str  # of klrl, which installs it
   open: Callable[[pathlib.Path, str, int], Tracker]  # open(the run's folder, setting, start)
 
 
@@ -86,20 +87,18 @@ def _wandb(workdir: pathlib.Path, project: str, start: int) -> Tracker:
 _KNOWN = {"id": schema.text(64), "next": schema.integer(0)}
 # By the setting that asks for it.
 TRACKERS = {
-  "tensorboard": Kind("tensorboardX", _tensorboard),
-  "wandb_project": Kind("wandb", _wandb),
+  "tensorboard": Kind("tensorboardX", "tensorboard", _tensorboard),
+  "wandb_project": Kind("wandb", "wandb", _wandb),
 }
-_EXTRAS = {"tensorboardX": "tensorboard"}
 
 
 def check(name: str) -> None:
   """Raises UserError if the package of the tracker, a key of `TRACKERS`, is not installed."""
-  package = TRACKERS[name].package
+  kind = TRACKERS[name]
   try:
-    __import__(package)
+    __import__(kind.package)
   except ImportError as error:
-    extra = _EXTRAS.get(package, package)
-    raise UserError(f"--{name} needs: pip install 'klrl[{extra}]'") from error
+    raise UserError(f"--{name} needs: pip install 'klrl[{kind.extra}]'") from error
 
 
 class Log:
