@@ -189,6 +189,11 @@ def run_ppo(config: Config, root: str, name: str, changes: dict) -> dict:
     "seed": config.seed,
     "kl_every": 1,
     "save_every": config.num_iterations,
+    "eval_every": 0,
+    # Many steps on few completions: there it matters what holds the policy.
+    "batch_size": 128,
+    "num_epochs": 2,
+    "learning_rate": 5e-4,
     **changes,
   }
   if settings.get("kl_placement") != "none":
