@@ -390,6 +390,7 @@ def test_an_unembedding_where_the_config_says_tied_is_read_as_transformers_reads
 
 def peer_of(kind):
   """Returns a tiny random model of `transformers` whose maps are fused or stored the other way."""
+  pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   sizes = {"vocab_size": 12, "max_position_embeddings": 16}
   sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
