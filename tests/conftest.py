@@ -9,6 +9,8 @@ os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 {QUICK}"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Whoever has set it is not given the folder of the user's cache, which tests leave alone.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "true")
 
 import jax
 import pytest
@@ -22,6 +24,7 @@ QUICK_FILES = [
   "advantages",
   "columns",
   "common",
+  "compilation",
   "controllers",
   "epochs",
   "gradients",

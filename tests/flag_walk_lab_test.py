@@ -347,7 +347,8 @@ def base_record(experiment, settings: frozenset) -> list[str]:
     (name, field)
     for name in EXPERIMENTS
     for field in fields_of(name)
-    if field != "accept_changed_inputs"  # tests/fingerprints_test.py edits inputs
+    # They are in fingerprints_test.py and compilation_test.py.
+    if field not in ("accept_changed_inputs", "compilation_cache")
   ],
 )
 def test_a_changed_flag_changes_a_call(experiment, field):

@@ -81,6 +81,7 @@ RUN = {
   "keep": Case(1, shows_in="files"),
   "accept_changed_inputs": Case(True),  # edited inputs are in fingerprints_test.py
   "save_dtype": Case("bfloat16"),  # saved models are in hf_test.py
+  "compilation_cache": Case("none"),  # compiled programs are in compilation_test.py
   "profile": Case(True, shows_in="files"),
   "tensorboard": Case(True, shows_in="loop"),
   "wandb_project": Case("mine", shows_in="loop"),
@@ -284,7 +285,7 @@ ALL = [
   (experiment, field)
   for experiment in EXPERIMENTS
   for field in fields_of(experiment)
-  if field not in ("accept_changed_inputs", "save_dtype")
+  if field not in ("accept_changed_inputs", "save_dtype", "compilation_cache")
 ]
 
 

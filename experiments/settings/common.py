@@ -20,7 +20,7 @@ from absl import app, flags, logging
 
 from experiments.settings import learning_rates, usage
 from klrl.algorithm.optimizer import SCHEDULES
-from klrl.devices import processes
+from klrl.devices import compilation, processes
 from klrl.errors import UserError, troubles_told
 from klrl.run import trackers
 from klrl.run.evaluations import BY_DEFAULT
@@ -81,6 +81,11 @@ class LabConfig:
 
   workdir: str = setting("", "folder of the run; default: runs/EXPERIMENT-HASH of the flags")
   seed: int = setting(0, "seed of sampling and minibatch order", minimum=0)
+  compilation_cache: str = setting(
+    compilation.AUTO,
+    "folder from which the next start reads compiled programs; auto: klrl/compiled in the user's "
+    "cache, or what JAX_COMPILATION_CACHE_DIR says; none: each start compiles",
+  )
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -399,12 +404,17 @@ def config_from_flags(config_class):
 
 
 def check_machine(config) -> None:
-  """Raises UserError where this machine lacks what `config` asks for; called before any stage."""
+  """Sets up this machine, or raises UserError where it lacks what `config` asks for.
+
+  It is called before any stage.
+  """
   for name in trackers.TRACKERS:
     if getattr(config, name, False):
       trackers.check(name)
   if config.workdir:
     processes.on_writer(check_writable)(pathlib.Path(config.workdir))
+  if not getattr(config, "dry_run", False):  # It says how long compilation takes.
+    compilation.keep(config.compilation_cache)
 
 
 def launch(main, config_class, *, prepare=lambda: None) -> None:
