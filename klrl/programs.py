@@ -39,14 +39,16 @@ def set_up(config, mesh, models: Models, task: Task) -> Setup:
     "reference": models.reference_params,
     "reward_model": models.reward_params,
   }
+  algorithm = config.algorithm()
   sample = make_sample_fn(
     models.sampler,
     max_completion_len=task.max_completion_len,
     eos_id=models.tokenizer.eos_ids,
     pad_id=models.tokenizer.pad_id,
+    group_size=algorithm.group_size,
   )
   frozen = parallel.put_once(mesh, frozen)
-  return Setup(config, config.algorithm(), models, task, mesh, frozen, sample)
+  return Setup(config, algorithm, models, task, mesh, frozen, sample)
 
 
 def init_run(setup: Setup) -> learner.TrainState:

@@ -46,7 +46,7 @@ def make_rollout() -> Rollout:
   state = make_state(make_config())
   tokens, mask = make_prompts()
   return jax.jit(sample)(
-    state.params["policy"], tokens, mask, jax.random.key(9), temperature=jnp.float32(1.0)
+    state.params["policy"], tokens, mask, jax.random.key(13), temperature=jnp.float32(1.0)
   )
 
 

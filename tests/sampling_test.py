@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from klrl.models import hf, load_tokenizer
 from klrl.models.decoder import DecoderConfig, Policy, policy_model
+from klrl.models.uniform import uniform_policy
 from klrl.sampling import (
   make_greedy_fn,
   make_sample_fn,
@@ -224,6 +226,87 @@ def test_pairs_of_tokens_have_the_frequencies_of_the_softmax(temperature):
   # One draw of slack for the cells where less than one is expected.
   assert np.all(np.abs(frequencies - probs) < 5 * stderr + 1 / num_rows)
   assert np.max(probs) > 3 / vocab**2
+
+
+@functools.cache
+def draws_fn(vocab_size, num_rows, num_draws):
+  policy = dataclasses.replace(
+    uniform_policy(vocab_size, 2),
+    unembedding=lambda params: params[None],
+    prefill=lambda params, tokens, mask, cache_len: (jnp.ones((len(tokens), 1)), ()),
+  )
+  sample = make_sample_fn(policy, max_completion_len=1, eos_id=None, pad_id=0)
+  prompts = jnp.zeros((num_rows, 1), jnp.int32)
+
+  @jax.jit
+  def draws(logits):
+    def draw(key):
+      rollout = sample(logits, prompts, prompts == 0, key, temperature=1.0)
+      return rollout.tokens[:, 1], rollout.old_log_probs[:, 0]
+
+    return jax.lax.map(draw, jax.random.split(jax.random.key(7), num_draws))
+
+  return draws
+
+
+def drawn(logits, num_rows, num_draws):
+  """Returns (tokens, log-probs), [num_draws, num_rows] each, where the logits are these [V]."""
+  draws = draws_fn(len(logits), num_rows, num_draws)
+  return map(np.asarray, draws(jnp.asarray(logits, jnp.float32)))
+
+
+def test_tokens_of_a_large_vocabulary_have_the_frequencies_of_the_softmax():
+  # Probabilities fall as the words of a language do, in an order that has nothing to do with ids,
+  # and a third of the tokens has none; 4099 is a prime number.
+  vocab_size, num_rows, num_draws = 4099, 200, 250
+  rng = np.random.default_rng(0)
+  probs = rng.permutation(1 / np.arange(1, vocab_size + 1))
+  probs[rng.permutation(vocab_size)[: vocab_size // 3]] = 0
+  probs /= probs.sum()
+  tokens, log_probs = drawn(
+    np.log(probs, where=probs > 0, out=np.full(vocab_size, -np.inf)), num_rows, num_draws
+  )
+  counts = np.bincount(tokens.ravel(), minlength=vocab_size)
+  assert not counts[probs == 0].any()
+  expected = probs * tokens.size
+  common = expected >= 5
+  seen = np.append(counts[common], counts[~common].sum())
+  wanted = np.append(expected[common], expected[~common].sum())
+  assert common.sum() > 500
+  assert stats.chisquare(seen, wanted).pvalue > 1e-3
+  # Neighbouring rows and draws are independent: the commonest token follows itself by chance.
+  commonest = tokens == probs.argmax()
+  for first, second in ((commonest[:, :-1], commonest[:, 1:]), (commonest[:-1], commonest[1:])):
+    share, size = (first & second).mean(), first.size
+    assert abs(share - probs.max() ** 2) < 5 * probs.max() / size**0.5
+  np.testing.assert_allclose(log_probs, np.log(probs[tokens]), atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 9, 10])
+def test_the_only_token_with_probability_is_always_drawn(vocab_size):
+  for token in range(vocab_size):
+    logits = np.where(np.arange(vocab_size) == token, -80.0, -np.inf)
+    tokens, log_probs = drawn(logits, 20, 20)
+    assert np.all(tokens == token) and np.all(log_probs == 0)
+
+
+def test_the_completions_of_a_prompt_share_the_reading_of_it():
+  policy, params = tiny()
+  num_read = []
+
+  def prefill(params, tokens, *arguments):
+    num_read.append(len(tokens))
+    return policy.prefill(params, tokens, *arguments)
+
+  limits = {"max_completion_len": 12, "eos_id": 3, "pad_id": 0}
+  counted = dataclasses.replace(policy, prefill=prefill)
+  shared = jax.jit(make_sample_fn(counted, group_size=4, **limits))
+  prompts, mask = np.repeat(PROMPTS, 4, axis=0), np.repeat(PROMPT_MASK, 4, axis=0)
+  arguments = params, prompts, mask, jax.random.key(1)
+  rollout = shared(*arguments, temperature=1.0)
+  assert num_read == [3]
+  for x, expected in zip(rollout, sample_fn(**limits)(*arguments, temperature=1.0), strict=True):
+    np.testing.assert_allclose(x, expected, atol=1e-5)
 
 
 def test_the_same_key_repeats_and_another_differs():

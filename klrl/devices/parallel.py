@@ -269,14 +269,36 @@ def split_rows(tree):
   ignores the padding, so the values are those of one device. Without a mesh, and on one device,
   nothing is done.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(
-    axis for axis in _ROWS if mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes
-  )
+  axes = _axes_of_rows()
   if not axes:
     return tree
   split = PartitionSpec(axes)
   return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, split), tree)
+
+
+def repeat_rows(tree, times: int):
+  """Returns `tree`, arrays [rows, ...], with `times` copies of each row as neighbours.
+
+  The rows are split as by `split_rows`, and the compiler splits the other axes as it likes.
+  """
+  if times == 1:
+    return tree
+  axes = _axes_of_rows()
+
+  def repeated(x):
+    x = jnp.repeat(x, times, axis=0)
+    others = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *others)) if axes else x
+
+  return jax.tree.map(repeated, tree)
+
+
+def _axes_of_rows() -> tuple[str, ...]:
+  """Returns the axes of the mesh in scope over which rows are split, if they have devices."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return tuple(
+    axis for axis in _ROWS if mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes
+  )
 
 
 def check_batch_size(mesh: Mesh, batch_size: int) -> None:
