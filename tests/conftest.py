@@ -31,6 +31,7 @@ QUICK_FILES = [
   "importance",
   "imports",
   "kl",
+  "large_pages",
   "layering",
   "log_probs",
   "losses",
