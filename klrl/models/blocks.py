@@ -164,7 +164,24 @@ class AdaptedLinear(nnx.LoRALinear):
 
   def __call__(self, x):
     # Flax's own sum has no factor.
-    return nnx.Linear.__call__(self, x) + self.scale * self.lora(x)
+    rows = _as_rows(x)
+    y = nnx.Linear.__call__(self, rows) + self.scale * self.lora(rows)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+class PlainLinear(nnx.Linear):
+  """`x W + b` for all tokens of all rows at once.
+
+  The gradient of W is then the product of two matrices. With more axes JAX's own rule transposes
+  what flows back, and the gradient of a body took half as long again on 2 CPU cores.
+  """
+
+  def __call__(self, x):
+    return super().__call__(_as_rows(x)).reshape(*x.shape[:-1], -1)
+
+
+def _as_rows(x):
+  return x.reshape(-1, x.shape[-1])
 
 
 def _linear(config, fan_in, fan_out, rngs, *, use_bias=False, residual=False):
@@ -179,7 +196,7 @@ def _linear(config, fan_in, fan_out, rngs, *, use_bias=False, residual=False):
   }
   if config.lora_rank:
     return AdaptedLinear(fan_in, fan_out, rngs, rank=config.lora_rank, **options)
-  return nnx.Linear(fan_in, fan_out, rngs=rngs, **options)
+  return PlainLinear(fan_in, fan_out, rngs=rngs, **options)
 
 
 class PlusOneRMSNorm(nnx.RMSNorm):
