@@ -71,7 +71,7 @@ def test_other_systems_and_a_start_that_fails_go_on(machine, monkeypatch):
   large_pages.restart_with()
 
 
-@pytest.mark.skipif(not large_pages._given_who_ask(), reason="nobody has to ask on this machine")
+@pytest.mark.skipif(not large_pages.variables(), reason="nobody has to ask on this machine")
 def test_a_program_is_begun_anew_and_an_import_is_not(tmp_path):
   (tmp_path / "experiments").mkdir()
   package = (ROOT / "experiments/__init__.py").read_text()

@@ -5,6 +5,7 @@ the process began (glibc manual, "Memory Allocation Tunables"). So a program set
 more, before it has imported anything that takes time; process id, arguments and open files stay.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -13,23 +14,22 @@ _NAME, _VALUE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 _SETTING = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def restart_with() -> None:
-  """Begins this program anew with large pages, where they are to be had by asking.
+def variables() -> dict[str, str]:
+  """Returns the variable with which a process takes large pages; {} where asking changes nothing.
 
-  It returns where the system gives them unasked, or to nobody, or the user has set GLIBC_TUNABLES,
-  which is also how the second start knows itself.
+  That is where the system gives them unasked, or to nobody, or the user has set GLIBC_TUNABLES.
   """
-  if _NAME in os.environ or not sys.executable or not _given_who_ask():
+  try:
+    asked = sys.platform == "linux" and "[madvise]" in _SETTING.read_text()
+  except OSError:
+    asked = False
+  return {_NAME: _VALUE} if asked and _NAME not in os.environ else {}
+
+
+def restart_with() -> None:
+  """Begins this program anew with `variables`; it returns where there are none, as then."""
+  if not (found := variables()) or not sys.executable:
     return
   command = [sys.executable, *sys.orig_argv[1:]]
-  try:
-    os.execve(sys.executable, command, os.environ | {_NAME: _VALUE})
-  except OSError:  # The program goes on as it is.
-    return
-
-
-def _given_who_ask() -> bool:
-  try:
-    return sys.platform == "linux" and "[madvise]" in _SETTING.read_text()
-  except OSError:
-    return False
+  with contextlib.suppress(OSError):  # The program goes on as it is.
+    os.execve(sys.executable, command, os.environ | found)
