@@ -136,7 +136,8 @@ TRAINING = (
   Figure("kl/ref_exact", "KL to the reference, exact", PER_SEQUENCE,
          "Mean of the exact KL, summed over tokens; every --kl_every iterations."),
   Figure("kl/old_k1", "KL to the old policy, k1", PER_SEQUENCE,
-         "KL(old ‖ new) by k1: how far the steps went from the policy that sampled."),
+         "KL(old ‖ new) by k1: how far the steps went from the policy that sampled; every "
+         "--kl_every iterations, and always with --trust_region_adaptive."),
   Figure("kl/old_k3", "KL to the old policy, k3", PER_SEQUENCE, "The same by k3."),
   Figure("kl/sampler_k1", "KL to the sampler, k1", PER_SEQUENCE,
          "Distance of the sampler's log-probs from the trainer's: rounding, if all is well."),

@@ -15,7 +15,7 @@ from klrl.sampling import Rollout
 
 VOCAB, MAX_LEN, GROUPS, SIZE = 7, 4, 3, 4
 ONE_STEP = {"num_epochs": 1, "num_minibatches": 1, "max_grad_norm": np.inf}
-EXACT = {"kl_every": 0, "beta": 0.3}
+EXACT = {"kl_every": 1, "beta": 0.3}
 CONFIGS = {
   "reinforce": lambda rows: reinforce.Config(**EXACT, batch_size=rows),
   "normalised": lambda rows: reinforce.Config(**EXACT, batch_size=rows, normalise_scores=True),

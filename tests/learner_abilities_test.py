@@ -197,7 +197,7 @@ def test_late_rollouts_are_trained_on_when_their_time_has_come():
 @pytest.mark.parametrize("correction", ["token", "sequence"])
 def test_weights_of_a_late_rollout_are_the_samplers_and_not_its_age(correction):
   late, corrected = (
-    make_config(staleness=1, learning_rate=0.2, sampler_correction=name)
+    make_config(staleness=1, learning_rate=0.2, sampler_correction=name, kl_every=1)
     for name in ("none", correction)
   )
   figures = []

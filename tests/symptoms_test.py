@@ -72,7 +72,11 @@ def test_too_little_is_no_fall(records):
     ([0.2, 1.5, 0.3, 0.1], "In iteration 2 the steps took the policy far"),
     (
       [0.2, 1.5, 3.25, 0.1],
-      "In 2 of 4 iterations, first in iteration 2, the steps took the policy far",
+      "In 2 of 4 measured iterations, first in iteration 2, the steps took the policy far",
+    ),
+    (
+      [1.25, None, 2.25, None],
+      "In 2 of 2 measured iterations, first in iteration 1, the steps took the policy far",
     ),
   ],
 )

@@ -45,7 +45,9 @@ class KLConfig(RunConfig):
   allow_biased_kl: bool = setting(
     False, "run a penalty that is refused, with a warning", read_when=("kl_placement", PENALISED)
   )
-  kl_every: int = setting(10, "iterations between exact KL measurements; 0: never", minimum=0)
+  kl_every: int = setting(
+    10, "iterations between measurements of the exact KL and of KL(old||pi); 0: never", minimum=0
+  )
   loss_aggregation: str = setting(
     "token_mean", "what a loss is divided by", choices=tuple(ops.AGGREGATIONS)
   )

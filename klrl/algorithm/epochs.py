@@ -193,7 +193,7 @@ def inner_epochs(
       minibatch,
       num_parts=algorithm.accumulation,
     )
-    stop = ops.divide(*metrics["kl/old_k3"]) > hypers.max_kl_old
+    stop = ops.divide(*metrics.pop("kl/old_k3")) > hypers.max_kl_old
     new_params, new_opt_state, norm = apply_gradients(
       params,
       opt_state,

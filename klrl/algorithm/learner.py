@@ -163,16 +163,25 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
     params, opt_state, epoch_metrics = inner_epochs(
       algorithm, loss_fn, state.params, state.opt_state, batch, context, epochs_key
     )
-    log_probs = completions.log_probs(
-      policy, join(base, params)["policy"], rollout, temperature=hypers.temperature
-    )
+
+    def kl_old():
+      """Takes a pass over the whole batch, which the epochs do not need."""
+      trained = join(base, params)["policy"]
+      log_probs = completions.log_probs(policy, trained, rollout, temperature=hypers.temperature)
+      estimators = {"kl/old_k1": ops.k1, "kl/old_k3": ops.k3}
+      return {
+        name: diagnostics.per_sequence(estimator(rollout.old_log_probs, log_probs), mask)
+        for name, estimator in estimators.items()
+      }
+
+    # The trust region is steered by it after every iteration.
+    cadence = 1 if algorithm.adapts_trust_region else algorithm.kl_every
     metrics |= {
       **sampler_metrics,
       **kl_metrics,
       **epoch_metrics,
+      **_at_cadence(cadence, state, kl_old),
       "controller/beta": (beta, 1.0),
-      "kl/old_k1": diagnostics.per_sequence(ops.k1(rollout.old_log_probs, log_probs), mask),
-      "kl/old_k3": diagnostics.per_sequence(ops.k3(rollout.old_log_probs, log_probs), mask),
     }
     if value_model is not None:
       explained = diagnostics.explained_variance(old_values, returns, mask)
@@ -336,6 +345,8 @@ def _at_cadence(kl_every: int, state, measure):
   """Returns `measure()` every `kl_every` iterations, and pairs with count 0 otherwise."""
   if not kl_every:
     return {}
+  if kl_every == 1:
+    return measure()
   not_measured = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure))
   due = state.iteration % kl_every == 0
   return jax.lax.cond(due, measure, lambda: not_measured)

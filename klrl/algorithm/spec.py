@@ -90,7 +90,10 @@ class Algorithm:
   A minibatch has rows in random order, so the advantage rule must then compare no completions.
   """
   kl_every: int = 0
-  """Iterations between measurements of the exact KL, where no loss needs it; 0 is never."""
+  """Iterations between measurements of the exact KL and of KL(old || pi); 0 is never.
+
+  What a loss or the trust region reads is measured in every iteration all the same.
+  """
   divergence: Callable = kl_terms.reverse_kl
   """The divergence that `exact` stands for; see `kl_terms.DIVERGENCES`."""
   controller: beta_rules.BetaRule = beta_rules.RULES["fixed"]

@@ -40,12 +40,13 @@ def _far(which: str, value: float, up_to: str = "") -> str:
 
 def _far_steps(records: Sequence[dict]) -> str:
   values = {record["iteration"] + 1: _finite(record.get("kl/old_k1")) for record in records}
-  far = {done: x for done, x in values.items() if x is not None and x > LARGEST_KL_OLD}
+  measured = {done: x for done, x in values.items() if x is not None}
+  far = {done: x for done, x in measured.items() if x > LARGEST_KL_OLD}
   if not far:
     return ""
   if len(far) == 1:
     return far_step(*far.popitem())
-  which = f"{len(far)} of {len(records)} iterations, first in iteration {min(far)},"
+  which = f"{len(far)} of {len(measured)} measured iterations, first in iteration {min(far)},"
   return _far(which, max(far.values()), "up to ")
 
 
