@@ -18,6 +18,7 @@ from klrl.sampling import Rollout, make_sample_fn
 from klrl.tasks import data, reward_calls, rewards, verifier
 
 _SLOW_REWARD_SHARE = 0.5
+_FEWEST_COLUMNS = 32
 
 
 class Setup(NamedTuple):
@@ -151,6 +152,30 @@ def prompt_rows(algorithm: Algorithm, iteration: int, num_prompts: int, *, seed:
   return np.repeat(rows, algorithm.group_size)
 
 
+def prompt_width(mask: np.ndarray) -> int:
+  """Returns how many of the last columns of left-padded prompts to read, given their `mask` [N, P].
+
+  It is P, halved as often as the longest of the prompts then still fits, but not below 32: so the
+  work follows the prompts of a batch, not the longest one of the file, and few widths are compiled.
+  """
+  width = mask.shape[1]
+  needed = width - int(np.argmax(mask.any(axis=0)))
+  while needed <= (half := -(-width // 2)) and half >= _FEWEST_COLUMNS:
+    width = half
+  return width
+
+
+def _has_fixed_width(setup: Setup) -> bool:
+  """Returns whether all rollouts need one width: the memory of late ones has one.
+
+  And a rotation with long divisors would choose these by the width.
+  """
+  models = setup.models
+  others = (models.reference, models.value_model, models.reward_model)
+  short = any(model is not None and model.config.short_len for model in (models.policy, *others))
+  return short or bool(setup.algorithm.staleness)
+
+
 def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -> Callable:
   """Returns step(state, iteration) -> (state, metrics) for `loop.iterate`; see `make_programs`."""
   algorithm, models, task = setup.algorithm, setup.models, setup.task
@@ -158,9 +183,16 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
   programs = make_programs(setup, shardings, lift=lift, guard=guard)
   distinct, _ = parallel.distinct(frozen)
   rows_sharding = parallel.by_rows(mesh)
-  prompts, prompt_mask = parallel.put(
-    (task.training.tokens, task.training.mask), parallel.replicated(mesh)
-  )
+  fixed = _has_fixed_width(setup)
+
+  @functools.cache
+  def columns(width):
+    own = task.training.tokens[:, -width:], task.training.mask[:, -width:]
+    return parallel.put(own, parallel.replicated(mesh))
+
+  def prompts_of(rows):
+    mask = task.training.mask
+    return columns(mask.shape[1] if fixed else prompt_width(mask[rows]))
 
   def rows_of(iteration):
     num_prompts = len(task.training.tokens)
@@ -176,9 +208,10 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
   if not task.rewards:
 
     def step(state, iteration):
-      rows = parallel.put(rows_of(iteration), rows_sharding)
-      texts = pretraining_of(iteration)
-      return programs["iterate"](state, distinct, prompts, prompt_mask, rows, texts)
+      rows = rows_of(iteration)
+      prompts, texts = prompts_of(rows), pretraining_of(iteration)
+      rows = parallel.put(rows, rows_sharding)
+      return programs["iterate"](state, distinct, *prompts, rows, texts)
 
     return step
 
@@ -193,7 +226,7 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
     rows = rows_of(iteration)
     began = time.monotonic()
     device_rows = parallel.put(rows, rows_sharding)
-    rollout = programs["rollout"](state, distinct, prompts, prompt_mask, device_rows)
+    rollout = programs["rollout"](state, distinct, *prompts_of(rows), device_rows)
     # One call scores the rows of all members.
     shape = rollout.finished.shape
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), parallel.fetch(rollout))

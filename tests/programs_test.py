@@ -1,0 +1,65 @@
+"""Tests of what the programs of an iteration are given."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+from small_decoders import BAG, bag_params
+
+from experiments import grpo
+from klrl import inputs, programs
+from klrl.devices import parallel
+from klrl.tasks import arithmetic, data
+
+
+@pytest.mark.parametrize(
+  ("longest", "width"),
+  [(300, 300), (151, 300), (150, 150), (76, 150), (75, 75), (39, 75), (38, 38), (1, 38), (0, 300)],
+)
+def test_a_batch_reads_few_columns_more_than_its_longest_prompt_has(longest, width):
+  mask = np.arange(300) >= 300 - np.array([[longest], [longest // 2]])
+  assert programs.prompt_width(mask) == width
+
+
+def given(monkeypatch, policy=BAG, **settings):
+  """Returns, of 20 iterations, (the prompts of the batch, what the program was given of them)."""
+  batches = []
+
+  def iterate(state, frozen, prompts, mask, rows, texts):
+    batches.append((np.asarray(rows), np.asarray(prompts), np.asarray(mask)))
+    return state, {}
+
+  tokenizer = arithmetic.make_tokenizer()
+  # One of 40 prompts is ten times as long as the others.
+  length = np.where(np.arange(40) == 7, 100, 10)
+  mask = np.arange(100) >= 100 - length[:, None]
+  tokens = np.where(mask, np.arange(4000).reshape(40, 100), 0)
+  prompts = data.Prompts(tokens, mask, [{}] * 40)
+  params = bag_params(tokenizer.tokenizer.get_vocab_size(), seed=0)
+  models = inputs.Models(
+    tokenizer, policy, params, {}, policy, policy, params, None, None, None, None
+  )
+  task = inputs.Task(prompts, prompts, 4, [], None, None)
+  config = grpo.Config(batch_size=8, group_size=2, num_minibatches=1, **settings)
+  setup = programs.set_up(config, parallel.make_mesh("data=1"), models, task)
+  monkeypatch.setattr(programs, "make_programs", lambda *_, **__: {"iterate": iterate})
+  step = programs.make_step_fn(setup, None)
+  for iteration in range(20):
+    step(None, iteration)
+  for rows, *columns in batches:
+    for whole, some in zip((tokens, mask), columns, strict=True):
+      np.testing.assert_array_equal(whole[rows][:, -some.shape[1] :], some[rows])
+      assert not whole[rows][:, : -some.shape[1]].any()
+  return [(7 in rows, columns[0].shape[1]) for rows, *columns in batches]
+
+
+def test_a_long_prompt_costs_only_the_batches_that_hold_it(monkeypatch):
+  widths = given(monkeypatch)
+  assert set(widths) == {(False, 50), (True, 100)}
+
+
+def test_what_depends_on_the_width_of_rollouts_has_one(monkeypatch):
+  assert {width for _, width in given(monkeypatch, staleness=1)} == {100}
+  turned = dataclasses.replace(BAG, config=types.SimpleNamespace(max_len=64, short_len=64))
+  assert {width for _, width in given(monkeypatch, policy=turned)} == {100}
