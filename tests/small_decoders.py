@@ -67,7 +67,7 @@ def _values(params, tokens, mask):
 
 # What is not there adds nothing, so the last position has seen what the last real token has.
 BAG_VALUE = ScalarModel(
-  config=None,
+  config=BAG.config,
   init=None,
   head=_head,
   values=_values,
