@@ -194,6 +194,7 @@ def run_ppo(config: Config, root: str, name: str, changes: dict) -> dict:
     "batch_size": 128,
     "num_epochs": 2,
     "learning_rate": 5e-4,
+    "learning_rate_schedule": "constant",
     **changes,
   }
   if settings.get("kl_placement") != "none":

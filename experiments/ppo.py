@@ -86,6 +86,9 @@ class Config(rl.SurrogateConfig):
   num_iterations: int = again(rl.SurrogateConfig, "num_iterations", default=100)
   batch_size: int = again(rl.SurrogateConfig, "batch_size", default=512)
   num_epochs: int = again(rl.SurrogateConfig, "num_epochs", default=1)
+  learning_rate_schedule: str = again(
+    rl.SurrogateConfig, "learning_rate_schedule", default="linear"
+  )
   value_trunk: str = setting(
     "separate",
     "whether the value model is one of its own or a head on the policy",
@@ -121,7 +124,6 @@ class Config(rl.SurrogateConfig):
   ptx_coef: float = setting(0.0, "weight of the pretraining log-likelihood", minimum=0.0)
 
   def __post_init__(self):
-    self.choose_learning_rate(embedded=3e-4)
     super().__post_init__()
     if bool(self.pretrain_data) != bool(self.ptx_coef):
       raise UserError("--pretrain_data and --ptx_coef go together: texts, and what they weigh.")

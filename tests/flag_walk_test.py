@@ -69,7 +69,7 @@ RUN = {
   "accumulation": Case(2),
   "max_grad_norm": Case(0.5),
   "learning_rate": Case(0.125),
-  "learning_rate_schedule": Case("linear"),
+  "learning_rate_schedule": Case("linear", {"learning_rate_schedule": "constant"}),
   "warmup_iterations": Case(2),
   "dtype": Case("bfloat16"),
   "param_dtype": Case("bfloat16"),

@@ -150,8 +150,13 @@ def test_a_folder_is_found_wherever_the_program_goes(tmp_path, monkeypatch):
   assert find_workdir("ppo", ppo.Config(workdir="run")) == tmp_path / "run"
 
 
-def begun(tmp_path, **settings):
-  config = ppo.Config(workdir=str(tmp_path), num_iterations=12, **settings)
+def begun(tmp_path, *, learning_rate_schedule="constant", **settings):
+  config = ppo.Config(
+    workdir=str(tmp_path),
+    num_iterations=12,
+    learning_rate_schedule=learning_rate_schedule,
+    **settings,
+  )
   directory = open_workdir("ppo", config)
   (directory / "checkpoints/12").mkdir(parents=True)
   write_text(directory / "summary.json", '{"num_iterations": 12}')
