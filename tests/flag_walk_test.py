@@ -390,9 +390,9 @@ def traced_once(make_decoder, config):
   return made._replace(init=init, hidden=jax.jit(made.hidden))
 
 
-def make_fake_sample_fn(policy, *, max_completion_len, eos_id, pad_id):
+def make_fake_sample_fn(policy, *, max_completion_len, eos_id, pad_id, group_size):
   """Returns a sampler that compiles fast and draws any token, by the key alone."""
-  del eos_id, pad_id
+  del eos_id, pad_id, group_size
 
   def sample(params, prompts, mask, key, *, temperature):
     del params, temperature
