@@ -1,0 +1,92 @@
+"""An iteration compiles each of its programs once, and nothing in it waits for the host."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from small_decoders import BAG, BAG_VALUE, bag_params, bag_value_params
+
+from experiments import grpo, sweep
+from klrl import inputs, population, programs
+from klrl.devices import parallel
+from klrl.tasks import arithmetic, data
+from klrl.tasks.rewards import Reward
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+NUM_ITERATIONS = 3
+# Exact KL in every second iteration, so that both branches of it run.
+SETTINGS = {"batch_size": 12, "group_size": 4, "num_minibatches": 1, "kl_every": 2}
+
+
+def setup_of(config, rewards):
+  """Returns what a run of GRPO on small models starts from."""
+  tokenizer = arithmetic.make_tokenizer()
+  size = tokenizer.tokenizer.get_vocab_size()
+  records = arithmetic.prompt_records(held_out=False)[:12]
+  prompts = data.encode_prompts(records, tokenizer, max_prompt_len=8)
+  policy, reference = (bag_params(size, seed=seed) for seed in (0, 1))
+  scorer = BAG_VALUE, bag_value_params(size, seed=2)
+  models = inputs.Models(tokenizer, BAG, policy, {}, BAG, BAG, reference, None, None, *scorer)
+  task = inputs.Task(prompts, prompts, 4, rewards, None, None)
+  return programs.set_up(config, parallel.make_mesh("data=2"), models, task)
+
+
+def run_of(rewards):
+  """Returns (step, state) of a run by itself."""
+  setup = setup_of(grpo.Config(**SETTINGS), rewards)
+  state = programs.init_run(setup)
+  return programs.make_step_fn(setup, parallel.state_shardings(setup.mesh, state)), state
+
+
+def members():
+  """Returns (step, state) of two members of a sweep."""
+  config = sweep.config_class("grpo")(sweep="beta=0.1,0.5", mesh="sweep=2", **SETTINGS)
+  found = [member.config for member in sweep.members_of(config)]
+  setup = setup_of(found[0], [])
+  setup = setup._replace(mesh=parallel.sweep_mesh("sweep=2", len(found)))
+  frozen = {"base": {}, "reference": setup.models.reference_params}
+  frozen["reward_model"] = setup.models.reward_params
+  setup = setup._replace(frozen=parallel.put_once(setup.mesh, frozen))
+  state, shardings = population.init_members(setup, found)
+  lift = functools.partial(parallel.map_members, setup.mesh, members_per_batch=1)
+  step = programs.make_step_fn(setup, shardings, lift=lift, guard=population.guarded)
+  return step, state
+
+
+def of_the_host(completions, **columns):
+  return np.arange(len(completions)) / 10
+
+
+@pytest.mark.parametrize(
+  ("made", "expected"),
+  [
+    (lambda: run_of([]), ["jit(iteration)"]),
+    (
+      lambda: run_of([Reward("own", 1.0, of_the_host)]),
+      ["jit(<lambda>)", "jit(update_after_sampling)"],
+    ),
+    (members, ["jit(iteration)"]),
+  ],
+  ids=["scores of the device", "scores of the host", "members of a sweep"],
+)
+def test_an_iteration_compiles_its_programs_once_and_moves_nothing_unasked(made, expected):
+  step, state = made()
+  compiled = [[] for _ in range(NUM_ITERATIONS)]
+  iteration = 0
+
+  def note(event, _, *, fun_name="", **more):
+    if event == COMPILED:
+      compiled[iteration].append(fun_name)
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    for iteration in range(NUM_ITERATIONS):
+      # What is put or fetched by name is allowed: rows, and what a reward of the host reads.
+      with jax.transfer_guard("disallow"):
+        state, pairs = step(state, iteration)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+  assert sorted(compiled[0]) == sorted(expected)
+  assert compiled[1:] == [[]] * (NUM_ITERATIONS - 1)
+  assert "kl/ref_exact" in pairs
