@@ -30,6 +30,7 @@ def make_rollout():
   mask = np.arange(MAX_LEN) < rng.integers(1, MAX_LEN + 1, (GROUPS * SIZE, 1))
   old = np.where(mask, rng.normal(-2, 0.1, mask.shape), 0.0).astype(np.float32)
   tokens = rng.integers(1, VOCAB, (GROUPS * SIZE, 2 + MAX_LEN))
+  tokens[:, :2] = tokens[::SIZE, :2].repeat(SIZE, axis=0)  # A group has one prompt.
   prompt_mask, finished = np.ones((GROUPS * SIZE, 2), bool), np.ones(GROUPS * SIZE, bool)
   return Rollout(*map(jnp.asarray, (tokens, prompt_mask, mask, finished, old, old)))
 

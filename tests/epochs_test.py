@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from klrl import programs
 from klrl.algorithm import Algorithm, epochs
@@ -18,6 +19,26 @@ def test_every_epoch_reads_each_row_once_in_an_order_of_its_own():
   for i, order in enumerate(different):
     assert not np.array_equal(order, in_turn)
     assert not any(np.array_equal(order, other) for other in different[:i])
+
+
+@pytest.mark.parametrize(("accumulation", "together"), [(1, 3), (2, 3), (4, 1)])
+def test_each_part_of_a_minibatch_keeps_groups_together(accumulation, together):
+  algorithm = Algorithm(
+    batch_size=24,
+    num_iterations=1,
+    group_size=3,
+    num_epochs=2,
+    num_minibatches=2,
+    accumulation=accumulation,
+  )
+  rows = np.asarray(epochs.minibatch_rows(algorithm, 24, jax.random.key(0)))
+  assert rows.shape == (4, 12)
+  assert (np.sort(rows.reshape(2, 24)) == np.arange(24)).all()
+  # As `gradients_of` takes parts.
+  parts = rows.reshape(4, -1, accumulation).swapaxes(1, 2)
+  first = parts.reshape(-1, together)[:, :1]
+  np.testing.assert_array_equal(parts.reshape(-1, together), first + np.arange(together))
+  assert (first % together == 0).all() and not np.array_equal(first, np.sort(first, axis=0))
 
 
 def test_the_completions_of_a_prompt_stand_side_by_side():

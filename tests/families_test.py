@@ -16,6 +16,7 @@ from flax import traverse_util
 from hf_test import LLAMA, edit_config, random_params, tiny_tokenizer
 
 from klrl import ops, sampling
+from klrl.algorithm import completions
 from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.models import add_lora, families, hf, join, load_tokenizer, merge_lora, peft
@@ -391,6 +392,36 @@ def test_packed_texts_and_rows_with_holes_are_as_those_alone(case, made):
   packed[0, holes[0]] = tokens[1, : holes[0].sum()]
   apart = np.asarray(hidden(params, packed, holes, np.zeros((3, ROWS), np.int32)))
   np.testing.assert_allclose(apart[0, holes[0]], alone[1, : holes[0].sum()], atol=2e-5)
+
+
+@pytest.mark.parametrize("case", [*THREE, "gemma2", "phi3-long"])
+def test_completions_of_one_prompt_are_as_those_alone(case, made):
+  config, params = loaded(case, made)
+  policy = policy_model(config)
+  tokens, _ = rows()
+  num_completions, length = 3, ROWS - PROMPT
+  prompts = tokens[:2, :PROMPT].repeat(num_completions, axis=0)
+  continued = np.random.default_rng(1).integers(3, 61, (2 * num_completions, length))
+  prompt_mask = np.arange(PROMPT) >= np.array([0, 2]).repeat(num_completions)[:, None]
+  mask = np.arange(length) < np.array([length, 1, 0, 4, length, length - 1])[:, None]
+  both = np.concatenate([prompts, continued], axis=1)
+  nothing = np.zeros(mask.shape, np.float32)
+  rollout = sampling.Rollout(both, prompt_mask, mask, mask[:, 0], nothing, nothing)
+  weights = np.random.default_rng(2).normal(size=(*mask.shape, config.width)) * mask[..., None]
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def hidden_and_gradient(params, group_size):
+    def loss(params):
+      hidden = completions.completion_hidden(policy, params, rollout, group_size=group_size)
+      return (hidden * weights).sum(), hidden
+
+    (_, hidden), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return hidden, gradient
+
+  alone, together = (hidden_and_gradient(params, size) for size in (1, num_completions))
+  np.testing.assert_allclose(together[0][mask], alone[0][mask], atol=2e-5)
+  for ours, theirs in zip(*map(jax.tree.leaves, (together[1], alone[1])), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * (1 + np.abs(theirs).max()))
 
 
 @pytest.mark.parametrize("case", THREE)

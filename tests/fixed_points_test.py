@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_decoders import with_branches
 
 from experiments import ppo
 from klrl import ops
@@ -55,6 +56,7 @@ def tables(tree) -> tuple[Policy, ScalarModel]:
       each.append(children[each[-1], tokens[:, t]])
     return jnp.stack(each, axis=1)
 
+  @with_branches
   def look_up(params, tokens, mask):
     return params[states(tokens)]
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_decoders import with_branches
 
 from experiments import distill, grpo, ppo, reinforce
 from klrl.algorithm import learner
@@ -41,6 +42,7 @@ def tables(tree) -> tuple[Policy, ScalarModel]:
   """Returns a policy with params [S, V] and a value model with params [S]; prompts are one BOS."""
   children = jnp.maximum(tree.children, 0)
 
+  @with_branches
   def look_up(params, tokens, mask):
     states = [jnp.zeros_like(tokens[:, 0])]
     for t in range(1, tokens.shape[1]):

@@ -28,6 +28,26 @@ def _embedded(params, tokens, mask):
   return jnp.where(mask[..., None], params["decoder"]["embedding"][tokens], 0.0)
 
 
+def with_branches(fn):
+  """Returns `fn(params, tokens, mask)` for rows with branches too, each computed by itself."""
+
+  def of_rows(params, tokens, mask, segment_ids=None, fork=None):
+    if fork is None:
+      return fn(params, tokens, mask)
+    num, start = fork.num_branches, fork.prefix_len
+
+    def apart(x):
+      before, branches = x[:, :start].repeat(num, axis=0), x[:, start:]
+      return jnp.concatenate([before, branches.reshape(len(before), -1)], axis=1)
+
+    y = fn(params, apart(tokens), apart(mask))
+    branches = y[:, start:].reshape(len(tokens), -1, *y.shape[2:])
+    return jnp.concatenate([y[::num, :start], branches], axis=1)
+
+  return of_rows
+
+
+@with_branches
 def _hidden(params, tokens, mask):
   return jnp.tanh(jnp.cumsum(_embedded(params, tokens, mask), axis=1))
 
@@ -61,8 +81,8 @@ def _head(params, hidden):
   return hidden @ params["head"]
 
 
-def _values(params, tokens, mask):
-  return _head(params, _hidden(params, tokens, mask))
+def _values(params, tokens, mask, fork=None):
+  return _head(params, _hidden(params, tokens, mask, fork=fork))
 
 
 # What is not there adds nothing, so the last position has seen what the last real token has.

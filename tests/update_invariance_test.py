@@ -88,7 +88,9 @@ def make_batch(*, order=None, padding=0):
   rng = np.random.default_rng(0)
   tokens = rng.integers(1, VOCAB, (BATCH, PROMPT_LEN + MAX_LEN))
   prompt_mask, mask = np.ones((BATCH, PROMPT_LEN), bool), np.arange(MAX_LEN) < LENGTHS[:, None]
-  prompt_mask[::3, 0] = False
+  # A group has one prompt.
+  tokens[:, :PROMPT_LEN] = tokens[::GROUP_SIZE, :PROMPT_LEN].repeat(GROUP_SIZE, axis=0)
+  prompt_mask[GROUP_SIZE:, 0] = False
   old, sampler = np.where(mask, rng.normal(-1.5, 0.3, (2, BATCH, MAX_LEN)), np.nan)
   scores, text_mask = rng.normal(size=BATCH), mask[::-1]
   after = ((0, 0), (0, padding))

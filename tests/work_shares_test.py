@@ -47,7 +47,7 @@ class Everything(ppo.Config):
 
 
 RUN = Everything(
-  batch_size=64,
+  batch_size=128,  # So that a part of a minibatch has a whole group on each device.
   num_minibatches=2,
   num_epochs=1,
   accumulation=2,

@@ -3,12 +3,20 @@
 A rollout holds `tokens [B, P + T]`: prompts, left-padded to P, then completions, right-padded to T.
 Completion token t is predicted at position P - 1 + t, so the functions read the T positions from
 P - 1 on and return `[B, T]`. Values in the padding are finite but have no meaning: mask them.
+
+`group_size` says that so many neighbouring rows have the same prompt. It is then computed once for
+as many of them as lie on one device. This changes neither values nor gradients.
 """
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from klrl import ops
+from klrl.devices import parallel
+from klrl.models.attention import Fork
 from klrl.sampling import Rollout
 
 
@@ -17,8 +25,25 @@ def attention_mask(rollout: Rollout) -> jax.Array:
   return jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)
 
 
-def _predicting(rollout: Rollout, x: jax.Array) -> jax.Array:
-  return x[:, rollout.prompt_mask.shape[1] - 1 : -1]
+def _predicting(fn, rollout: Rollout, group_size: int) -> jax.Array:
+  """Returns [B, T, ...], `fn(tokens, mask, fork=...)` at the positions that predict completions."""
+  tokens, mask = rollout.tokens, attention_mask(rollout)
+  num_rows, prompt_len = rollout.prompt_mask.shape
+  shared = math.gcd(group_size, parallel.rows_per_device(num_rows))
+  if shared == 1:
+    return fn(tokens, mask)[:, prompt_len - 1 : -1]
+  shape = num_rows // shared, shared, -1
+
+  def forked(x):
+    prompts, branches = x[:, :prompt_len].reshape(shape), x[:, prompt_len:].reshape(shape)
+    return jnp.concatenate([prompts[:, 0], branches.reshape(shape[0], -1)], axis=1)
+
+  tokens, mask = parallel.split_rows((forked(tokens), forked(mask)))
+  x = fn(tokens, mask, fork=Fork(prompt_len, shared))
+  branches = x[:, prompt_len:].reshape(*shape, *x.shape[2:])
+  last = x[:, None, None, prompt_len - 1]
+  last = jnp.broadcast_to(last, (*shape[:2], 1, *x.shape[2:]))
+  return jnp.concatenate([last, branches[:, :, :-1]], axis=2).reshape(num_rows, -1, *x.shape[2:])
 
 
 def completion_tokens(rollout: Rollout) -> jax.Array:
@@ -26,9 +51,9 @@ def completion_tokens(rollout: Rollout) -> jax.Array:
   return rollout.tokens[:, rollout.prompt_mask.shape[1] :]
 
 
-def completion_hidden(policy, params, rollout: Rollout) -> jax.Array:
+def completion_hidden(policy, params, rollout: Rollout, *, group_size: int = 1) -> jax.Array:
   """Returns [B, T, D], the hidden state that predicts each completion token."""
-  return _predicting(rollout, policy.hidden(params, rollout.tokens, attention_mask(rollout)))
+  return _predicting(functools.partial(policy.hidden, params), rollout, group_size)
 
 
 def log_probs_and_entropy(policy, params, rollout: Rollout, *, temperature):
@@ -44,10 +69,10 @@ def log_probs_and_entropy(policy, params, rollout: Rollout, *, temperature):
   )
 
 
-def log_probs(policy, params, rollout: Rollout, *, temperature) -> jax.Array:
+def log_probs(policy, params, rollout: Rollout, *, temperature, group_size: int = 1) -> jax.Array:
   """Returns the log-probs of the completion tokens, [B, T], nats per token."""
   return ops.token_log_probs_from_hidden(
-    completion_hidden(policy, params, rollout),
+    completion_hidden(policy, params, rollout, group_size=group_size),
     policy.unembedding(params),
     completion_tokens(rollout),
     temperature=temperature,
@@ -70,9 +95,9 @@ def exact_kl(policy, params, reference, reference_params, rollout: Rollout, *, t
   )
 
 
-def values(value_model, params, rollout: Rollout) -> jax.Array:
+def values(value_model, params, rollout: Rollout, *, group_size: int = 1) -> jax.Array:
   """Returns [B, T], the value of the state before each completion token (reward units)."""
-  return _predicting(rollout, value_model.values(params, rollout.tokens, attention_mask(rollout)))
+  return _predicting(functools.partial(value_model.values, params), rollout, group_size)
 
 
 def reward_model_scores(reward_model, params, rollout: Rollout) -> jax.Array:

@@ -5,6 +5,7 @@ A minibatch minimises the algorithm's loss plus the cross-entropy on pretraining
 divisor, and beta keeps its unit.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -99,7 +100,8 @@ def _terms(
   """Returns the terms that the KL penalty and the loss read of a minibatch."""
   rollout, hypers, penalty = batch.rollout, context.hypers, algorithm.penalty
   mask = rollout.completion_mask
-  hidden = completions.completion_hidden(policy, params["policy"], rollout)
+  groups = {"group_size": algorithm.group_size}
+  hidden = completions.completion_hidden(policy, params["policy"], rollout, **groups)
   unembedding = policy.unembedding(params["policy"])
   log_probs, entropy = ops.token_log_probs_and_entropy_from_hidden(
     hidden, unembedding, completions.completion_tokens(rollout), temperature=hypers.temperature
@@ -120,7 +122,7 @@ def _terms(
   if value_model is not None and algorithm.shared_trunk:
     values = value_model.head(params["value"], hidden)
   elif value_model is not None:
-    values = completions.values(value_model, params["value"], rollout)
+    values = completions.values(value_model, params["value"], rollout, **groups)
   return kl, Terms(
     log_probs=log_probs,
     old_log_probs=rollout.old_log_probs,
@@ -163,11 +165,18 @@ def _cross_entropy(policy, params, texts: Texts):
 def minibatch_rows(algorithm: Algorithm, batch_size: int, key) -> jax.Array:
   """Returns [num_epochs * num_minibatches, rows] int, the rows of each minibatch, in turn.
 
-  Every epoch has a random order of its own, with each row once.
+  Every epoch has a random order of its own, with each row once. The rows of a group stay together,
+  as many of them as divide a part of a minibatch (`gradients.gradients_of`), so that their prompt
+  is computed once.
   """
+  parts = algorithm.accumulation
+  rows_per_part = batch_size // (algorithm.num_minibatches * parts)
+  together = math.gcd(algorithm.group_size, rows_per_part)
   keys = jax.random.split(key, algorithm.num_epochs)
-  orders = jax.vmap(lambda key: jax.random.permutation(key, batch_size))(keys)
-  return orders.reshape(algorithm.num_epochs * algorithm.num_minibatches, -1)
+  orders = jax.vmap(lambda key: jax.random.permutation(key, batch_size // together))(keys)
+  rows = orders[..., None] * together + jnp.arange(together)[None, None]
+  # A part has every `parts`-th row.
+  return rows.reshape(-1, parts, rows_per_part).swapaxes(1, 2).reshape(-1, parts * rows_per_part)
 
 
 def inner_epochs(

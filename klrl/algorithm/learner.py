@@ -98,7 +98,9 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
     models = join(base, state.params)
     metrics = diagnostics.rollout_metrics(rollout, scores)
     if algorithm.sampler_correction != "none":
-      rollout = preparation.rescored(policy, models["policy"], rollout, hypers)
+      rollout = preparation.rescored(
+        policy, models["policy"], rollout, hypers, group_size=algorithm.group_size
+      )
     if state.replay is not None:
       replay, rollout, scores = memory.exchanged(state.replay, rollout, scores, state.iteration)
       state = state._replace(replay=replay)
@@ -136,7 +138,9 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
     old_values = jnp.zeros_like(rollout.old_log_probs)
     if value_model is not None:
       of_values = value_params(models, shared_trunk=algorithm.shared_trunk)
-      old_values = completions.values(value_model, of_values, rollout)
+      old_values = completions.values(
+        value_model, of_values, rollout, group_size=algorithm.group_size
+      )
     kl = kl_terms.reward_kl(penalty, rollout.old_log_probs, ref.log_probs, ref.exact_kl)
     experience = Experience(scores, kl, old_values, mask, beta)
     advantages, returns = algorithm.advantage(experience, algorithm, hypers)
@@ -167,7 +171,13 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
     def kl_old():
       """Takes a pass over the whole batch, which the epochs do not need."""
       trained = join(base, params)["policy"]
-      log_probs = completions.log_probs(policy, trained, rollout, temperature=hypers.temperature)
+      log_probs = completions.log_probs(
+        policy,
+        trained,
+        rollout,
+        temperature=hypers.temperature,
+        group_size=algorithm.group_size,
+      )
       estimators = {"kl/old_k1": ops.k1, "kl/old_k3": ops.k3}
       return {
         name: diagnostics.per_sequence(estimator(rollout.old_log_probs, log_probs), mask)
@@ -295,6 +305,9 @@ def _measured_reference(
   penalty, mask = algorithm.penalty, rollout.completion_mask
   temperature = state.hypers.temperature
 
+  def hidden_of(policy, params):
+    return completions.completion_hidden(policy, params, rollout, group_size=algorithm.group_size)
+
   def sampled(hidden):
     log_probs = ops.token_log_probs_from_hidden(
       hidden,
@@ -310,7 +323,7 @@ def _measured_reference(
 
   def exact(hidden):
     kl = ops.exact_kl_from_hidden(
-      completions.completion_hidden(policy, params, rollout),
+      hidden_of(policy, params),
       policy.unembedding(params),
       hidden,
       reference.unembedding(reference_params),
@@ -321,13 +334,13 @@ def _measured_reference(
   if penalty.placement == "none":
 
     def all_estimators():
-      hidden = completions.completion_hidden(reference, reference_params, rollout)
+      hidden = hidden_of(reference, reference_params)
       return sampled(hidden)[1] | exact(hidden)[1]
 
     metrics = _at_cadence(algorithm.kl_every, state, all_estimators)
     return _Reference(jnp.zeros_like(rollout.old_log_probs), None, None), metrics
 
-  hidden = completions.completion_hidden(reference, reference_params, rollout)
+  hidden = hidden_of(reference, reference_params)
   log_probs, metrics = sampled(hidden)
   if penalty.in_reward and penalty.reads_exact_kl:
     exact_kl, exact_metrics = exact(hidden)

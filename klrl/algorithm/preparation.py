@@ -55,12 +55,14 @@ def informative_groups(rollout, scores, scored, *, group_size: int, batch_size: 
   return rollout, scores, 1.0 - uniform.mean()
 
 
-def rescored(policy, params, rollout: Rollout, hypers) -> Rollout:
+def rescored(policy, params, rollout: Rollout, hypers, *, group_size: int = 1) -> Rollout:
   """Returns the rollout with old_log_probs by the trainer in place of those by the sampler.
 
   `params` must be those that sampled it, so a late rollout is rescored before it waits.
   """
-  log_probs = completions.log_probs(policy, params, rollout, temperature=hypers.temperature)
+  log_probs = completions.log_probs(
+    policy, params, rollout, temperature=hypers.temperature, group_size=group_size
+  )
   return rollout._replace(old_log_probs=jnp.where(rollout.completion_mask, log_probs, 0.0))
 
 

@@ -293,6 +293,16 @@ def repeat_rows(tree, times: int):
   return jax.tree.map(repeated, tree)
 
 
+def rows_per_device(num_rows: int) -> int:
+  """Returns how many of `num_rows` neighbouring rows `split_rows` leaves together on a device.
+
+  It is 1 where the devices do not divide the number of rows.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  rows, rest = divmod(num_rows, math.prod(mesh.shape[axis] for axis in _axes_of_rows()))
+  return 1 if rest else rows
+
+
 def _axes_of_rows() -> tuple[str, ...]:
   """Returns the axes of the mesh in scope over which rows are split, if they have devices."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from klrl.models.attention import attend
 from klrl.models.heads import Head
 from klrl.models.rotations import Rotation, rotate
 
@@ -243,9 +244,11 @@ class Attention(nnx.Module):
       self.query_norm = _norm(config, rngs, config.head_dim if by_head else query_dim)
       self.key_norm = _norm(config, rngs, config.head_dim if by_head else kv_dim)
     self.qk_norm, self.head_dim = config.qk_norm, config.head_dim
-    self.scale, self.cap = config.attention_scale, config.attention_cap
+    scale = config.attention_scale
+    self.scale = config.head_dim**-0.5 if scale is None else scale
+    self.cap = config.attention_cap
 
-  def __call__(self, x, rotation, mask, store):
+  def __call__(self, x, rotation, seen, store):
     def heads(y, norm=None):
       y = norm(y) if norm and self.qk_norm == "all" else y
       y = y.reshape(*y.shape[:2], -1, self.head_dim)
@@ -258,22 +261,8 @@ class Attention(nnx.Module):
       query, key = rotate(query, *rotation), rotate(key, *rotation)
     key, value = key.swapaxes(1, 2), heads(self.value(x)).swapaxes(1, 2)
     key, value = store((key, value))
-    y = self._attend(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask)
-    return self.output(y.reshape(*y.shape[:2], -1)), (key, value)
-
-  def _attend(self, query, key, value, mask):
-    if not self.cap:
-      return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=self.scale)
-    # The library's attention has no soft cap.
-    groups = query.reshape(*query.shape[:2], key.shape[2], -1, self.head_dim)
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    logits = jnp.einsum("bskgh,btkh->bkgst", groups, key, preferred_element_type=dtype)
-    logits *= self.head_dim**-0.5 if self.scale is None else self.scale
-    logits = jnp.where(
-      mask[:, :, None], self.cap * jnp.tanh(logits / self.cap), -0.7 * jnp.finfo(dtype).max
-    )
-    probs = jax.nn.softmax(logits, axis=-1).astype(key.dtype)
-    return jnp.einsum("bkgst,btkh->bskgh", probs, value).reshape(query.shape)
+    y = attend(query, key, value, seen, scale=self.scale, cap=self.cap)
+    return self.output(y), (key, value)
 
 
 _ACTIVATIONS = {
@@ -304,8 +293,8 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
   """One residual layer.
 
-  `store` receives the new (keys, values) [B, K, S, H] and returns those to attend over; the block
-  returns them beside its output.
+  `seen` says which keys each token sees, see `attend`. `store` receives the new (keys, values)
+  [B, K, S, H] and returns those to attend over; the block returns them beside its output.
   """
 
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -321,9 +310,9 @@ class Block(nnx.Module):
       self.attention_post_norm = _norm(config, rngs)
       self.mlp_post_norm = _norm(config, rngs)
 
-  def __call__(self, x, rotation, mask, store=lambda keys_values: keys_values):
+  def __call__(self, x, rotation, seen, store=lambda keys_values: keys_values):
     y = self.attention_norm(x) if self.is_pre else x
-    y, keys_values = self.attention(y, rotation, mask, store)
+    y, keys_values = self.attention(y, rotation, seen, store)
     y = self._added(self.attention_post_norm(y) if self.is_post else y)
     read = x if self.is_parallel else x + y
     z = self.mlp(self.mlp_norm(read) if self.is_pre else read)

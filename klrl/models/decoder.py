@@ -7,7 +7,8 @@ Shapes: B rows, S tokens, C cache slots, D width, V vocabulary, N query heads, K
 H head width, L layers. Masks are bool, True for real tokens, and may have holes anywhere: positions
 count real tokens only, and no real position attends to padding, so padding changes no real output.
 Outputs at padding are finite and have no meaning. With `segment_ids` a row holds several texts:
-tokens attend within their own segment, and positions count from its start.
+tokens attend within their own segment, and positions count from its start. With a `Fork` they have
+a common beginning, which each of them sees.
 
 Layers are stacked on a leading axis. If there are many, the full forward pass scans over them
 (with remat if asked). The step of one token is unrolled over a tuple of layers (`unstack`), with
@@ -25,6 +26,7 @@ from flax import nnx
 
 from klrl.devices import parallel
 from klrl.models import heads
+from klrl.models.attention import Forked
 from klrl.models.blocks import INIT, Block, DecoderConfig, Ends
 from klrl.models.rotations import cos_sin
 from klrl.ops.log_probs import CappedUnembedding, Unembedding
@@ -57,7 +59,7 @@ class ScalarModel:
   config: DecoderConfig
   init: Callable[[Array], Params]
   head: Callable[[Params, Array], Array]
-  values: Callable[[Params, Array, Array], Array]
+  values: Callable[..., Array]
   scores: Callable[[Params, Array, Array], Array]
 
 
@@ -67,9 +69,10 @@ def policy_model(config: DecoderConfig) -> Policy:
   The params are `{"decoder": {...}}`, and `"unembedding" [D, V]` beside it unless it is tied.
 
   * `init(key) -> params`.
-  * `hidden(params, tokens [B, S] int32, mask [B, S], segment_ids=None) -> [B, S, D]`, the hidden
-    state after the final norm, in `config.dtype`; `segment_ids` [B, S] int32 say which text of the
-    row a token belongs to.
+  * `hidden(params, tokens [B, S] int32, mask [B, S], segment_ids=None, fork=None) -> [B, S, D]`,
+    the hidden state after the final norm, in `config.dtype`; `segment_ids` [B, S] int32 say which
+    text of the row a token belongs to. With a `Fork` a row holds several texts that begin alike,
+    and their common beginning once.
   * `unembedding(params) -> [D, V]` in `config.dtype`; logits are `hidden @ unembedding`, also where
     it is an `ops.CappedUnembedding`. V is `config.num_tokens` if that is given, so sampler, scorer
     and every KL see the same tokens.
@@ -93,8 +96,8 @@ def policy_model(config: DecoderConfig) -> Policy:
       params["unembedding"] = INIT(unembedding_key, shape, jnp.dtype(config.param_dtype))
     return params
 
-  def hidden(params, tokens, mask, segment_ids=None):
-    return decoder.hidden(params["decoder"], tokens, mask, segment_ids)
+  def hidden(params, tokens, mask, segment_ids=None, fork=None):
+    return decoder.hidden(params["decoder"], tokens, mask, segment_ids, fork)
 
   def unembedding(params):
     if config.tie_embeddings:
@@ -129,7 +132,8 @@ def scalar_model(config: DecoderConfig) -> ScalarModel:
 
   * `head(params, hidden [..., D]) -> [...] float32`, of hidden states after the final norm. It
     reads the head alone, so the hidden states may be those of a policy.
-  * `values(params, tokens [B, S] int32, mask [B, S]) -> [B, S] float32`, one number per token.
+  * `values(params, tokens [B, S] int32, mask [B, S], fork=None) -> [B, S] float32`, one number per
+    token; see `hidden` of `policy_model`.
   * `scores(params, tokens, mask) -> [B] float32`, the value at the last real token.
   """
   decoder = _decoder(config)
@@ -141,8 +145,8 @@ def scalar_model(config: DecoderConfig) -> ScalarModel:
   def head(params, hidden):
     return heads.apply(config.head, params["head"], hidden)
 
-  def values(params, tokens, mask):
-    return head(params, decoder.hidden(params["decoder"], tokens, mask))
+  def values(params, tokens, mask, fork=None):
+    return head(params, decoder.hidden(params["decoder"], tokens, mask, None, fork))
 
   def scores(params, tokens, mask):
     return _at_last_real(values(params, tokens, mask), mask)
@@ -190,21 +194,17 @@ def _decoder(config):
     params["layers"] = jax.vmap(init_block)(jax.random.split(layers_key, config.num_layers))
     return params
 
-  def forward(params, tokens, mask, keep, segment_ids=None, row_len=None):
+  def forward(params, tokens, mask, keep, segment_ids=None, fork=None, row_len=None):
     """Returns the final hidden states and `keep(keys_values)` stacked over layers."""
     ends, layers = split(params)
-    causal = jnp.tri(tokens.shape[1], dtype=bool)
-    attended = causal[None, None] & mask[:, None, None]
-    if segment_ids is not None:
-      attended &= segment_ids[:, None, :, None] == segment_ids[:, None, None]
-    # A token's position is the number of tokens before it that it sees.
-    positions = attended.sum(axis=-1)[:, 0] - 1
-    kinds = _of_kinds(config, positions, positions, attended, row_len or tokens.shape[1])
+    sight = _causal(mask, segment_ids) if fork is None else _forked(mask, fork)
+    kinds = _of_kinds(config, sight, row_len or _text_len(tokens, fork))
+    positions = sight.positions
 
     def step(x, layer_and_kind):
       layer, kind = layer_and_kind
-      rotation, mask = kinds[0] if kind is None else jax.tree.map(lambda x: x[kind], stacked)
-      x, keys_values = nnx.merge(block_graph, layer)(x, rotation, mask)
+      rotation, seen = kinds[0] if kind is None else jax.tree.map(lambda x: x[kind], stacked)
+      x, keys_values = nnx.merge(block_graph, layer)(x, rotation, seen)
       return parallel.split_rows(x), keep(keys_values)
 
     if config.remat:
@@ -218,8 +218,8 @@ def _decoder(config):
     x, kept = jax.lax.scan(step, x, (layers, index), unroll=config.num_layers <= 8)
     return ends.final_norm(x), kept
 
-  def hidden(params, tokens, mask, segment_ids=None):
-    return forward(params, tokens, mask, lambda keys_values: None, segment_ids)[0]
+  def hidden(params, tokens, mask, segment_ids=None, fork=None):
+    return forward(params, tokens, mask, lambda keys_values: None, segment_ids, fork)[0]
 
   def prefill(params, tokens, mask, cache_len):
     x, (keys, values) = forward(
@@ -235,7 +235,8 @@ def _decoder(config):
     key_positions = jnp.cumsum(cache_mask, axis=1) - 1
     # The last token is never read, so a cache has one slot less than the row has tokens.
     row_len = cache_mask.shape[1] + 1
-    kinds = _of_kinds(config, positions, key_positions, cache_mask[:, None, None], row_len)
+    sight = _Sight(positions, positions, key_positions, cache_mask[:, None])
+    kinds = _of_kinds(config, sight, row_len)
     new_cache = []
     for i, (layer, old) in enumerate(zip(layers, cache, strict=True)):
 
@@ -253,23 +254,70 @@ def _decoder(config):
   return _Decoder(init, hidden, prefill, decode)
 
 
-def _of_kinds(config, positions, key_positions, attended, row_len):
-  """Returns (rotation, mask) of each kind of layer.
+class _Sight(NamedTuple):
+  """What tokens see: everything but the window of their layer.
 
-  `positions` [B, S] are those of the queries, `key_positions` [B, C] those of what they attend to
-  where the mask `attended` [B, 1, S, C] lets them. A window counts real tokens.
+  `seen` is a mask [B, S, C], and `queries` and `keys` are the positions of both sides. Of rows with
+  branches these are a `Forked` each.
   """
+
+  positions: Array  # [B, S]
+  queries: Any
+  keys: Any
+  seen: Any
+
+
+def _causal(mask, segment_ids=None):
+  seen = jnp.tri(mask.shape[1], dtype=bool)[None] & mask[:, None]
+  if segment_ids is not None:
+    seen &= segment_ids[:, :, None] == segment_ids[:, None]
+  # A token's position is the number of tokens before it that it sees.
+  positions = seen.sum(axis=-1) - 1
+  return _Sight(positions, positions, positions, seen)
+
+
+def _forked(mask, fork):
+  num_rows, prefix = mask.shape[0], _causal(mask[:, : fork.prefix_len])
+  shape = num_rows, fork.num_branches, -1
+  own = _causal(mask[:, fork.prefix_len :].reshape(num_rows * fork.num_branches, -1))
+  before = mask[:, None, None, : fork.prefix_len]
+  positions = own.positions.reshape(shape) + before.sum(axis=-1)
+  seen = own.seen.reshape(*positions.shape, -1)
+  return _Sight(
+    jnp.concatenate([prefix.positions, positions.reshape(num_rows, -1)], axis=1),
+    Forked(prefix.positions, positions, positions),
+    Forked(prefix.positions, prefix.positions[:, None], positions),
+    Forked(prefix.seen, jnp.broadcast_to(before, (*positions.shape, fork.prefix_len)), seen),
+  )
+
+
+def _text_len(tokens, fork):
+  """Returns how many tokens the longest text of a row has."""
+  if fork is None:
+    return tokens.shape[1]
+  return fork.prefix_len + (tokens.shape[1] - fork.prefix_len) // fork.num_branches
+
+
+def _of_kinds(config, sight, row_len):
+  """Returns (rotation, what is seen) of each kind of layer. A window counts real tokens."""
   kinds = []
   for kind in config.kinds:
-    rotation, mask = None, attended
+    rotation, seen = None, sight.seen
     if kind.rotation:
       rotation = cos_sin(
-        kind.rotation, positions, head_dim=config.head_dim, dtype=config.dtype, row_len=row_len
+        kind.rotation,
+        sight.positions,
+        head_dim=config.head_dim,
+        dtype=config.dtype,
+        row_len=row_len,
       )
     if kind.window:
-      distances = positions[:, :, None] - key_positions[:, None]
-      mask = attended & (distances < kind.window)[:, None]
-    kinds.append((rotation, mask))
+
+      def within(seen, queries, keys, window=kind.window):
+        return seen & (queries[..., :, None] - keys[..., None, :] < window)
+
+      seen = jax.tree.map(within, seen, sight.queries, sight.keys)
+    kinds.append((rotation, seen))
   return kinds
 
 

@@ -37,7 +37,7 @@ def uniform_policy(vocab_size: int, max_len: int) -> Policy:
   return Policy(
     config,
     init=lambda key: {},
-    hidden=lambda params, tokens, mask, segment_ids=None: zero(tokens.shape),
+    hidden=lambda params, tokens, mask, segment_ids=None, fork=None: zero(tokens.shape),
     unembedding=lambda params: jnp.zeros((1, vocab_size), config.dtype),
     prefill=prefill,
     unstack=lambda params: params,
