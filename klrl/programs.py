@@ -152,17 +152,16 @@ def prompt_rows(algorithm: Algorithm, iteration: int, num_prompts: int, *, seed:
   return np.repeat(rows, algorithm.group_size)
 
 
-def prompt_width(mask: np.ndarray) -> int:
-  """Returns how many of the last columns of left-padded prompts to read, given their `mask` [N, P].
+def prompt_widths(widest: int) -> list[int]:
+  """Returns how many of the last columns of prompts [N, P], which are left-padded, a batch may read.
 
-  It is P, halved as often as the longest of the prompts then still fits, but not below 32: so the
-  work follows the prompts of a batch, not the longest one of the file, and few widths are compiled.
+  They are P, halved again and again but not below 32. A batch reads the fewest that hold its
+  prompts: so its work does not follow the longest prompt of the file, and few widths are compiled.
   """
-  width = mask.shape[1]
-  needed = width - int(np.argmax(mask.any(axis=0)))
-  while needed <= (half := -(-width // 2)) and half >= _FEWEST_COLUMNS:
-    width = half
-  return width
+  widths = [widest]
+  while (half := -(-widths[-1] // 2)) >= _FEWEST_COLUMNS:
+    widths.append(half)
+  return widths
 
 
 def _has_fixed_width(setup: Setup) -> bool:
@@ -183,16 +182,16 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
   programs = make_programs(setup, shardings, lift=lift, guard=guard)
   distinct, _ = parallel.distinct(frozen)
   rows_sharding = parallel.by_rows(mesh)
-  fixed = _has_fixed_width(setup)
-
-  @functools.cache
-  def columns(width):
-    own = task.training.tokens[:, -width:], task.training.mask[:, -width:]
-    return parallel.put(own, parallel.replicated(mesh))
+  tokens, mask = task.training.tokens, task.training.mask
+  widest = mask.shape[1]
+  columns = {
+    width: parallel.put((tokens[:, -width:], mask[:, -width:]), parallel.replicated(mesh))
+    for width in ([widest] if _has_fixed_width(setup) else prompt_widths(widest))
+  }
 
   def prompts_of(rows):
-    mask = task.training.mask
-    return columns(mask.shape[1] if fixed else prompt_width(mask[rows]))
+    longest = widest - np.argmax(mask[rows].any(axis=0))
+    return columns[min(width for width in columns if width >= longest)]
 
   def rows_of(iteration):
     num_prompts = len(task.training.tokens)

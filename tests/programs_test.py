@@ -4,7 +4,6 @@ import dataclasses
 import types
 
 import numpy as np
-import pytest
 from small_decoders import BAG, bag_params
 
 from experiments import grpo
@@ -13,13 +12,11 @@ from klrl.devices import parallel
 from klrl.tasks import arithmetic, data
 
 
-@pytest.mark.parametrize(
-  ("longest", "width"),
-  [(300, 300), (151, 300), (150, 150), (76, 150), (75, 75), (39, 75), (38, 38), (1, 38), (0, 300)],
-)
-def test_a_batch_reads_few_columns_more_than_its_longest_prompt_has(longest, width):
-  mask = np.arange(300) >= 300 - np.array([[longest], [longest // 2]])
-  assert programs.prompt_width(mask) == width
+def test_few_widths_are_compiled_and_each_is_about_half_the_one_before():
+  assert programs.prompt_widths(300) == [300, 150, 75, 38]
+  assert programs.prompt_widths(64) == [64, 32]
+  assert programs.prompt_widths(62) == [62]
+  assert programs.prompt_widths(1) == [1]
 
 
 def given(monkeypatch, policy=BAG, **settings):
