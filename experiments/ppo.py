@@ -25,6 +25,7 @@ became worse, while sampled ones became better.
 Departures from InstructGPT:
 1. Policy and value model share one Adam and one gradient norm.
 2. Advantages are whitened over the batch, as in Ziegler et al. (2019).
+3. The learning rate falls linearly where theirs is constant, for the same reason as above.
 """
 
 import dataclasses
