@@ -160,7 +160,9 @@ class RunConfig(LabConfig):
   save_every: int = setting(50, "iterations between checkpoints", minimum=1)
   keep: int = setting(2, "checkpoints that are kept", minimum=1)
   accept_changed_inputs: bool = ACCEPT_CHANGED_INPUTS
-  profile: bool = setting(False, "write a trace of a few iterations to WORKDIR/profile")
+  profile: bool = setting(
+    False, "write a trace of a few iterations to WORKDIR/profile, and show what took longest"
+  )
   tensorboard: bool = setting(False, "write event files to WORKDIR/tensorboard")
   wandb_project: str = setting(
     "", "project of Weights & Biases to log to; WANDB_MODE=offline writes to WORKDIR/wandb alone"

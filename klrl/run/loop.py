@@ -19,7 +19,7 @@ import jax
 
 from klrl.devices import parallel, processes
 from klrl.errors import UserError, troubles_told
-from klrl.run import checkpoint, metrics, progress, trackers
+from klrl.run import checkpoint, metrics, progress, trace, trackers
 from klrl.run.checkpoint import Checkpoints
 from klrl.run.evaluations import Evaluations, OfMembers
 
@@ -170,6 +170,7 @@ def iterate(
       last_profiled = min(start + _PROFILED_ITERATIONS, num_iterations - 1)
       if profile and start < iteration == last_profiled:
         jax.profiler.stop_trace()
+        trace.show(workdir / "profile", num_iterations=last_profiled - start)
       _check_finite(figures, iteration, checkpoints.latest(), workdir)
       metrics.append_line(workdir / "metrics.jsonl", {"iteration": iteration, **figures})
       metrics.append_line(
