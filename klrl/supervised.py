@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from klrl import evaluation
-from klrl.algorithm.gradients import gradients_of
+from klrl.algorithm.gradients import enough_parts, gradients_of
 from klrl.algorithm.optimizer import apply_gradients, init_optimizer, make_schedule
 from klrl.devices import parallel, processes
 from klrl.devices.unread import stored_as
@@ -75,7 +75,7 @@ def make_supervised_step(loss_fn, config):
       lambda params, part: loss_fn(join(frozen, params), part, **state.coefficients),
       state.params,
       batch,
-      num_parts=config.accumulation,
+      num_parts=enough_parts(batch, config.accumulation),
     )
     params, opt_state, norm = apply_gradients(
       state.params,

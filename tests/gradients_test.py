@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from klrl import ops
-from klrl.algorithm.gradients import gradients_of, scalar
+from klrl.algorithm.gradients import TOKENS_PER_PART, enough_parts, gradients_of, scalar
 from klrl.cost import hlo
 from klrl.devices import parallel
 
@@ -47,6 +47,31 @@ def test_parts_add_up_to_the_whole(aggregation):
     for name in ("loss", "other"):
       np.testing.assert_allclose(ops.divide(*sums[name]), ops.divide(*metrics[name]), rtol=1e-5)
     assert float(sums["seen"][0]) == num_parts
+
+
+@pytest.mark.parametrize(
+  ("rows_of_parts", "num_parts", "group_size", "expected"),
+  [
+    (4.9, 1, 1, 4),
+    (4.9, 1, 16, 4),
+    (4.9, 1, 32, 2),
+    (4.9, 1, 64, 1),
+    (4.9, 2, 1, 4),
+    (0.9, 1, 1, 1),
+    (0.9, 8, 1, 8),
+  ],
+)
+def test_a_cpu_takes_parts_that_have_enough_tokens_and_whole_groups(
+  rows_of_parts, num_parts, group_size, expected, monkeypatch
+):
+  tokens = jax.ShapeDtypeStruct((64, int(rows_of_parts * TOKENS_PER_PART) // 64), jnp.int32)
+  batch = {"scores": jax.ShapeDtypeStruct((64,), jnp.float32), "tokens": tokens}
+  assert enough_parts(batch, num_parts, group_size=group_size) == expected
+  mesh = parallel.make_mesh("data=2")
+  on_mesh = parallel.on_mesh(mesh, enough_parts)
+  assert on_mesh(batch, num_parts) == max(num_parts, 2 if rows_of_parts > 2 else 1)
+  monkeypatch.setattr(parallel, "compiles_for_cpu", lambda: False)
+  assert enough_parts(batch, num_parts, group_size=group_size) == num_parts
 
 
 def test_devices_share_the_rows_of_a_part_that_they_do_not_divide():

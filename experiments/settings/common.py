@@ -115,7 +115,10 @@ class RunConfig(LabConfig):
   num_iterations: int = setting(100, "iterations", minimum=1)
   batch_size: int = setting(256, "rows per iteration", minimum=1)
   accumulation: int = setting(
-    1, "parts a gradient is computed in, one after the other: less memory, same result", minimum=1
+    1,
+    "parts a gradient is computed in, one after the other: less memory, same result; a CPU takes "
+    "more of them where they are faster",
+    minimum=1,
   )
   max_grad_norm: float = setting(1.0, "largest global gradient norm", minimum=0.0)
   learning_rate: float = setting(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from klrl import ops
 from klrl.algorithm import completions, diagnostics, kl_terms
-from klrl.algorithm.gradients import gradients_of
+from klrl.algorithm.gradients import enough_parts, gradients_of
 from klrl.algorithm.optimizer import apply_gradients
 from klrl.algorithm.spec import Algorithm, Hypers
 from klrl.algorithm.terms import Experience, Terms, Texts
@@ -162,21 +162,21 @@ def _cross_entropy(policy, params, texts: Texts):
   return ops.token_mean(-log_probs, mask[:, 1:])
 
 
-def minibatch_rows(algorithm: Algorithm, batch_size: int, key) -> jax.Array:
+def minibatch_rows(algorithm: Algorithm, batch_size: int, num_parts: int, key) -> jax.Array:
   """Returns [num_epochs * num_minibatches, rows] int, the rows of each minibatch, in turn.
 
   Every epoch has a random order of its own, with each row once. The rows of a group stay together,
-  as many of them as divide a part of a minibatch (`gradients.gradients_of`), so that their prompt
-  is computed once.
+  as many of them as divide one of the `num_parts` parts of a minibatch (`gradients.gradients_of`),
+  so that their prompt is computed once.
   """
-  parts = algorithm.accumulation
-  rows_per_part = batch_size // (algorithm.num_minibatches * parts)
+  rows_per_part = batch_size // (algorithm.num_minibatches * num_parts)
   together = math.gcd(algorithm.group_size, rows_per_part)
   keys = jax.random.split(key, algorithm.num_epochs)
   orders = jax.vmap(lambda key: jax.random.permutation(key, batch_size // together))(keys)
   rows = orders[..., None] * together + jnp.arange(together)[None, None]
-  # A part has every `parts`-th row.
-  return rows.reshape(-1, parts, rows_per_part).swapaxes(1, 2).reshape(-1, parts * rows_per_part)
+  # A part has every `num_parts`-th row.
+  parts = rows.reshape(-1, num_parts, rows_per_part).swapaxes(1, 2)
+  return parts.reshape(-1, num_parts * rows_per_part)
 
 
 def inner_epochs(
@@ -191,7 +191,11 @@ def inner_epochs(
   hypers = context.hypers
   learning_rate = hypers.learning_rate * algorithm.learning_rate_factor(context.iteration)
   batch_size = batch.scores.shape[0]
-  minibatches = minibatch_rows(algorithm, batch_size, key)
+  minibatch = jax.eval_shape(
+    lambda batch: jax.tree.map(lambda x: x[: batch_size // algorithm.num_minibatches], batch), batch
+  )
+  num_parts = enough_parts(minibatch, algorithm.accumulation, group_size=algorithm.group_size)
+  minibatches = minibatch_rows(algorithm, batch_size, num_parts, key)
 
   def step(carry, rows):
     params, opt_state = carry
@@ -200,7 +204,7 @@ def inner_epochs(
       lambda params, part: loss_fn(params, part, context),
       params,
       minibatch,
-      num_parts=algorithm.accumulation,
+      num_parts=num_parts,
     )
     stop = ops.divide(*metrics.pop("kl/old_k3")) > hypers.max_kl_old
     new_params, new_opt_state, norm = apply_gradients(

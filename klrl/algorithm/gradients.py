@@ -6,6 +6,7 @@ alone. So the parts of a batch add up to the gradient of the whole, however unev
 tokens are; a mean of the means of parts would be another gradient.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -27,6 +28,28 @@ def scalar(loss_fn: Callable) -> Callable:
 
 def _weighted_sum(weights, metrics):
   return sum(weight * divide(*metrics[name]) for name, weight in weights.items())
+
+
+# On a CPU a gradient of 6144 tokens in 4 parts took a fifth less time than in one, and a quarter of
+# its memory: the activations of a part stay in caches, and few pages are new. With 768 tokens to a
+# part it took as long, with 384 longer.
+TOKENS_PER_PART = 1536
+
+
+def enough_parts(batch, num_parts: int, *, group_size: int = 1) -> int:
+  """Returns the number of parts in which a gradient is best computed, a multiple of `num_parts`.
+
+  On an accelerator it is `num_parts`. On a CPU the parts have `TOKENS_PER_PART` tokens at least
+  where `batch`, arrays with one row per example, allows for more of them. Each device keeps what it
+  has of a group, `group_size` neighbouring rows, in one part.
+  """
+  widths = [x.shape[:2] for x in jax.tree.leaves(batch) if x.ndim == 2]
+  num_rows, row_len = widths[0][0], max(width for _, width in widths)
+  on_device = parallel.rows_per_device(num_rows)
+  together = math.gcd(group_size, num_rows // num_parts)
+  most = on_device * row_len // TOKENS_PER_PART if parallel.compiles_for_cpu() else 1
+  numbers = range(num_parts, most + 1, num_parts)
+  return max((n for n in numbers if on_device % (n * together) == 0), default=num_parts)
 
 
 def gradients_of(loss_fn: Callable, params, batch, *, num_parts: int = 1):

@@ -106,7 +106,7 @@ class Algorithm:
   num_minibatches: int = 1
   """Gradient steps in each pass."""
   accumulation: int = 1
-  """Parts in which a gradient is computed, one after the other."""
+  """Parts in which a gradient is computed at least, one after the other; see `enough_parts`."""
   learning_rate_factor: Callable[[jax.Array], jax.Array] = lambda iteration: jnp.float32(1.0)
   """Returns the share of the peak learning rate at an iteration."""
 

@@ -303,6 +303,12 @@ def rows_per_device(num_rows: int) -> int:
   return 1 if rest else rows
 
 
+def compiles_for_cpu() -> bool:
+  """Returns whether what is traced is for a CPU: that of the mesh in scope, or of the default."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (device.platform if device else jax.default_backend()) == "cpu"
+
+
 def _axes_of_rows() -> tuple[str, ...]:
   """Returns the axes of the mesh in scope over which rows are split, if they have devices."""
   mesh = jax.sharding.get_abstract_mesh()
