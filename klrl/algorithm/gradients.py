@@ -39,16 +39,17 @@ TOKENS_PER_PART = 1536
 def enough_parts(batch, num_parts: int, *, group_size: int = 1) -> int:
   """Returns the number of parts in which a gradient is best computed, a multiple of `num_parts`.
 
-  On an accelerator it is `num_parts`. On a CPU the parts have `TOKENS_PER_PART` tokens at least
-  where `batch`, arrays with one row per example, allows for more of them. Each device keeps what it
-  has of a group, `group_size` neighbouring rows, in one part.
+  On an accelerator it is `num_parts`. On a CPU there are more of them where they still have
+  `TOKENS_PER_PART` tokens each, by the arrays [rows, tokens] of `batch`, whose rows are examples.
+  Each device keeps what it has of a group, `group_size` neighbouring rows, in one part.
   """
-  widths = [x.shape[:2] for x in jax.tree.leaves(batch) if x.ndim == 2]
-  num_rows, row_len = widths[0][0], max(width for _, width in widths)
+  shapes = [x.shape for x in jax.tree.leaves(batch) if jnp.ndim(x) == 2]
+  if not shapes or not parallel.compiles_for_cpu():
+    return num_parts
+  num_rows, row_len = shapes[0][0], max(shape[1] for shape in shapes)
   on_device = parallel.rows_per_device(num_rows)
   together = math.gcd(group_size, num_rows // num_parts)
-  most = on_device * row_len // TOKENS_PER_PART if parallel.compiles_for_cpu() else 1
-  numbers = range(num_parts, most + 1, num_parts)
+  numbers = range(num_parts, on_device * row_len // TOKENS_PER_PART + 1, num_parts)
   return max((n for n in numbers if on_device % (n * together) == 0), default=num_parts)
 
 
