@@ -153,7 +153,7 @@ def prompt_rows(algorithm: Algorithm, iteration: int, num_prompts: int, *, seed:
 
 
 def prompt_widths(widest: int) -> list[int]:
-  """Returns how many of the last columns of prompts [N, P], which are left-padded, a batch may read.
+  """Returns how many of the last columns of left-padded prompts [N, P] a batch may read.
 
   They are P, halved again and again but not below 32. A batch reads the fewest that hold its
   prompts: so its work does not follow the longest prompt of the file, and few widths are compiled.

@@ -387,7 +387,7 @@ def traced_once(make_decoder, config):
     shapes, value = jax.eval_shape(made.init, key), jax.random.uniform(key)
     return jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), shapes)
 
-  return made._replace(init=init, hidden=jax.jit(made.hidden))
+  return made._replace(init=init, hidden=jax.jit(made.hidden, static_argnums=4))
 
 
 def make_fake_sample_fn(policy, *, max_completion_len, eos_id, pad_id, group_size):
