@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from klrl import ops
-from klrl.algorithm import completions, diagnostics
+from klrl.algorithm import completions, diagnostics, gradients
 from klrl.models import DecoderConfig, policy_model, scalar_model
 from klrl.run.metrics import finalise
 from klrl.sampling import Rollout
@@ -126,6 +126,37 @@ def test_padding_on_the_left_changes_nothing():
     if name != "all_values":
       where = mask if x.ndim == 2 else slice(None)
       np.testing.assert_allclose(padded[name][where], x[where], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_rows_in_parts_and_prompts_of_groups_are_computed_as_a_whole(group_size, monkeypatch):
+  rollout = make_rollout()
+  tokens, prompt_mask = np.array(rollout.tokens), np.array(rollout.prompt_mask)
+  tokens[1::2, :PROMPT_LEN], prompt_mask[1::2] = tokens[::2, :PROMPT_LEN], prompt_mask[::2]
+  rollout = rollout._replace(tokens=tokens, prompt_mask=prompt_mask)
+
+  def found(group_size):
+    def loss(params, scalar):
+      hidden = completions.completion_hidden(POLICY, params, rollout, group_size=group_size)
+      values = completions.values(SCALAR, scalar, rollout, group_size=group_size)
+      total = jnp.where(rollout.completion_mask, hidden.sum(axis=-1) + values, 0.0).sum()
+      return total, (hidden, values)
+
+    fn = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    lowered = jax.jit(fn).lower(policy_params(), scalar_params())
+    (_, values), gradient = lowered.compile()(policy_params(), scalar_params())
+    mask = rollout.completion_mask
+    return lowered.as_text(), jax.tree.map(lambda x: x[mask], values), gradient
+
+  whole = found(1)
+  monkeypatch.setattr(gradients, "TOKENS_PER_PART", 13)
+  parts = found(group_size)
+  assert parts[0].count("while") > whole[0].count("while")
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * (1 + np.abs(y).max())),
+    parts[1:],
+    whole[1:],
+  )
 
 
 def test_tokens_in_the_padding_change_nothing():

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from klrl import ops
+from klrl.algorithm.gradients import enough_parts
 from klrl.devices import parallel
 from klrl.models.attention import Fork
 from klrl.sampling import Rollout
@@ -31,19 +32,30 @@ def _predicting(fn, rollout: Rollout, group_size: int) -> jax.Array:
   num_rows, prompt_len = rollout.prompt_mask.shape
   shared = math.gcd(group_size, parallel.rows_per_device(num_rows))
   if shared == 1:
-    return fn(tokens, mask)[:, prompt_len - 1 : -1]
+    return _in_parts(fn, (tokens, mask))[:, prompt_len - 1 : -1]
   shape = num_rows // shared, shared, -1
 
   def forked(x):
     prompts, branches = x[:, :prompt_len].reshape(shape), x[:, prompt_len:].reshape(shape)
     return jnp.concatenate([prompts[:, 0], branches.reshape(shape[0], -1)], axis=1)
 
-  tokens, mask = parallel.split_rows((forked(tokens), forked(mask)))
-  x = fn(tokens, mask, fork=Fork(prompt_len, shared))
+  rows = parallel.split_rows((forked(tokens), forked(mask)))
+  x = _in_parts(functools.partial(fn, fork=Fork(prompt_len, shared)), rows)
   branches = x[:, prompt_len:].reshape(*shape, *x.shape[2:])
   last = x[:, None, None, prompt_len - 1]
   last = jnp.broadcast_to(last, (*shape[:2], 1, *x.shape[2:]))
   return jnp.concatenate([last, branches[:, :, :-1]], axis=2).reshape(num_rows, -1, *x.shape[2:])
+
+
+def _in_parts(fn, rows) -> jax.Array:
+  """Returns `fn(*rows)`, arrays with as many rows, computed in parts where these are faster."""
+  num_parts = enough_parts(rows, 1)
+  if num_parts == 1:
+    return fn(*rows)
+  # A part has every num_parts-th row, so that the rows of each device are spread over all parts.
+  parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), rows)
+  y = jax.lax.map(lambda part: fn(*parallel.split_rows(part)), parts).swapaxes(0, 1)
+  return y.reshape(-1, *y.shape[2:])
 
 
 def completion_tokens(rollout: Rollout) -> jax.Array:
