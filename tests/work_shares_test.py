@@ -18,7 +18,7 @@ import pytest
 from quick_compilation import QUICK
 from small_decoders import arithmetic_decoder
 
-from experiments import ppo, reward_model, sft
+from experiments import grpo, ppo, reward_model, sft
 from klrl import inputs, supervised
 from klrl.algorithm import terms
 from klrl.cost import dry_run, hlo
@@ -26,17 +26,23 @@ from klrl.devices import parallel
 from klrl.models import policy_model, scalar_model
 from klrl.tasks import arithmetic, data, rewards
 
-ALONE = ("data=8", "data=2,fsdp=4")
+ALONE = ("data=2,fsdp=4",)
+PLAIN_ON = ("data=1", "data=8", "fsdp=8", "data=2,fsdp=4")
 SWEPT = ("sweep=2,data=2,fsdp=2",)
 SUPERVISED_ON = ("data=2,fsdp=4",)  # More take a second each, and were found to be alike.
 JUDGE = ("judge_draw", "judge_evaluate")
 SUPERVISED = ("sft_step", "sft_held_out", "reward_model_step", "reward_model_held_out")
 DECODER = arithmetic_decoder(num_heads=2, mlp_dim=32, max_len=32)
-LOADERS = inputs.Loaders(
-  lambda path: (DECODER, policy_model(DECODER).init(jax.random.key(0))),
-  lambda path: (DECODER, scalar_model(DECODER).init(jax.random.key(0))),
-  lambda path: arithmetic.make_tokenizer(),
-)
+# Wide enough for eight devices to have a matrix each.
+WIDER = dataclasses.replace(DECODER, width=32, head_dim=16)
+
+
+def loaders_of(decoder):
+  return inputs.Loaders(
+    lambda path: (decoder, policy_model(decoder).init(jax.random.key(0))),
+    lambda path: (decoder, scalar_model(decoder).init(jax.random.key(0))),
+    lambda path: arithmetic.make_tokenizer(),
+  )
 
 
 class Everything(ppo.Config):
@@ -57,11 +63,38 @@ RUN = Everything(
   reference_update="ema",
   num_eval_rows=64,
 )
+# Nothing but what GRPO needs: the exact KL, which is measured now and then, is left out.
+PLAIN = grpo.Config(batch_size=64, group_size=4, num_minibatches=1, kl_every=0)
+
+
+def arithmetic_of_plain() -> dict[str, float]:
+  """Returns {program: operations of all devices} of `PLAIN`, two for each multiply-add.
+
+  A prompt is read once for all completions of its group, by the sampler and by the update, where a
+  completion attends to the prompt and itself. The update is a pass of the reference and one that is
+  trained, which counts thrice, and its logits are computed once more for their gradient.
+  """
+  prompt_len, horizon = 7, 4
+  num_groups, num_rows = PLAIN.batch_size // PLAIN.group_size, PLAIN.batch_size
+  width = WIDER.width
+  linear = 2 * WIDER.num_layers * (4 * width**2 + 3 * width * WIDER.mlp_dim)
+  attention = 4 * WIDER.num_layers * width  # of a query with one key
+  head = 2 * WIDER.vocab_size * width * num_rows * horizon
+  # The last token is drawn and not read.
+  read = num_groups * prompt_len + num_rows * (horizon - 1)
+  seen = num_groups * prompt_len**2 + num_rows * (horizon - 1) * (prompt_len + horizon - 1)
+  rollout = read * linear + seen * attention + head
+  tokens = num_groups * prompt_len + num_rows * horizon
+  seen = num_groups * prompt_len**2 + num_rows * horizon * (prompt_len + horizon)
+  update = (1 + 3) * (tokens * linear + seen * attention) + (1 + 4) * head
+  return {"rollout": rollout, "update": update}
 
 
 @functools.cache
 def models_and_task():
-  models = dry_run.shapes_of_models(RUN.sources(), LOADERS, policy="policy", reward_model="reward")
+  models = dry_run.shapes_of_models(
+    RUN.sources(), loaders_of(DECODER), policy="policy", reward_model="reward"
+  )
   texts = terms.Texts(np.zeros((4, 8), np.int32), np.ones((4, 8), bool))
   own = [rewards.Reward("own", 1.0, len)]  # Of the host, so that rollout and update are apart.
   return models, inputs.load_task(RUN.sources(), models)._replace(pretraining=texts, rewards=own)
@@ -74,6 +107,18 @@ def reports(spec):
   if "sweep" not in spec:
     return dry_run.of_run(config, models, task)
   return dry_run.of_members([config] * 2, models, task, mesh=spec, members_per_batch=1)
+
+
+def plain_flops(spec):
+  """Returns {program: operations of one device} of `PLAIN`."""
+  sources = PLAIN.sources()
+  models = dry_run.shapes_of_models(sources, loaders_of(WIDER), policy="policy", reward_model="")
+  _, task = models_and_task()
+  config = dataclasses.replace(PLAIN, mesh=spec)
+  task = task._replace(pretraining=None)
+  assert task.training.tokens.shape[1] == 7 and task.max_completion_len == 4
+  found = dry_run.of_run(config, models, task)
+  return {report["program"]: report["flops"] for report in found}
 
 
 def supervised_flops(spec, num_rows):
@@ -125,7 +170,10 @@ def main():
   }
   for spec in ("data=1", *SUPERVISED_ON):
     found[spec] |= supervised_flops(spec, 16)
-  json.dump(found, sys.stdout)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(dry_run, "_judge_reports", lambda setup: [])  # The judge is measured above.
+    plain = {spec: plain_flops(spec) for spec in PLAIN_ON}
+  json.dump({**found, "plain": plain}, sys.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +190,14 @@ def flops():
   )
   assert done.returncode == 0, done.stderr[-3000:]
   return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("program", ["rollout", "update"])
+@pytest.mark.parametrize("spec", PLAIN_ON)
+def test_a_device_computes_its_share_of_what_the_algorithm_needs(flops, spec, program):
+  num_devices = 1 if spec == "data=1" else 8
+  needed = arithmetic_of_plain()[program] / num_devices
+  assert 0.9 < flops["plain"][spec][program] / needed < 1.1
 
 
 def share(flops, spec, program):
