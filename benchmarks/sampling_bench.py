@@ -35,6 +35,7 @@ CONFIG = DecoderConfig(
 )
 PROMPT_LEN = 16
 NUM_TOKENS = 64
+ROOMS = (64, 256, 1024, 4096)  # tokens that a completion may have
 EOS_ID = CONFIG.vocab_size - 1
 
 
@@ -93,9 +94,9 @@ def main():
     return lambda: sample(params, prompts, mask, key, temperature=1.0)
 
   ending = ending_policy(policy, NUM_TOKENS)
-  longest = sampler(ending, 4096)().completion_mask.sum(axis=1).max()
+  longest = sampler(ending, ROOMS[-1])().completion_mask.sum(axis=1).max()
   print(f"{jax.devices()[0]}, batch {args.batch_size}, longest completion {longest}")
-  rooms = {f"room for {n}": sampler(ending, n) for n in (64, 256, 1024, 4096)}
+  rooms = {f"room for {n}": sampler(ending, n) for n in ROOMS}
   figures = report(f"1. {NUM_TOKENS} tokens in a larger room", rooms, args.repetitions)
   ends = {
     f"all rows end after {n}": sampler(ending_policy(policy, n), NUM_TOKENS) for n in (64, 32, 8)

@@ -41,7 +41,8 @@ def keep(where: str) -> None:
   if where == NONE or (where == AUTO and any(name in os.environ for name in OF_JAX)):
     return
   try:
-    folder = users_folder() if where == AUTO else pathlib.Path(where).absolute()
+    # The path is part of what JAX finds a program by, so one folder has to have one name.
+    folder = (users_folder() if where == AUTO else pathlib.Path(where)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
       raise PermissionError(folder)

@@ -1,0 +1,172 @@
+"""Every benchmark runs, at toy size, and `peers` makes its table of what contenders report."""
+
+import dataclasses
+import json
+import pathlib
+import runpy
+import sys
+
+import jax
+import pytest
+
+from benchmarks import (
+  kl_bench,
+  loading_bench,
+  oracle_bench,
+  peers,
+  sampling_bench,
+  scaling,
+  sweep_bench,
+)
+from benchmarks.contenders import workload
+from klrl import programs
+from klrl.devices import parallel
+from klrl.run import loop
+
+FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+def run(monkeypatch, main, *flags):
+  monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
+  main()
+
+
+def test_the_exact_kl_is_measured(monkeypatch, capsys):
+  small = ("--rows=8", "--vocab_size=16", "--width=4", "--ref_width=4", "--repetitions=1")
+  monkeypatch.setattr(kl_bench, "QUESTIONS", dict(list(kl_bench.QUESTIONS.items())[:1]))
+  run(monkeypatch, kl_bench.main, *small)
+  assert "custom VJP" in capsys.readouterr().out
+
+
+def test_trees_are_enumerated(monkeypatch, capsys):
+  monkeypatch.setattr(oracle_bench, "TREES", ((2, 2, None),))
+  run(monkeypatch, oracle_bench.main)
+  assert "4 completions" in capsys.readouterr().out
+
+
+def test_a_point_is_compiled_and_timed():
+  found = scaling.point("num_prompts", 2, workload.SIZES["toy"], 1)
+  assert set(found) == {"seconds", "MiB", "GFLOP"} and min(found.values()) > 0
+
+
+def test_slopes_are_told_and_drawn(monkeypatch, capsys, tmp_path):
+  def point(axis, value, *_):
+    return {"seconds": value**2.0, "MiB": 3.0 * value, "GFLOP": 2.0 * value}
+
+  monkeypatch.setattr(scaling, "point", point)
+  run(monkeypatch, scaling.main, f"--picture={tmp_path / 'slopes.png'}")
+  printed = capsys.readouterr().out.splitlines()
+  line = next(line for line in printed if line.startswith("slope by tokens of a completion"))
+  assert "'seconds': 2.0, 'MiB': 1.0, 'GFLOP': 1.0" in line
+  assert line.endswith("steeper than its work: seconds")
+  assert not printed[-1].endswith("seconds")  # of devices, which share a CPU
+  assert (tmp_path / "slopes.png").stat().st_size > 1000
+
+
+def test_a_slope_is_that_of_the_larger_half():
+  assert scaling.slope((1, 2, 4, 8), (9, 4, 16, 64)) == pytest.approx(2)
+
+
+def report(seconds, *, others=0.0):
+  row = {"seconds": seconds, "generate": seconds / 4, "others": others}
+  rows = [row, row | {"seconds": 3 * seconds, "others": 1.0}]
+  return {"first": row | {"seconds": 9.0}, "timed": rows, "peak_mib": 100, "extra_mib": 10}
+
+
+def test_the_ratio_is_to_the_peer_that_was_fastest_in_the_same_round():
+  found = {
+    "klrl": [report(1.0), report(1.0), report(2.0)],
+    "TRL": [report(2.0), report(8.0), report(8.0)],
+    "Tunix": [report(4.0), report(4.0), report(16.0)],
+  }
+  figures = peers.figures_of("grpo", "toy", found)
+  assert figures["klrl"]["of the fastest"] == [0.25, 0.25, 0.5]
+  assert figures["TRL"]["seconds"] == [8.0, 2.0, 8.0]  # Disturbed iterations do not count.
+  assert figures["klrl"]["quiet iterations"] == 0.5
+  assert "of the fastest" not in figures["TRL"]
+  assert all(None not in row.values() for row in figures.values())
+
+
+def test_only_peers_whose_python_is_named_take_part():
+  ours = peers.commands("ppo", {"": "python"})
+  assert list(ours) == ["klrl"]
+  everyone = {"": "a", "torch": "b", "trl": "c", "trl_ppo": "d", "tunix": "e"}
+  assert list(peers.commands("grpo", everyone)) == ["klrl", "torch loop", "TRL", "Tunix"]
+  assert peers.commands("ppo", everyone)["TRL"][0] == "d"
+  for work, _ in peers.WORKS:
+    assert all(pathlib.Path(x[1]).exists() for x in peers.commands(work, everyone).values())
+
+
+def contend(monkeypatch, capsys, script, algorithm, folder):
+  """Returns what a contender reports that runs in this process."""
+  flags = ["--size=toy", f"--algorithm={algorithm}", "--warm=1", "--timed=1", f"--folder={folder}"]
+  monkeypatch.setattr(sys, "argv", [script, *flags])
+  monkeypatch.syspath_prepend(str(FOLDER / "contenders"))
+  # Its clocks go when the test ends.
+  monkeypatch.setattr(programs, "make_programs", programs.make_programs)
+  monkeypatch.setattr(loop, "iterate", loop.iterate)
+  monkeypatch.setattr("klrl.devices.compilation.keep", lambda where: None)
+  runpy.run_path(str(FOLDER / "contenders" / script))
+  return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_klrl_contends_by_its_own_program(monkeypatch, capsys, tmp_path):
+  found = contend(monkeypatch, capsys, "klrl_run.py", "grpo", tmp_path)
+  (row,) = found["timed"]
+  assert 0 < row["generate"] + row["update"] < row["seconds"] < found["first"]["seconds"]
+  assert found["peak_mib"] > 0 and set(found["versions"]) == {"klrl", "jax"}
+
+
+def test_klrl_contends_with_log_probs(monkeypatch, capsys, tmp_path):
+  found = contend(monkeypatch, capsys, "jax_log_probs.py", "log_probs_gradient", tmp_path)
+  assert len(found["timed"]) == 1 and "klrl" in found["versions"]
+
+
+def test_the_plain_loop_contends(monkeypatch, capsys, tmp_path):
+  pytest.importorskip("torch")
+  found = contend(monkeypatch, capsys, "torch_loop.py", "grpo", tmp_path)
+  assert found["timed"][0]["update"] > 0
+
+
+def test_the_work_is_what_a_pass_over_each_row_takes():
+  size = workload.SIZES["small"]
+  assert size.num_parameters == 5_248_256
+  assert workload.SIZES["large"].num_parameters == 36_847_104
+  # Of a linear map 2 for each weight and token: drawn, scored, and trained three times.
+  linear = 2 * (size.num_body * (95 + 4 * 96) + size.vocab_size * size.width * 5 * 64) * 64
+  assert workload.flops(size, "grpo") == pytest.approx(linear, rel=0.05)
+  assert workload.flops(size, "ppo") - workload.flops(size, "grpo") == pytest.approx(
+    4 * 2 * size.num_body * 96 * 64, rel=0.05
+  )
+
+
+def test_a_model_is_loaded_and_saved(tmp_path):
+  config = dataclasses.replace(
+    loading_bench.shape(1, 40), width=32, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=32
+  )
+  loading_bench.write_model(tmp_path, config)
+  found = loading_bench.measure(tmp_path, "float32")
+  assert found["peak_gb"] > 0 and (tmp_path / "saved" / "model.safetensors").exists()
+
+
+def test_drawing_is_measured(monkeypatch, capsys):
+  config = dataclasses.replace(sampling_bench.CONFIG, num_layers=1)
+  monkeypatch.setattr(sampling_bench, "CONFIG", config)
+  monkeypatch.setattr(sampling_bench, "ROOMS", (sampling_bench.NUM_TOKENS,))
+  # Most of its time is compilation of rooms that are alike.
+  monkeypatch.setattr(sampling_bench, "measure", lambda calls, _: {name: [1.0] for name in calls})
+  run(monkeypatch, sampling_bench.main, "--batch_size=2")
+  printed = capsys.readouterr().out
+  assert f"longest completion {sampling_bench.NUM_TOKENS}" in printed and "3. drawing" in printed
+
+
+def test_a_sweep_is_compared_with_a_run(monkeypatch, capsys):
+  """What it starts are the experiments' own programs, which are tested as such."""
+  monkeypatch.setattr(sweep_bench, "run", lambda *arguments: (1.0, ""))
+  monkeypatch.setattr(parallel, "use_every_core", lambda: None)  # Tests have their devices.
+  cache = jax.config.jax_enable_compilation_cache
+  try:
+    run(monkeypatch, sweep_bench.main, "--parts=2", "--repetitions=1")
+  finally:
+    jax.config.update("jax_enable_compilation_cache", cache)
+  assert "ratio, in pairs: 1.000" in capsys.readouterr().out
