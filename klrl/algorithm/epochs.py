@@ -107,8 +107,9 @@ def _terms(
   reference = batch.ref_hidden, context.ref_unembedding
   exact_kl = None
   if needs_exact_kl(algorithm) and algorithm.divergence is kl_terms.reverse_kl:
+    assert batch.ref_hidden is not None and context.ref_unembedding is not None
     log_probs, entropy, exact_kl = ops.log_probs_entropy_and_exact_kl_from_hidden(
-      *read, *reference, temperature=hypers.temperature
+      *read, batch.ref_hidden, context.ref_unembedding, temperature=hypers.temperature
     )
   else:
     log_probs, entropy = ops.token_log_probs_and_entropy_from_hidden(
