@@ -145,47 +145,6 @@ class HiddenTest(chex.TestCase):
     chunked = outputs(lambda *args: _chunked(*args, chunk_size))
     chex.assert_trees_all_close(chunked, outputs(_dense), rtol=1e-5, atol=1e-5)
 
-  @parameterized.parameters(1, 3, None)
-  def test_tiles_of_a_large_vocabulary_give_the_dense_value_and_gradient(self, chunk_size):
-    vocab_size = (
-      3 * 512
-    )  # With one row of logits at a time, 4 chunks of rows and 3 blocks of these.
-    weights = [jnp.sin(i + jnp.arange(B * T)).reshape(B, T) for i in range(3)]
-
-    def dense(hidden, table, ref_hidden, ref_table, temperature):
-      logits, coefficients = hidden @ table, {"temperature": temperature}
-      return (
-        ops.token_log_probs(logits, tokens, **coefficients),
-        ops.entropy(logits, **coefficients),
-        ops.exact_kl(logits, ref_hidden @ ref_table, **coefficients),
-      )
-
-    def tiled(hidden, table, ref_hidden, ref_table, temperature):
-      return ops.log_probs_entropy_and_exact_kl_from_hidden(
-        hidden,
-        table,
-        tokens,
-        ref_hidden,
-        ref_table,
-        temperature=temperature,
-        chunk_size=chunk_size,
-      )
-
-    def outputs(fn):
-      def total(*args):
-        found = fn(*args)
-        return sum(jnp.sum(w * x) for w, x in zip(weights, found, strict=True)), found
-
-      return jax.jit(jax.value_and_grad(total, argnums=range(5), has_aux=True))(*arguments)
-
-    with jax.enable_x64(True):
-      (hidden, _, _), (ref_hidden, _, _) = _inputs(jnp.float64), _inputs(jnp.float64, seed=1)
-      keys = jax.random.split(jax.random.key(3), 3)
-      tables = [jax.random.normal(key, (hidden.shape[-1], vocab_size)) for key in keys[:2]]
-      tokens = jax.random.randint(keys[2], (B, T), 0, vocab_size)
-      arguments = (hidden, tables[0], ref_hidden, tables[1], jnp.float64(0.7))
-      chex.assert_trees_all_close(outputs(tiled), outputs(dense), rtol=1e-9, atol=1e-9)
-
   def test_without_entropy_the_log_probs_and_their_gradient_are_the_same(self):
     hidden, unembedding, tokens = _inputs()
 

@@ -103,22 +103,15 @@ def _terms(
   groups = {"group_size": algorithm.group_size}
   hidden = completions.completion_hidden(policy, params["policy"], rollout, **groups)
   unembedding = policy.unembedding(params["policy"])
-  read = hidden, unembedding, completions.completion_tokens(rollout)
-  reference = batch.ref_hidden, context.ref_unembedding
-  exact_kl = None
-  if needs_exact_kl(algorithm) and algorithm.divergence is kl_terms.reverse_kl:
-    assert batch.ref_hidden is not None and context.ref_unembedding is not None
-    log_probs, entropy, exact_kl = ops.log_probs_entropy_and_exact_kl_from_hidden(
-      *read, batch.ref_hidden, context.ref_unembedding, temperature=hypers.temperature
-    )
-  else:
-    log_probs, entropy = ops.token_log_probs_and_entropy_from_hidden(
-      *read, temperature=hypers.temperature
-    )
-    if needs_exact_kl(algorithm):
-      exact_kl = algorithm.divergence((hidden, unembedding), reference, hypers)
+  log_probs, entropy = ops.token_log_probs_and_entropy_from_hidden(
+    hidden, unembedding, completions.completion_tokens(rollout), temperature=hypers.temperature
+  )
   # Padding gets ratio 1 before anything exponentiates it.
   log_probs = jnp.where(mask, log_probs, rollout.old_log_probs)
+  exact_kl = None
+  if needs_exact_kl(algorithm):
+    reference = batch.ref_hidden, context.ref_unembedding
+    exact_kl = algorithm.divergence((hidden, unembedding), reference, hypers)
   kl = kl_terms.TokenTerms(log_probs, rollout.old_log_probs, batch.ref_log_probs, mask, exact_kl)
   if _refreshes(algorithm):
     batch = _refreshed(algorithm, batch, context, kl)

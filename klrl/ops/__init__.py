@@ -7,7 +7,6 @@ Divergences of a policy from another, per token (`klrl.ops.kl`):
     weighted_estimate       an estimate times an importance weight
     exact_kl, exact_jsd     sums over the vocabulary
     exact_kl_from_hidden, exact_jsd_from_hidden   the same without holding the logits
-    log_probs_entropy_and_exact_kl_from_hidden    the exact KL with what else a loss reads
 
 Log-probs and entropies (`klrl.ops.log_probs`):
 
@@ -98,9 +97,6 @@ from klrl.ops.kl import k2 as k2
 from klrl.ops.kl import k3 as k3
 from klrl.ops.kl import kl_new_old as kl_new_old
 from klrl.ops.kl import kl_old_new as kl_old_new
-from klrl.ops.kl import (
-  log_probs_entropy_and_exact_kl_from_hidden as log_probs_entropy_and_exact_kl_from_hidden,
-)
 from klrl.ops.kl import weighted_estimate as weighted_estimate
 from klrl.ops.log_probs import CappedUnembedding as CappedUnembedding
 from klrl.ops.log_probs import Unembedding as Unembedding

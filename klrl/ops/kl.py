@@ -26,10 +26,10 @@ from klrl.ops.importance import weighted
 from klrl.ops.log_probs import (
   Unembedding,
   chunk_rows,
-  from_hidden,
   matmul,
   num_chunks_of,
   soft_cap,
+  soft_cap_slope,
   table_and_cap,
   unchunk_rows,
   vocab_log_probs,
@@ -297,34 +297,15 @@ def exact_kl_from_hidden(
   Raises:
     ValueError: `chunk_size` is not positive.
   """
-  policy, reference = (hidden, unembedding), (ref_hidden, ref_unembedding)
-  return from_hidden(("kl",), policy, reference, None, temperature, chunk_size)["kl"]
+  (table, cap), (ref_table, ref_cap) = map(table_and_cap, (unembedding, ref_unembedding))
+  arrays = (hidden, table, ref_hidden, ref_table)
+  accumulated = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+  temperature = jnp.asarray(temperature, accumulated)
 
+  def kl(rows, ref_rows):
+    return _chunked((cap, ref_cap), rows, table, ref_rows, ref_table, temperature)
 
-def log_probs_entropy_and_exact_kl_from_hidden(
-  hidden: jax.Array,
-  unembedding: Unembedding,
-  tokens: jax.Array,
-  ref_hidden: jax.Array,
-  ref_unembedding: Unembedding,
-  *,
-  temperature: jax.Array | float = 1.0,
-  chunk_size: int | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns (`token_log_probs`, `entropy`, `exact_kl`), which share the logits of the policy.
-
-  All are [..., T], in nats per token; arguments and errors are those of
-  `token_log_probs_from_hidden` and `exact_kl_from_hidden`.
-
-  >>> hidden, ref_hidden = jnp.log(jnp.array([[[0.5, 0.5]], [[0.25, 0.75]]]))
-  >>> models = hidden, jnp.eye(2), jnp.array([0]), ref_hidden, jnp.eye(2)
-  >>> print(*ops.log_probs_entropy_and_exact_kl_from_hidden(*models))
-  [-0.693] [0.693] [0.144]
-  """
-  names = ("log_probs", "entropy", "kl")
-  policy, reference = (hidden, unembedding), (ref_hidden, ref_unembedding)
-  found = from_hidden(names, policy, reference, tokens, temperature, chunk_size)
-  return found["log_probs"], found["entropy"], found["kl"]
+  return _by_chunks(kl, *arrays, chunk_size)
 
 
 def exact_jsd_from_hidden(
@@ -375,3 +356,67 @@ def _by_chunks(divergence, hidden, unembedding, ref_hidden, ref_unembedding, chu
     chunk_rows(x.reshape(num_rows, x.shape[-1]), num_chunks) for x in (hidden, ref_hidden)
   )
   return unchunk_rows(divergence(rows, ref_rows), num_rows).reshape(shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(caps, hidden, unembedding, ref_hidden, ref_unembedding, temperature):
+  """Returns the KL [K, C] of rows `hidden` [K, C, D] and `ref_hidden` [K, C, D_ref]."""
+  return _chunked_fwd(caps, hidden, unembedding, ref_hidden, ref_unembedding, temperature)[0]
+
+
+def _chunked_fwd(caps, hidden, unembedding, ref_hidden, ref_unembedding, temperature):
+  def chunk(rows):
+    scaled = soft_cap(matmul(rows[0], unembedding), caps[0]) / temperature
+    ref_scaled = soft_cap(matmul(rows[1], ref_unembedding), caps[1]) / temperature
+    lse, ref_lse = (jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in (scaled, ref_scaled))
+    log_probs = scaled - lse
+    kl = (jnp.exp(log_probs) * (log_probs - (ref_scaled - ref_lse))).sum(axis=-1, keepdims=True)
+    return kl, lse, ref_lse
+
+  kl, lse, ref_lse = jax.lax.map(chunk, (hidden, ref_hidden))
+  inputs = (hidden, unembedding, ref_hidden, ref_unembedding, temperature)
+  return kl[..., 0], (*inputs, kl, lse, ref_lse)
+
+
+def _chunked_bwd(caps, residuals, cotangents):
+  hidden, unembedding, ref_hidden, ref_unembedding, temperature, kl, lse, ref_lse = residuals
+
+  def chunk(sums, rows):
+    hidden, ref_hidden, kl, lse, ref_lse, cotangents = rows
+    logits = soft_cap(matmul(hidden, unembedding), caps[0])
+    ref_logits = soft_cap(matmul(ref_hidden, ref_unembedding), caps[1])
+    scaled, ref_scaled = logits / temperature, ref_logits / temperature
+    log_probs, ref_log_probs = scaled - lse, ref_scaled - ref_lse
+    probs = jnp.exp(log_probs)
+    d_scaled = cotangents[:, None] * probs * (log_probs - ref_log_probs - kl)
+    d_ref_scaled = cotangents[:, None] * (jnp.exp(ref_log_probs) - probs)
+    d_logits = d_scaled / temperature * soft_cap_slope(logits, caps[0])
+    d_ref_logits = d_ref_scaled / temperature * soft_cap_slope(ref_logits, caps[1])
+    d_hidden, d_unembedding = _matmul_vjp(d_logits, hidden, unembedding)
+    d_ref_hidden, d_ref_unembedding = _matmul_vjp(d_ref_logits, ref_hidden, ref_unembedding)
+    d_temperature = -(d_scaled * scaled + d_ref_scaled * ref_scaled).sum() / temperature
+    # Each gradient is a sum of its own, so that the compiler can leave out of the loop those that
+    # nobody asks for, products included.
+    sums = jax.tree.map(jnp.add, sums, (d_unembedding, d_ref_unembedding, d_temperature))
+    return sums, (d_hidden, d_ref_hidden)
+
+  zeros = (
+    jnp.zeros(unembedding.shape, lse.dtype),
+    jnp.zeros(ref_unembedding.shape, ref_lse.dtype),
+    jnp.zeros_like(temperature),
+  )
+  sums, (d_hidden, d_ref_hidden) = jax.lax.scan(
+    chunk, zeros, (hidden, ref_hidden, kl, lse, ref_lse, cotangents)
+  )
+  d_unembedding = sums[0].astype(unembedding.dtype)
+  d_ref_unembedding = sums[1].astype(ref_unembedding.dtype)
+  return d_hidden, d_unembedding, d_ref_hidden, d_ref_unembedding, sums[2]
+
+
+def _matmul_vjp(d_logits, hidden, unembedding):
+  """Returns the gradients of `hidden`, in its dtype, and `unembedding`, in at least float32."""
+  d_logits = d_logits.astype(jnp.result_type(hidden, unembedding))
+  return matmul(d_logits, unembedding.T).astype(hidden.dtype), matmul(hidden.T, d_logits)
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)
