@@ -393,7 +393,8 @@ def test_a_real_decoder_says_the_same_of_prefixes_as_of_completions():
   (_, expected), truth = jax.jit(jax.value_and_grad(from_completions, has_aux=True))(params)
   np.testing.assert_allclose(found, expected, atol=1e-5)
   for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(truth), strict=True):
-    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+    # Sums over thousands of rows, of up to 32 in size, in another order.
+    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3)
   log_probs = found.sum(axis=1)
   np.testing.assert_allclose(np.exp(log_probs).sum(), 1.0, atol=1e-5)
   assert log_probs.max() - log_probs.min() > 1  # far from uniform
