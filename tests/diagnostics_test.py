@@ -42,6 +42,7 @@ def make_rollout(num_rows, seed=1):
   rng = np.random.default_rng(seed)
   mask = np.arange(MAX_LEN) < rng.integers(1, MAX_LEN + 1, (num_rows, 1))
   tokens, finished = rng.integers(1, 7, (num_rows, 2 + MAX_LEN)), rng.random(num_rows) < 0.5
+  tokens[:, :2] = tokens[::6, :2].repeat(6, axis=0)  # A group has one prompt.
   rollout = Rollout(*map(jnp.asarray, (tokens, np.ones((num_rows, 2), bool), mask, finished, 0, 0)))
   old = jnp.where(mask, log_probs(BAG, PARAMS, rollout, temperature=1.0), 0.0)
   return rollout._replace(old_log_probs=old, sampler_log_probs=old)
@@ -160,7 +161,8 @@ def test_a_run_says_when_a_bound_of_beta_holds(settings, beta, held):
     settings = SETTINGS["oversampled"] | settings
   config = make_config(**settings)
   num_rows = BATCH * config.algorithm().oversampling
-  state, figures = update(config, make_rollout(num_rows), scores_of(num_rows))
+  rollout = make_rollout(num_rows, seed=33)  # Its k1 is above 0, which is no matter of course.
+  state, figures = update(config, rollout, scores_of(num_rows))
   assert figures["controller/at_bound"] == held
   if beta is not None:
     assert state.controller.beta == pytest.approx(beta)
