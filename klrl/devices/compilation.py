@@ -4,6 +4,7 @@ JAX finds a program by the whole of it, its flags, its versions and the machine'
 program that has changed in any way is compiled anew, and no figure depends on the folder.
 """
 
+import contextlib
 import os
 import pathlib
 import time
@@ -60,5 +61,6 @@ def keep(where: str) -> None:
 
 def _remove_old(folder: pathlib.Path) -> None:
   for path in folder.glob("*-cache"):
-    if path.stat().st_mtime < time.time() - _DAYS_KEPT * 24 * 3600:
-      path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # Another start may have removed it.
+      if path.stat().st_mtime < time.time() - _DAYS_KEPT * 24 * 3600:
+        path.unlink()
