@@ -73,6 +73,7 @@ class Config(
 
   def __post_init__(self):
     super().__post_init__()
+    self.check_scores()
     if self.prompts and not self.policy:
       raise UserError("--prompts of yours need models of yours: --policy=DIR,DIR.")
     if self.held_out and not self.prompts:
@@ -164,6 +165,8 @@ def sources_of(config: Config, directory: str, reference: str, reward_model: str
     has_reference=bool(reference),
     reward_model=reward_model,
     reward=config.reward,
+    reward_timeout=config.reward_timeout,
+    reward_retries=config.reward_retries,
     enumerated=False,
   )
 

@@ -73,6 +73,8 @@ class Sources:
   """What ends a completion beside the policy's EOS, see `chat.with_stop_tokens`."""
   reward: str = ""
   """As `rewards.load_rewards` takes it; else the reward model scores."""
+  reward_timeout: float = 0.0
+  reward_retries: int = 0
   pretrain_data: str = ""
   max_prompt_len: int = 0
   max_completion_len: int = 0
@@ -429,7 +431,8 @@ def load_task(sources: Sources, models: Models) -> Task:
   )
   if pretraining:
     _check_tokens(pretraining.tokens, models, sources.pretrain_data)
-  weighted = rewards.load_rewards(sources.reward) if sources.reward else []
+  patience = rewards.Patience(sources.reward_timeout, sources.reward_retries)
+  weighted = rewards.load_rewards(sources.reward, patience) if sources.reward else []
   if weighted and data.is_chat(training.records[0]["prompt"]):
     progress.console.print(
       'Prompts are chats: a reward function gets each completion as [{"role": "assistant", '

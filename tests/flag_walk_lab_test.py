@@ -347,8 +347,9 @@ def base_record(experiment, settings: frozenset) -> list[str]:
     (name, field)
     for name in EXPERIMENTS
     for field in fields_of(name)
-    # They are in fingerprints_test.py and compilation_test.py.
-    if field not in ("accept_changed_inputs", "compilation_cache")
+    # They are in fingerprints_test.py, compilation_test.py and reward_functions_test.py.
+    if field
+    not in ("accept_changed_inputs", "compilation_cache", "reward_timeout", "reward_retries")
   ],
 )
 def test_a_changed_flag_changes_a_call(experiment, field):

@@ -130,6 +130,8 @@ RL = {
   "prompt_template": Case("{prompt}{prompt}"),
   "max_prompt_len": Case(6),
   "reward": Case("reward.py:twos", {"reward": "reward.py:ones", "reward_model": ""}, "scores"),
+  "reward_timeout": Case(5.0, {"reward": "reward.py:ones", "reward_model": ""}, "told"),
+  "reward_retries": Case(2, {"reward": "reward.py:ones", "reward_model": ""}, "told"),
   "max_completion_len": Case(2),
   "beta": Case(0.125),
   "kl_placement": Case("none"),
@@ -296,9 +298,13 @@ def home_of(experiment, field) -> type:
 
 
 def told_as_another(experiment, field) -> bool:
-  """Returns whether a flag that trains is told to the library where it is declared, for several."""
-  if CASES[experiment].get(field, Case(None)).shows_in not in ("training", "metrics", "scores"):
-    return False
+  """Returns whether a flag that trains is told to the library where it is declared, for several.
+
+  What the library makes of `reward_timeout` is in reward_functions_test.py.
+  """
+  shows_in = CASES[experiment].get(field, Case(None)).shows_in
+  if shows_in not in ("training", "metrics", "scores"):
+    return shows_in == "told"
   named = [x for x in RL_EXPERIMENTS if field in fields_of(x)]
   alike = [x for x in named if home_of(x, field) is home_of(experiment, field)]
   return experiment in alike and experiment != alike[-1]

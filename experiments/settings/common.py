@@ -286,6 +286,18 @@ class ScoreFields:
     "what scores: FILE.py:FUNCTION with f(prompts, completions, **columns), or math, or model; "
     "several with weights as model,0.1*FILE.py:FUNCTION; default: model",
   )
+  reward_timeout: float = setting(
+    0.0, "seconds that one call of a reward function may take; 0: as long as it likes", minimum=0.0
+  )
+  reward_retries: int = setting(
+    0, "times that a reward function is called again if it fails or takes too long", minimum=0
+  )
+
+  def check_scores(self) -> None:
+    """Raises UserError where something is set that only reward functions read."""
+    for name in ("reward_timeout", "reward_retries"):
+      if getattr(self, name) and self.reward in ("", "model"):
+        raise UserError(f"--{name} is set, but nothing reads it without a function in --reward.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -189,6 +189,7 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields):
 
   def __post_init__(self):
     super().__post_init__()
+    self.check_scores()
     if self.reward and self.reward_model and not reads_model(self.reward):
       raise UserError(
         "--reward and --reward_model both score; give one of them, or a sum that names `model`, "
@@ -253,6 +254,8 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields):
       reference=self.reference,
       reward_model=self.reward_model,
       reward=self.reward,
+      reward_timeout=self.reward_timeout,
+      reward_retries=self.reward_retries,
       enumerated=TASKS[self.task].exact is not None and is_known,
     )
 

@@ -24,7 +24,7 @@ _LEFT = (".shared-*", "*.partial", lock.FILE)
 NOT_PART_OF_THE_RESULT = (
   *("workdir", "save_every", "keep", "profile", "tensorboard", "wandb_project"),
   *("sweep", "seeds", "best_of_n", "dry_run", "topology", "accept_changed_inputs"),
-  "compilation_cache",
+  *("compilation_cache", "reward_timeout", "reward_retries"),
 )
 
 

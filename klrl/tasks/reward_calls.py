@@ -12,6 +12,7 @@ import asyncio
 import atexit
 import contextlib
 import copy
+import faulthandler
 import functools
 import inspect
 import itertools
@@ -19,6 +20,9 @@ import math
 import os
 import pathlib
 import reprlib
+import signal
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -26,12 +30,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from klrl.errors import UserError
+from klrl.run import progress
 from klrl.tasks import chats
 
 RewardFn = Callable[..., list[float]]
 
 LARGEST = float(np.finfo(np.float32).max)
 _LONGEST_MESSAGE = 1000
+# Code that goes on after its time is interrupted again each second, and ended after the second.
+_SECONDS_TO_INSIST, _SECONDS_TO_END = 1.0, 30.0
+# A server that failed gets this long before the next try, and twice as long before each one after.
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 
 
 class Ids(NamedTuple):
@@ -41,12 +50,23 @@ class Ids(NamedTuple):
   completion_ids: list[list[int]]
 
 
+class Patience(NamedTuple):
+  """How long a call of a reward may take, and how often one that failed is made again."""
+
+  timeout: float = 0.0  # seconds; 0: as long as it likes
+  retries: int = 0
+
+
+ENDLESS = Patience()  # but for one call
+
+
 def scores(
   reward_fn: RewardFn,
   records: list[dict[str, Any]],
   completions: list[str],
   name: str,
   ids: Ids | None = None,
+  patience: Patience = ENDLESS,
 ) -> np.ndarray:
   """Returns [B] float32, the scores by `reward_fn`, called `name`, of the completions of `records`.
 
@@ -58,36 +78,36 @@ def scores(
     completions: B texts.
     name: the name of the reward in messages.
     ids: the tokens of the same B rows; needed if the function asks for them.
+    patience: how long the function may take, and how often it is called again if it fails.
 
   Raises:
-    UserError: the function cannot be called like this, raises or exits, returns another number of
-      scores, or a score that is not a finite float32.
+    UserError: the function cannot be called like this, raises or exits, takes too long, returns
+      another number of scores, or a score that is not a finite float32.
   """
-  prompts = [record["prompt"] for record in records]
-  columns = {
-    column: [copy.deepcopy(record.get(column)) for record in records]
-    for column in sorted({column for record in records for column in record} - {"prompt"})
-  }
-  given = {
-    "prompts": copy.deepcopy(prompts),
-    "completions": [
-      chats.said_by(chats.ASSISTANT, completion) if chats.is_chat(prompt) else completion
-      for prompt, completion in zip(prompts, completions, strict=True)
-    ],
-  }
+  columns = sorted({column for record in records for column in record} - {"prompt"})
   check_parameters(reward_fn, name, columns)
   asked_for = [field for field in Ids._fields if field in _parameters(reward_fn)]
   if asked_for and ids is None:
     raise ValueError(f"The reward {name} asks for {', '.join(asked_for)}; pass ids.")
-  given |= {field: copy.deepcopy(getattr(ids, field)) for field in asked_for}
-  for taken in given:
+  for taken in ("prompts", "completions", *asked_for):
     if taken in columns:
       raise UserError(
         f"The prompts have a column {taken!r}, which reward {name} gets from the run; rename it."
       )
 
-  def call():
-    returned = reward_fn(**given, **columns)
+  def given() -> dict[str, Any]:
+    return {
+      "prompts": [copy.deepcopy(record["prompt"]) for record in records],
+      "completions": [
+        chats.said_by(chats.ASSISTANT, text) if chats.is_chat(record["prompt"]) else text
+        for record, text in zip(records, completions, strict=True)
+      ],
+      **{field: copy.deepcopy(getattr(ids, field)) for field in asked_for},
+      **{column: [copy.deepcopy(record.get(column)) for record in records] for column in columns},
+    }
+
+  def call(arguments):
+    returned = reward_fn(**arguments)
     try:
       return _as_list(returned, len(completions))
     except _NoList:
@@ -96,16 +116,43 @@ def scores(
         "one number for each completion."
       ) from None
 
-  returned = checked(name, call, _place(reward_fn)[0])
-  if len(returned) != len(completions):
-    number = "more" if len(returned) > len(completions) else len(returned)
-    raise UserError(
-      f"The reward {name} returned {number} scores for {len(completions)} completions."
-    )
-  return np.array(
-    [_finite(name, *row) for row in zip(returned, completions, prompts, strict=True)],
-    np.float32,
-  )
+  def attempt():
+    arguments, file = given(), _place(reward_fn)[0]
+    returned = checked(name, lambda: call(arguments), file, timeout=patience.timeout)
+    if len(returned) != len(completions):
+      number = "more" if len(returned) > len(completions) else len(returned)
+      raise UserError(
+        f"The reward {name} returned {number} scores for {len(completions)} completions."
+      )
+    prompts = [record["prompt"] for record in records]
+    rows = enumerate(zip(returned, completions, prompts, strict=True))
+    return np.array([_finite(name, i, *row) for i, row in rows], np.float32)
+
+  return _tried(attempt, name, patience.retries)
+
+
+def _tried(attempt: Callable, name: str, retries: int) -> Any:
+  """Returns `attempt()`, which is made again up to `retries` times if it raises a UserError."""
+  for number in range(retries):
+    try:
+      return attempt()
+    except UserError as error:
+      _say_again(name, str(error))
+      time.sleep(min(_FIRST_PAUSE * 2**number, _LONGEST_PAUSE))
+  try:
+    return attempt()
+  except UserError as error:
+    after = f" It was tried {retries + 1} times, see --reward_retries." if retries else ""
+    raise UserError(f"{error}{after}") from error
+
+
+_said_again: set[str] = set()
+
+
+def _say_again(name: str, failure: str) -> None:
+  if name not in _said_again:
+    _said_again.add(name)
+    progress.warn(f"{failure} It is tried again; this is not said again.")
 
 
 def check_parameters(reward_fn: RewardFn, name: str, columns: Iterable[str]) -> None:
@@ -126,24 +173,65 @@ def check_parameters(reward_fn: RewardFn, name: str, columns: Iterable[str]) -> 
     ) from error
 
 
-def checked(name: str, call: Callable, file: str | None) -> Any:
+def checked(name: str, call: Callable, file: str | None, *, timeout: float = 0.0) -> Any:
   """Returns `call()`, which runs the user's code; an error in it becomes one message.
 
   Args:
     name: the name of the reward in messages.
     call: runs the code.
     file: the file of the code, if there is one.
+    timeout: seconds that it may take; 0 for any number.
 
   Raises:
-    UserError: the code raises anything but Ctrl-C; `sys.exit` counts as an error.
+    UserError: the code raises anything but Ctrl-C, or takes too long; `sys.exit` counts as an
+      error.
   """
   try:
-    with _where_it_left():
+    with _where_it_left(), _limited(timeout):
       return call()
   except (UserError, KeyboardInterrupt):
     raise
+  except _TookTooLong as error:
+    place = _line(*_last_place(error, file))
+    raise UserError(
+      f"The reward {name} has not returned after --reward_timeout={timeout:g} seconds; it was at "
+      f"{place}."
+    ) from error
   except BaseException as error:
     raise UserError(f"The reward {name} failed: {_told(error, file)}.") from error
+
+
+class _TookTooLong(BaseException):
+  """Raised inside the user's code, which catches an `Exception` more often than not."""
+
+
+@contextlib.contextmanager
+def _limited(seconds: float):
+  """Raises `_TookTooLong` inside the body after so many seconds; 0 is no limit.
+
+  A signal does this, which also interrupts what waits, and regular expressions. Signals reach the
+  main thread alone, so elsewhere there is no limit. What a signal cannot interrupt, such as a
+  library that never comes back, ends the process with a traceback, which needs no Python.
+  """
+  if not seconds or threading.current_thread() is not threading.main_thread():
+    yield
+    return
+
+  def interrupt(*_):
+    raise _TookTooLong
+
+  before = signal.signal(signal.SIGALRM, interrupt)
+  faulthandler.dump_traceback_later(seconds + _SECONDS_TO_END, exit=True, file=2)
+  signal.setitimer(signal.ITIMER_REAL, seconds, _SECONDS_TO_INSIST)
+  try:
+    try:
+      yield
+    finally:
+      signal.setitimer(signal.ITIMER_REAL, 0)
+  finally:  # Again, since the signal may arrive in the line above.
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    faulthandler.cancel_dump_traceback_later()
+    signal.signal(signal.SIGALRM, before)
 
 
 _folder: pathlib.Path | None = None  # the folder that the user's code changed to, if it did
@@ -165,7 +253,7 @@ def _where_it_left():
 
 
 def _told(error: BaseException, file: str | None) -> str:
-  """Returns the error in one line, with its place: the last frame in a file beside `file`."""
+  """Returns the error in one line, with its place."""
   try:
     text = str(error)
   except KeyboardInterrupt:
@@ -177,11 +265,16 @@ def _told(error: BaseException, file: str | None) -> str:
   if isinstance(error, SyntaxError) and error.filename:
     text, where = error.msg, (error.filename, error.lineno)
   else:
-    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    folder = file and pathlib.Path(file).parent
-    own = [frame for frame in frames if pathlib.Path(frame[0]).parent == folder]
-    where = (own or frames)[-1]
+    where = _last_place(error, file)
   return f"{type(error).__name__}: {text[:_LONGEST_MESSAGE]} ({_line(*where)})"
+
+
+def _last_place(error: BaseException, file: str | None) -> tuple[str, int]:
+  """Returns file and line of the last frame of an error that is in a file beside `file`."""
+  frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+  folder = file and pathlib.Path(file).parent
+  own = [frame for frame in frames if pathlib.Path(frame[0]).parent == folder]
+  return (own or frames)[-1]
 
 
 def _place(fn: Callable) -> tuple[str | None, int]:
@@ -226,7 +319,11 @@ def _as_list(returned, num_scores: int) -> list:
     async def awaited():
       return await returned
 
-    returned = _event_loop().run(awaited())
+    try:
+      returned = _event_loop().run(awaited())
+    except _TookTooLong:
+      _event_loop.cache_clear()  # What is pending there would go on in the next call.
+      raise
   is_array = hasattr(returned, "tolist")  # of any library, whatever its dtype, device and gradient
   try:
     rows = iter(returned.tolist() if is_array else returned)
@@ -242,7 +339,9 @@ def _one(row):
   return row[0] if isinstance(row, list) and len(row) == 1 else row
 
 
-def _finite(name: str, score, completion: str, prompt: chats.Text) -> float:
+def _finite(name: str, row: int, score, completion: str, prompt: chats.Text) -> float:
+  """Returns the score of `completions[row]` as the function got them, and NaN for None."""
+  at = f"completions[{row}], {completion[:80]!r} of prompt {chats.beginning(prompt)}"
   try:
     value = _one(score.tolist()) if hasattr(score, "tolist") else score
     if value is None:
@@ -251,11 +350,12 @@ def _finite(name: str, score, completion: str, prompt: chats.Text) -> float:
   except KeyboardInterrupt:
     raise
   except BaseException as error:
-    raise UserError(f"The reward {name} returned {reprlib.repr(score)}, not a number.") from error
+    raise UserError(
+      f"The reward {name} returned {reprlib.repr(score)}, not a number, for {at}."
+    ) from error
   if not magnitude <= LARGEST:
     raise UserError(
-      f"The reward {name} returned {number} for completion {completion[:80]!r} of prompt "
-      f"{chats.beginning(prompt)}. Return a finite number for every completion, or None to say "
-      "nothing of it."
+      f"The reward {name} returned {number} for {at}. Return a finite number for every "
+      "completion, or None to say nothing of it."
     )
   return number

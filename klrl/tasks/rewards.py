@@ -18,7 +18,16 @@ import numpy as np
 
 from klrl.errors import UserError
 from klrl.tasks import math_answers
-from klrl.tasks.reward_calls import LARGEST, Ids, RewardFn, check_parameters, checked, scores
+from klrl.tasks.reward_calls import (
+  ENDLESS,
+  LARGEST,
+  Ids,
+  Patience,
+  RewardFn,
+  check_parameters,
+  checked,
+  scores,
+)
 
 MATH, MODEL = "math", "model"  # sources that are no file
 
@@ -29,10 +38,11 @@ class Reward(NamedTuple):
   name: str  # short and unique, for metrics
   weight: float
   fn: RewardFn | None  # None: the reward model, which scores on the device
+  patience: Patience = ENDLESS
 
 
-def load_rewards(spec: str) -> list[Reward]:
-  """Returns the rewards that `[WEIGHT*]SOURCE,...` lists, in its order.
+def load_rewards(spec: str, patience: Patience = ENDLESS) -> list[Reward]:
+  """Returns the rewards that `[WEIGHT*]SOURCE,...` lists, in its order, each with `patience`.
 
   A SOURCE is `FILE.py:FUNCTION`, `math` (klrl.tasks.math_answers) or `model` (the reward model). A
   reward has the name of its function, or of file and function where two functions share a name. A
@@ -47,12 +57,12 @@ def load_rewards(spec: str) -> list[Reward]:
     weight, source = _weight_and_source(item.strip())
     if source == MATH:
       math_answers.check_installed()
-      reward = Reward(MATH, weight, math_answers.math_reward)
+      reward = Reward(MATH, weight, math_answers.math_reward, patience)
     elif source == MODEL:
       reward = Reward(MODEL, weight, None)
     else:
       source = path, name = _path_and_name(source)
-      reward = Reward(name, weight, _function(_run_file(path), name, item))
+      reward = Reward(name, weight, _function(_run_file(path), name, item), patience)
     if source in sources:
       raise UserError(f"--reward={spec}: {item} is there twice; give it once, with one weight.")
     sources.append(source)
@@ -108,18 +118,18 @@ def weighted_scores(
   by_name = {
     name: np.asarray(model_scores, np.float32)
     if fn is None
-    else scores(fn, records, completions, name, ids)
-    for name, _, fn in rewards
+    else scores(fn, records, completions, name, ids, patience)
+    for name, _, fn, patience in rewards
   }
-  if any(fn is None and np.isnan(by_name[name]).any() for name, _, fn in rewards):
+  if any(reward.fn is None and np.isnan(by_name[reward.name]).any() for reward in rewards):
     raise UserError("The reward model computes NaN. Train it again, or give another one.")
-  terms = [weight * by_name[name].astype(np.float64) for name, weight, _ in rewards]
+  terms = [reward.weight * by_name[reward.name].astype(np.float64) for reward in rewards]
   total = np.where(np.isnan(terms).all(axis=0), np.nan, np.nansum(terms, axis=0))
   if (np.abs(total) > LARGEST).any():
     worst = int(np.argmax(np.abs(total) > LARGEST))
     terms = ", ".join(f"{name} {values[worst]:g}" for name, values in by_name.items())
     raise UserError(
-      f"The weighted sum of the rewards is {total[worst]:g} for completion "
+      f"The weighted sum of the rewards is {total[worst]:g} for completions[{worst}], "
       f"{completions[worst][:80]!r}: {terms}. Scores and their sum must be finite."
     )
   return total.astype(np.float32), by_name
