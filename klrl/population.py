@@ -200,7 +200,7 @@ def _run_group(
   lift = functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch)
   step = programs.make_step_fn(setup, shardings, lift=lift, guard=guarded)
   folders = [member.folder(workdir) for member in members]
-  step = _recording(step, folders, start)
+  step, read = _diverging(step), _recording(folders, start)
   params_of = make_params_fn(mesh, state.run.params)
 
   def evaluations_of(i, member):
@@ -218,6 +218,7 @@ def _run_group(
     start=start,
     workdir=group_dir,
     evaluations=OfMembers(list(itertools.starmap(evaluations_of, enumerate(members)))),
+    read=read,
     **config.loop_settings(),
   )
   state = progress.watch(
@@ -342,27 +343,37 @@ def guarded(fn: Callable) -> Callable:
   return step
 
 
-def _recording(step: Callable, folders: list[pathlib.Path], start: int) -> Callable:
-  """Returns `step` that appends to every member's `metrics.jsonl`, and whose metrics are of all.
+def _diverging(step: Callable) -> Callable:
+  """Returns `step` whose metrics are (pairs, when each member diverged)."""
 
-  The figures of a diverged member are null. Of the watched figures, the median, the least and the
-  most over the other members are returned as pairs.
+  def diverging(state, iteration):
+    state, pairs = step(state, iteration)
+    # The next iteration starts before this is read, and the state is donated to it.
+    return state, (pairs, state.diverged_at.copy())
+
+  return diverging
+
+
+def _recording(folders: list[pathlib.Path], start: int) -> Callable:
+  """Returns read(iteration, (pairs, diverged_at)) -> pairs of all members, for `loop.iterate`.
+
+  It appends to every member's `metrics.jsonl`. The figures of a diverged member are null. Of the
+  watched figures, the median, the least and the most over the other members are returned as pairs.
   """
   for folder in folders:
     metrics.truncate(folder / "metrics.jsonl", start)
 
-  def recording(state, iteration):
-    state, pairs = step(state, iteration)
-    pairs, diverged_at = parallel.fetch((pairs, state.diverged_at))
+  def read(iteration, found):
+    pairs, diverged_at = found
     pairs = jax.tree.map(lambda x: np.broadcast_to(x, diverged_at.shape), pairs)
     each = []
     for i, folder in enumerate(folders):
       figures = metrics.finalise({name: (s[i], n[i]) for name, (s, n) in pairs.items()})
       each.append(dict.fromkeys(figures) if diverged_at[i] else figures)
       metrics.append_line(folder / "metrics.jsonl", {"iteration": iteration, **each[i]})
-    return state, _over_members(each, int((diverged_at[: len(folders)] > 0).sum()))
+    return _over_members(each, int((diverged_at[: len(folders)] > 0).sum()))
 
-  return recording
+  return read
 
 
 def _over_members(each: list[dict[str, float | None]], num_diverged: int) -> dict:

@@ -220,10 +220,15 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
   gold = gold and jax.jit(lift(gold, (0, None)))
   reads_model = any(reward.fn is None for reward in task.rewards)
   notice_slow, notice_unscored = _said_once(_slow_reward), _said_once(_unscored)
+  before = None  # of the last iteration: when it began, its reward's seconds, its completions
 
   def step_with_host_reward(state, iteration):
+    nonlocal before
     rows = rows_of(iteration)
     began = time.monotonic()
+    if before is not None:
+      last_began, reward_seconds, num = before
+      notice_slow(reward_seconds, began - last_began, num)
     device_rows = parallel.put(rows, rows_sharding)
     rollout = programs["rollout"](state, distinct, *prompts_of(rows), device_rows)
     # One call scores the rows of all members.
@@ -242,7 +247,6 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
     notice_unscored(scores, iteration)
     scores = parallel.put(scores.reshape(shape), parallel.by_rows(mesh, members=len(shape) > 1))
     state, pairs = programs["update"](state, distinct, rollout, scores, pretraining_of(iteration))
-    jax.block_until_ready(pairs)
     if len(each) > 1:
       for name, x in each.items():
         by_member = x.reshape(shape)
@@ -250,7 +254,7 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
         pairs[f"score/{name}"] = np.nansum(by_member, axis=-1), counts
     if gold is not None:
       pairs["gold/mean"] = (gold(rollout, device_rows).sum(axis=-1), len(rows))
-    notice_slow(scored - sampled, time.monotonic() - began, len(texts))
+    before = began, scored - sampled, len(texts)
     return state, pairs
 
   return step_with_host_reward

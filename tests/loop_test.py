@@ -24,7 +24,8 @@ def counting_step(state, iteration):
   """A state that accumulates noise, so that a wrong resume shows in every later figure."""
   key, noise_key = jax.random.split(state["key"])
   x = state["x"] + jax.random.normal(noise_key)
-  return {"key": key, "x": x}, {"score/mean": (x, 1.0), "kl/ref_exact": (0.0, 0.0)}
+  # No metric of a compiled step is a buffer of its state, which the next step may use up.
+  return {"key": key, "x": x}, {"score/mean": (x.copy(), 1.0), "kl/ref_exact": (0.0, 0.0)}
 
 
 def fresh_state():
@@ -82,6 +83,67 @@ def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
   assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (
     tmp_path / "whole/metrics.jsonl"
   ).read_bytes()
+
+
+def events_of(workdir, monkeypatch, *, step=counting_step, **settings):
+  """Returns what a run of six iterations did, in its order; reading waits for the devices."""
+  events, found_by = [], {}
+
+  def starting(state, iteration):
+    events.append(f"start {iteration}")
+    state, pairs = step(state, iteration)
+    found_by[id(pairs)] = iteration, pairs
+    return state, pairs
+
+  def reading(pairs):
+    events.append(f"read {found_by[id(pairs)][0]}")
+    return fetch(pairs)
+
+  def saving(self, done, state):
+    events.append(f"save {done}")
+
+  fetch = parallel.fetch
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.parallel, "fetch", reading)
+    patch.setattr(loop.Checkpoints, "save", saving)
+    try:
+      run(workdir, step=starting, **settings)
+    except (UserError, loop.Interrupted) as error:
+      events.append(type(error).__name__)
+  return events
+
+
+def test_the_next_iteration_starts_before_figures_are_read_and_none_before_a_save(
+  tmp_path, monkeypatch
+):
+  expected = """
+    start 0, start 1, read 0, start 2, read 1, read 2, save 3,
+    start 3, start 4, read 3, start 5, read 4, read 5, save 6
+  """
+  assert events_of(tmp_path, monkeypatch, save_every=3) == [x.strip() for x in expected.split(",")]
+
+
+def test_nothing_is_saved_before_the_figures_of_a_started_iteration_are_found_finite(
+  tmp_path, monkeypatch
+):
+  def bad(state, iteration):
+    state, pairs = counting_step(state, iteration)
+    if iteration == 3:
+      pairs["score/mean"] = (float("nan"), 1.0)
+    return state, pairs
+
+  def failing(state, iteration):
+    if iteration == 4:
+      raise UserError("The server is gone.")
+    return bad(state, iteration)
+
+  before = ["start 0", "start 1", "read 0", "start 2", "read 1", "start 3", "read 2"]
+  for name, step in (("bad", bad), ("failing", failing)):
+    found = events_of(tmp_path / name, monkeypatch, step=step, save_every=50)
+    assert found == [*before, "start 4", "read 3", "UserError"]
+  # A signal: what was started is read and saved.
+  found = events_of(tmp_path / "told", monkeypatch, step=interrupting_step(3), save_every=50)
+  assert found == [*before, "read 3", "save 4", "Interrupted"]
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path):
@@ -385,7 +447,9 @@ def test_whoever_iterates_may_fail_and_nothing_is_lost(tmp_path):
       if done == 3:
         raise RuntimeError("whoever iterates failed")
   loop._close_all()  # As the interpreter does where it ends.
-  assert loop.restore_or_init(tmp_path, fresh_state(), keep=2)[0] == 3
+  # Iteration 4 had been started.
+  assert loop.restore_or_init(tmp_path, fresh_state(), keep=2)[0] == 4
+  assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
 def test_figures_without_a_checkpoint_are_told_and_begun_anew(tmp_path, capsys):

@@ -72,6 +72,11 @@ class Evaluations:
     lines = processes.on_writer(metrics.read_lines)(self._path)
     self._recorded = {line.pop("iteration"): line for line in lines}
 
+  def is_due(self, done: int) -> bool:
+    """Returns whether the state after `done` iterations is evaluated."""
+    last = done == self._num_iterations
+    return bool(self._every) and (done % self._every == 0 or last)
+
   def after(self, done: int, state) -> dict[str, float | None] | None:
     """Returns the figures of the state after `done` iterations, and records them once.
 
@@ -80,8 +85,7 @@ class Evaluations:
     Raises:
       UserError: the figure by which the best model is chosen is not among those of the judge.
     """
-    last = done == self._num_iterations
-    if not self._every or (done % self._every and not last):
+    if not self.is_due(done):
       return None
     if done in self._recorded:
       return self._recorded[done]
@@ -121,6 +125,10 @@ class OfMembers:
     """Does so for each."""
     for member in self._members:
       member.resume(start)
+
+  def is_due(self, done: int) -> bool:
+    """Returns whether any of them is."""
+    return any(member.is_due(done) for member in self._members)
 
   def after(self, done: int, state) -> dict[str, float | None] | None:
     """Evaluates each; returns no figures of all together, and None where no evaluation is due."""

@@ -85,9 +85,50 @@ def _closed_at_exit(generator_fn):
   return begin
 
 
+class _Record:
+  """The figures of the iterations of a run: read, checked, and written to its files."""
+
+  def __init__(self, workdir: pathlib.Path, log: trackers.Log, checkpoints: Checkpoints, read):
+    past = processes.on_writer(metrics.read_lines)(workdir / "timing.jsonl")
+    self._elapsed = past[-1].get("elapsed_seconds", 0.0) if past else 0.0
+    self._workdir, self._log, self._checkpoints, self._read = workdir, log, checkpoints, read
+    self._since = time.monotonic()
+    self.evaluation_seconds = 0.0  # of the evaluation before the next iteration
+
+  def begin(self) -> None:
+    """Starts the clock of an iteration that follows none which still runs."""
+    self._since = time.monotonic()
+
+  def add(self, iteration: int, found) -> dict[str, float | None]:
+    """Waits for what the step of `iteration` found, and returns its figures.
+
+    The time of an iteration ends when its figures are there, and then that of the next begins.
+    """
+    figures = metrics.finalise(self._read(iteration, parallel.fetch(found)))
+    now = time.monotonic()
+    seconds, self._since = now - self._since, now
+    self._elapsed += seconds
+    num_tokens = figures.get("rollout/tokens")
+    _check_finite(figures, iteration, self._checkpoints.latest(), self._workdir)
+    metrics.append_line(self._workdir / "metrics.jsonl", {"iteration": iteration, **figures})
+    evaluation, self.evaluation_seconds = self.evaluation_seconds, 0.0
+    metrics.append_line(
+      self._workdir / "timing.jsonl",
+      {
+        "iteration": iteration,
+        "seconds": round(seconds, 6),
+        "tokens_per_second": num_tokens and round(num_tokens / seconds, 1),
+        "elapsed_seconds": round(self._elapsed, 6),
+        **({"evaluation_seconds": round(evaluation, 6)} if evaluation else {}),
+      },
+    )
+    self._log.write(iteration, figures)
+    return figures
+
+
 @_closed_at_exit
 def iterate(
-  step: Callable[[Any, int], tuple[Any, dict]],
+  step: Callable[[Any, int], tuple[Any, Any]],
   state,
   *,
   start: int,
@@ -99,8 +140,14 @@ def iterate(
   tensorboard: bool = False,
   wandb_project: str = "",
   evaluations: Evaluations | OfMembers | None = None,
+  read: Callable[[int, Any], dict] = lambda iteration, found: found,
 ) -> Iterator[tuple[int, Any, dict[str, float | None]]]:
-  """Yields (iterations done, state, figures) after each iteration.
+  """Yields (iterations done, newest state, figures) for each iteration.
+
+  The figures of an iteration are read when the next one has been started, so that the devices never
+  wait for the host. The state that is yielded is then that of the next one already, and with the
+  last figures it is the last. Where the state itself is needed, for a checkpoint or an evaluation,
+  the figures are read before the next iteration starts.
 
   It writes `metrics.jsonl` (figures, the same for the same seed), `timing.jsonl` and
   `checkpoints/`. A state is saved only after its figures were read and found finite. The time of
@@ -108,7 +155,7 @@ def iterate(
   iteration that follows.
 
   Args:
-    step: (state, iteration) -> (state, metrics as (sum, count) pairs); may donate the state.
+    step: (state, iteration) -> (state, what it found); may donate the state.
     state: a pytree of arrays, as `restore_or_init` returned it.
     start: iterations that are done already.
     num_iterations: iterations to have done at the end.
@@ -119,6 +166,8 @@ def iterate(
     tensorboard: whether to write event files to `workdir/tensorboard`.
     wandb_project: the project of Weights & Biases to which figures go; "" for none.
     evaluations: what judges the policy while it trains.
+    read: (iteration, what its step found, on the host) -> metrics as (sum, count) pairs; without it
+      the step finds such pairs.
 
   Raises:
     Interrupted: after SIGINT or SIGTERM, between two iterations, with the state saved.
@@ -127,6 +176,14 @@ def iterate(
       full.
   """
   workdir = workdir.absolute()  # A reward may go to another folder.
+  last_profiled = min(start + _PROFILED_ITERATIONS, num_iterations - 1)
+
+  def must_wait(done):
+    """Returns whether the state after `done` iterations, or an end of the profile, is needed."""
+    is_end = profile and done in (start + 1, last_profiled + 1)
+    is_evaluated = evaluations is not None and evaluations.is_due(done)
+    return done == num_iterations or done % save_every == 0 or is_end or is_evaluated
+
   with contextlib.ExitStack() as stack:
     stack.enter_context(troubles_told())
     if not start and processes.on_writer(metrics.read_lines)(workdir / "metrics.jsonl"):
@@ -135,72 +192,71 @@ def iterate(
       )
     for name in ("metrics.jsonl", "timing.jsonl"):
       metrics.truncate(workdir / name, start)
-    past = processes.on_writer(metrics.read_lines)(workdir / "timing.jsonl")
-    elapsed = past[-1].get("elapsed_seconds", 0.0) if past else 0.0
     checkpoints = stack.enter_context(
       contextlib.closing(Checkpoints(workdir / "checkpoints", keep=keep))
     )
     log = stack.enter_context(
       trackers.opened(workdir, start, {"tensorboard": tensorboard, "wandb_project": wandb_project})
     )
+    record = _Record(workdir, log, checkpoints, read)
     asked_to_stop = stack.enter_context(_deferred_signals())
+    unread = None  # (iteration, what its step found), not read yet
+
+    def read_rest():
+      """Reads what is unread, so that the state may be saved; returns its figures, if any."""
+      nonlocal unread
+      rest, unread = unread, None
+      return record.add(*rest) if rest else None
 
     def evaluate(done, state):
-      """Returns the seconds of an evaluation after `done` iterations, 0 where none is due."""
+      """Returns whether there was an evaluation after `done` iterations."""
       began = time.monotonic()
       with _saved_if_it_fails(f"The evaluation after iteration {done}", done, state, checkpoints):
         figures = evaluations.after(done, state) if evaluations else None
       log.evaluated(figures or {})
-      return 0.0 if figures is None else time.monotonic() - began
+      record.evaluation_seconds = 0.0 if figures is None else time.monotonic() - began
+      return figures is not None
 
-    if evaluations:
-      evaluations.resume(start)
-    evaluation_seconds = evaluate(start, state)
-    for iteration in range(start, num_iterations):
-      # The first iteration compiles, so the trace starts with the second.
-      if profile and iteration == start + 1:
-        jax.profiler.start_trace(str(workdir / "profile"))
-      began = time.monotonic()
-      with _saved_if_it_fails(f"Iteration {iteration + 1}", iteration, state, checkpoints):
-        state, pairs = step(state, iteration)
-      figures = metrics.finalise(parallel.fetch(pairs))
-      seconds = time.monotonic() - began
-      elapsed += seconds
-      num_tokens = figures.get("rollout/tokens")
-      last_profiled = min(start + _PROFILED_ITERATIONS, num_iterations - 1)
-      if profile and start < iteration == last_profiled:
-        jax.profiler.stop_trace()
-        trace.show(workdir / "profile", num_iterations=last_profiled - start)
-      _check_finite(figures, iteration, checkpoints.latest(), workdir)
-      metrics.append_line(workdir / "metrics.jsonl", {"iteration": iteration, **figures})
-      metrics.append_line(
-        workdir / "timing.jsonl",
-        {
-          "iteration": iteration,
-          "seconds": round(seconds, 6),
-          "tokens_per_second": num_tokens and round(num_tokens / seconds, 1),
-          "elapsed_seconds": round(elapsed, 6),
-          **({"evaluation_seconds": round(evaluation_seconds, 6)} if evaluation_seconds else {}),
-        },
-      )
-      log.write(iteration, figures)
-      done = iteration + 1
-      # It is read once, so that message and save agree. One process may get a signal alone.
-      stop = processes.anywhere(bool(asked_to_stop))
-      if stop or done == num_iterations or done % save_every == 0:
-        checkpoints.save(done, state)
+    def shown(done, newest, state, figures):
+      """Yields what `iterate` yields; `newest` is how many iterations `state` has done."""
       try:
         yield done, state, figures
       except GeneratorExit:  # The caller failed, or stopped.
         if processes.is_alone():
-          _save_if_whole(done, state, checkpoints)
+          read_rest()
+          _save_if_whole(newest, state, checkpoints)
         raise
-      if not stop:
-        # The state is saved first where it is time, so that no kill in here takes it.
-        evaluation_seconds = evaluate(done, state)
-        if evaluation_seconds and processes.anywhere(bool(asked_to_stop)):
-          stop = True
-          checkpoints.save(done, state)
+
+    if evaluations:
+      evaluations.resume(start)
+    evaluate(start, state)
+    for iteration in range(start, num_iterations):
+      done = iteration + 1
+      # The first iteration compiles, so the trace starts with the second.
+      if profile and iteration == start + 1:
+        jax.profiler.start_trace(str(workdir / "profile"))
+      if unread is None:
+        record.begin()
+      with _saved_if_it_fails(f"Iteration {done}", iteration, state, checkpoints, read_rest):
+        state, found = step(state, iteration)
+      before, unread = unread, (iteration, found)
+      if before:
+        yield from shown(iteration, done, state, record.add(*before))
+      # It is read once, so that message and save agree. One process may get a signal alone.
+      stop = processes.anywhere(bool(asked_to_stop))
+      if not (stop or must_wait(done)):
+        continue
+      figures = read_rest()
+      if profile and start < iteration == last_profiled:
+        jax.profiler.stop_trace()
+        trace.show(workdir / "profile", num_iterations=last_profiled - start)
+      if stop or done == num_iterations or done % save_every == 0:
+        checkpoints.save(done, state)
+      yield from shown(done, done, state, figures)
+      # The state is saved first where it is time, so that no kill in here takes it.
+      if not stop and evaluate(done, state) and processes.anywhere(bool(asked_to_stop)):
+        stop = True
+        checkpoints.save(done, state)
       if stop:
         raise Interrupted(
           f"Stopped after iteration {done} of {num_iterations}, saved in {workdir}. "
@@ -212,14 +268,22 @@ def iterate(
 
 
 @contextlib.contextmanager
-def _saved_if_it_fails(what: str, done: int, state, checkpoints: Checkpoints):
-  """Saves the state after `done` iterations where the body, which is called `what`, fails."""
+def _saved_if_it_fails(
+  what: str, done: int, state, checkpoints: Checkpoints, read_rest: Callable = lambda: None
+):
+  """Saves the state after `done` iterations where the body, which is called `what`, fails.
+
+  `read_rest()` reads the figures of that state first: one that is not finite is the error.
+  """
   try:
     yield
   except Exception as error:
     # If only one process fails, it must not wait for the others in order to save.
     is_common = isinstance(error, UserError) or processes.is_alone()
-    saved = _save_if_whole(done, state, checkpoints) if is_common else ""
+    saved = ""
+    if is_common:
+      read_rest()
+      saved = _save_if_whole(done, state, checkpoints)
     if isinstance(error, UserError):
       raise UserError(f"{what}: {error}{saved}") from error
     raise
