@@ -198,7 +198,7 @@ def _run_group(
   for member in unfinished:
     create_workdir(member.folder(workdir), experiment, member.config)
   lift = functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch)
-  step = programs.make_step_fn(setup, shardings, lift=lift, guard=guarded)
+  step = programs.make_step_fn(setup, shardings, lift=lift, guard=guarded, workdir=group_dir)
   folders = [member.folder(workdir) for member in members]
   step, read = _diverging(step), _recording(folders, start)
   params_of = make_params_fn(mesh, state.run.params)

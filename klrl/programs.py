@@ -1,6 +1,8 @@
 """The compiled functions of a run, and the step of an iteration that calls them."""
 
 import functools
+import hashlib
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +15,7 @@ from klrl.algorithm import Algorithm, completions, learner, memory
 from klrl.devices import parallel, processes
 from klrl.inputs import Models, Task
 from klrl.models import ScalarModel, TokenizerInfo, join
-from klrl.run import progress
+from klrl.run import pending, progress
 from klrl.sampling import Rollout, make_sample_fn
 from klrl.tasks import data, reward_calls, rewards, verifier
 
@@ -175,8 +177,18 @@ def _has_fixed_width(setup: Setup) -> bool:
   return short or bool(setup.algorithm.staleness)
 
 
-def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -> Callable:
-  """Returns step(state, iteration) -> (state, metrics) for `loop.iterate`; see `make_programs`."""
+def make_step_fn(
+  setup: Setup,
+  shardings,
+  *,
+  lift=_alone,
+  guard=lambda fn: fn,
+  workdir: pathlib.Path | None = None,
+) -> Callable:
+  """Returns step(state, iteration) -> (state, metrics) for `loop.iterate`; see `make_programs`.
+
+  In the folder `workdir` rollouts wait for scores of the host; without one they are not kept.
+  """
   algorithm, models, task = setup.algorithm, setup.models, setup.task
   mesh, frozen, data_seed = setup.mesh, setup.frozen, setup.config.data_seed
   programs = make_programs(setup, shardings, lift=lift, guard=guard)
@@ -221,6 +233,22 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
   reads_model = any(reward.fn is None for reward in task.rewards)
   notice_slow, notice_unscored = _said_once(_slow_reward), _said_once(_unscored)
   before = None  # of the last iteration: when it began, its reward's seconds, its completions
+  mark_of = _make_mark_fn(setup)
+
+  def sampled_or_kept(path, state, rows, device_rows):
+    """Returns the rollout on the devices and on the host, the latter also in a file."""
+    arguments = state, distinct, *prompts_of(rows), device_rows
+    mark = path and mark_of(state, rows)
+    if path and (arrays := pending.kept(path, mark)) is not None:
+      progress.console.print(f"What was sampled before is scored: {path.name}")
+      on_host = Rollout(**arrays)
+      places = programs["rollout"].lower(*arguments).compile().output_shardings
+      return parallel.put(on_host, places), on_host
+    rollout = programs["rollout"](*arguments)
+    on_host = parallel.fetch(rollout)
+    if path:
+      pending.keep(path, mark, on_host._asdict())
+    return rollout, on_host
 
   def step_with_host_reward(state, iteration):
     nonlocal before
@@ -230,10 +258,11 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
       last_began, reward_seconds, num = before
       notice_slow(reward_seconds, began - last_began, num)
     device_rows = parallel.put(rows, rows_sharding)
-    rollout = programs["rollout"](state, distinct, *prompts_of(rows), device_rows)
+    path = workdir and pending.path_of(workdir, iteration)
+    rollout, on_host = sampled_or_kept(path, state, rows, device_rows)
     # One call scores the rows of all members.
     shape = rollout.finished.shape
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), parallel.fetch(rollout))
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), on_host)
     texts = data.completion_texts(models.tokenizer, flat)
     sampled = time.monotonic()
     records = [task.training.records[row] for row in rows] * (len(texts) // len(rows))
@@ -247,6 +276,8 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
     notice_unscored(scores, iteration)
     scores = parallel.put(scores.reshape(shape), parallel.by_rows(mesh, members=len(shape) > 1))
     state, pairs = programs["update"](state, distinct, rollout, scores, pretraining_of(iteration))
+    if path:
+      pending.drop(path)
     if len(each) > 1:
       for name, x in each.items():
         by_member = x.reshape(shape)
@@ -258,6 +289,40 @@ def make_step_fn(setup: Setup, shardings, *, lift=_alone, guard=lambda fn: fn) -
     return state, pairs
 
   return step_with_host_reward
+
+
+def _make_mark_fn(setup: Setup) -> Callable:
+  """Returns mark(state, rows) -> text, which is another for every other rollout of a state."""
+  models, task = setup.models, setup.task
+  words = jax.jit(_sum_of_words)
+  limits = task.max_completion_len, models.tokenizer.eos_ids, models.tokenizer.pad_id
+  settings = models.sampler.config, *limits, setup.algorithm.group_size
+
+  @functools.cache
+  def of_frozen():
+    return int(words(setup.frozen["base"]))
+
+  def mark(state, rows):
+    told = hashlib.blake2b(
+      repr((Rollout._fields, settings, of_frozen(), int(words(state)))).encode()
+    )
+    for x in (task.training.tokens, task.training.mask):
+      told.update(np.ascontiguousarray(x[rows]))
+    return told.hexdigest()
+
+  return mark
+
+
+def _sum_of_words(tree) -> jax.Array:
+  """Returns the sum of all words of the arrays, modulo 2**32, which is the same on any devices."""
+  total = jnp.uint32(0)
+  for leaf in jax.tree.leaves(tree):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      leaf = jax.random.key_data(leaf)
+    if leaf.dtype != bool:
+      leaf = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+    total += leaf.sum(dtype=jnp.uint32)
+  return total
 
 
 def make_score_fn(reward_model: ScalarModel | None) -> Callable:

@@ -57,7 +57,7 @@ def train_policy(
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
   if start == 0:
     check_start(config, before)
-  step = make_step_fn(setup, shardings)
+  step = make_step_fn(setup, shardings, workdir=workdir)
   evaluations = make_evaluations(
     workdir, setup, evaluate, lambda state: state.params, show=_HELD_OUT
   )

@@ -201,7 +201,7 @@ def test_nan_score_stops_the_run_and_keeps_what_was_saved(runs, own):
   with pytest.raises(UserError, match=r"Iteration 3: .* returned nan for completion"):
     ppo.main(ppo.Config(**{**own, "reward": "nan.py:reward"}, eval_every=0, workdir="nan"))
   assert len(read_lines(runs / "nan/metrics.jsonl")) == 2
-  assert (runs / "nan/checkpoints/2").is_dir()
+  assert (runs / "nan/checkpoints/2").is_dir() and (runs / "nan/rollout-2.npz").exists()
   assert not (runs / "nan/summary.json").exists()
 
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import shutil
 import sys
 
 import jax
@@ -13,7 +14,9 @@ from small_decoders import BAG, BAG_VALUE, arithmetic_decoder, bag_params, bag_v
 from experiments import distill, grpo, ppo
 from klrl import inputs, programs, rlhf, supervised
 from klrl.devices import parallel
+from klrl.errors import UserError
 from klrl.models import policy_model, scalar_model, scalar_params_from
+from klrl.run import pending
 from klrl.tasks import arithmetic, data
 from klrl.tasks.rewards import Reward
 
@@ -109,8 +112,8 @@ def test_a_head_on_a_policy_copies_nothing_to_a_device(models):
   assert head.shape == (64, 1) and not peaks
 
 
-def trained(rewards):
-  """Returns (parameters before, after two iterations of GRPO) with these rewards of the host."""
+def begun(rewards, *, seed=0):
+  """Returns (setup, state, its shardings) of a run of GRPO with these rewards of the host."""
   tokenizer = arithmetic.make_tokenizer()
   size = tokenizer.tokenizer.get_vocab_size()
   records = arithmetic.prompt_records(held_out=False)[:12]
@@ -119,13 +122,20 @@ def trained(rewards):
   scorer = BAG_VALUE, bag_value_params(size, seed=2)
   models = inputs.Models(tokenizer, BAG, policy, {}, BAG, BAG, reference, None, None, *scorer)
   task = inputs.Task(prompts, prompts, 4, rewards, None, None)
-  config = grpo.Config(batch_size=12, group_size=4, num_minibatches=1, kl_every=0)
+  config = grpo.Config(batch_size=12, group_size=4, num_minibatches=1, kl_every=0, seed=seed)
   setup = programs.set_up(config, parallel.make_mesh("data=1"), models, task)
   state = programs.init_run(setup)
-  step = programs.make_step_fn(setup, parallel.state_shardings(setup.mesh, state))
+  return setup, state, parallel.state_shardings(setup.mesh, state)
+
+
+def trained(rewards):
+  """Returns (parameters before, after two iterations of GRPO) with these rewards of the host."""
+  setup, state, shardings = begun(rewards)
+  before = jax.device_get(state.params["policy"])
+  step = programs.make_step_fn(setup, shardings)
   for iteration in range(2):
     state, _ = step(state, iteration)
-  return policy, jax.device_get(state.params["policy"])
+  return before, jax.device_get(state.params["policy"])
 
 
 def test_scores_of_the_host_teach_what_the_same_scores_of_the_device_teach():
@@ -154,6 +164,63 @@ def test_what_no_reward_scores_teaches_nothing_and_is_told_once(capsys):
   jax.tree.map(np.testing.assert_array_equal, before, after)
   told = " ".join(capsys.readouterr().out.split())
   assert told.count("Every reward abstained, by None, from 12 of 12 completions") == 1
+
+
+def test_what_was_sampled_outlives_a_reward_that_fails(tmp_path, monkeypatch, capsys):
+  calls, written = [], []
+
+  def counts(prompts, completions, **columns):
+    calls.append(completions)
+    if len(calls) == 4:
+      raise ConnectionError("server gone")
+    return [len(set(completion)) for completion in completions]
+
+  rewards = [Reward("counts", 1.0, counts)]
+  _, undisturbed = trained(rewards)
+  keep = pending.keep
+  monkeypatch.setattr(
+    pending, "keep", lambda path, *rest: written.append(path) or keep(path, *rest)
+  )
+  setup, state, shardings = begun(rewards)
+  step = programs.make_step_fn(setup, shardings, workdir=tmp_path)
+  state, _ = step(state, 0)
+  assert not any(tmp_path.iterdir())
+  with pytest.raises(UserError, match="server gone"):
+    step(state, 1)
+  (path,) = tmp_path.iterdir()
+  assert path == written[1] == pending.path_of(tmp_path, 1)
+  # A state that would sample something else takes no notice of it.
+  other, other_state, _ = begun(rewards, seed=1)
+  shutil.copytree(tmp_path, tmp_path / "other")
+  programs.make_step_fn(other, shardings, workdir=tmp_path / "other")(other_state, 1)
+  assert len(written) == 3 and calls[4] != calls[3]
+  # The next command goes on from here.
+  state, _ = programs.make_step_fn(setup, shardings, workdir=tmp_path)(state, 1)
+  assert len(written) == 3 and calls[5] == calls[3] == calls[1] and not path.exists()
+  assert "What was sampled before is scored: rollout-1.npz" in capsys.readouterr().out
+  jax.tree.map(np.testing.assert_array_equal, state.params["policy"], undisturbed)
+
+
+def test_a_damaged_rollout_is_sampled_again(tmp_path):
+  path, arrays = pending.path_of(tmp_path, 3), {"tokens": np.arange(300), "finished": np.ones(3)}
+  assert pending.kept(path, "mark") is None
+  pending.keep(path, "mark", arrays)
+  assert pending.kept(path, "another") is None
+  content, num_whole = path.read_bytes(), 0
+  for place in range(0, len(content), 7):
+    changed = bytearray(content)
+    changed[place] ^= 1 << place % 8
+    path.write_bytes(changed)
+    if (found := pending.kept(path, "mark")) is not None:
+      jax.tree.map(np.testing.assert_array_equal, found, arrays)
+      num_whole += 1
+  assert num_whole < 50  # They differ in what nobody reads, such as the time.
+  path.write_bytes(content[:1000])
+  assert pending.kept(path, "mark") is None
+  path.write_bytes(content)
+  jax.tree.map(np.testing.assert_array_equal, pending.kept(path, "mark"), arrays)
+  pending.drop(path)
+  assert not any(tmp_path.iterdir())
 
 
 def test_the_divergence_of_a_distillation_is_told_by_name():

@@ -207,10 +207,11 @@ def test_hash_follows_everything_that_can_change_a_result():
     "wandb_project": "mine",
   }
   free |= {"dry_run": True, "topology": "v5e:2x2", "accept_changed_inputs": True}
-  free |= {"compilation_cache": "none"}
+  free |= {"compilation_cache": "none", "reward_timeout": 9.0, "reward_retries": 1}
   fields = {field.name for field in dataclasses.fields(ppo.Config)}
   assert set(free) == set(NOT_PART_OF_THE_RESULT) & fields
-  assert config_hash(ppo.Config(**free)) == base
+  own = {"reward": "reward.py:score"}
+  assert config_hash(ppo.Config(**own, **free)) == config_hash(ppo.Config(**own))
 
 
 def test_an_interrupted_write_leaves_what_was_there(tmp_path):

@@ -14,12 +14,12 @@ import secrets
 from klrl import schema
 from klrl.devices import processes
 from klrl.errors import UserError
-from klrl.run import checkpoint, fingerprints, lock
+from klrl.run import checkpoint, fingerprints, lock, pending
 
 DRY_RUN = "dry_run.json"
 _SETTINGS = ("config.json", "flags.txt", fingerprints.FILE, DRY_RUN)
 # Files that a command at work, or one that was killed, may leave. They belong to no run.
-_LEFT = (".shared-*", "*.partial", lock.FILE)
+_LEFT = (".shared-*", "*.partial", lock.FILE, pending.FILES)
 # Fields that change no figure of a run or of a member, so any value of them shares the folder.
 NOT_PART_OF_THE_RESULT = (
   *("workdir", "save_every", "keep", "profile", "tensorboard", "wandb_project"),
