@@ -19,6 +19,7 @@ _REFUSED = "Make it readable and writable, or choose another --workdir."
 _MACHINE = (
   (errno.ENOSPC, "No space left on device", _FULL),
   (errno.EDQUOT, "Disk quota exceeded", _FULL),
+  (errno.EFBIG, "File too large", "Raise the limit of a file's size, see `ulimit -f`."),
   (errno.EROFS, "Read-only file system", _REFUSED),
   (errno.EACCES, "Permission denied", _REFUSED),
   (errno.EPERM, "Operation not permitted", _REFUSED),

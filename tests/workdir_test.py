@@ -117,7 +117,27 @@ def test_what_a_killed_command_left_blocks_no_folder(tmp_path, left):
   open_workdir("ppo", ppo.Config(workdir=str(tmp_path)))
   (tmp_path / left).touch()
   open_workdir("ppo", ppo.Config(workdir=str(tmp_path), beta=0.7))  # It has not begun.
-  assert not list(tmp_path.glob(".shared-*"))
+  assert not list(tmp_path.glob(".shared-*")) and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_command_that_is_killed_while_it_makes_its_folder_can_be_given_again(
+  tmp_path, monkeypatch
+):
+  written = []
+
+  def killed(path, text):
+    if len(written) == at:
+      raise KeyboardInterrupt
+    written.append(path)
+    write_text(path, text)
+
+  for at in range(3):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+      patched.setattr("klrl.run.workdir.write_text", killed)
+      open_workdir("ppo", ppo.Config(workdir=str(tmp_path / str(at))))
+    assert len(written) == at
+    written.clear()
+    open_workdir("ppo", ppo.Config(workdir=str(tmp_path / str(at))))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\0" * 9, b"[" * 10**5])

@@ -22,7 +22,7 @@ from experiments.settings import learning_rates, usage
 from klrl.algorithm.optimizer import SCHEDULES
 from klrl.devices import compilation, processes
 from klrl.errors import UserError, troubles_told
-from klrl.run import trackers
+from klrl.run import checkpoint, trackers
 from klrl.run.evaluations import BY_DEFAULT
 from klrl.run.loop import Interrupted
 from klrl.run.progress import console, fail, say_once
@@ -458,6 +458,7 @@ def launch(main, config_class, *, prepare=lambda: None) -> None:
     if not flags.FLAGS["verbosity"].present:
       # Orbax tells of every step of a save, and in 300 lines of what it raises as well.
       logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = checkpoint.without_leftovers(sys.unraisablehook)
     status = 0
     try:
       processes.connect()

@@ -113,6 +113,20 @@ def restore(directory: pathlib.Path, iteration: int, state):
   return found
 
 
+def without_leftovers(hook):
+  """Returns a `sys.unraisablehook` that does not tell what a failed save leaves behind.
+
+  Orbax ends its event loop when the first of its writes fails, which is raised. Each other write
+  then finds the loop closed, and would be told as a traceback of its own by `hook`.
+  """
+
+  def tell(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  return tell
+
+
 @processes.on_writer
 def set_aside(directory: pathlib.Path, iteration: int) -> pathlib.Path:
   """Renames a damaged checkpoint, so that nothing takes it for one, and returns its new path."""

@@ -121,9 +121,11 @@ def create_workdir(directory: pathlib.Path, experiment: str, config, *, read=())
   # No process may look for the folder after another has begun to write.
   processes.wait_for_all("looked at")
   directory.mkdir(parents=True, exist_ok=True)
+  _remove_left(directory)
   _check_is_shared(directory)
-  write_text(directory / fingerprints.FILE, _inputs(directory, config, read) + "\n")
+  inputs = _inputs(directory, config, read)
   fields = dataclasses.asdict(config)
+  # It comes first: after a kill in here the folder is known as that of a run.
   write_text(
     directory / "config.json", json.dumps({"experiment": experiment, **fields}, indent=2) + "\n"
   )
@@ -135,6 +137,7 @@ def create_workdir(directory: pathlib.Path, experiment: str, config, *, read=())
       if is_read(config, field)
     ),
   )
+  write_text(directory / fingerprints.FILE, inputs + "\n")
 
 
 @processes.on_writer
@@ -148,13 +151,21 @@ def _inputs(directory: pathlib.Path, config, read) -> str:
   return fingerprints.record(directory, paths, changed=changed)
 
 
+@processes.on_writer
+def _remove_left(directory: pathlib.Path) -> None:
+  """Removes what commands that were killed had half written."""
+  # Commands without the lock may be writing these just now.
+  unlocked = ("report.html", DRY_RUN)
+  for path in directory.iterdir():
+    if path.is_file() and _is_left(path) and not path.name.startswith((lock.FILE, *unlocked)):
+      path.unlink()
+
+
 def _check_is_shared(directory: pathlib.Path) -> None:
   """Raises UserError if a process does not see a file that the writer puts into `directory`."""
 
   @processes.on_writer
   def leave_mark():
-    for left in directory.glob(".shared-*"):  # by a command that was killed
-      left.unlink(missing_ok=True)
     # The name is new, since network file systems remember for a while that a file was not there.
     path = directory / f".shared-{secrets.token_hex(4)}"
     path.touch()
