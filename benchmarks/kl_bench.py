@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from benchmarks import results
 from benchmarks.sampling_bench import measure
 from klrl import ops
-from klrl.ops.log_probs import chunk_rows, matmul, num_chunks_of, unchunk_rows
+from klrl.ops.logits import matmul
+from klrl.ops.vocabulary import chunk_rows, num_chunks_of, unchunk_rows
 
 MIB = 2**20
 

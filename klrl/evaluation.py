@@ -37,22 +37,23 @@ def make_evaluate_fn(policy, reference):
     # Each model runs once for all figures; the compiler would not merge two runs across devices.
     hidden = completions.completion_hidden(policy, params, rollout)
     tokens, unembedding = completions.completion_tokens(rollout), policy.unembedding(params)
-    log_probs, entropy = ops.token_log_probs_and_entropy_from_hidden(
-      hidden, unembedding, tokens, temperature=temperature
-    )
     if reference is None:
+      log_probs, entropy = ops.token_log_probs_and_entropy_from_hidden(
+        hidden, unembedding, tokens, temperature=temperature
+      )
       return Evaluation(rollout, log_probs, entropy, None, None)
     ref_hidden = completions.completion_hidden(reference, reference_params, rollout)
-    ref_unembedding = reference.unembedding(reference_params)
-    ref_log_probs = ops.token_log_probs_from_hidden(
-      ref_hidden, ref_unembedding, tokens, temperature=temperature
-    )
-    kl_exact = ops.exact_kl_from_hidden(
-      hidden, unembedding, ref_hidden, ref_unembedding, temperature=temperature
-    )
-    return Evaluation(rollout, log_probs, entropy, ref_log_probs, kl_exact)
+    models = (hidden, unembedding), (ref_hidden, reference.unembedding(reference_params))
+    of_tokens = ops.over_vocabulary(_of_tokens, models, [tokens], temperature=temperature)
+    return Evaluation(rollout, *of_tokens)
 
   return evaluate
+
+
+def _of_tokens(log_probs, ref_log_probs, tokens):
+  """Returns the fields of an `Evaluation` after the rollout."""
+  of_policy = ops.taken(log_probs, tokens), ops.entropy_of(log_probs)
+  return *of_policy, ops.taken(ref_log_probs, tokens), ops.kl_of(log_probs, ref_log_probs)
 
 
 def figures(

@@ -19,7 +19,7 @@ import numpy as np
 
 from klrl.devices import parallel
 from klrl.models.decoder import Policy
-from klrl.ops.log_probs import logits_of
+from klrl.ops.logits import logits_of
 
 Array = jax.Array
 

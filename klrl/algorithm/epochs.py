@@ -103,15 +103,24 @@ def _terms(
   groups = {"group_size": algorithm.group_size}
   hidden = completions.completion_hidden(policy, params["policy"], rollout, **groups)
   unembedding = policy.unembedding(params["policy"])
-  log_probs, entropy = ops.token_log_probs_and_entropy_from_hidden(
-    hidden, unembedding, completions.completion_tokens(rollout), temperature=hypers.temperature
-  )
-  # Padding gets ratio 1 before anything exponentiates it.
-  log_probs = jnp.where(mask, log_probs, rollout.old_log_probs)
+  tokens = completions.completion_tokens(rollout)
   exact_kl = None
   if needs_exact_kl(algorithm):
-    reference = batch.ref_hidden, context.ref_unembedding
-    exact_kl = algorithm.divergence((hidden, unembedding), reference, hypers)
+    models = (hidden, unembedding), (batch.ref_hidden, context.ref_unembedding)
+
+    def figures(log_probs, ref_log_probs, tokens, hypers):
+      of_tokens = ops.taken(log_probs, tokens), ops.entropy_of(log_probs)
+      return *of_tokens, algorithm.divergence(log_probs, ref_log_probs, hypers)
+
+    log_probs, entropy, exact_kl = ops.over_vocabulary(
+      figures, models, [tokens], [hypers], temperature=hypers.temperature
+    )
+  else:
+    log_probs, entropy = ops.token_log_probs_and_entropy_from_hidden(
+      hidden, unembedding, tokens, temperature=hypers.temperature
+    )
+  # Padding gets ratio 1 before anything exponentiates it.
+  log_probs = jnp.where(mask, log_probs, rollout.old_log_probs)
   kl = kl_terms.TokenTerms(log_probs, rollout.old_log_probs, batch.ref_log_probs, mask, exact_kl)
   if _refreshes(algorithm):
     batch = _refreshed(algorithm, batch, context, kl)

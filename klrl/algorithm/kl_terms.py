@@ -229,24 +229,21 @@ def _reward_estimate(penalty, terms: TokenTerms, kl_refresh):
   return reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl)
 
 
-def reverse_kl(policy, reference, hypers):
-  """Returns KL(pi || pi_ref) of each next-token distribution, [B, T], nats per token.
-
-  `policy` and `reference` are (hidden states [B, T, D], unembedding), as of the other two.
-  """
-  return ops.exact_kl_from_hidden(*policy, *reference, temperature=hypers.temperature)
+def reverse_kl(log_probs, ref_log_probs, hypers):
+  """Returns KL(pi || pi_ref) [...] of log-probs over the vocabulary [..., V], nats per token."""
+  del hypers
+  return ops.kl_of(log_probs, ref_log_probs)
 
 
-def forward_kl(policy, reference, hypers):
+def forward_kl(log_probs, ref_log_probs, hypers):
   """Returns KL(pi_ref || pi)."""
-  return ops.exact_kl_from_hidden(*reference, *policy, temperature=hypers.temperature)
+  del hypers
+  return ops.kl_of(ref_log_probs, log_probs)
 
 
-def jensen_shannon(policy, reference, hypers):
+def jensen_shannon(log_probs, ref_log_probs, hypers):
   """Returns the Jensen-Shannon divergence, with `jsd_weight` on the reference."""
-  return ops.exact_jsd_from_hidden(
-    *policy, *reference, temperature=hypers.temperature, weight=hypers.jsd_weight
-  )
+  return ops.jsd_of(log_probs, ref_log_probs, hypers.jsd_weight)
 
 
 DIVERGENCES = {"reverse": reverse_kl, "forward": forward_kl, "jensen_shannon": jensen_shannon}

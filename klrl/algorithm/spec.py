@@ -94,8 +94,11 @@ class Algorithm:
 
   What a loss or the trust region reads is measured in every iteration all the same.
   """
-  divergence: Callable = kl_terms.reverse_kl
-  """The divergence that `exact` stands for; see `kl_terms.DIVERGENCES`."""
+  divergence: Callable[[jax.Array, jax.Array, Hypers], jax.Array] = kl_terms.reverse_kl
+  """The divergence [...] that `exact` stands for, of log-probs [..., V] of policy and reference.
+
+  See `kl_terms.DIVERGENCES`.
+  """
   controller: beta_rules.BetaRule = beta_rules.RULES["fixed"]
   """Moves beta after each iteration; see `beta_rules.RULES`."""
   adapts_trust_region: bool = False

@@ -27,7 +27,7 @@ import numpy as np
 from klrl import ops
 from klrl.algorithm.kl_terms import TokenTerms
 from klrl.errors import UserError
-from klrl.ops.log_probs import logits_of
+from klrl.ops.logits import logits_of
 
 
 class Tree(NamedTuple):

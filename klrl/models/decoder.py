@@ -29,7 +29,7 @@ from klrl.models import heads
 from klrl.models.attention import Forked
 from klrl.models.blocks import INIT, Block, DecoderConfig, Ends
 from klrl.models.rotations import cos_sin
-from klrl.ops.log_probs import CappedUnembedding, Unembedding
+from klrl.ops.logits import CappedUnembedding, Unembedding
 
 Array = jax.Array
 Params = dict[str, Any]

@@ -7,14 +7,20 @@ Divergences of a policy from another, per token (`klrl.ops.kl`):
     weighted_estimate       an estimate times an importance weight
     exact_kl, exact_jsd     sums over the vocabulary
     exact_kl_from_hidden, exact_jsd_from_hidden   the same without holding the logits
+    kl_of, jsd_of           the same of log-probs over the vocabulary
 
 Log-probs and entropies (`klrl.ops.log_probs`):
 
     vocab_log_probs, token_log_probs, entropy     from logits
     token_log_probs_from_hidden                   without holding the logits
     token_log_probs_and_entropy_from_hidden       both at once
-    logits_of                                     of hidden states
-    CappedUnembedding, Unembedding                a table with softly bounded logits; it or an array
+    taken, entropy_of                             of log-probs over the vocabulary
+
+Hidden states (`klrl.ops.logits`, `klrl.ops.vocabulary`):
+
+    over_vocabulary         any functions of distributions, without holding the logits
+    logits_of               logits
+    CappedUnembedding, Unembedding   a table with softly bounded logits; it or an array
 
 Rewards, advantages and returns (`klrl.ops.shaping`, `klrl.ops.advantages`):
 
@@ -92,22 +98,26 @@ from klrl.ops.kl import exact_jsd as exact_jsd
 from klrl.ops.kl import exact_jsd_from_hidden as exact_jsd_from_hidden
 from klrl.ops.kl import exact_kl as exact_kl
 from klrl.ops.kl import exact_kl_from_hidden as exact_kl_from_hidden
+from klrl.ops.kl import jsd_of as jsd_of
 from klrl.ops.kl import k1 as k1
 from klrl.ops.kl import k2 as k2
 from klrl.ops.kl import k3 as k3
 from klrl.ops.kl import kl_new_old as kl_new_old
+from klrl.ops.kl import kl_of as kl_of
 from klrl.ops.kl import kl_old_new as kl_old_new
 from klrl.ops.kl import weighted_estimate as weighted_estimate
-from klrl.ops.log_probs import CappedUnembedding as CappedUnembedding
-from klrl.ops.log_probs import Unembedding as Unembedding
 from klrl.ops.log_probs import entropy as entropy
-from klrl.ops.log_probs import logits_of as logits_of
+from klrl.ops.log_probs import entropy_of as entropy_of
+from klrl.ops.log_probs import taken as taken
 from klrl.ops.log_probs import token_log_probs as token_log_probs
 from klrl.ops.log_probs import (
   token_log_probs_and_entropy_from_hidden as token_log_probs_and_entropy_from_hidden,
 )
 from klrl.ops.log_probs import token_log_probs_from_hidden as token_log_probs_from_hidden
 from klrl.ops.log_probs import vocab_log_probs as vocab_log_probs
+from klrl.ops.logits import CappedUnembedding as CappedUnembedding
+from klrl.ops.logits import Unembedding as Unembedding
+from klrl.ops.logits import logits_of as logits_of
 from klrl.ops.losses import AGGREGATIONS as AGGREGATIONS
 from klrl.ops.losses import cispo_loss as cispo_loss
 from klrl.ops.losses import clip_fraction as clip_fraction
@@ -134,3 +144,4 @@ from klrl.ops.masking import mean_and_deviations as mean_and_deviations
 from klrl.ops.masking import within_rounding as within_rounding
 from klrl.ops.masking import zero_padding as zero_padding
 from klrl.ops.shaping import shaped_rewards as shaped_rewards
+from klrl.ops.vocabulary import over_vocabulary as over_vocabulary

@@ -23,18 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from klrl.ops.importance import weighted
-from klrl.ops.log_probs import (
-  Unembedding,
-  chunk_rows,
-  matmul,
-  num_chunks_of,
-  soft_cap,
-  soft_cap_slope,
-  table_and_cap,
-  unchunk_rows,
-  vocab_log_probs,
-)
+from klrl.ops.log_probs import vocab_log_probs
+from klrl.ops.logits import Unembedding
 from klrl.ops.masking import at_least_float32
+from klrl.ops.vocabulary import over_vocabulary
 
 
 def _log_ratio(log_probs, other_log_probs):
@@ -210,7 +202,7 @@ def exact_kl(
     ref_logits: [..., T, V]; carries gradient too, which a frozen reference does not use.
     temperature: scalar of both, may be traced; carries gradient.
   """
-  return _kl(*_both_vocab_log_probs(logits, ref_logits, temperature))
+  return kl_of(*_both_vocab_log_probs(logits, ref_logits, temperature))
 
 
 def exact_jsd(
@@ -243,7 +235,7 @@ def exact_jsd(
       traced and carries gradient.
     temperature: scalar of both, may be traced; carries gradient.
   """
-  return _jsd(*_both_vocab_log_probs(logits, ref_logits, temperature), weight)
+  return jsd_of(*_both_vocab_log_probs(logits, ref_logits, temperature), weight)
 
 
 def _both_vocab_log_probs(logits, ref_logits, temperature):
@@ -252,18 +244,49 @@ def _both_vocab_log_probs(logits, ref_logits, temperature):
   return log_probs, vocab_log_probs(ref_logits, temperature=temperature)
 
 
-def _kl(log_probs, ref_log_probs):
-  """Returns KL [...] of two distributions given by their log-probs [..., V]."""
+@jax.custom_jvp
+def kl_of(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
+  """Returns KL [...] of two distributions given by their log-probs [..., V], nats.
+
+  Its derivative is p log(p / q) in log p and q - p in log q, so equal distributions have none. The
+  plain formula's, p log(p / q) + p and -p, are the same for log-probs that stay normalised, but
+  only up to a rounding, which Adam would make a whole step of.
+
+  >>> print(ops.kl_of(*jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))))
+  0.144
+  """
+  return _weighted_log_ratio(log_probs, ref_log_probs).sum(axis=-1)
+
+
+@kl_of.defjvp
+def _kl_jvp(primals, tangents):
+  log_probs, ref_log_probs = primals
+  terms = _weighted_log_ratio(log_probs, ref_log_probs)
+  difference = jnp.exp(ref_log_probs) - jnp.exp(log_probs)
+  d, ref_d = tangents
+  return terms.sum(axis=-1), (terms * d + difference * ref_d).sum(axis=-1)
+
+
+def _weighted_log_ratio(log_probs, ref_log_probs):
+  """Returns p log(p / q) [..., V], 0 where p is."""
   excluded = jnp.isneginf(log_probs)
   log_ratio = jnp.where(excluded, 0.0, log_probs) - jnp.where(excluded, 0.0, ref_log_probs)
-  return (jnp.exp(log_probs) * log_ratio).sum(axis=-1)
+  return jnp.exp(log_probs) * log_ratio
 
 
-def _jsd(log_probs, ref_log_probs, weight):
+def jsd_of(log_probs: jax.Array, ref_log_probs: jax.Array, weight: jax.Array | float) -> jax.Array:
+  """Returns `exact_jsd` [...] of two distributions given by their log-probs [..., V], nats.
+
+  >>> print(ops.jsd_of(*jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]])), 0.5))
+  0.034
+  """
   mixture = weight * jnp.exp(ref_log_probs) + (1 - weight) * jnp.exp(log_probs)
   # Where the mixture is zero, so is what its logarithm is multiplied by.
   log_mixture = jnp.log(jnp.where(mixture > 0, mixture, 1.0))
-  return weight * _kl(ref_log_probs, log_mixture) + (1 - weight) * _kl(log_probs, log_mixture)
+  of_policy, of_teacher = (
+    _weighted_log_ratio(x, log_mixture).sum(axis=-1) for x in (log_probs, ref_log_probs)
+  )
+  return weight * of_teacher + (1 - weight) * of_policy
 
 
 def exact_kl_from_hidden(
@@ -277,10 +300,7 @@ def exact_kl_from_hidden(
 ) -> jax.Array:
   """Returns `exact_kl` of `hidden @ unembedding` against the reference's, without the logits.
 
-  The result is [..., T], in nats per token. The forward pass keeps both log-sum-exps of each row,
-  and the backward pass computes the logits of each chunk once more. Gradients of weights are
-  accumulated in at least float32. Under `jax.jit` a gradient that is not used, such as that of a
-  frozen reference, costs nothing.
+  The result is [..., T], in nats per token; see `over_vocabulary`.
 
   >>> hidden, ref_hidden = jnp.log(jnp.array([[[0.5, 0.5]], [[0.25, 0.75]]]))
   >>> print(ops.exact_kl_from_hidden(hidden, jnp.eye(2), ref_hidden, jnp.eye(2)))
@@ -297,15 +317,8 @@ def exact_kl_from_hidden(
   Raises:
     ValueError: `chunk_size` is not positive.
   """
-  (table, cap), (ref_table, ref_cap) = map(table_and_cap, (unembedding, ref_unembedding))
-  arrays = (hidden, table, ref_hidden, ref_table)
-  accumulated = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
-  temperature = jnp.asarray(temperature, accumulated)
-
-  def kl(rows, ref_rows):
-    return _chunked((cap, ref_cap), rows, table, ref_rows, ref_table, temperature)
-
-  return _by_chunks(kl, *arrays, chunk_size)
+  models = (hidden, unembedding), (ref_hidden, ref_unembedding)
+  return over_vocabulary(kl_of, models, temperature=temperature, chunk_size=chunk_size)
 
 
 def exact_jsd_from_hidden(
@@ -320,103 +333,14 @@ def exact_jsd_from_hidden(
 ) -> jax.Array:
   """Returns `exact_jsd` of `hidden @ unembedding` and the teacher's, without the logits.
 
-  The result is [..., T], in nats per token. The backward pass computes the logits of each chunk
-  once more. `weight` is the share of the teacher, whose arrays begin with `ref_`. The other
-  arguments, the precision and the errors are those of `exact_kl_from_hidden`.
+  The result is [..., T], in nats per token; see `over_vocabulary`. `weight` is the share of the
+  teacher, whose arrays begin with `ref_`; it may be traced and carries gradient. The other
+  arguments and the errors are those of `exact_kl_from_hidden`.
 
   >>> hidden, teacher = jnp.log(jnp.array([[[0.5, 0.5]], [[0.25, 0.75]]]))
   >>> print(ops.exact_jsd_from_hidden(hidden, jnp.eye(2), teacher, jnp.eye(2), weight=0.5))
   [0.034]
   """
-  # The gradient of an array is summed over chunks in the array's dtype, so that must be a wide one.
-  (table, cap), (ref_table, ref_cap) = map(table_and_cap, (unembedding, ref_unembedding))
-  wide, ref_wide = at_least_float32(table), at_least_float32(ref_table)
-
-  @functools.partial(jax.checkpoint, prevent_cse=False)
-  def chunk(rows):
-    logits = soft_cap(matmul(rows[0], wide.astype(table.dtype)), cap)
-    ref_logits = soft_cap(matmul(rows[1], ref_wide.astype(ref_table.dtype)), ref_cap)
-    return exact_jsd(logits, ref_logits, weight=weight, temperature=temperature)
-
-  def jsd(rows, ref_rows):
-    return jax.lax.map(chunk, (rows, ref_rows))
-
-  return _by_chunks(jsd, hidden, table, ref_hidden, ref_table, chunk_size)
-
-
-def _by_chunks(divergence, hidden, unembedding, ref_hidden, ref_unembedding, chunk_size):
-  """Returns `divergence(rows [K, C, D], ref_rows [K, C, D_ref])` [K, C] as [..., T]."""
-  chex.assert_shape(ref_hidden, (*hidden.shape[:-1], None))
-  chex.assert_shape(unembedding, (hidden.shape[-1], None))
-  chex.assert_shape(ref_unembedding, (ref_hidden.shape[-1], unembedding.shape[1]))
-  chex.assert_type([hidden, unembedding, ref_hidden, ref_unembedding], float)
-  shape, num_rows = hidden.shape[:-1], hidden[..., 0].size
-  num_chunks = num_chunks_of(num_rows, unembedding.shape[1], chunk_size)
-  rows, ref_rows = (
-    chunk_rows(x.reshape(num_rows, x.shape[-1]), num_chunks) for x in (hidden, ref_hidden)
-  )
-  return unchunk_rows(divergence(rows, ref_rows), num_rows).reshape(shape)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(caps, hidden, unembedding, ref_hidden, ref_unembedding, temperature):
-  """Returns the KL [K, C] of rows `hidden` [K, C, D] and `ref_hidden` [K, C, D_ref]."""
-  return _chunked_fwd(caps, hidden, unembedding, ref_hidden, ref_unembedding, temperature)[0]
-
-
-def _chunked_fwd(caps, hidden, unembedding, ref_hidden, ref_unembedding, temperature):
-  def chunk(rows):
-    scaled = soft_cap(matmul(rows[0], unembedding), caps[0]) / temperature
-    ref_scaled = soft_cap(matmul(rows[1], ref_unembedding), caps[1]) / temperature
-    lse, ref_lse = (jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in (scaled, ref_scaled))
-    log_probs = scaled - lse
-    kl = (jnp.exp(log_probs) * (log_probs - (ref_scaled - ref_lse))).sum(axis=-1, keepdims=True)
-    return kl, lse, ref_lse
-
-  kl, lse, ref_lse = jax.lax.map(chunk, (hidden, ref_hidden))
-  inputs = (hidden, unembedding, ref_hidden, ref_unembedding, temperature)
-  return kl[..., 0], (*inputs, kl, lse, ref_lse)
-
-
-def _chunked_bwd(caps, residuals, cotangents):
-  hidden, unembedding, ref_hidden, ref_unembedding, temperature, kl, lse, ref_lse = residuals
-
-  def chunk(sums, rows):
-    hidden, ref_hidden, kl, lse, ref_lse, cotangents = rows
-    logits = soft_cap(matmul(hidden, unembedding), caps[0])
-    ref_logits = soft_cap(matmul(ref_hidden, ref_unembedding), caps[1])
-    scaled, ref_scaled = logits / temperature, ref_logits / temperature
-    log_probs, ref_log_probs = scaled - lse, ref_scaled - ref_lse
-    probs = jnp.exp(log_probs)
-    d_scaled = cotangents[:, None] * probs * (log_probs - ref_log_probs - kl)
-    d_ref_scaled = cotangents[:, None] * (jnp.exp(ref_log_probs) - probs)
-    d_logits = d_scaled / temperature * soft_cap_slope(logits, caps[0])
-    d_ref_logits = d_ref_scaled / temperature * soft_cap_slope(ref_logits, caps[1])
-    d_hidden, d_unembedding = _matmul_vjp(d_logits, hidden, unembedding)
-    d_ref_hidden, d_ref_unembedding = _matmul_vjp(d_ref_logits, ref_hidden, ref_unembedding)
-    d_temperature = -(d_scaled * scaled + d_ref_scaled * ref_scaled).sum() / temperature
-    # Each gradient is a sum of its own, so that the compiler can leave out of the loop those that
-    # nobody asks for, products included.
-    sums = jax.tree.map(jnp.add, sums, (d_unembedding, d_ref_unembedding, d_temperature))
-    return sums, (d_hidden, d_ref_hidden)
-
-  zeros = (
-    jnp.zeros(unembedding.shape, lse.dtype),
-    jnp.zeros(ref_unembedding.shape, ref_lse.dtype),
-    jnp.zeros_like(temperature),
-  )
-  sums, (d_hidden, d_ref_hidden) = jax.lax.scan(
-    chunk, zeros, (hidden, ref_hidden, kl, lse, ref_lse, cotangents)
-  )
-  d_unembedding = sums[0].astype(unembedding.dtype)
-  d_ref_unembedding = sums[1].astype(ref_unembedding.dtype)
-  return d_hidden, d_unembedding, d_ref_hidden, d_ref_unembedding, sums[2]
-
-
-def _matmul_vjp(d_logits, hidden, unembedding):
-  """Returns the gradients of `hidden`, in its dtype, and `unembedding`, in at least float32."""
-  d_logits = d_logits.astype(jnp.result_type(hidden, unembedding))
-  return matmul(d_logits, unembedding.T).astype(hidden.dtype), matmul(hidden.T, d_logits)
-
-
-_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+  models = (hidden, unembedding), (ref_hidden, ref_unembedding)
+  options = {"temperature": temperature, "chunk_size": chunk_size}
+  return over_vocabulary(jsd_of, models, coefficients=[weight], **options)

@@ -7,54 +7,18 @@ One definition, with scaled = logits / temperature:
 
 and two back-ends. The first reads `logits [..., T, V]`. The second (`*_from_hidden`) reads
 `hidden [..., T, D]` and `unembedding [D, V]`, an array or a `CappedUnembedding`, and holds the
-logits of `chunk_size` rows at a time: the forward pass keeps the log-sum-exp of each row, and the
-backward pass computes the logits of each chunk once more. Matrix products are taken in the dtype of
-the inputs and accumulated in at least float32 (under `jax.default_matmul_precision`, as everywhere
-in JAX).
+logits of `chunk_size` rows at a time (`ops.over_vocabulary`).
 
 There is no mask here: `tokens` must be valid ids in the padding too, and the caller masks.
 """
-
-import dataclasses
-import functools
-import math
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from klrl.ops.logits import Unembedding
 from klrl.ops.masking import at_least_float32
-
-# 64 MiB of float32. On 2 CPU cores, 4096 rows of 32000, value and gradient took 11% longer with a
-# quarter of it and 7% less with twice as much, in one run on a noisy machine.
-LOGITS_PER_CHUNK = 2**24
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class CappedUnembedding:
-  """A table [D, V] with a soft bound: `hidden @ it` is `cap * tanh(hidden @ table / cap)`.
-
-  Every `*_from_hidden` takes it in place of an array, and nothing else does: it is no array, so
-  whatever forgets the cap fails. Gradient flows to `table`. Source: Gemma Team, "Gemma 2" (2024),
-  section 2, "Logit soft-capping".
-
-  >>> unembedding = ops.CappedUnembedding(jnp.array([[1.0, 100.0]]), cap=30.0)
-  >>> print(jnp.ones((1, 1)) @ unembedding)
-  [[ 1.    29.924]]
-  """
-
-  table: jax.Array
-  cap: float = dataclasses.field(metadata={"static": True})
-  __array_ufunc__ = None  # NumPy's @ then asks for `__rmatmul__`.
-
-  def __rmatmul__(self, hidden) -> jax.Array:
-    """Returns logits [..., V] of hidden states [..., D]."""
-    return logits_of(hidden, self)
-
-
-# What a language model's hidden states are multiplied by.
-Unembedding = jax.Array | CappedUnembedding
+from klrl.ops.vocabulary import over_vocabulary
 
 
 def vocab_log_probs(logits: jax.Array, *, temperature: jax.Array | float = 1.0) -> jax.Array:
@@ -91,8 +55,26 @@ def token_log_probs(
   """
   chex.assert_shape(tokens, logits.shape[:-1])
   chex.assert_type(tokens, int)
-  log_probs = vocab_log_probs(logits, temperature=temperature)
+  return taken(vocab_log_probs(logits, temperature=temperature), tokens)
+
+
+@jax.custom_jvp
+def taken(log_probs: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Returns [...], the entry of `log_probs` [..., V] at each of `tokens` [...]; carries gradient.
+
+  >>> print(ops.taken(jnp.array([[-0.1, -2.4]]), jnp.array([1])))
+  [-2.4]
+  """
   return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+
+
+@taken.defjvp
+def _taken_jvp(primals, tangents):
+  log_probs, tokens = primals
+  # The gradient of an index is a scatter, which would hold one more [..., V].
+  index = jax.lax.broadcasted_iota(tokens.dtype, log_probs.shape, log_probs.ndim - 1)
+  is_taken = index == tokens[..., None]
+  return taken(*primals), jnp.where(is_taken, tangents[0], 0).sum(axis=-1)
 
 
 def entropy(logits: jax.Array, *, temperature: jax.Array | float = 1.0) -> jax.Array:
@@ -103,7 +85,15 @@ def entropy(logits: jax.Array, *, temperature: jax.Array | float = 1.0) -> jax.A
   >>> print(ops.entropy(jnp.zeros((1, 8))))  # log 8
   [2.079]
   """
-  log_probs = vocab_log_probs(logits, temperature=temperature)
+  return entropy_of(vocab_log_probs(logits, temperature=temperature))
+
+
+def entropy_of(log_probs: jax.Array) -> jax.Array:
+  """Returns [...], the entropy of distributions given by `log_probs` [..., V], nats.
+
+  >>> print(ops.entropy_of(jnp.log(jnp.array([0.5, 0.5]))))
+  0.693
+  """
   finite = jnp.where(jnp.isneginf(log_probs), 0.0, log_probs)
   return -(jnp.exp(log_probs) * finite).sum(axis=-1)
 
@@ -137,7 +127,8 @@ def token_log_probs_from_hidden(
   Raises:
     ValueError: `chunk_size` is not positive.
   """
-  return _from_hidden(False, hidden, unembedding, tokens, temperature, chunk_size)[0]
+  options = {"temperature": temperature, "chunk_size": chunk_size}
+  return over_vocabulary(taken, [(hidden, unembedding)], [tokens], **options)
 
 
 def token_log_probs_and_entropy_from_hidden(
@@ -158,133 +149,9 @@ def token_log_probs_and_entropy_from_hidden(
   >>> print(log_probs, entropy)
   [-2.079] [2.079]
   """
-  log_probs, entropies = _from_hidden(True, hidden, unembedding, tokens, temperature, chunk_size)
-  return log_probs, entropies
 
+  def both(log_probs, tokens):
+    return taken(log_probs, tokens), entropy_of(log_probs)
 
-def chunk_rows(x: jax.Array, num_chunks: int) -> jax.Array:
-  """Returns the rows of `x` [N, ...] as [num_chunks, rows, ...], zero-padded to a multiple.
-
-  The rows of a chunk are `num_chunks` apart, so that each chunk takes an equal share of every
-  device over which the rows are sharded.
-  """
-  rows = math.ceil(x.shape[0] / num_chunks)
-  x = jnp.pad(x, [(0, rows * num_chunks - x.shape[0]), *[(0, 0)] * (x.ndim - 1)])
-  return x.reshape(rows, num_chunks, *x.shape[1:]).swapaxes(0, 1)
-
-
-def unchunk_rows(x: jax.Array, num_rows: int) -> jax.Array:
-  """Returns the first `num_rows` rows of `chunk_rows`' inverse."""
-  return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:num_rows]
-
-
-def num_chunks_of(num_rows: int, vocab_size: int, chunk_size: int | None) -> int:
-  """Returns how many chunks of at most `chunk_size` rows (None: the default) hold `num_rows`."""
-  if chunk_size is None:
-    chunk_size = max(1, LOGITS_PER_CHUNK // vocab_size)
-  if chunk_size < 1:
-    raise ValueError(f"chunk_size={chunk_size}: give a positive number of rows, or None.")
-  return max(1, math.ceil(num_rows / chunk_size))
-
-
-def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-  """Returns `x @ y`, multiplied in the inputs' dtype and accumulated in at least float32."""
-  dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
-  return jnp.matmul(x, y, preferred_element_type=dtype)
-
-
-def table_and_cap(unembedding: Unembedding) -> tuple[jax.Array, float]:
-  """Returns the table [D, V] of an unembedding and its cap; 0 is none."""
-  if isinstance(unembedding, CappedUnembedding):
-    return unembedding.table, unembedding.cap
-  return unembedding, 0.0
-
-
-def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
-  """Returns `cap * tanh(logits / cap)`, and `logits` where the cap is 0."""
-  return cap * jnp.tanh(logits / cap) if cap else logits
-
-
-def soft_cap_slope(logits: jax.Array, cap: float) -> jax.Array | float:
-  """Returns the derivative of `soft_cap`, given its result."""
-  return 1 - (logits / cap) ** 2 if cap else 1.0
-
-
-def logits_of(hidden: jax.Array, unembedding: Unembedding) -> jax.Array:
-  """Returns logits [..., V] of hidden states [..., D], in at least float32; gradient flows to both.
-
-  >>> print(ops.logits_of(jnp.ones((1, 1)), jnp.array([[1.0, 100.0]])))
-  [[  1. 100.]]
-  """
-  table, cap = table_and_cap(unembedding)
-  return soft_cap(matmul(hidden, table), cap)
-
-
-def _from_hidden(with_entropy, hidden, unembedding, tokens, temperature, chunk_size):
-  table, cap = table_and_cap(unembedding)
-  chex.assert_shape(tokens, hidden.shape[:-1])
-  chex.assert_shape(table, (hidden.shape[-1], None))
-  chex.assert_type([hidden, table, tokens], [float, float, int])
-  num_chunks = num_chunks_of(tokens.size, table.shape[1], chunk_size)
-  accumulated = jnp.promote_types(jnp.result_type(hidden, table), jnp.float32)
-  outputs = _chunked(
-    with_entropy,
-    cap,
-    chunk_rows(hidden.reshape(-1, hidden.shape[-1]), num_chunks),
-    table,
-    chunk_rows(tokens.reshape(-1), num_chunks),
-    jnp.asarray(temperature, accumulated),
-  )
-  return jax.tree.map(lambda x: unchunk_rows(x, tokens.size).reshape(tokens.shape), outputs)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(with_entropy, cap, hidden, unembedding, tokens, temperature):
-  """Returns (log_probs,) or (log_probs, entropy), each [K, C], from `hidden` [K, C, D]."""
-  return _chunked_fwd(with_entropy, cap, hidden, unembedding, tokens, temperature)[0]
-
-
-def _chunked_fwd(with_entropy, cap, hidden, unembedding, tokens, temperature):
-  def chunk(args):
-    hidden, tokens = args
-    scaled = soft_cap(matmul(hidden, unembedding), cap) / temperature
-    lse = jax.nn.logsumexp(scaled, axis=-1)
-    log_probs = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - lse
-    if not with_entropy:
-      return lse, (log_probs,)
-    probs = jnp.exp(scaled - lse[:, None])
-    return lse, (log_probs, lse - (probs * scaled).sum(axis=-1))
-
-  lse, outputs = jax.lax.map(chunk, (hidden, tokens))
-  return outputs, (hidden, unembedding, tokens, temperature, lse, outputs[1:])
-
-
-def _chunked_bwd(with_entropy, cap, residuals, cotangents):
-  hidden, unembedding, tokens, temperature, lse, entropies = residuals
-
-  def chunk(sums, args):
-    hidden, tokens, lse, entropies, cotangents = args
-    logits = soft_cap(matmul(hidden, unembedding), cap)
-    scaled = logits / temperature
-    log_probs = scaled - lse[:, None]
-    probs = jnp.exp(log_probs)
-    taken = jnp.arange(scaled.shape[1])[None, :] == tokens[:, None]
-    d_scaled = cotangents[0][:, None] * (taken - probs)
-    if with_entropy:
-      d_scaled -= cotangents[1][:, None] * probs * (log_probs + entropies[0][:, None])
-    d_logits = d_scaled / temperature * soft_cap_slope(logits, cap)
-    d_logits = d_logits.astype(jnp.result_type(hidden, unembedding))
-    sums = (
-      sums[0] + matmul(hidden.T, d_logits),
-      sums[1] - (d_scaled * scaled).sum() / temperature,
-    )
-    return sums, matmul(d_logits, unembedding.T).astype(hidden.dtype)
-
-  zeros = (jnp.zeros(unembedding.shape, lse.dtype), jnp.zeros_like(temperature))
-  (d_unembedding, d_temperature), d_hidden = jax.lax.scan(
-    chunk, zeros, (hidden, tokens, lse, entropies, cotangents)
-  )
-  return d_hidden, d_unembedding.astype(unembedding.dtype), None, d_temperature
-
-
-_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+  options = {"temperature": temperature, "chunk_size": chunk_size}
+  return over_vocabulary(both, [(hidden, unembedding)], [tokens], **options)
