@@ -120,6 +120,14 @@ def test_what_a_killed_command_left_blocks_no_folder(tmp_path, left):
   assert not list(tmp_path.glob(".shared-*")) and not list(tmp_path.glob("*.partial"))
 
 
+def test_a_rollout_that_waits_for_its_scores_stays(tmp_path):
+  config = ppo.Config(workdir=str(tmp_path))
+  begin(open_workdir("ppo", config))
+  (tmp_path / "rollout-3.npz").touch()
+  open_workdir("ppo", config)
+  assert (tmp_path / "rollout-3.npz").exists()
+
+
 def test_a_command_that_is_killed_while_it_makes_its_folder_can_be_given_again(
   tmp_path, monkeypatch
 ):

@@ -19,7 +19,8 @@ from klrl.run import checkpoint, fingerprints, lock, pending
 DRY_RUN = "dry_run.json"
 _SETTINGS = ("config.json", "flags.txt", fingerprints.FILE, DRY_RUN)
 # Files that a command at work, or one that was killed, may leave. They belong to no run.
-_LEFT = (".shared-*", "*.partial", lock.FILE, pending.FILES)
+_HALF_WRITTEN = (".shared-*", "*.partial")
+_LEFT = (*_HALF_WRITTEN, lock.FILE, pending.FILES)
 # Fields that change no figure of a run or of a member, so any value of them shares the folder.
 NOT_PART_OF_THE_RESULT = (
   *("workdir", "save_every", "keep", "profile", "tensorboard", "wandb_project"),
@@ -157,7 +158,7 @@ def _remove_left(directory: pathlib.Path) -> None:
   # Commands without the lock may be writing these just now.
   unlocked = ("report.html", DRY_RUN)
   for path in directory.iterdir():
-    if path.is_file() and _is_left(path) and not path.name.startswith((lock.FILE, *unlocked)):
+    if _matches(path, _HALF_WRITTEN) and path.is_file() and not path.name.startswith(unlocked):
       path.unlink()
 
 
@@ -198,7 +199,11 @@ def is_read(config, field: dataclasses.Field) -> bool:
 
 
 def _is_left(path: pathlib.Path) -> bool:
-  return any(path.match(pattern) for pattern in _LEFT)
+  return _matches(path, _LEFT)
+
+
+def _matches(path: pathlib.Path, patterns) -> bool:
+  return any(path.match(pattern) for pattern in patterns)
 
 
 def _holds_other(directory: pathlib.Path) -> bool:
