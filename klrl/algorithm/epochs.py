@@ -103,22 +103,7 @@ def _terms(
   groups = {"group_size": algorithm.group_size}
   hidden = completions.completion_hidden(policy, params["policy"], rollout, **groups)
   unembedding = policy.unembedding(params["policy"])
-  tokens = completions.completion_tokens(rollout)
-  exact_kl = None
-  if needs_exact_kl(algorithm):
-    models = (hidden, unembedding), (batch.ref_hidden, context.ref_unembedding)
-
-    def figures(log_probs, ref_log_probs, tokens, hypers):
-      of_tokens = ops.taken(log_probs, tokens), ops.entropy_of(log_probs)
-      return *of_tokens, algorithm.divergence(log_probs, ref_log_probs, hypers)
-
-    log_probs, entropy, exact_kl = ops.over_vocabulary(
-      figures, models, [tokens], [hypers], temperature=hypers.temperature
-    )
-  else:
-    log_probs, entropy = ops.token_log_probs_and_entropy_from_hidden(
-      hidden, unembedding, tokens, temperature=hypers.temperature
-    )
+  log_probs, entropy, exact_kl = _of_distributions(algorithm, hidden, unembedding, batch, context)
   # Padding gets ratio 1 before anything exponentiates it.
   log_probs = jnp.where(mask, log_probs, rollout.old_log_probs)
   kl = kl_terms.TokenTerms(log_probs, rollout.old_log_probs, batch.ref_log_probs, mask, exact_kl)
@@ -147,6 +132,26 @@ def _terms(
     old_values=batch.old_values,
     returns=batch.returns,
   )
+
+
+def _of_distributions(algorithm: Algorithm, hidden, unembedding, batch: Batch, context: Context):
+  """Returns log-probs, entropy and the exact KL of the next-token distributions, each [B, T].
+
+  The KL is None if no minibatch computes it. All are made in one pass over the vocabulary.
+  """
+  hypers, tokens = context.hypers, completions.completion_tokens(batch.rollout)
+  if batch.ref_hidden is None or context.ref_unembedding is None:
+    of_tokens = ops.token_log_probs_and_entropy_from_hidden(
+      hidden, unembedding, tokens, temperature=hypers.temperature
+    )
+    return *of_tokens, None
+
+  def figures(log_probs, ref_log_probs, tokens, hypers):
+    of_tokens = ops.taken(log_probs, tokens), ops.entropy_of(log_probs)
+    return *of_tokens, algorithm.divergence(log_probs, ref_log_probs, hypers)
+
+  models = (hidden, unembedding), (batch.ref_hidden, context.ref_unembedding)
+  return ops.over_vocabulary(figures, models, [tokens], [hypers], temperature=hypers.temperature)
 
 
 def _refreshed(
