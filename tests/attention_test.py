@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from klrl.models import attention
 from klrl.models.attention import Forked, attend
 
 ROWS, LEN, HEADS, KV_HEADS, WIDTH = 2, 7, 4, 2, 3
@@ -75,6 +76,49 @@ def test_branches_read_their_beginning_and_themselves():
   )
   found = attend(query, key, value, forked, scale=0.6, cap=0.0)
   np.testing.assert_allclose(found, by_pairs(query, key, value, seen, 0.6, 0.0), atol=1e-6)
+
+
+def causal(length):
+  return jnp.broadcast_to(jnp.tri(length, dtype=bool), (ROWS, length, length))
+
+
+def branched(before, num, own):
+  to_prefix = jnp.ones((ROWS, num, own, before), bool)
+  within = jnp.broadcast_to(jnp.tri(own, dtype=bool), (ROWS, num, own, own))
+  return Forked(causal(before), to_prefix, within)
+
+
+@pytest.mark.parametrize("seen", [causal(13), branched(5, 2, 4)], ids=["one text", "branches"])
+def test_a_long_row_is_read_in_blocks_of_queries(seen, monkeypatch):
+  query = random((ROWS, 13, HEADS, WIDTH), 0)
+  key, value = random((2, ROWS, KV_HEADS, 13, WIDTH), 1)
+  weights = random((ROWS, 13, HEADS * WIDTH), 2)
+
+  def total(*arrays):
+    return (weights * attend(*arrays, seen, scale=0.6, cap=0.7)).sum()
+
+  def outputs():
+    return jax.jit(jax.value_and_grad(lambda *x: total(*x), (0, 1, 2)))(query, key, value)
+
+  whole = outputs()
+  monkeypatch.setattr(attention, "QUERIES_PER_BLOCK", 3)
+  for found, expected in zip(*map(jax.tree.leaves, (outputs(), whole)), strict=True):
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_logits_of_a_long_row_are_never_held():
+  length, heads = 4 * attention.QUERIES_PER_BLOCK, 2
+  shape = jax.ShapeDtypeStruct((1, length, heads, 4), jnp.float32)
+  keys = jax.ShapeDtypeStruct((1, heads, length, 4), jnp.float32)
+  seen = jax.ShapeDtypeStruct((1, length, length), bool)
+
+  def total(query, key, value, seen):
+    return attend(query, key, value, seen, scale=1.0, cap=0.0).sum()
+
+  gradient = jax.jit(jax.grad(total, (0, 1, 2))).lower(shape, keys, keys, seen).compile()
+  # Two blocks of logits and the mask, which has no heads, where all logits would be four blocks.
+  block = 4 * heads * attention.QUERIES_PER_BLOCK * length
+  assert gradient.memory_analysis().temp_size_in_bytes < 3 * block + length**2
 
 
 def test_narrow_numbers_stay_narrow_and_are_summed_in_wide_ones():

@@ -3,7 +3,8 @@
 Shapes: B rows, S queries, C keys, N query heads, K key/value heads, R = N / K heads that share one,
 H head width. Sources: A. Vaswani et al., "Attention Is All You Need" (2017), equation 1; J. Ainslie
 et al., "GQA" (2023) for the shared heads; J. Juravsky et al., "Hydragen: High-Throughput LLM
-Inference with Shared Prefixes" (2024), section 3, for rows with branches.
+Inference with Shared Prefixes" (2024), section 3, for rows with branches; M. Rabe and C. Staats,
+"Self-attention Does Not Need O(n^2) Memory" (2021), section 3, for long rows.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,9 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+
+# A row of 4096 tokens with 32 heads has 2 GiB of logits, and a block of it a quarter of one.
+QUERIES_PER_BLOCK = 512
 
 
 class Fork(NamedTuple):
@@ -72,8 +76,33 @@ def _read(query, sources, scale, cap):
   """Returns the mean of all values of `sources`, by one softmax over all of their keys.
 
   `query` is [..., S, H]. A source is (keys, values, mask): the leading axes of its keys are the
-  first of the query's, and all other queries are rows of one product with these keys.
+  first of the query's, and all other queries are rows of one product with these keys. Long rows are
+  read in blocks of queries, whose logits the backward pass computes once more.
   """
+  if query.shape[-2] <= QUERIES_PER_BLOCK:
+    return _read_block(query, sources, scale, cap)
+  num_queries = query.shape[-2]
+  num_blocks = -(-num_queries // QUERIES_PER_BLOCK)
+  missing = num_blocks * QUERIES_PER_BLOCK - num_queries
+
+  def blocks(x):
+    x = jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, missing), (0, 0)])
+    x = x.reshape(*x.shape[:-2], num_blocks, QUERIES_PER_BLOCK, x.shape[-1])
+    return jnp.moveaxis(x, -3, 0)
+
+  @jax.checkpoint
+  def block(arguments):
+    query, masks = arguments
+    masked = [(*of_keys, mask) for (*of_keys, _), mask in zip(sources, masks, strict=True)]
+    return _read_block(query, masked, scale, cap)
+
+  y = jax.lax.map(block, (blocks(query), [blocks(mask) for *_, mask in sources]))
+  y = jnp.moveaxis(y, 0, -3)
+  return y.reshape(*y.shape[:-3], -1, y.shape[-1])[..., :num_queries, :]
+
+
+def _read_block(query, sources, scale, cap):
+  """Returns `_read` of queries whose logits are held at once."""
   dtype = jnp.promote_types(query.dtype, jnp.float32)
 
   def product(x, y):
