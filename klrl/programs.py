@@ -49,6 +49,7 @@ def set_up(config, mesh, models: Models, task: Task) -> Setup:
     eos_id=models.tokenizer.eos_ids,
     pad_id=models.tokenizer.pad_id,
     group_size=algorithm.group_size,
+    sampler_mesh=config.sampler_mesh,
   )
   frozen = parallel.put_once(mesh, frozen)
   return Setup(config, algorithm, models, task, mesh, frozen, sample)

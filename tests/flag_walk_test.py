@@ -34,7 +34,7 @@ from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.models import decoder, policy_model, save_policy, save_scalar, scalar_model
 from klrl.run import loop
-from klrl.sampling import Rollout
+from klrl.sampling import SAMPLER_MESHES, Rollout
 from klrl.tasks import arithmetic
 
 MODULES = (sft, reward_model, reinforce, ppo, grpo, dpo, distill)
@@ -157,6 +157,7 @@ RL = {
   "length_penalty": Case(1.0),
   "normalise_scores": Case(True),
   "sampler_dtype": Case("bfloat16"),
+  "sampler_mesh": Case("split"),
   "sampler_correction": Case("token"),
   "sampler_cap": Case(3.0, {"sampler_correction": "token"}),
   "entropy_coef": Case(0.5),
@@ -396,8 +397,11 @@ def traced_once(make_decoder, config):
   return made._replace(init=init, hidden=jax.jit(made.hidden, static_argnums=4))
 
 
-def make_fake_sample_fn(policy, *, max_completion_len, eos_id, pad_id, group_size):
-  """Returns a sampler that compiles fast and draws any token, by the key alone."""
+def make_fake_sample_fn(policy, *, max_completion_len, eos_id, pad_id, group_size, sampler_mesh):
+  """Returns a sampler that compiles fast and draws any token, by the key alone.
+
+  Its log-probs tell how it would lay out weights.
+  """
   del eos_id, pad_id, group_size
 
   def sample(params, prompts, mask, key, *, temperature):
@@ -405,9 +409,9 @@ def make_fake_sample_fn(policy, *, max_completion_len, eos_id, pad_id, group_siz
     shape = len(prompts), max_completion_len
     drawn = jax.random.randint(key, shape, 3, policy.config.vocab_size)
     tokens = jnp.concatenate([prompts, drawn], axis=1)
-    zeros = jnp.zeros(shape, policy.config.dtype)
+    told = jnp.full(shape, SAMPLER_MESHES.index(sampler_mesh), policy.config.dtype)
     finished = jnp.ones(len(prompts), bool)
-    return Rollout(tokens, mask, jnp.ones(shape, bool), finished, zeros, zeros)
+    return Rollout(tokens, mask, jnp.ones(shape, bool), finished, told, told)
 
   return sample
 
@@ -595,7 +599,8 @@ def told(config):
   """Returns what the library is told of a run of an experiment's."""
   algorithm = {x.name: known(getattr(config.algorithm(), x.name)) for x in ALGORITHM_FIELDS}
   # What a run reads itself.
-  return algorithm, config.hypers(), config.sources(), config.seed, config.mesh
+  own = config.seed, config.mesh, config.sampler_mesh
+  return algorithm, config.hypers(), config.sources(), *own
 
 
 def known(x):

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from klrl.models import hf, load_tokenizer
+from klrl import sampling
+from klrl.cost import hlo
+from klrl.devices import parallel
+from klrl.models import add_lora, hf, join, load_tokenizer
 from klrl.models.decoder import DecoderConfig, Policy, policy_model
 from klrl.models.uniform import uniform_policy
 from klrl.sampling import (
@@ -42,6 +45,19 @@ def tiny():
   policy = policy_model(TINY)
   params = jax.jit(policy.init)(jax.random.key(0))
   return policy, jax.tree.map(lambda x: x if x.ndim == 1 else 20 * x, params)
+
+
+# So wide that a step of few rows sends far less than the weights are.
+WIDE = DecoderConfig(
+  vocab_size=512,
+  width=512,
+  num_layers=1,
+  num_heads=32,
+  num_kv_heads=8,
+  head_dim=16,
+  mlp_dim=2048,
+  max_len=256,
+)
 
 
 @functools.cache
@@ -307,6 +323,59 @@ def test_the_completions_of_a_prompt_share_the_reading_of_it():
   assert num_read == [3]
   for x, expected in zip(rollout, sample_fn(**limits)(*arguments, temperature=1.0), strict=True):
     np.testing.assert_allclose(x, expected, atol=1e-5)
+
+
+@functools.cache
+def wide():
+  """Returns a policy with adapters, and its params."""
+  params = jax.jit(policy_model(WIDE).init)(jax.random.key(0))
+  config, adapters, base = add_lora(WIDE, params, jax.random.key(1), rank=2)
+  return policy_model(config), join(base, jax.tree.map(lambda x: x + 0.1, adapters))
+
+
+def rollout_on(spec, sampler_mesh):
+  """Returns (a rollout of 129 tokens on a mesh, the bytes of all-gather that a device sends)."""
+  policy, params = wide()
+  sample = make_sample_fn(
+    policy, max_completion_len=129, eos_id=None, pad_id=0, group_size=2, sampler_mesh=sampler_mesh
+  )
+  mesh = parallel.make_mesh(spec)
+  sample = jax.jit(parallel.on_mesh(mesh, functools.partial(sample, temperature=1.0)))
+  params = jax.device_put(params, parallel.state_shardings(mesh, params))
+  rows = PROMPTS[[1, 1, 2, 2]], PROMPT_MASK[[1, 1, 2, 2]]
+  arguments = params, *jax.device_put(rows, parallel.by_rows(mesh)), jax.random.key(2)
+  compiled = sample.lower(*arguments).compile()
+  sent = hlo.costs(compiled.as_text(), dict(mesh.shape)).collectives
+  gathered = sum(size for (kind, _), size in sent.items() if kind == "all-gather")
+  return jax.device_get(compiled(*arguments)), gathered
+
+
+@pytest.fixture(scope="module")
+def alone():
+  return rollout_on("data=1", "auto")[0]
+
+
+@pytest.mark.parametrize("sampler_mesh", ["gathered", "split"])
+def test_no_weight_is_gathered_twice_in_a_rollout(sampler_mesh, alone):
+  found, gathered = rollout_on("fsdp=4", sampler_mesh)
+  np.testing.assert_array_equal(found.tokens, alone.tokens)
+  np.testing.assert_allclose(found.old_log_probs, alone.old_log_probs, atol=1e-4)
+  weights = sum(leaf.nbytes for leaf in jax.tree.leaves(wide()[1]))
+  assert gathered < 0.8 * weights  # Of 4 quarters each device sends its own to three others.
+
+
+@pytest.mark.parametrize(
+  ("spec", "num_rows", "stay"),
+  [
+    ("data=4", 8, False),
+    ("fsdp=4", 256, True),
+    ("fsdp=4", 257, False),
+    ("fsdp=2,data=2", 512, True),
+  ],
+)
+def test_weights_stay_where_rows_are_smaller(spec, num_rows, stay):
+  ask = lambda: sampling._weights_stay("auto", num_rows, WIDE)  # noqa: E731
+  assert parallel.on_mesh(parallel.make_mesh(spec), ask)() is stay
 
 
 def test_the_same_key_repeats_and_another_differs():

@@ -24,6 +24,7 @@ from klrl import inputs, ops
 from klrl.algorithm import Algorithm, Hypers, beta_rules, memory, objective, policy_losses
 from klrl.algorithm.optimizer import make_schedule
 from klrl.errors import UserError
+from klrl.sampling import SAMPLER_MESHES
 from klrl.tasks.registry import TASKS
 from klrl.tasks.rewards import reads_model
 
@@ -52,6 +53,12 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
   length_penalty: float = setting(0.0, "taken off the score for each token", minimum=0.0)
   sampler_dtype: str = setting(
     "trainer", "what the sampler computes in", choices=("trainer", "float32", "bfloat16")
+  )
+  sampler_mesh: str = setting(
+    "auto",
+    "where the weights that fsdp splits are while completions are drawn: gathered once for all of "
+    "them, or split as they are, so that rows move to them; auto: what should take less time",
+    choices=SAMPLER_MESHES,
   )
   sampler_correction: str = setting(
     "none",

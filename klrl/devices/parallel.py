@@ -14,6 +14,8 @@ The arrays of a sweep have a leading axis of members. Programs split it over `sw
 that no collective ever crosses members, and leave the other axes to the compiler (`map_members`).
 """
 
+import contextlib
+import contextvars
 import functools
 import gc
 import importlib.util
@@ -303,6 +305,67 @@ def rows_per_device(num_rows: int) -> int:
   return 1 if rest else rows
 
 
+def splits_weights() -> bool:
+  """Returns whether the mesh in scope splits weights over `fsdp`."""
+  return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
+
+
+def rows_of_fsdp(num_rows: int) -> int:
+  """Returns how many of `num_rows` rows the devices along `fsdp` have together."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return -(-num_rows // math.prod(mesh.shape[axis] for axis in _axes_of_rows() if axis != "fsdp"))
+
+
+def gather_weights(params):
+  """Returns `params` whole on each device of `fsdp`, split over `tensor` as they were."""
+  if not splits_weights():
+    return params
+  mesh = jax.sharding.get_abstract_mesh()
+
+  def whole(path, leaf):
+    spec = _partition_spec(mesh, _names(path), leaf.shape)
+    spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+    return jax.lax.with_sharding_constraint(leaf, spec)
+
+  return jax.tree_util.tree_map_with_path(whole, params)
+
+
+_weights_stay = contextvars.ContextVar("weights_stay", default=False)
+
+
+@contextlib.contextmanager
+def weights_stay(stay: bool) -> Iterator[None]:
+  """What is traced in this scope moves rows to the weights that `fsdp` splits, if they `stay`.
+
+  Otherwise the compiler gathers the weights wherever rows are split. Here each device multiplies
+  all rows of `fsdp` with its part of a matrix (`rows_together`) and does what needs no weights,
+  such as attention, for its own rows (`rows_apart`). It pays for steps of a few tokens, which are
+  far smaller than the weights.
+  """
+  token = _weights_stay.set(stay and splits_weights())
+  try:
+    yield
+  finally:
+    _weights_stay.reset(token)
+
+
+def rows_together(x):
+  """Returns x [rows, ...] with all rows on each device of `fsdp`, where `weights_stay`."""
+  return _with_rows_over(x, [axis for axis in _axes_of_rows() if axis != "fsdp"])
+
+
+def rows_apart(x):
+  """Returns x [rows, ...] with its own rows on each device of `fsdp`, where `weights_stay`."""
+  return _with_rows_over(x, _axes_of_rows())
+
+
+def _with_rows_over(x, axes):
+  if not _weights_stay.get():
+    return x
+  others = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(tuple(axes), *others))
+
+
 def compiles_for_cpu() -> bool:
   """Returns whether what is traced is for a CPU: that of the mesh in scope, or of the default."""
   device = jax.sharding.get_abstract_mesh().abstract_device
@@ -336,7 +399,7 @@ def state_shardings(mesh: Mesh, state, *, members: bool = False):
   """
 
   def sharding(path, leaf):
-    names = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
+    names = _names(path)
     if members:
       return NamedSharding(
         mesh, PartitionSpec("sweep", *_partition_spec(mesh, names, leaf.shape[1:]))
@@ -453,7 +516,11 @@ def distinct(tree) -> tuple[list, Callable[[list], Any]]:
   return list(once.values()), lambda once: structure.unflatten(once[i] for i in places)
 
 
-def _partition_spec(mesh: Mesh, names, shape) -> PartitionSpec:
+def _names(path) -> list[str]:
+  return [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
+
+
+def _partition_spec(mesh, names, shape) -> PartitionSpec:
   if "replay" in names:  # Not parameters.
     return PartitionSpec(None, ("data", "fsdp"))
   spec: list = [None] * len(shape)

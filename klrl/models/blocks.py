@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from klrl.devices import parallel
 from klrl.models.attention import attend
 from klrl.models.heads import Head
 from klrl.models.rotations import Rotation, rotate
@@ -165,9 +166,10 @@ class AdaptedLinear(nnx.LoRALinear):
 
   def __call__(self, x):
     # Flax's own sum has no factor.
-    rows = _as_rows(x)
-    y = nnx.Linear.__call__(self, rows) + self.scale * self.lora(rows)
-    return y.reshape(*x.shape[:-1], -1)
+    def product(rows):
+      return nnx.Linear.__call__(self, rows) + self.scale * self.lora(rows)
+
+    return _of_rows(product, x)
 
 
 class PlainLinear(nnx.Linear):
@@ -178,11 +180,12 @@ class PlainLinear(nnx.Linear):
   """
 
   def __call__(self, x):
-    return super().__call__(_as_rows(x)).reshape(*x.shape[:-1], -1)
+    return _of_rows(super().__call__, x)
 
 
-def _as_rows(x):
-  return x.reshape(-1, x.shape[-1])
+def _of_rows(product, x):
+  rows = parallel.rows_together(x.reshape(-1, x.shape[-1]))
+  return parallel.rows_together(product(rows)).reshape(*x.shape[:-1], -1)
 
 
 def _linear(config, fan_in, fan_out, rngs, *, use_bias=False, residual=False):
@@ -250,6 +253,7 @@ class Attention(nnx.Module):
 
   def __call__(self, x, rotation, seen, store):
     def heads(y, norm=None):
+      y = parallel.rows_apart(y)
       y = norm(y) if norm and self.qk_norm == "all" else y
       y = y.reshape(*y.shape[:2], -1, self.head_dim)
       return norm(y) if norm and self.qk_norm == "head" else y

@@ -231,7 +231,8 @@ def _decoder(config):
   def decode(params, tokens, positions, cache, slot, cache_mask):
     ends, layers = split(params)
     positions = positions[:, None]
-    x = ends.embedded(tokens[:, None], positions)
+    tokens = parallel.rows_together(tokens[:, None])
+    x = parallel.rows_together(ends.embedded(tokens, parallel.rows_together(positions)))
     key_positions = jnp.cumsum(cache_mask, axis=1) - 1
     # The last token is never read, so a cache has one slot less than the row has tokens.
     row_len = cache_mask.shape[1] + 1
