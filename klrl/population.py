@@ -269,7 +269,11 @@ def _run_group(
 
 
 def init_members(setup: programs.Setup, configs: list) -> tuple[SweepState, SweepState]:
-  """Returns (the state at the start of the runs of `configs`, on the devices, its shardings)."""
+  """Returns (the state at the start of the runs of `configs`, on the devices, its shardings).
+
+  No device ever holds more than its shard of it and one array.
+  """
+  num_members = len(configs)
   runs = [
     learner.init_state(config.algorithm(), config.hypers(), {}, jax.random.key(config.seed))
     for config in configs
@@ -280,13 +284,33 @@ def init_members(setup: programs.Setup, configs: list) -> tuple[SweepState, Swee
   }
   common = programs.init_run(setup)._replace(**dict.fromkeys(_OWN))
 
-  def build(common, own):
-    shared = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(configs), *x.shape)), common)
-    return SweepState(shared._replace(**own), jnp.zeros(len(configs), jnp.int32))
+  def stacked(leaf):
+    return jax.ShapeDtypeStruct((num_members, *leaf.shape), leaf.dtype)
 
-  shapes = jax.eval_shape(build, common, own)
+  shapes = SweepState(
+    jax.tree.map(stacked, common)._replace(**own), jax.ShapeDtypeStruct((num_members,), jnp.int32)
+  )
   shardings = parallel.state_shardings(setup.mesh, shapes, members=True)
-  return jax.jit(build, out_shardings=shardings)(common, own), shardings
+
+  def repeat(leaf, sharding):
+    repeated = _repeated(leaf, num_members, sharding)
+    leaf.delete()
+    return repeated
+
+  shared = jax.tree.map(repeat, common, shardings.run._replace(**dict.fromkeys(_OWN)))
+
+  def build(own):
+    return own, jnp.zeros(num_members, jnp.int32)
+
+  own_shardings = {name: getattr(shardings.run, name) for name in _OWN}, shardings.diverged_at
+  own, diverged_at = jax.jit(build, out_shardings=own_shardings)(own)
+  return SweepState(shared._replace(**own), diverged_at), shardings
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _repeated(leaf, times: int, sharding):
+  repeated = jnp.broadcast_to(leaf, (times, *leaf.shape))
+  return jax.lax.with_sharding_constraint(repeated, sharding)
 
 
 def _places_of(group_dir: pathlib.Path) -> int | None:

@@ -12,7 +12,7 @@ import pytest
 from small_decoders import BAG, BAG_VALUE, arithmetic_decoder, bag_params, bag_value_params
 
 from experiments import distill, grpo, ppo
-from klrl import inputs, programs, rlhf, supervised
+from klrl import inputs, population, programs, rlhf, supervised
 from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.models import policy_model, scalar_model, scalar_params_from
@@ -73,9 +73,9 @@ def peaks_of(fn):
   return made, peaks
 
 
-def assert_no_device_held_more_than_its_share(arrays, peaks):
+def assert_no_device_held_more_than_its_share(arrays, peaks, mesh=MESH):
   leaves = jax.tree.leaves(arrays)
-  assert all(leaf.sharding.mesh == MESH for leaf in leaves)
+  assert all(leaf.sharding.mesh == mesh for leaf in leaves)
   assert len(peaks) == MESH.size
   share = sum(leaf.nbytes for leaf in leaves) / MESH.size
   for size in peaks.values():
@@ -94,6 +94,14 @@ def test_parameters_moments_and_a_moving_reference_are_made_in_shards(models):
   for own, reference in zip(jax.tree.leaves(policy), jax.tree.leaves(state.reference), strict=True):
     buffers = [x.addressable_shards[0].data.unsafe_buffer_pointer() for x in (own, reference)]
     assert buffers[0] != buffers[1]
+
+
+def test_what_the_members_of_a_sweep_start_with_is_made_in_shards(models):
+  config, found = models
+  mesh = parallel.make_mesh("sweep=2,fsdp=2")
+  setup = programs.Setup(config, config.algorithm(), found, None, mesh, {}, None)
+  (state, _), peaks = peaks_of(lambda: population.init_members(setup, [config] * 2))
+  assert_no_device_held_more_than_its_share(state, peaks, mesh)
 
 
 def test_what_a_supervised_run_starts_with_is_made_in_shards(models):
