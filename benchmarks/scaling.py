@@ -30,7 +30,13 @@ from experiments import grpo
 from klrl import inputs, population, programs
 from klrl.cost import hlo
 from klrl.devices import parallel
-from klrl.models import DecoderConfig, TokenizerInfo, policy_model
+from klrl.models import (
+  DecoderConfig,
+  TokenizerInfo,
+  policy_model,
+  scalar_model,
+  scalar_params_from,
+)
 from klrl.tasks import data, rewards
 
 MIB = 2**20
@@ -57,43 +63,56 @@ LABELS = {
 TOLERANCE = 0.15
 
 
+class Iteration:
+  """The compiled programs of an iteration, and the state that they change."""
+
+  def __init__(self, config, size: workload.Size, mesh, *, num_members: int = 0, per_batch=1):
+    """Compiles both; `num_members` > 0 makes it a sweep, `per_batch` of them at a time."""
+    setup = setup_of(config, size, mesh)
+    make = programs.make_programs
+    if num_members:
+      configs = [dataclasses.replace(config, seed=seed) for seed in range(num_members)]
+      self.state, shardings = population.init_members(setup, configs)
+      lift = functools.partial(parallel.map_members, mesh, members_per_batch=per_batch)
+      make = functools.partial(make, lift=lift, guard=population.guarded)
+    else:
+      self.state = programs.init_run(setup)
+      shardings = parallel.state_shardings(mesh, self.state)
+    made = make(setup, shardings)
+    self._distinct, _ = parallel.distinct(setup.frozen)
+    training = setup.task.training
+    prompts = parallel.put((training.tokens, training.mask), parallel.replicated(mesh))
+    rows = programs.prompt_rows(setup.algorithm, 0, len(training.tokens), seed=0)
+    self._given = self._distinct, *prompts, parallel.put(rows, parallel.by_rows(mesh))
+    rollout = self.rollout = made["rollout"].lower(self.state, *self._given).compile()
+    sampled = rollout(self.state, *self._given)
+    shape = sampled.finished.shape
+    scores = np.arange(sampled.finished.size, dtype=np.float32).reshape(shape) % 7
+    self._scores = parallel.put(scores, parallel.by_rows(mesh, members=scores.ndim > 1))
+    update = made["update"].lower(self.state, self._distinct, sampled, self._scores, None)
+    self.update = update.compile()
+
+  def run(self) -> tuple[float, float]:
+    """Does an iteration, and returns the seconds of the rollout and of the update."""
+    began = time.perf_counter()
+    sampled = jax.block_until_ready(self.rollout(self.state, *self._given))
+    drawn = time.perf_counter()
+    found = self.update(self.state, self._distinct, sampled, self._scores, None)
+    self.state, _ = jax.block_until_ready(found)
+    return drawn - began, time.perf_counter() - drawn
+
+
 def point(axis: str, value: int, base: workload.Size, repetitions: int) -> dict[str, float]:
   """Returns the seconds, the MiB of temporaries and the GFLOP on a device of an iteration."""
   is_size = axis in {field.name for field in dataclasses.fields(base)}
   size = dataclasses.replace(base, **{axis: value}) if is_size else base
-  num_members = value if axis == "members" else 1
   mesh = parallel.make_mesh(f"data={value}" if axis == "devices" else "data=1")
   config = grpo.Config(
     batch_size=size.num_rows, group_size=size.group_size, num_minibatches=1, kl_every=0
   )
-  setup = setup_of(config, size, mesh)
-  make = programs.make_programs
-  if axis == "members":
-    configs = [dataclasses.replace(config, seed=seed) for seed in range(num_members)]
-    state, shardings = population.init_members(setup, configs)
-    lift = functools.partial(parallel.map_members, mesh, members_per_batch=1)
-    make = functools.partial(make, lift=lift, guard=population.guarded)
-  else:
-    state = programs.init_run(setup)
-    shardings = parallel.state_shardings(mesh, state)
-  made = make(setup, shardings)
-  distinct, _ = parallel.distinct(setup.frozen)
-  training = setup.task.training
-  prompts = parallel.put((training.tokens, training.mask), parallel.replicated(mesh))
-  rows = programs.prompt_rows(setup.algorithm, 0, len(training.tokens), seed=0)
-  rows = parallel.put(rows, parallel.by_rows(mesh))
-  rollout = made["rollout"].lower(state, distinct, *prompts, rows).compile()
-  sampled = rollout(state, distinct, *prompts, rows)
-  scores = np.arange(sampled.finished.size, dtype=np.float32).reshape(sampled.finished.shape) % 7
-  scores = parallel.put(scores, parallel.by_rows(mesh, members=scores.ndim > 1))
-  update = made["update"].lower(state, distinct, sampled, scores, None).compile()
-  seconds = []
-  for _ in range(repetitions + 1):
-    began = time.perf_counter()
-    sampled = rollout(state, distinct, *prompts, rows)
-    state, _ = jax.block_until_ready(update(state, distinct, sampled, scores, None))
-    seconds.append(time.perf_counter() - began)
-  compiled = rollout, update
+  made = Iteration(config, size, mesh, num_members=value if axis == "members" else 0)
+  seconds = [sum(made.run()) for _ in range(repetitions + 1)]
+  compiled = made.rollout, made.update
   return {
     "seconds": min(seconds[1:]),
     "MiB": max(each.memory_analysis().temp_size_in_bytes for each in compiled) / MIB,
@@ -112,6 +131,8 @@ def setup_of(config, size: workload.Size, mesh) -> programs.Setup:
     head_dim=size.width // size.num_heads,
     mlp_dim=size.mlp_dim,
     max_len=1024,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
   )
   policy = policy_model(decoder)
   params = jax.jit(policy.init)(jax.random.key(0))
@@ -121,8 +142,9 @@ def setup_of(config, size: workload.Size, mesh) -> programs.Setup:
   tokenizer = TokenizerInfo(tokenizer, None, None, 0)
   records = [{"prompt": text} for text in workload.prompts(size, size.num_prompts)]
   prompts = data.encode_prompts(records, tokenizer, max_prompt_len=size.prompt_len)
-  none = (None,) * 4
-  models = inputs.Models(tokenizer, policy, params, {}, policy, policy, params, *none)
+  critic = (scalar_model(decoder), scalar_params_from(params))
+  critic = critic if config.sources().has_value_model else (None, None)
+  models = inputs.Models(tokenizer, policy, params, {}, policy, policy, params, *critic, None, None)
   own = rewards.Reward("own", 1.0, len)  # It is not called.
   task = inputs.Task(prompts, prompts, size.completion_len, [own], None, None)
   return programs.set_up(config, mesh, models, task)

@@ -38,12 +38,14 @@ from experiments.lab.dpo_pairs import (
   Start,
   completion_log_probs,
   embedded_start,
+  own_shapes,
   own_start,
   stages_config,
 )
 from experiments.settings import common, training
 from experiments.settings.common import again, setting
 from klrl import evaluation, judging, ops
+from klrl.cost import dry_run
 from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.figures import labels, of_summary
@@ -57,7 +59,13 @@ LOSSES = {"dpo": ops.dpo_loss, "ipo": ops.ipo_loss}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.RunConfig, common.ChatFields, common.EvaluationFields, common.StageFields):
+class Config(
+  common.RunConfig,
+  common.ChatFields,
+  common.EvaluationFields,
+  common.StageFields,
+  common.DryRunFields,
+):
   """Settings of DPO and IPO."""
 
   num_iterations: int = again(common.RunConfig, "num_iterations", default=600)
@@ -105,6 +113,8 @@ class Config(common.RunConfig, common.ChatFields, common.EvaluationFields, commo
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is not run again."""
   workdir = find_workdir("dpo", config, root=root)
+  if config.dry_run:
+    return dry_run.tell(workdir, _cost(config))
   title = config.loss.upper()
   summary = once(workdir, config, title, lambda: _train(config, workdir))
   training.show_summary(summary, title)
@@ -117,6 +127,28 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   )
   progress.console.print(f"Report: {workdir}/report.html", soft_wrap=True)
   return workdir
+
+
+def _cost(config: Config) -> list[dict]:
+  """Returns what a step costs a device; no weights are read."""
+  if not config.policy:
+    raise UserError("--dry_run has nothing to say of the embedded task, which fits anywhere.")
+  model_config, params, frozen, training = own_shapes(config)
+  return dry_run.of_supervised(
+    config,
+    make_preference_fn(policy_model(model_config), config.loss),
+    params,
+    training,
+    frozen=frozen,
+    coefficients=coefficients(config),
+    # The judge reads the reference: with adapters it is their base.
+    beside={} if config.lora_rank else params,
+  )
+
+
+def coefficients(config: Config) -> dict[str, float]:
+  """Returns the traced coefficients of the loss."""
+  return {"beta": config.beta, "label_smoothing": config.label_smoothing}
 
 
 def _train(config: Config, workdir: pathlib.Path) -> dict:
@@ -182,7 +214,7 @@ def train_on_pairs(config: Config, workdir: pathlib.Path, start: Start) -> dict:
       "held_out_accuracy": "preference/accuracy",
       "held_out_margin": "preference/margin",
     },
-    coefficients={name: getattr(config, name) for name in ("beta", "label_smoothing")},
+    coefficients=coefficients(config),
     more=figures,
     title=config.loss.upper(),
     keys=(

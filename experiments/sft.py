@@ -17,6 +17,7 @@ per token, of which 0.60 are the entropy of the demonstrations.
 """
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -24,6 +25,7 @@ import jax
 from experiments.settings import common
 from experiments.settings.common import again, setting
 from klrl import inputs, ops
+from klrl.cost import dry_run
 from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.figures import labels, of_summary, shown
@@ -42,7 +44,7 @@ from klrl.tasks import arithmetic, data, demonstrations, packing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.RunConfig, common.ChatFields):
+class Config(common.RunConfig, common.ChatFields, common.DryRunFields):
   """Settings of supervised fine-tuning."""
 
   rate_factor = 10.0
@@ -106,8 +108,19 @@ class Config(common.RunConfig, common.ChatFields):
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
   """Runs the experiment and returns its folder; a finished one is not run again."""
   workdir = find_workdir("sft", config, root=root)
+  if config.dry_run:
+    return dry_run.tell(workdir, _cost(config))
   once(workdir, config, "SFT", lambda: _train(config, workdir))
   return workdir
+
+
+def _cost(config: Config) -> list[dict]:
+  """Returns what a step costs a device; no weights are read."""
+  load = functools.partial(_model, config)
+  model_config, params, frozen, tokenizer = dry_run.shapes_of_start(config, load)
+  policy = policy_model(model_config)
+  loss_fn, (training, *_) = make_cross_entropy_fn(policy), _examples(config, policy, tokenizer)
+  return dry_run.of_supervised(config, loss_fn, params, training, frozen=frozen)
 
 
 def _train(config: Config, workdir: pathlib.Path) -> dict:
@@ -185,12 +198,12 @@ def fresh_decoder(config: Config, tokenizer) -> tuple[DecoderConfig, dict]:
   return model_config, policy_model(model_config).init(jax.random.key(config.init_seed))
 
 
-def _model(config: Config):
+def _model(config: Config, loaders: inputs.Loaders = inputs.FROM_DISK):
   if not config.policy:
     tokenizer = arithmetic.make_tokenizer()
     fresh = fresh_decoder(config, tokenizer)
     return *inputs.computing(config, fresh, tokenizer.num_tokens), tokenizer
-  return inputs.load_start(config, config.policy, data.read_texts)
+  return inputs.load_start(config, config.policy, data.read_texts, loaders=loaders)
 
 
 def _examples(config: Config, policy: Policy, tokenizer):

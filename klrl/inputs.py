@@ -150,12 +150,12 @@ class Loaders(NamedTuple):
   tokenizer: Callable = load_tokenizer
 
 
-_FROM_DISK = Loaders()
+FROM_DISK = Loaders()
 
 
 @processes.together
 def load_models(
-  sources: Sources, *, policy: str, reward_model: str, loaders: Loaders = _FROM_DISK
+  sources: Sources, *, policy: str, reward_model: str, loaders: Loaders = FROM_DISK
 ) -> Models:
   """Returns the models in the directories `policy` and `reward_model` ("" for none).
 
@@ -362,15 +362,23 @@ def reading(config, kind: str, tokenizer: TokenizerInfo) -> TokenizerInfo:
   return tokenizer
 
 
-def load_start(config, directory: str, reader: Callable, *, has_reference: bool = False):
+def load_start(
+  config,
+  directory: str,
+  reader: Callable,
+  *,
+  has_reference: bool = False,
+  loaders: Loaders = FROM_DISK,
+):
   """Returns the config, params and tokenizer of the language model that a stage starts from.
 
   The params are unread, and as `start_params` returns them. `reader` is what reads `config.data`.
+  `loaders` may return a model that has no files.
 
   Raises:
     UserError: the directory does not hold such a model, or `reading` refuses.
   """
-  (model_config, params), tokenizer = open_policy(directory), load_tokenizer(directory)
+  (model_config, params), tokenizer = loaders.policy(directory), loaders.tokenizer(directory)
   kind = data.kind_of(config.data, reader) if config.data else ""
   tokenizer = reading(config, kind, tokenizer)
   check_tokenizer(tokenizer, model_config)

@@ -10,6 +10,8 @@ import jax
 import pytest
 
 from benchmarks import (
+  fits,
+  gpu,
   kl_bench,
   loading_bench,
   oracle_bench,
@@ -20,6 +22,7 @@ from benchmarks import (
 )
 from benchmarks.contenders import workload
 from klrl import programs
+from klrl.cost.dry_run import CHIPS
 from klrl.devices import parallel
 from klrl.run import loop
 
@@ -123,10 +126,74 @@ def test_klrl_contends_with_log_probs(monkeypatch, capsys, tmp_path):
   assert len(found["timed"]) == 1 and "klrl" in found["versions"]
 
 
-def test_the_plain_loop_contends(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_the_plain_loop_contends(monkeypatch, capsys, tmp_path, algorithm):
   pytest.importorskip("torch")
-  found = contend(monkeypatch, capsys, "torch_loop.py", "grpo", tmp_path)
+  found = contend(monkeypatch, capsys, "torch_loop.py", algorithm, tmp_path)
   assert found["timed"][0]["update"] > 0
+
+
+def test_what_a_gpu_would_be_asked_runs_at_toy_size(monkeypatch, capsys):
+  chip, made = CHIPS["NVIDIA H200"], []
+  monkeypatch.setattr(gpu, "chip", lambda: chip)
+
+  def one_for_all(config, size, mesh, **settings):
+    # Most of the time is compilation. PPO's has the models of the others too.
+    if not made:
+      made.append(scaling.Iteration(gpu.config_of("ppo", size), size, mesh))
+    return made[0]
+
+  monkeypatch.setattr(gpu, "Iteration", one_for_all)
+  run(monkeypatch, gpu.main, "--sizes=toy", "--members=2", "--repetitions=1", "--torch=python")
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].endswith("torch: needs a GPU")
+  rows = [line.partition(":")[0] for line in lines[1:]]
+  assert rows == ["grpo toy", "ppo toy", "log-probs, V 64", "sweep at toy"]
+  assert "'bandwidth'" in lines[1] and "'MFU'" in lines[1]
+
+
+def test_drawing_reads_the_weights_for_each_token_and_the_cache():
+  size = workload.SIZES["1.2B"]
+  assert size.num_parameters == pytest.approx(1.22e9, rel=0.01)
+  cache = 2 * 24 * 2048 * 2 * 64 * 768  # keys and values of all layers and rows, half way
+  assert gpu.bytes_drawn(size) == pytest.approx(512 * (2 * 1.22e9 + cache), rel=0.01)
+
+
+def test_a_row_of_what_fits_is_compiled_at_toy_size(monkeypatch, tmp_path):
+  shape = fits.SHAPES["Llama 3.2 1B"] | {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+  shape |= {"num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+  shape |= {"num_key_value_heads": 2}
+  for name, value in (("NUM_ROWS", 16), ("PROMPT_LEN", 4), ("COMPLETION_LEN", 4)):
+    monkeypatch.setattr(fits, name, value)
+  fits.write_inputs(tmp_path, shape)
+  for algorithm in ("GRPO with LoRA", "SFT", "DPO"):
+    reports = fits.reports_of(algorithm, tmp_path, "", "fsdp=2")
+    figures = fits.figures_of(reports)
+    assert figures["fits"] and figures["over fsdp, GB"] >= 0
+    if algorithm == "DPO":  # The reference stays beside.
+      assert reports[0]["memory"]["beside"] > 0
+
+
+def test_what_the_compiler_refuses_has_a_share_of_the_memory():
+  found = fits.figures_of_refusal(
+    "The program `update` does not fit on a device: XLA:TPU compile permanent error. Ran out of "
+    "memory in memory space hbm. Used 31.5G of 15.75G hbm. Exceeded hbm capacity by 15.75G."
+  )
+  assert found == {"fits": 0, "memory, GiB": 31.5, "share": 2.0}
+
+
+def test_the_table_of_what_fits_names_the_smallest_slice_of_a_chip():
+  seconds = {"compute, s": 1.0, "memory, s": 2.0, "interconnect, s": 1.5, "at_least, s": 2.25}
+  row = {"fits": 1, "share": 0.5, **seconds, "over fsdp, GB": 3.0}
+  rows = {
+    "SFT, Qwen 3 8B, v5e:4x4": {"fits": 0, "share": 1.5},
+    "SFT, Qwen 3 8B, v5e:16x16": row,
+    "SFT, Qwen 3 8B, v5e:8x8": row,
+  }
+  no, yes = fits.table(rows).splitlines()[2:]  # Of the four slices alone.
+  assert no.endswith("| no | 150% |  |  |  |  |")
+  assert yes.endswith("| yes | 50% | 2.25 s | memory | 3 GB over fsdp | v5e:8x8 |")
+  assert fits.smaller_than("v5e:4x4") == ["v5e:2x4", "v5e:2x2"]
 
 
 def test_the_work_is_what_a_pass_over_each_row_takes():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import ppo, sweep
+from experiments import dpo, ppo, sft, sweep
 from experiments.settings import training
 from experiments.sweep import config_class
 from klrl.cost import dry_run, hlo
@@ -117,6 +117,44 @@ def test_a_run_is_costed_and_leaves_one_file(tmp_path):
     assert axes <= {"data", "fsdp"}
 
 
+def model_without_weights(directory):
+  tokenizer = arithmetic.make_tokenizer()
+  decoder = DecoderConfig(
+    vocab_size=tokenizer.tokenizer.get_vocab_size(),
+    width=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    max_len=32,
+  )
+  save_policy(directory, decoder, policy_model(decoder).init(jax.random.key(0)), tokenizer)
+  (directory / "model.safetensors").unlink()
+  return decoder
+
+
+def test_a_step_of_sft_and_of_dpo_is_costed_without_weights(tmp_path):
+  decoder = model_without_weights(tmp_path)
+  params = policy_model(decoder).init(jax.random.key(0))
+  size = sum(x.nbytes for x in jax.tree.leaves(params))
+  rows = {"completion": "2"}, {"chosen": "2", "rejected": "3"}
+  shared = {"policy": str(tmp_path), "dry_run": True, "mesh": "fsdp=2", "batch_size": 4}
+  for module, columns in zip((sft, dpo), rows, strict=True):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}+1=", **columns}) + "\n" for i in range(9)))
+    workdir = tmp_path / module.__name__
+    module.main(module.Config(data=str(data), workdir=str(workdir), **shared))
+    assert [path.name for path in workdir.iterdir()] == ["dry_run.json"]
+    (report,) = json.loads((workdir / "dry_run.json").read_text())
+    memory = report["memory"]
+    assert report["program"] == "step" and report["flops"] > 0
+    # Half of the parameters and of two moments; DPO's reference stays beside them.
+    assert memory["arguments"] == pytest.approx(3 * size / 2, rel=0.1)
+    assert memory["beside"] == pytest.approx(size / 2 if module is dpo else 0, rel=0.1)
+    assert memory["total"] == sum(x for name, x in memory.items() if name not in ("total", "of"))
+
+
 def test_no_collective_of_a_sweep_crosses_members(tmp_path):
   config = config_class("grpo")(
     experiment="grpo",
@@ -132,19 +170,7 @@ def test_no_collective_of_a_sweep_crosses_members(tmp_path):
 
 
 def test_models_need_no_weights_and_equal_ones_are_one_argument(tmp_path):
-  tokenizer = arithmetic.make_tokenizer()
-  decoder = DecoderConfig(
-    vocab_size=tokenizer.tokenizer.get_vocab_size(),
-    width=16,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=32,
-    max_len=32,
-  )
-  save_policy(tmp_path, decoder, policy_model(decoder).init(jax.random.key(0)), tokenizer)
-  (tmp_path / "model.safetensors").unlink()
+  model_without_weights(tmp_path)
   prompts = tmp_path / "p.jsonl"
   prompts.write_text('{"prompt": "1+1="}\n')
   settings = {"prompts": str(prompts), "reward": "f.py:f"}

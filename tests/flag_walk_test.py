@@ -114,14 +114,17 @@ BOTH_K2 = {
   "kl_correction": "none",
   "kl_credit": "sequence",
 }
+DRY_RUN = {
+  "dry_run": Case(True, shows_in="dry run"),
+  "topology": Case("v5e:2x2", {"dry_run": True}, "dry run"),
+}
 RL = {
   **RUN,
   **CHAT,
   **EVALUATION,
+  **DRY_RUN,
   "seed": Case(1),
   "stop_tokens": Case("7", shows_in="judgement"),
-  "dry_run": Case(True, shows_in="dry run"),
-  "topology": Case("v5e:2x2", {"dry_run": True}, "dry run"),
   "sft_iterations": Case(9, EMBEDDED, "stages"),
   "reward_model_iterations": Case(9, EMBEDDED, "stages"),
   "task": Case("tree", EMBEDDED | {"max_completion_len": 0}),
@@ -183,6 +186,7 @@ CASES = {
   "sft": {
     **RUN,
     **CHAT,
+    **DRY_RUN,
     "stop_tokens": Case("5"),  # the id of 2, which ends completions already
     "seed": Case(1),
     "init_seed": Case(1, EMBEDDED),
@@ -239,6 +243,7 @@ CASES = {
     **RUN,
     **CHAT,
     **EVALUATION,
+    **DRY_RUN,
     "stop_tokens": Case("7"),
     "seed": Case(1, EMBEDDED),
     "sft_iterations": Case(9, EMBEDDED, "stages"),
@@ -424,7 +429,7 @@ def started_run(experiment, settings: dict) -> Run:
     run.stages.append(repr(config))
     return pathlib.Path(left)
 
-  def cost_of_run(config, *shapes):
+  def cost_of_run(config, *shapes, **more):
     run.dry_run = ("costed", dry_run.devices_of(config))
     return []
 
@@ -438,6 +443,7 @@ def started_run(experiment, settings: dict) -> Run:
       patch.setattr(stage_module, "main", functools.partial(stage, left=left))
     patch.setattr(judging, "make_judge", make_judge)
     patch.setattr(dry_run, "of_run", cost_of_run)
+    patch.setattr(dry_run, "of_supervised", cost_of_run)
     patch.setattr(parallel, "topology_devices", lambda name: [name])
     try:
       MAINS[experiment](module.Config(**settings))

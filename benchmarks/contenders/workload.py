@@ -71,6 +71,13 @@ SIZES = {
   "large": Size(6, 512, 8, 1536, 32000, prompt_len=64, completion_len=64, num_prompts=4),
   "toy": Size(1, 32, 2, 64, 64, prompt_len=4, completion_len=4, num_prompts=2),
 }
+# For a GPU: 64 completions, 1,024 tokens with their prompt.
+_ON_GPU = {"prompt_len": 512, "completion_len": 512, "num_prompts": 8, "group_size": 8}
+SIZES |= {
+  "0.1B": Size(12, 768, 12, 2048, 32000, **_ON_GPU),
+  "0.6B": Size(24, 1408, 22, 3840, 32000, **_ON_GPU),
+  "1.2B": Size(24, 2048, 16, 5120, 32000, **_ON_GPU),
+}
 
 ALGORITHMS = ("grpo", "ppo", "log_probs", "log_probs_gradient")
 # [B, T], V and D of the log-probabilities, which are computed from hidden states.
@@ -84,14 +91,25 @@ def flops(size: Size, algorithm: str) -> float:
   drawn or scored alone. One pass draws, one is the reference's, and a trained pass counts thrice.
   """
 
-  def body(num_fed):
-    attention = 2 * size.num_layers * size.width * num_fed**2
-    return size.num_rows * (2 * size.num_body * num_fed + attention)
+  generated = _body(size, size.prompt_len + size.completion_len - 1) + _head(size)
+  return generated + flops_of_update(size, algorithm)
 
-  whole = size.prompt_len + size.completion_len
-  head = size.num_rows * 2 * size.vocab_size * size.width * size.completion_len
-  policy = body(whole - 1) + head + 4 * (body(whole) + head)
-  return policy + (4 * body(whole) if algorithm == "ppo" else 0)
+
+def flops_of_update(size: Size, algorithm: str) -> float:
+  """Returns those of `flops` without drawing."""
+  body = _body(size, size.prompt_len + size.completion_len)
+  return 4 * (body + _head(size)) + (4 * body if algorithm == "ppo" else 0)
+
+
+def _body(size: Size, num_fed: int) -> float:
+  """Returns those of a pass of all rows over the layers, each row with `num_fed` tokens."""
+  attention = 2 * size.num_layers * size.width * num_fed**2
+  return size.num_rows * (2 * size.num_body * num_fed + attention)
+
+
+def _head(size: Size) -> float:
+  """Returns those of the vocabulary at all tokens of the completions."""
+  return size.num_rows * 2 * size.vocab_size * size.width * size.completion_len
 
 
 def prompts(size: Size, count: int) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments.settings import rl, training
 from klrl import inputs, judging, ops
+from klrl.cost import dry_run
 from klrl.devices import parallel
 from klrl.models import (
   Policy,
@@ -109,6 +110,22 @@ def own_start(config) -> Start:
   return Start(
     policy, params, tokenizer, training, held_out, prompts, max_completion_len, None, None
   )
+
+
+def own_shapes(config):
+  """Returns what a dry run starts from: model config, trained, frozen, of arrays the shapes; pairs.
+
+  Nothing reads weights, and the pairs have no log-probs.
+  """
+  load = functools.partial(
+    inputs.load_start, config, config.policy, data.read_pairs, has_reference=True
+  )
+  model_config, params, frozen, tokenizer = dry_run.shapes_of_start(
+    config, lambda loaders: load(loaders=loaders)
+  )
+  _, arrays = encode_pairs(config, tokenizer, context=model_config.max_len)
+  pairs = Pairs(*arrays, np.zeros(arrays[0].shape[:2], np.float32))
+  return model_config, params, frozen, pairs
 
 
 def encode_pairs(config, tokenizer: TokenizerInfo, *, context: int):

@@ -29,10 +29,7 @@ def run(config: PolicyConfig, name: str, title: str, *, root: str) -> pathlib.Pa
   config.check_horizon()
   workdir = find_workdir(name, config, root=root)
   if config.dry_run:
-    reports = dry_run.of_run(config, *shapes_of_inputs(config))
-    dry_run.show(reports)
-    dry_run.write(workdir, reports)
-    return workdir
+    return dry_run.tell(workdir, dry_run.of_run(config, *shapes_of_inputs(config)))
   summary = once(workdir, config, title, lambda: _train(config, workdir, name, title))
   processes.on_writer(write_report)(workdir)  # Also of a finished run, by the present code.
   show_summary(summary, title)

@@ -11,19 +11,22 @@ import dataclasses
 import functools
 import inspect
 import json
+import math
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from klrl import inputs, judging, population, programs
+from klrl import inputs, judging, population, programs, supervised
 from klrl.cost import hlo
 from klrl.devices import parallel, processes
+from klrl.devices.unread import stored_as
 from klrl.errors import UserError
-from klrl.models import file_dtype, join, load_config, policy_model, scalar_model
+from klrl.models import add_lora, file_dtype, join, load_config, policy_model, scalar_model
 from klrl.run import progress
 from klrl.run.workdir import DRY_RUN, write_text
 
@@ -45,6 +48,10 @@ CHIPS = {
   "TPU v5 lite": Chip(16 * _GIB, 197e12, 819e9, 200e9),
   "TPU v5": Chip(95 * _GIB, 459e12, 2765e9, 600e9),
   "TPU v6 lite": Chip(32 * _GIB, 918e12, 1600e9, 400e9),
+  # NVIDIA's data sheets, without sparsity; NVLink's figures are both directions together.
+  "NVIDIA A100-SXM4-80GB": Chip(80e9, 312e12, 2039e9, 300e9),
+  "NVIDIA H100 80GB HBM3": Chip(80e9, 989e12, 3350e9, 450e9),
+  "NVIDIA H200": Chip(141e9, 989e12, 4800e9, 450e9),
 }
 
 
@@ -88,6 +95,26 @@ def shapes_of_models(
   return traced._replace(**whole(shapes))
 
 
+def shapes_of_start(config, load: Callable[[inputs.Loaders], tuple]) -> tuple:
+  """Returns (model config, trained, frozen, tokenizer) of a supervised stage; arrays are shapes.
+
+  Args:
+    config: its `init_seed` and `lora_rank` are read.
+    load: load(loaders) -> (model config, params, tokenizer), such as `inputs.load_start`.
+  """
+  model_config = tokenizer = None
+
+  def params():
+    nonlocal model_config, tokenizer
+    loaded_config, loaded, tokenizer = load(FROM_CONFIGS)
+    key = jax.random.key(config.init_seed)
+    model_config, trained, frozen = add_lora(loaded_config, loaded, key, rank=config.lora_rank)
+    return trained, frozen
+
+  trained, frozen = jax.eval_shape(params)
+  return model_config, trained, frozen, tokenizer
+
+
 def _arrays(models: inputs.Models) -> dict[str, Any]:
   fields = ("policy_params", "base", "reference_params", "value_params", "reward_params")
   return {name: getattr(models, name) for name in fields}
@@ -101,10 +128,22 @@ def of_run(config, models: inputs.Models, task: inputs.Task) -> list[dict[str, A
     models: what `shapes_of_models` returned.
     task: what `inputs.load_task` returned.
   """
-  mesh = parallel.make_mesh(config.mesh, devices_of(config))
-  setup = _set_up(config, mesh, models, task)
+  setup = _setup_of_run(config, models, task)
+  return [*_of_iteration(setup), *_judge_reports(setup)]
+
+
+def of_iteration(config, models: inputs.Models, task: inputs.Task) -> list[dict[str, Any]]:
+  """Returns `of_run` without the programs of the judge."""
+  return _of_iteration(_setup_of_run(config, models, task))
+
+
+def _setup_of_run(config, models, task) -> programs.Setup:
+  return _set_up(config, parallel.make_mesh(config.mesh, devices_of(config)), models, task)
+
+
+def _of_iteration(setup: programs.Setup) -> list[dict[str, Any]]:
   state = _state(setup)
-  shardings = parallel.state_shardings(mesh, state)
+  shardings = parallel.state_shardings(setup.mesh, state)
   return _reports(
     setup, state, shardings, functools.partial(programs.make_programs, setup, shardings)
   )
@@ -132,7 +171,51 @@ def of_members(
     lift=functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch),
     guard=population.guarded,
   )
-  return _reports(setup, state, shardings, make)
+  return [*_reports(setup, state, shardings, make), *_judge_reports(setup)]
+
+
+def of_supervised(
+  config, loss_fn, params, training: NamedTuple, *, frozen, coefficients=None, beside=None
+) -> list[dict[str, Any]]:
+  """Returns the cost of a step of `supervised.train` as the only report; see `of_run`.
+
+  Args:
+    config: the experiment's; its `mesh`, `topology` and what the step reads of it.
+    loss_fn: the loss.
+    params: shapes of what is trained, in the dtype of its files.
+    training: the examples.
+    frozen: shapes of the parameters that are not trained.
+    coefficients: of the loss, by name.
+    beside: shapes of what the devices hold during a step that does not read it.
+  """
+  mesh = parallel.make_mesh(config.mesh, devices_of(config))
+  parallel.check_batch_size(mesh, config.batch_size)
+
+  def init(params):
+    params = stored_as(params, config.param_dtype)
+    return supervised.init_supervised_state(params, config, coefficients or {})
+
+  def placed(tree):
+    shardings = parallel.state_shardings(mesh, tree)
+    return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), tree, shardings)
+
+  state = jax.eval_shape(init, params)
+  shardings = parallel.state_shardings(mesh, state)
+  step, _ = supervised.make_supervised_programs(mesh, loss_fn, config, shardings)
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      (config.batch_size, *x.shape[1:]), x.dtype, sharding=parallel.by_rows(mesh)
+    ),
+    training,
+  )
+  report, _ = _report("step", step, mesh, placed(state), placed(frozen), batch)
+  held = sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(placed(beside or {}))
+  )
+  memory = report["memory"]
+  report["memory"] = memory | {"beside": held, "total": memory["total"] + held}
+  return [report]
 
 
 def devices_of(config) -> list | None:
@@ -172,13 +255,13 @@ def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
   made = make()
   if "iterate" in made:
     report, _ = _report("iterate", made["iterate"], mesh, state, frozen, *prompts, rows, texts)
-    return [report, *_judge_reports(setup)]
+    return [report]
   sampling, rollout = _report("rollout", made["rollout"], mesh, state, frozen, *prompts, rows)
   shape = rollout.finished.shape
   by_rows = parallel.by_rows(mesh, members=len(shape) > 1)
   scores = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_rows)
   update, _ = _report("update", made["update"], mesh, state, frozen, rollout, scores, texts)
-  return [sampling, update, *_judge_reports(setup)]
+  return [sampling, update]
 
 
 def _judge_reports(setup) -> list[dict[str, Any]]:
@@ -265,6 +348,13 @@ def _report(name: str, program, mesh, *arguments, **named) -> tuple[dict[str, An
   )
 
 
+def tell(workdir: pathlib.Path, reports: list[dict[str, Any]]) -> pathlib.Path:
+  """Prints and writes what the programs of a run cost, and returns its folder."""
+  show(reports)
+  write(workdir, reports)
+  return workdir
+
+
 def show(reports: list[dict[str, Any]]) -> None:
   """Prints what each program costs a device."""
   for report in reports:
@@ -278,8 +368,9 @@ def show(reports: list[dict[str, Any]]) -> None:
     table.add_column()
     table.add_column(justify="right")
     memory = report["memory"]
-    for name in ("arguments", "temporaries", "outputs", "program", "total"):
-      table.add_row(f"memory: {name}", f"{memory[name] / _GIB:.3f} GiB")
+    for name in ("arguments", "temporaries", "outputs", "program", "beside", "total"):
+      if name in memory:
+        table.add_row(f"memory: {name}", f"{memory[name] / _GIB:.3f} GiB")
     if memory["of"]:
       share = memory["total"] / memory["of"]
       table.add_row("memory: of the chip's", f"{share:.0%} of {memory['of'] / _GIB:.0f} GiB")

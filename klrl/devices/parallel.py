@@ -114,6 +114,7 @@ def topology_devices(name: str) -> list:
   if importlib.util.find_spec("libtpu") is None:
     raise UserError("--topology needs the compiler for TPUs: pip install 'klrl[tpu]'")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no metadata server to ask.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # Compilers do not share a TPU.
   jax.config.update("jax_platforms", "cpu")  # The constants of a program are computed here.
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
