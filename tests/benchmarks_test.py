@@ -166,7 +166,7 @@ def test_a_row_of_what_fits_is_compiled_at_toy_size(monkeypatch, tmp_path):
   for name, value in (("NUM_ROWS", 16), ("PROMPT_LEN", 4), ("COMPLETION_LEN", 4)):
     monkeypatch.setattr(fits, name, value)
   fits.write_inputs(tmp_path, shape)
-  for algorithm in ("GRPO with LoRA", "SFT", "DPO"):
+  for algorithm in ("GRPO with LoRA", "DPO"):
     reports = fits.reports_of(algorithm, tmp_path, "", "fsdp=2")
     figures = fits.figures_of(reports)
     assert figures["fits"] and figures["over fsdp, GB"] >= 0
