@@ -1,15 +1,18 @@
 """Every benchmark runs, at toy size, and `peers` makes its table of what contenders report."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import runpy
+import subprocess
 import sys
 
 import jax
 import pytest
 
 from benchmarks import (
+  faults,
   fits,
   gpu,
   kl_bench,
@@ -18,6 +21,7 @@ from benchmarks import (
   peers,
   sampling_bench,
   scaling,
+  soak,
   sweep_bench,
 )
 from benchmarks.contenders import workload
@@ -238,3 +242,56 @@ def test_a_sweep_is_compared_with_a_run(monkeypatch, capsys):
   finally:
     jax.config.update("jax_enable_compilation_cache", cache)
   assert "ratio, in pairs: 1.000" in capsys.readouterr().out
+
+
+class Sleeping:
+  """A process as `multiprocessing` has it."""
+
+  def __init__(self):
+    self.process = subprocess.Popen(["sleep", "60"])
+    self.pid = self.process.pid
+
+  def is_alive(self):
+    return self.process.poll() is None
+
+  def join(self, seconds):
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self.process.wait(seconds)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_run_that_loses_something_is_told(monkeypatch, capsys, lost):
+  """What it starts is klrl's own command, as `faults_test` does."""
+  starts = []
+
+  def started(experiment, flags, folder, *, operations=None, while_it_runs=None, **settings):
+    workdir = folder / "run"
+    is_first = not workdir.exists()
+    workdir.mkdir(parents=True, exist_ok=True)
+    if operations:
+      operations.write_text("open run/a\nos.rename run/checkpoints/1\n")
+    (workdir / "summary.json").write_text('{"num_iterations": 1}')
+    end = "" if is_first or not lost else " "
+    (workdir / "metrics.jsonl").write_text(f'{{"iteration": 0}}{end}\n')
+    if while_it_runs:
+      (workdir / "timing.jsonl").write_text(
+        f'{{"iteration": {len(starts)}, "seconds": 1.0}}\n' * 20
+      )
+      sleeping = Sleeping()
+      while_it_runs(sleeping)
+      assert sleeping.process.wait() == -15
+    fault, kill_after = settings.get("fault"), settings.get("kill_after")
+    starts.append((experiment, fault))
+    killed = fault and fault.does in (faults.KILL, faults.TORN)
+    status = {None: 0, faults.FULL: 1, faults.READ_ONLY: 1}.get(fault and fault.does, 130)
+    if while_it_runs:
+      status = 130
+    return faults.Ended(-9 if killed or kill_after is not None else status, "", 1.0)
+
+  monkeypatch.setattr(faults, "run", started)
+  with pytest.raises(SystemExit) as ended:
+    run(monkeypatch, soak.main, "--moments=2", "--minutes=0.01")
+  printed = capsys.readouterr().out
+  assert ended.value.code == lost
+  assert "operations {'tried': 2, 'disturbed': 2" in printed and "'iterations': 20" in printed
+  assert ("metrics.jsonl" in printed) == lost
