@@ -102,25 +102,31 @@ def config_of(algorithm: str):
 
 
 def put_clocks() -> None:
-  """Puts clocks around the compiled programs and between the iterations."""
+  """Puts clocks around the compiled programs; an iteration ends with its update.
+
+  The loop reads the figures of an iteration while the next one runs.
+  """
   make_programs, iterate = programs.make_programs, loop.iterate
 
   def make_timed_programs(*arguments, **named):
     made = make_programs(*arguments, **named)
-    parts = {"rollout": "generate", "update": "update"}
-    return {
-      name: clock.timed(parts[name], program, jax.block_until_ready)
-      for name, program in made.items()
-    }
+    update = clock.timed("update", made["update"], jax.block_until_ready)
 
-  def timed_iterations(*arguments, **named):
+    def update_and_end(*arguments):
+      result = update(*arguments)
+      clock.end_iteration()
+      return result
+
+    sample = clock.timed("generate", made["rollout"], jax.block_until_ready)
+    return made | {"rollout": sample, "update": update_and_end}
+
+  def checked_iterations(*arguments, **named):
     clock.begin()
     for done, state, figures in iterate(*arguments, **named):
       assert figures["rollout/length"] == size.completion_len
-      clock.end_iteration()
       yield done, state, figures
 
-  programs.make_programs, loop.iterate = make_timed_programs, timed_iterations
+  programs.make_programs, loop.iterate = make_timed_programs, checked_iterations
 
 
 if not (folder / "model").exists():
