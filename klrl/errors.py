@@ -13,8 +13,14 @@ class UserError(ValueError):
   """
 
 
+class PeerLost(UserError):
+  """Another process of the run has ended or cannot be reached, so none may wait for the others."""
+
+
 _FULL = "Make room, for files as for bytes, or choose another --workdir."
 _REFUSED = "Make it readable and writable, or choose another --workdir."
+# How the libraries begin by which the processes of a CPU, and those of any device, talk.
+_OF_PEERS = ("Gloo ", "CoordinationServiceError")
 # Errors of a disk: the number, the words that Orbax and TensorStore repeat, and what to do.
 _MACHINE = (
   (errno.ENOSPC, "No space left on device", _FULL),
@@ -39,13 +45,19 @@ _LAYOUT = (
 
 @contextlib.contextmanager
 def troubles_told():
-  """Raises UserError in place of an error of a disk or of a device's memory."""
+  """Raises UserError in place of an error of a disk, a memory, or a lost process."""
   try:
     yield
   except UserError:
     raise
   except Exception as error:  # JAX, Orbax and TensorStore have no class for these errors.
-    message = _disk_message(error, _MACHINE + _LAYOUT) or _memory_message(error)
+    if any(words in str(error) for words in _OF_PEERS):
+      raise PeerLost(
+        "Another process of this run has ended or cannot be reached any more "
+        f"({str(error).splitlines()[0][:200]}). See what it said. The same command, in all "
+        "processes, goes on from what was saved."
+      ) from error
+    message = _disk_message(error, _MACHINE + _LAYOUT) or memory_message(error)
     if message is None:
       raise
     raise UserError(message) from error
@@ -53,7 +65,7 @@ def troubles_told():
 
 def is_of_the_machine(error: Exception) -> bool:
   """Returns whether it is an error of a disk or a memory, and not of the content of a file."""
-  return bool(_disk_message(error, _MACHINE) or _memory_message(error))
+  return bool(_disk_message(error, _MACHINE) or memory_message(error))
 
 
 def _disk_message(error: BaseException | None, refusals) -> str | None:
@@ -73,7 +85,11 @@ def _disk_message(error: BaseException | None, refusals) -> str | None:
   return None
 
 
-def _memory_message(error: BaseException) -> str | None:
+def memory_message(error: BaseException, held: str = "") -> str | None:
+  """Returns what to say of an error of a memory, and None of any other.
+
+  `held` is a sentence on what is in the memory already.
+  """
   text = str(error)
   if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
     return None
@@ -81,8 +97,8 @@ def _memory_message(error: BaseException) -> str | None:
   number = re.search(r"(\d{8,}) bytes", text)
   size = f" ({int(number[1]) / 2**30:.1f} GiB at once)" if number else ""
   return (
-    f"The memory does not hold this: {said}{size}. --accumulation=K, --remat and --mesh=fsdp=N "
-    "over more devices need less memory for the same result. A smaller --batch_size, shorter "
-    "completions, --dtype=bfloat16 and --lora_rank need less too, but change the result. --dry_run "
-    "says what a run needs."
+    f"The memory does not hold this: {said}{size}.{held} --accumulation=K, --remat and "
+    "--mesh=fsdp=N over more devices need less memory for the same result. A smaller "
+    "--batch_size, shorter completions, --dtype=bfloat16 and --lora_rank need less too, but change "
+    "the result. --dry_run says what a run needs."
   )

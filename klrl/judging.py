@@ -21,7 +21,7 @@ import numpy as np
 
 from klrl import evaluation
 from klrl.algorithm import completions
-from klrl.devices import parallel, processes
+from klrl.devices import parallel
 from klrl.models import Policy, ScalarModel, TokenizerInfo
 from klrl.run import progress
 from klrl.sampling import make_greedy_fn, make_sample_fn
@@ -226,8 +226,7 @@ def make_completion_score_fn(
       model_scores = model_scores[: len(texts)] if reads_model else None
       ids = data.token_ids(jax.device_get(rollout))
       ids = reward_calls.Ids(*(rows[: len(texts)] for rows in ids))
-      weigh = processes.on_writer(rewards.weighted_scores)
-      return weigh(weighted, records, texts, model_scores, ids)[0]
+      return rewards.shared_scores(weighted, records, texts, model_scores, ids)[0]
     return np.zeros(rollout.finished.shape, np.float32) if model_scores is None else model_scores
 
   return score

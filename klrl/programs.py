@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from klrl.algorithm import Algorithm, completions, learner, memory
-from klrl.devices import parallel, processes
+from klrl.devices import parallel
 from klrl.inputs import Models, Task
 from klrl.models import ScalarModel, TokenizerInfo, join
 from klrl.run import pending, progress
@@ -270,9 +270,10 @@ def make_step_fn(
     model_scores = None
     if reads_model:
       model_scores = parallel.fetch(score(frozen, rollout, device_rows)).reshape(-1)
-    weighted = processes.on_writer(rewards.weighted_scores)
     ids = reward_calls.Ids(*data.token_ids(flat))
-    scores, each = weighted(task.rewards, records, texts, model_scores, ids)
+    scores, each = rewards.shared_scores(
+      task.rewards, records, texts, model_scores, ids, unit=algorithm.group_size
+    )
     scored = time.monotonic()
     notice_unscored(scores, iteration)
     scores = parallel.put(scores.reshape(shape), parallel.by_rows(mesh, members=len(shape) > 1))

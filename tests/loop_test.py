@@ -468,9 +468,9 @@ def test_figures_without_a_checkpoint_are_told_and_begun_anew(tmp_path, capsys):
     (ValueError("INTERNAL: [OS error 30: Read-only file system]"), "Read-only file system"),
     (
       RuntimeError(f"RESOURCE_EXHAUSTED: Out of memory allocating {2**31} bytes."),
-      r"2\.0 GiB at once.*--acc",
+      r"Iteration 1: .*2\.0 GiB at once.*the rest of the state take .* GiB of each device.*--acc",
     ),
-    (MemoryError(), "The memory does not hold this: out of memory"),
+    (MemoryError(), "Iteration 1: The memory does not hold this: out of memory"),
   ],
 )
 def test_what_the_machine_refuses_is_one_message(tmp_path, error, message):

@@ -33,24 +33,24 @@ SWEEP += ["--mesh=sweep=2,fsdp=2", "--num_epochs=1", "--num_minibatches=2"]
 # Two calls of the reward judge the start, and three each evaluate the members after 0 and after 1
 # iteration, so this one is of the second iteration.
 IN_SECOND = "10"
-ONCE = ("summary.json", "frontier.json", "evaluation.json")
+ONCE = ("summary.json", "frontier.json", "evaluation.json", "evaluate.json")
 NOT_THE_RESULT = ("wall_seconds", "tokens_per_second", "device")
-# Process 1, which nobody asks for scores, leaves its number, and the other may send it a signal.
+# Process 1 leaves its number, and the other may send it a signal.
 REWARD = """
 import os
 import pathlib
 import signal
 
-other = pathlib.Path("other")
-if os.environ.get("JAX_PROCESS_ID") == "1":
+other, index = pathlib.Path("other"), os.environ.get("JAX_PROCESS_ID", "0")
+if index == "1":
   other.write_text(str(os.getpid()))
 
 
 def sevens(prompts, completions, **columns):
-  with open("calls", "a") as calls:
-    calls.write(f"{os.getpid()}\\n")
-  number = len(pathlib.Path("calls").read_text().splitlines())
-  if number == int(os.environ.get("AT_CALL", 0)):
+  with open(f"calls{index}", "a") as calls:
+    calls.write(f"{len(completions)}\\n")
+  number = len(pathlib.Path(f"calls{index}").read_text().splitlines())
+  if index == "0" and number == int(os.environ.get("AT_CALL", 0)):
     os.kill(int(other.read_text()), signal.SIGTERM)
   return [completion.count("7") for completion in completions]
 
@@ -72,6 +72,8 @@ def inputs(tmp_path_factory):
   save_scalar(folder / "reward", config, reward, tokenizer)
   records = arithmetic.prompt_records(held_out=False)[:20]
   (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+  pairs = [{"prompt": x["prompt"], "chosen": "12", "rejected": "7"} for x in records]
+  (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
   (folder / "reward.py").write_text(REWARD)
   return folder
 
@@ -121,14 +123,15 @@ def free_port():
 
 
 def two(folder, command, *, status=0, folders=None, **settings):
-  """Returns what each of two processes printed."""
+  """Returns what each of two processes printed; `status` is that of both, or of each."""
   address = f"127.0.0.1:{free_port()}"
   several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
   started = [
     start(own, [sys.executable, *command], **several, JAX_PROCESS_ID=str(i), **settings)
     for i, own in enumerate(folders or [folder] * 2)
   ]
-  return [finished(process, status) for process in started]
+  statuses = status if isinstance(status, tuple) else (status, status)
+  return [finished(*ended) for ended in zip(started, statuses, strict=True)]
 
 
 def results(folder):
@@ -150,10 +153,10 @@ def lines_or_one(path):
   return text.splitlines() if path.suffix == ".jsonl" else [text]
 
 
-def assert_same_results(found, expected):
+def assert_same_results(found, expected, *, abs=1e-4):
   assert found.keys() == expected.keys() and found
   for file, figures in expected.items():
-    assert found[file] == pytest.approx(figures, abs=1e-4), file
+    assert found[file] == pytest.approx(figures, abs=abs), file
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -173,18 +176,46 @@ def test_a_sweep_that_one_process_interrupts_goes_on_in_both_and_equals_one(inpu
   printed = two(folder, ["-m", *SWEEP], status=130, devices=2, AT_CALL=IN_SECOND)
   assert "Stopped after iteration 2 of 3" in printed[0] and "Stopped" not in printed[1]
   assert not list((folder / "run").rglob("summary.json"))
-  (folder / "calls").unlink()
   (group,) = (folder / "run" / "groups").iterdir()
   assert [path.name for path in (group / "checkpoints").iterdir()] == ["2"]
   printed = two(folder, ["-m", *SWEEP], devices=2)
   assert "Report:" in printed[0] and "Report:" not in printed[1]
   assert not (group / "checkpoints").exists() and not (group / "members.json").exists()
-  # The writer alone is asked for scores.
-  assert len(set((folder / "calls").read_text().split())) == 1
   one(place(inputs, tmp_path / "one"), SWEEP, devices=4)
   expected = results(tmp_path / "one")
   assert len(expected) == 1 + 3 * 4 + 1  # the frontier, members, their group
   assert_same_results(results(folder), expected)
+
+
+# One start of Python for all.
+SEVERAL = """
+from experiments import dpo, evaluate, grpo
+from klrl.devices import processes
+from klrl.run.progress import console
+
+processes.connect()
+console.quiet = not processes.is_writer()
+judged = {"num_eval_rows": 8, "num_samples": 1, "max_completion_len": 3, "policy": "policy"}
+run = judged | {"num_iterations": 2, "batch_size": 8, "learning_rate": 1e-2, "eval_every": 0}
+own = {"prompts": "prompts.jsonl", "reward": "reward.py:sevens"}
+grpo.main(grpo.Config(**run, **own, group_size=4, num_minibatches=1, workdir="run/grpo"))
+dpo.main(dpo.Config(**run, data="pairs.jsonl", workdir="run/dpo"))
+judged |= {"policy": "policy,run/grpo/model", "reference": "policy"}
+evaluate.main(evaluate.Config(**judged, **own, workdir="run/evaluate"))
+"""
+
+
+def test_groups_scored_by_two_processes_pairs_and_a_judge_equal_those_of_one(inputs, tmp_path):
+  folder, alone = place(inputs, tmp_path / "two"), place(inputs, tmp_path / "one")
+  two(folder, ["-c", SEVERAL])
+  finished(start(alone, [sys.executable, "-c", SEVERAL], devices=2))
+  assert_same_results(results(folder), results(alone), abs=1e-5)
+  # Each process is asked for its own half of the rows.
+  halves, whole = (
+    [list(map(int, path.read_text().split())) for path in sorted(where.glob("calls*"))]
+    for where in (folder, alone)
+  )
+  assert len(halves) == 2 and [[2 * x for x in half] for half in halves] == whole * 2
 
 
 def test_open_mpi_needs_no_flag(inputs, tmp_path):
@@ -218,6 +249,7 @@ def test_open_mpi_that_jax_does_not_see_is_refused(tmp_path):
     ({"JAX_COORDINATOR_ADDRESS": "no.such.host.invalid:1234"}, "the host is not known here"),
     ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two and JAX_PROCESS_ID=1: must be a number"),
     ({"JAX_PROCESS_ID": "2"}, "an index from 0 to below it"),
+    ({"KLRL_MEET_SECONDS": "soon"}, "KLRL_MEET_SECONDS=soon: must be a positive whole number"),
   ],
 )
 def test_a_start_that_cannot_work_is_refused_at_once(monkeypatch, settings, message):
@@ -248,7 +280,39 @@ def test_a_process_that_nobody_joins_says_so_and_ends_with_a_message(tmp_path, i
   )
   printed = finished(process, 1)
   assert "has waited 0.5 s for the others at 127.0.0.1" in printed
-  assert "has waited 2 s, too long, for the others" in printed and "Abort" not in printed
+  assert (
+    "has waited 2 s, too long (KLRL_MEET_SECONDS sets another number), for" in printed
+    and "Abort" not in printed
+  )
+
+
+def test_a_port_that_is_taken_is_told_at_once(tmp_path):
+  with socket.socket() as taken:
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    told = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    told["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{taken.getsockname()[1]}"
+    code = "from klrl.devices import processes; processes.connect()"
+    printed = finished(start(tmp_path, [sys.executable, "-c", code], **told), 1)
+  assert "UserError: The port of 127.0.0.1:" in printed and "is taken on this host" in printed
+
+
+# Process 1 has another version.
+OTHER = """
+import os
+from klrl.devices import processes
+
+if os.environ["JAX_PROCESS_ID"] == "1":
+  versions = processes._versions()
+  processes._versions = lambda: versions | {"JAX": "0.0"}
+processes.connect()
+"""
+
+
+def test_processes_of_different_code_are_refused(tmp_path):
+  for printed in two(tmp_path, ["-c", OTHER], status=1):
+    message = f"UserError: Process 1 has JAX 0.0 and not {jax.__version__} as process 0 has."
+    assert message in printed
 
 
 @pytest.mark.parametrize(
@@ -268,6 +332,7 @@ def test_a_run_that_fails_ends_in_both_with_one_message(changes, message, inputs
 # Each line is run by both; process 1 sees another folder. What is raised is printed.
 ALONE = """
 import os
+import numpy as np
 from klrl.devices import processes
 from klrl.run import workdir
 from klrl.errors import UserError
@@ -275,6 +340,12 @@ from klrl.errors import UserError
 def refuse(own, kind=UserError):
   if processes.is_writer() == own:
     raise kind("refused")
+
+def shares(num_rows, unit):
+  def own(rows):
+    return np.array([[index * 1.0, row] for row in range(num_rows)[rows]]).reshape(-1, 2).T
+
+  return processes.in_shares(own, num_rows, unit=unit).astype(int).tolist()
 
 processes.connect()
 index = int(os.environ["JAX_PROCESS_ID"])
@@ -287,6 +358,9 @@ tries = (
   lambda: processes.on_writer(lambda: [index, "x" * 5000])()[0],
   lambda: processes.anywhere(index == 1),
   lambda: processes.anywhere(index == 2),
+  lambda: shares(7, 1),
+  lambda: shares(7, 2),
+  lambda: shares(1, 1),
   lambda: workdir._check_is_shared(workdir.pathlib.Path(".")),
 )
 for attempt in tries:
@@ -308,6 +382,9 @@ def test_what_fails_in_one_process_fails_in_both(tmp_path):
     "returned 0",
     "returned True",
     "returned False",
+    "returned [[0, 0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 4, 5, 6]]",
+    "returned [[0, 0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 4, 5, 6]]",
+    "returned [[0], [0]]",
     "UserError . is not the same folder for all process",
   ]
   assert printed[0] == [*same, "UserError Process 1: OSError: refused", *after]
@@ -317,6 +394,7 @@ def test_what_fails_in_one_process_fails_in_both(tmp_path):
 
 # A state of which each process holds a half.
 SAVED = """
+import os
 import pathlib
 import jax
 import numpy as np
@@ -331,7 +409,8 @@ state = parallel.put(state, places)
 step = jax.jit(lambda state: {**state, "x": state["x"] + 1}, out_shardings=places)
 start, state = loop.restore_or_init(pathlib.Path("run"), state, keep=2)
 print("start", start, flush=True)
-settings = {"start": start, "num_iterations": 4, "save_every": 2, "keep": 2}
+number = int(os.environ.get("ITERATIONS", 4))
+settings = {"start": start, "num_iterations": number, "save_every": 2, "keep": 2}
 run = loop.iterate(lambda x, i: (step(x), {}), state, workdir=pathlib.Path("run"), **settings)
 for _, state, _ in run:
   pass
@@ -339,7 +418,7 @@ print("ends with", parallel.fetch(state["x"])[[0, 7]].tolist(), flush=True)
 """
 
 
-def test_a_damaged_checkpoint_is_left_by_both_processes(tmp_path):
+def test_a_damaged_checkpoint_is_left_by_both_processes_and_one_goes_on(tmp_path):
   (tmp_path / "run").mkdir()
   both = "start 0", "ends with [4.0, 11.0]"
   for text in two(tmp_path, ["-c", SAVED]):
@@ -351,6 +430,9 @@ def test_a_damaged_checkpoint_is_left_by_both_processes(tmp_path):
   assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
     *("2", "4", "4.damaged")
   ]
+  # One process with one device goes on.
+  text = finished(start(tmp_path, [sys.executable, "-c", SAVED], ITERATIONS="5"))
+  assert "start 4" in text and "ends with [5.0, 12.0]" in text
 
 
 # Process 0 waits for one that has ended; nothing may take longer than that.
@@ -368,3 +450,34 @@ processes.leave("a message")
 def test_a_process_that_ends_alone_says_why_and_ends_the_others(tmp_path):
   printed = two(tmp_path, ["-c", LEFT], status=-signal.SIGABRT)
   assert "Process 1 alone: a message" in printed[1] and "a message" not in printed[0]
+
+
+# Process 1 is killed; process 0 waits for it, or does something else.
+KILLED = """
+import os, sys, time
+from klrl.devices import processes
+from klrl.errors import PeerLost, troubles_told
+
+processes._SECONDS_UNHEARD = 3
+processes.connect()
+processes.wait_for_all("here")
+if not processes.is_writer():
+  os.kill(os.getpid(), 9)
+try:
+  with troubles_told():
+    processes.wait_for_all("there") if sys.argv[1] == "waits" else time.sleep(60)
+except PeerLost as error:
+  processes.end_alone(str(error))
+"""
+
+
+@pytest.mark.parametrize(
+  ("does", "status", "message"),
+  [
+    ("waits", 1, "Process 0: Another process of this run has ended or cannot be reached"),
+    ("works", -signal.SIGABRT, "another task died"),
+  ],
+)
+def test_one_that_is_killed_ends_the_others_with_a_message(tmp_path, does, status, message):
+  printed = two(tmp_path, ["-c", KILLED, does], status=(status, -signal.SIGKILL))
+  assert message in printed[0]

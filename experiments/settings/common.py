@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from experiments.settings import learning_rates, usage
 from klrl.algorithm.optimizer import SCHEDULES
 from klrl.devices import compilation, processes
-from klrl.errors import UserError, troubles_told
+from klrl.errors import PeerLost, UserError, troubles_told
 from klrl.run import checkpoint, trackers
 from klrl.run.evaluations import BY_DEFAULT
 from klrl.run.loop import Interrupted
@@ -470,6 +470,8 @@ def launch(main, config_class, *, prepare=lambda: None) -> None:
         config = config_from_flags(config_class)
         check_machine(config)
         main(config)
+    except PeerLost as error:
+      processes.end_alone(str(error))
     except UserError as error:
       fail(str(error))
       processes.leave(str(error))

@@ -8,24 +8,35 @@ another branch. With a single process these functions do nothing.
 
 import contextlib
 import functools
+import hashlib
+import json
 import os
+import pathlib
 import pickle
+import platform
 import socket
 import sys
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 import jax
+import jaxlib
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from klrl.errors import UserError
 
 # A process that has ended waits this long for the others, before JAX ends them too.
 _SECONDS_TO_FOLLOW = 60
+# One that has not been heard of for so long is taken for dead, and JAX ends the others.
+_SECONDS_UNHEARD = 30
 # The others may start later. After the first time a process says what it waits for; after the
-# second it ends.
-_SECONDS_TO_WONDER, _SECONDS_TO_MEET = 20, 300
+# second, which a variable may change, it ends.
+_SECONDS_TO_WONDER, _SECONDS_TO_MEET = 20, 50
+MEET_SECONDS = "KLRL_MEET_SECONDS"
+_SECONDS_TO_COMPARE = 30
 # Threads that outlive the program get this long, since a tracker may still have something to send.
 _SECONDS_FOR_THREADS = 10
 _OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
@@ -39,7 +50,8 @@ def connect() -> None:
   needs the first of these.
 
   Raises:
-    UserError: there are several processes, and something that they need to meet is missing.
+    UserError: there are several processes, and something that they need to meet is missing, or
+      they run different code.
   """
   # JAX's service would take SIGTERM away from `loop`, and outside of the loop ignore it.
   jax.config.update("jax_enable_preemption_service", False)
@@ -52,13 +64,16 @@ def connect() -> None:
       told = {"num_processes": count, "process_id": index}
     else:
       told = {}
-    with _told_while_waiting():
+    seconds = _seconds_to_meet()
+    with _told_while_waiting(seconds):
       jax.distributed.initialize(
         **told,
+        heartbeat_timeout_seconds=_SECONDS_UNHEARD,
         shutdown_timeout_seconds=_SECONDS_TO_FOLLOW,
         # JAX's time limit aborts the process, so ours has to end it first.
-        initialization_timeout=2 * _SECONDS_TO_MEET,
+        initialization_timeout=2 * seconds,
       )
+    _check_same_code()
   except KeyError as error:
     raise UserError(f"JAX_COORDINATOR_ADDRESS is set, but not {error}.") from error
   except ValueError as error:
@@ -70,6 +85,63 @@ def connect() -> None:
         "Open MPI started several processes, and JAX finds them by itself with its version 4 only. "
         "Say where process 0 runs: mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT ..."
       ) from error
+  except RuntimeError as error:
+    if "Failed to start RPC server" in str(error):
+      raise UserError(
+        f"The port of {_address()} is taken on this host, by another program or by a run that has "
+        "not ended. Choose another port, for all processes."
+      ) from error
+    raise UserError(
+      f"The processes cannot meet at {_address()}: {str(error).splitlines()[0]}. Has each its own "
+      "index, and do all have the same address and number of processes?"
+    ) from error
+
+
+def _address() -> str:
+  return os.environ.get("JAX_COORDINATOR_ADDRESS", "the address that the cluster gives")
+
+
+def _seconds_to_meet() -> int:
+  text = os.environ.get(MEET_SECONDS, str(_SECONDS_TO_MEET))
+  if not text.isdecimal() or not int(text):
+    raise UserError(f"{MEET_SECONDS}={text}: must be a positive whole number.")
+  return int(text)
+
+
+def _check_same_code() -> None:
+  """Raises UserError in all processes if one has another klrl, JAX or Python than process 0.
+
+  Different programs would wait for each other for ever. So nothing is computed to find this out:
+  the processes leave their versions where they met.
+  """
+  met = distributed.global_state
+  met.client.key_value_set(f"klrl/versions/{met.process_id}", json.dumps(_versions()))
+  first, *others = (
+    json.loads(met.client.blocking_key_value_get(f"klrl/versions/{i}", 1000 * _SECONDS_TO_COMPARE))
+    for i in range(met.num_processes)
+  )
+  for i, other in enumerate(others, start=1):
+    differing = [
+      f"{x} {other.get(x)} and not {first[x]}" for x in first if other.get(x) != first[x]
+    ]
+    if differing:
+      raise UserError(
+        f"Process {i} has {', '.join(differing)} as process 0 has. Install the same on every host."
+      )
+
+
+def _versions() -> dict[str, str]:
+  """Returns what all processes of a run must have in common."""
+  root, digest = pathlib.Path(__file__).parents[2], hashlib.blake2b(digest_size=4)
+  for package in ("klrl", "experiments"):
+    for path in sorted((root / package).rglob("*.py")):
+      digest.update(path.read_bytes())
+  return {
+    "Python": platform.python_version(),
+    "JAX": jax.__version__,
+    "jaxlib": jaxlib.__version__,
+    "klrl": digest.hexdigest(),
+  }
 
 
 def _count_and_index(count_name: str, index_name: str) -> tuple[int, int]:
@@ -97,25 +169,26 @@ def _check_address(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _told_while_waiting():
+def _told_while_waiting(seconds: int):
   """Says what this process waits for, and ends it with a message if the others never come.
 
   JAX waits in silence and then aborts.
   """
-  address = os.environ.get("JAX_COORDINATOR_ADDRESS", "the address that the cluster gives")
 
   def say(text):
-    text = f"This process has waited {text} for the others at {address}. Have all been started, is "
+    text = (
+      f"This process has waited {text} for the others at {_address()}. Have all been started, is "
+    )
     text += "process 0 there, and is that port reachable and free?"
     print(text, file=sys.stderr, flush=True)
 
   def give_up():
-    say(f"{_SECONDS_TO_MEET} s, too long,")
+    say(f"{seconds} s, too long ({MEET_SECONDS} sets another number),")
     os._exit(1)  # The main thread is inside JAX and cannot be interrupted.
 
   timers = [
     threading.Timer(_SECONDS_TO_WONDER, say, [f"{_SECONDS_TO_WONDER} s"]),
-    threading.Timer(_SECONDS_TO_MEET, give_up),
+    threading.Timer(seconds, give_up),
   ]
   for timer in timers:
     timer.daemon = True
@@ -141,6 +214,13 @@ def leave(why: str) -> None:
   alone.start()
   jax.distributed.shutdown()
   alone.cancel()
+
+
+def end_alone(why: str) -> NoReturn:
+  """Ends this process at once, says `why`, and waits for no other; they notice that it is gone."""
+  print(f"Process {jax.process_index()}: {why}", file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  os._exit(1)
 
 
 def leave_threads(status: int) -> None:
@@ -234,6 +314,30 @@ def on_writer(fn: Callable) -> Callable:
     return _broadcast(found, 0)
 
   return call
+
+
+def in_shares(fn: Callable[[slice], np.ndarray], num_rows: int, *, unit: int = 1) -> np.ndarray:
+  """Returns [K, num_rows], where each process computes fn(rows) [K, len(rows)] for its own rows.
+
+  All processes must call it, and all get the same. Their rows are neighbours, as many in each but
+  the last ones, which may have none. As with `together`, `fn` must not wait for other processes.
+
+  Args:
+    fn: takes a slice of the rows, which may be empty.
+    num_rows: of all processes.
+    unit: so many neighbouring rows stay with one process.
+
+  Raises:
+    UserError: as `together`.
+  """
+  if is_alone():
+    return fn(slice(0, num_rows))
+  size = unit * -(-num_rows // (unit * jax.process_count()))
+  begin = min(size * jax.process_index(), num_rows)
+  own = together(fn)(slice(begin, min(begin + size, num_rows)))
+  padded = np.pad(own, ((0, 0), (0, size - own.shape[1])))
+  every = multihost_utils.process_allgather(padded)  # [processes, K, size]
+  return np.concatenate(list(every), axis=1)[:, :num_rows]
 
 
 def _told(failure: Exception | None) -> str:

@@ -6,6 +6,7 @@ caller decides what to print.
 
 import contextlib
 import functools
+import math
 import os
 import pathlib
 import signal
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 
 from klrl.devices import parallel, processes
-from klrl.errors import UserError, troubles_told
+from klrl.errors import UserError, memory_message, troubles_told
 from klrl.run import checkpoint, metrics, progress, trace, trackers
 from klrl.run.checkpoint import Checkpoints
 from klrl.run.evaluations import Evaluations, OfMembers
@@ -286,7 +287,22 @@ def _saved_if_it_fails(
       saved = _save_if_whole(done, state, checkpoints)
     if isinstance(error, UserError):
       raise UserError(f"{what}: {error}{saved}") from error
+    if message := memory_message(error, _held(state)):
+      raise UserError(f"{what}: {message}{saved}") from error
     raise
+
+
+def _held(state) -> str:
+  """Returns a sentence on what the state takes of a device, and on what the device has."""
+  leaves = [leaf for leaf in jax.tree.leaves(state) if hasattr(leaf, "sharding")]
+  shards = [(math.prod(x.sharding.shard_shape(x.shape)), x.dtype.itemsize) for x in leaves]
+  size = sum(num * itemsize for num, itemsize in shards) / 2**30
+  limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+  has = f", which has {limit / 2**30:.1f} GiB" if limit else ""
+  return (
+    f" Trained parameters, their moments and the rest of the state take {size:.2g} GiB of each "
+    f"device{has}; the rest is for frozen models, the cache of sampling and activations."
+  )
 
 
 def _save_if_whole(iteration: int, state, checkpoints: Checkpoints) -> str:

@@ -74,7 +74,7 @@ def scores(
 
   Args:
     reward_fn: the user's function.
-    records: B rows of the prompt file.
+    records: B rows of the prompt file; the function is not called for none.
     completions: B texts.
     name: the name of the reward in messages.
     ids: the tokens of the same B rows; needed if the function asks for them.
@@ -84,6 +84,8 @@ def scores(
     UserError: the function cannot be called like this, raises or exits, takes too long, returns
       another number of scores, or a score that is not a finite float32.
   """
+  if not records:  # This process has no rows.
+    return np.zeros(0, np.float32)
   columns = sorted({column for record in records for column in record} - {"prompt"})
   check_parameters(reward_fn, name, columns)
   asked_for = [field for field in Ids._fields if field in _parameters(reward_fn)]

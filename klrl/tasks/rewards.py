@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from klrl.devices import processes
 from klrl.errors import UserError
 from klrl.tasks import math_answers
 from klrl.tasks.reward_calls import (
@@ -133,6 +134,35 @@ def weighted_scores(
       f"{completions[worst][:80]!r}: {terms}. Scores and their sum must be finite."
     )
   return total.astype(np.float32), by_name
+
+
+def shared_scores(
+  rewards: list[Reward],
+  records: list[dict[str, Any]],
+  completions: list[str],
+  model_scores: np.ndarray | None = None,
+  ids: Ids | None = None,
+  *,
+  unit: int = 1,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """Returns what `weighted_scores` does, where each process calls the functions for its own rows.
+
+  All processes must call it with the same rows. So many neighbouring rows as `unit` says stay
+  together, which is for functions that compare the completions of one prompt.
+  """
+
+  def of_rows(rows: slice) -> np.ndarray:
+    total, each = weighted_scores(
+      rewards,
+      records[rows],
+      completions[rows],
+      None if model_scores is None else model_scores[rows],
+      ids and Ids(*(x[rows] for x in ids)),
+    )
+    return np.stack([total, *each.values()])
+
+  total, *each = processes.in_shares(of_rows, len(completions), unit=unit)
+  return total, dict(zip((reward.name for reward in rewards), each, strict=True))
 
 
 def _weight_and_source(item: str) -> tuple[float, str]:
