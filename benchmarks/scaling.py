@@ -81,9 +81,9 @@ class Iteration:
     made = make(setup, shardings)
     self._distinct, _ = parallel.distinct(setup.frozen)
     training = setup.task.training
-    prompts = parallel.put((training.tokens, training.mask), parallel.replicated(mesh))
     rows = programs.prompt_rows(setup.algorithm, 0, len(training.tokens), seed=0)
-    self._given = self._distinct, *prompts, parallel.put(rows, parallel.by_rows(mesh))
+    prompts = training.tokens[rows], training.mask[rows]
+    self._given = self._distinct, *parallel.put(prompts, parallel.by_rows(mesh))
     rollout = self.rollout = made["rollout"].lower(self.state, *self._given).compile()
     sampled = rollout(self.state, *self._given)
     shape = sampled.finished.shape

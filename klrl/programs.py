@@ -98,7 +98,7 @@ def make_programs(
 
   If the device scores there is one, `iterate(state, frozen, prompts, prompt_mask, rows,
   pretraining) -> (state, metrics)`. If the host scores there are two, `rollout(state, frozen,
-  prompts, prompt_mask, rows) -> rollout` and `update(state, frozen, rollout, scores, pretraining)
+  prompts, prompt_mask) -> rollout` and `update(state, frozen, rollout, scores, pretraining)
   -> (state, metrics)`. `frozen` are the distinct arrays of `setup.frozen`.
 
   Args:
@@ -138,7 +138,7 @@ def make_programs(
   def update_after_sampling(state, *arguments):
     return update(learner.after_sampling(state), *arguments)
 
-  sampling = lifted(rollout, (0, None, None, None, None))
+  sampling = lifted(rollout, (0, None, None, None))
   return {
     "rollout": jax.jit(lambda *arguments: sampling(*arguments)[1]),
     "update": jit(lifted(update_after_sampling, (0, None, 0, 0, None))),
@@ -197,14 +197,13 @@ def make_step_fn(
   rows_sharding = parallel.by_rows(mesh)
   tokens, mask = task.training.tokens, task.training.mask
   widest = mask.shape[1]
-  columns = {
-    width: parallel.put((tokens[:, -width:], mask[:, -width:]), parallel.replicated(mesh))
-    for width in ([widest] if _has_fixed_width(setup) else prompt_widths(widest))
-  }
+  widths = [widest] if _has_fixed_width(setup) else prompt_widths(widest)
 
   def prompts_of(rows):
+    """Returns the prompts of `rows` and their mask, each device its own; the host has the file."""
     longest = widest - np.argmax(mask[rows].any(axis=0))
-    return columns[min(width for width in columns if width >= longest)]
+    width = min(width for width in widths if width >= longest)
+    return parallel.put((tokens[rows, -width:], mask[rows, -width:]), rows_sharding)
 
   def rows_of(iteration):
     num_prompts = len(task.training.tokens)
@@ -236,9 +235,9 @@ def make_step_fn(
   before = None  # of the last iteration: when it began, its reward's seconds, its completions
   mark_of = _make_mark_fn(setup)
 
-  def sampled_or_kept(path, state, rows, device_rows):
+  def sampled_or_kept(path, state, rows):
     """Returns the rollout on the devices and on the host, the latter also in a file."""
-    arguments = state, distinct, *prompts_of(rows), device_rows
+    arguments = state, distinct, *prompts_of(rows)
     mark = path and mark_of(state, rows)
     if path and (arrays := pending.kept(path, mark)) is not None:
       progress.console.print(f"What was sampled before is scored: {path.name}")
@@ -260,7 +259,7 @@ def make_step_fn(
       notice_slow(reward_seconds, began - last_began, num)
     device_rows = parallel.put(rows, rows_sharding)
     path = workdir and pending.path_of(workdir, iteration)
-    rollout, on_host = sampled_or_kept(path, state, rows, device_rows)
+    rollout, on_host = sampled_or_kept(path, state, rows)
     # One call scores the rows of all members.
     shape = rollout.finished.shape
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), on_host)

@@ -359,9 +359,9 @@ def test_ppo_learns_which_token_pays():
   )
   tokens, mask = make_prompts()
   state, frozen = make_state(config), {"reference": make_state(config).params["policy"], "base": {}}
-  history = []
+  history, rows = [], jnp.arange(64) % BATCH
   for _ in range(config.num_iterations):
-    state, metrics = iterate(state, frozen, tokens, mask, jnp.arange(64) % BATCH)
+    state, metrics = iterate(state, frozen, tokens[rows], mask[rows], rows)
     history.append(float(ops.divide(*metrics["score/mean"])))
   assert history[-1] > history[0] + 1.0, history
   assert int(state.iteration) == config.num_iterations

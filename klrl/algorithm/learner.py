@@ -246,13 +246,14 @@ def make_iteration_fn(
   """Returns iteration(state, frozen, prompts, prompt_mask, rows, pretraining) -> (state, metrics).
 
   This is the whole iteration as one pure function, for scores that are computed on the device by
-  `score(frozen, rollout, rows) -> [B]`. `rows [B]` int32 are the prompts to sample from. If
-  `gold(rollout, rows) -> [B]` is given it is measured, and nothing is trained on it.
+  `score(frozen, rollout, rows) -> [B]`. It samples from `prompts` [B, P]; `rows [B]` int32 says
+  which of all prompts these are. If `gold(rollout, rows) -> [B]` is given it is measured, and
+  nothing is trained on it.
   """
   update = make_update_fn(algorithm, policy, value_model, reference)
 
   def iteration(state, frozen, prompts, prompt_mask, rows, pretraining=None):
-    rollout = sample_rollout(sample, state, frozen, prompts, prompt_mask, rows)
+    rollout = sample_rollout(sample, state, frozen, prompts, prompt_mask)
     scores = score(frozen, rollout, rows)
     # A reward model never abstains: an infinite score ends the run, as NaN does elsewhere.
     scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
@@ -264,16 +265,16 @@ def make_iteration_fn(
   return iteration
 
 
-def sample_rollout(sample, state: TrainState, frozen, prompts, prompt_mask, rows) -> Rollout:
-  """Returns a rollout of the prompts in `rows [B]`; `after_sampling` is the state that follows.
+def sample_rollout(sample, state: TrainState, frozen, prompts, prompt_mask) -> Rollout:
+  """Returns a rollout of the prompts [B, P]; `after_sampling` is the state that follows.
 
   The state itself does not change, so that it can be saved if the host fails to score.
   """
   _, sample_key = jax.random.split(state.key)
   return sample(
     join(frozen["base"], state.params)["policy"],
-    prompts[rows],
-    prompt_mask[rows],
+    prompts,
+    prompt_mask,
     sample_key,
     temperature=state.hypers.temperature,
   )

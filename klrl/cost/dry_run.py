@@ -240,7 +240,7 @@ def _state(setup: programs.Setup):
 
 def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
   algorithm, mesh, training = setup.algorithm, setup.mesh, setup.task.training
-  whole, by_rows = parallel.replicated(mesh), parallel.by_rows(mesh)
+  by_rows = parallel.by_rows(mesh)
 
   def shape_of(array, sharding, *leading):
     shape = (*leading, *array.shape[len(leading) :])
@@ -248,7 +248,7 @@ def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
 
   state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
   frozen, _ = parallel.distinct(setup.frozen)
-  prompts = shape_of(training.tokens, whole), shape_of(training.mask, whole)
+  prompts = tuple(shape_of(x, by_rows, algorithm.samples) for x in (training.tokens, training.mask))
   rows = jax.ShapeDtypeStruct((algorithm.samples,), jnp.int32, sharding=by_rows)
   num_texts = algorithm.batch_size
   texts = jax.tree.map(lambda x: shape_of(x, by_rows, num_texts), setup.task.pretraining)
@@ -256,7 +256,7 @@ def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
   if "iterate" in made:
     report, _ = _report("iterate", made["iterate"], mesh, state, frozen, *prompts, rows, texts)
     return [report]
-  sampling, rollout = _report("rollout", made["rollout"], mesh, state, frozen, *prompts, rows)
+  sampling, rollout = _report("rollout", made["rollout"], mesh, state, frozen, *prompts)
   shape = rollout.finished.shape
   by_rows = parallel.by_rows(mesh, members=len(shape) > 1)
   scores = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_rows)
