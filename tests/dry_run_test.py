@@ -161,6 +161,8 @@ def test_no_collective_of_a_sweep_crosses_members(tmp_path):
     sweep="beta=0.1,0.3,1",
     dry_run=True,
     mesh="sweep=2,fsdp=2",
+    members_per_batch=2,
+    sampler_mesh="split",
     group_size=4,
     workdir=str(tmp_path / "sweep"),
     **TINY,
