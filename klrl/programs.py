@@ -234,17 +234,19 @@ def make_step_fn(
   notice_slow, notice_unscored = _said_once(_slow_reward), _said_once(_unscored)
   before = None  # of the last iteration: when it began, its reward's seconds, its completions
   mark_of = _make_mark_fn(setup)
+  waiting = pending.iterations(workdir) if workdir else set()
 
-  def sampled_or_kept(path, state, rows):
+  def sampled_or_kept(path, state, rows, *, is_waiting):
     """Returns the rollout on the devices and on the host, the latter also in a file."""
     arguments = state, distinct, *prompts_of(rows)
-    mark = path and mark_of(state, rows)
-    if path and (arrays := pending.kept(path, mark)) is not None:
+    if is_waiting and (arrays := pending.kept(path, mark_of(state, rows))) is not None:
       progress.console.print(f"What was sampled before is scored: {path.name}")
       on_host = Rollout(**arrays)
       places = programs["rollout"].lower(*arguments).compile().output_shardings
       return parallel.put(on_host, places), on_host
+    # It starts before anything waits for the update before it.
     rollout = programs["rollout"](*arguments)
+    mark = path and mark_of(state, rows)
     on_host = parallel.fetch(rollout)
     if path:
       pending.keep(path, mark, on_host._asdict())
@@ -259,7 +261,8 @@ def make_step_fn(
       notice_slow(reward_seconds, began - last_began, num)
     device_rows = parallel.put(rows, rows_sharding)
     path = workdir and pending.path_of(workdir, iteration)
-    rollout, on_host = sampled_or_kept(path, state, rows)
+    is_waiting = iteration in waiting
+    rollout, on_host = sampled_or_kept(path, state, rows, is_waiting=is_waiting)
     # One call scores the rows of all members.
     shape = rollout.finished.shape
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), on_host)

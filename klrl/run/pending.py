@@ -23,6 +23,13 @@ def path_of(directory: pathlib.Path, iteration: int) -> pathlib.Path:
 
 
 @processes.on_writer
+def iterations(directory: pathlib.Path) -> set[int]:
+  """Returns the iterations whose rollouts wait in `directory`."""
+  names = (path.name for path in directory.glob(FILES))
+  return {int(name[8:-4]) for name in names if name[8:-4].isdecimal()}
+
+
+@processes.on_writer
 def keep(path: pathlib.Path, mark: str, rollout: dict[str, np.ndarray]) -> None:
   """Writes the arrays of a rollout, all of them or nothing.
 
