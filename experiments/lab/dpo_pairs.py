@@ -83,7 +83,7 @@ def make_pairs(config, policy: Policy, params, arrays) -> Pairs:
   log_probs = jax.jit(lambda params, *arrays: completion_log_probs(policy, params, *arrays))
 
   def chunk(rows):
-    batch = jax.device_put([x[rows] for x in arrays], parallel.by_rows(mesh))
+    batch = parallel.put([x[rows] for x in arrays], parallel.by_rows(mesh))
     return log_probs(params, *batch)
 
   return Pairs(*arrays, parallel.in_chunks(chunk, len(arrays[0]), config.batch_size))

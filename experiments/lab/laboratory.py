@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from klrl import schema
+from klrl.devices import processes
 from klrl.errors import UserError
 from klrl.run import lock, progress
 from klrl.run.summary import environment
@@ -38,12 +39,13 @@ def conduct(
   """
   workdir = find_workdir(name, config, root=root)
   path = workdir / file
-  was_there = path.exists()
+  is_there = processes.on_writer(path.exists)
+  was_there = is_there()
   if was_there:
     progress.console.print(f"{name}: finished before, in {workdir}", soft_wrap=True)
   else:
     with lock.held(workdir, wait=not config.workdir):
-      if not path.exists():
+      if not is_there():
         began = time.monotonic()
         results = compute(workdir)
         create_workdir(workdir, name, config)  # Now, so that a failure leaves nothing behind.
@@ -51,7 +53,7 @@ def conduct(
         write_text(path, json.dumps(results, indent=1) + "\n")
   # Read again, so that a page never shows what the file does not hold.
   try:
-    results = schema.read(path)
+    results = processes.on_writer(schema.read)(path)
   except UserError as error:
     raise UserError(f"{error} Remove it: the same command makes it anew.") from error
   try:

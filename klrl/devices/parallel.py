@@ -548,7 +548,10 @@ def _partition_spec(mesh, names, shape) -> PartitionSpec:
 
 
 def in_chunks(f, num_rows: int, size: int):
-  """Returns what `f(rows [size])` returns, for all rows and on the host; all calls are alike."""
+  """Returns what `f(rows [size])` returns, for all rows and on the host; all calls are alike.
+
+  All processes must call it at the same place.
+  """
   starts = range(0, num_rows, size)
-  parts = [jax.device_get(f(np.arange(start, start + size) % num_rows)) for start in starts]
+  parts = [fetch(f(np.arange(start, start + size) % num_rows)) for start in starts]
   return jax.tree.map(lambda *x: np.concatenate(x)[:num_rows], *parts)
