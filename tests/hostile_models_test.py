@@ -306,6 +306,9 @@ def test_a_folder_that_is_none_says_what_to_do(tmp_path, monkeypatch):
 def test_no_message_holds_a_traceback_of_the_library(model):
   (model / "model.safetensors").write_bytes(b"\xff" * 100)
   assert not re.search(r"File \"|Traceback", refusal(model, "model.safetensors"))
+  header = json.dumps({"a": {"dtype": "F32", "shape": ["x" * 10**5]}}).encode()
+  (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+  refusal(model, "model.safetensors")
   safetensors.numpy.save_file({}, model / "model.safetensors")
   refusal(model, "num_hidden_layers is 2")
   assert isinstance(tokenizers.__version__, str) and LLAMA.num_layers == 2

@@ -185,7 +185,8 @@ def open_tensors(path: pathlib.Path) -> dict[str, Any]:
     # Pages of a mapped file would count as memory of this process.
     file = safetensors.safe_open(path, framework="np", backend="pread")
   except (_SafetensorError, OSError) as error:
-    raise UserError(f"{path} is not a safetensors file: {error}") from None
+    # It repeats what it did not expect, which may be of any length.
+    raise UserError(f"{path} is not a safetensors file: {str(error)[:300]}") from None
   return dict.fromkeys(file.keys(), file)
 
 
