@@ -13,6 +13,8 @@ parts with at most 4 rows on a chip. Activations are in bfloat16 and computed an
 pass; trained parameters and moments are in float32, frozen parameters in bfloat16. PPO has four
 models of one shape, GRPO has a reward function on the host, and LoRA has rank 16.
 
+`--held` compiles nothing: it prints what parameters, moments and gradients take of each chip.
+
 The share of the memory is that of the program which takes most of it; the bound is the sum over an
 iteration's programs of the time that each takes at least. With --smallest smaller slices of the
 same chip are compiled too, as long as they fit.
@@ -20,6 +22,7 @@ same chip are compiled too, as long as they fit.
 
 import argparse
 import json
+import math
 import pathlib
 import re
 import subprocess
@@ -70,7 +73,10 @@ SHAPES = {
   | {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64}
   | {"num_attention_heads": 64, "tie_word_embeddings": False},
 }
-ALGORITHMS = ("PPO", "GRPO", "GRPO with LoRA", "SFT", "DPO")
+# How many models are trained, and how many are frozen.
+MODELS = {"PPO": (2, 2), "GRPO": (1, 1), "GRPO with LoRA": (0, 1), "SFT": (1, 0), "DPO": (1, 1)}
+ALGORITHMS = tuple(MODELS)
+MEMORY = {"v5e": 16, "v5p": 95, "v6e": 32}  # GiB of a chip
 SLICES = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8")
 SMALLER = {
   "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -88,10 +94,50 @@ def name_of(algorithm: str, shape: str, topology: str) -> str:
 
 def num_chips(topology: str) -> int:
   """Returns how many chips a slice such as v5e:4x4 has."""
-  found = 1
-  for size in topology.partition(":")[2].split("x"):
-    found *= int(size)
-  return found
+  return math.prod(map(int, topology.partition(":")[2].split("x")))
+
+
+def num_parameters(shape: dict) -> int:
+  """Returns how many parameters a language model of that config.json has."""
+  width, mlp, heads = (
+    shape[x] for x in ("hidden_size", "intermediate_size", "num_attention_heads")
+  )
+  head_dim = shape["head_dim"]
+  attention = 2 * width * head_dim * (heads + shape["num_key_value_heads"])
+  norms = 2 * width + (2 * head_dim if shape["model_type"] == "qwen3" else 0)
+  ends = (1 if shape["tie_word_embeddings"] else 2) * shape["vocab_size"] * width + width
+  return ends + shape["num_hidden_layers"] * (attention + 3 * width * mlp + norms)
+
+
+def held(algorithm: str, shape: dict, topology: str) -> float:
+  """Returns the bytes of a chip's parameters, moments and gradients; what is computed comes on top.
+
+  A trained parameter has 16 bytes and a frozen one has 2. LoRA's adapters are left out, and so are
+  those parameters that only critics and reward models lack.
+  """
+  trained, frozen = MODELS[algorithm]
+  return num_parameters(shape) * (16 * trained + 2 * frozen) / num_chips(topology)
+
+
+def table_of_held() -> str:
+  """Returns the table of what the models of each row take of a chip, in Markdown."""
+  head = ["algorithm", "model", *SLICES, *(f"fewest chips of {chip}" for chip in MEMORY)]
+  lines = [head, ["---"] * len(head)]
+  for algorithm in ALGORITHMS:
+    for name, shape in SHAPES.items():
+      cells = [algorithm, name]
+      for topology in SLICES:
+        share = held(algorithm, shape, topology) / MEMORY[topology.partition(":")[0]] / 2**30
+        cells.append(f"{share:.0%}" if share <= 1 else f"**{share:.0%}**")
+      for chip, memory in MEMORY.items():
+        fitting = [
+          f"{chip}:{size}"
+          for size in SMALLER[chip]
+          if held(algorithm, shape, f"{chip}:{size}") <= memory * 2**30
+        ]
+        cells.append(str(num_chips(fitting[0])) if fitting else "more")
+      lines.append(cells)
+  return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def write_inputs(folder: pathlib.Path, shape: dict) -> None:
@@ -266,10 +312,14 @@ def main() -> None:
   """Compiles the rows that are not in the file of results, and prints the table."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--only", default="", help="rows whose name has this text, or one of A|B")
+  parser.add_argument("--held", action="store_true", help="only what models and moments take")
   parser.add_argument("--smallest", action="store_true", help="smaller slices too")
   parser.add_argument("--timeout", type=float, default=3600, help="seconds for a row")
   parser.add_argument("--row", nargs=3, help="compile this row alone, and print its figures")
   args = parser.parse_args()
+  if args.held:
+    print(table_of_held())
+    return
   if args.row:
     print(json.dumps(compile_row(*args.row)))
     return

@@ -28,6 +28,7 @@ from benchmarks.contenders import workload
 from klrl import programs
 from klrl.cost.dry_run import CHIPS
 from klrl.devices import parallel
+from klrl.models import load_config, policy_model
 from klrl.run import loop
 
 FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
@@ -176,6 +177,21 @@ def test_a_row_of_what_fits_is_compiled_at_toy_size(monkeypatch, tmp_path):
     assert figures["fits"] and figures["over fsdp, GB"] >= 0
     if algorithm == "DPO":  # The reference stays beside.
       assert reports[0]["memory"]["beside"] > 0
+
+
+def test_what_models_take_of_a_chip_needs_no_compiler(tmp_path):
+  for name, number in (("Llama 3.1 8B", 8.03e9), ("Qwen 3 32B", 32.8e9), ("Llama 3.2 1B", 1.236e9)):
+    assert fits.num_parameters(fits.SHAPES[name]) == pytest.approx(number, rel=0.002)
+    fits.write_inputs(tmp_path, fits.SHAPES[name] | {"vocab_size": 64})
+    model = policy_model(load_config(tmp_path))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    smaller = fits.SHAPES[name] | {"vocab_size": 64}
+    assert fits.num_parameters(smaller) == sum(x.size for x in jax.tree.leaves(shapes))
+  # Two trained models of 16 bytes and two frozen ones of 2, on 64 chips.
+  found = fits.held("PPO", fits.SHAPES["Llama 3.1 8B"], "v5p:4x4x4")
+  assert found == pytest.approx(36 * 8.03e9 / 64, rel=0.002)
+  assert "| PPO | Llama 3.1 8B | **105%** | 7% | 4% | 13% |" in fits.table_of_held()
+  assert fits.table_of_held() in (FOLDER.parent / "docs/pods.md").read_text()
 
 
 def test_what_the_compiler_refuses_has_a_share_of_the_memory():
