@@ -286,6 +286,36 @@ def test_coroutines_share_one_event_loop():
     scores(broken, RECORDS, ["a", "b"], "f")
 
 
+def test_coroutines_of_a_sum_are_awaited_together_and_a_failure_ends_the_others():
+  arrived, ended = [], []
+
+  def make(name, others, *, fails=False):
+    async def fn(prompts, completions):
+      arrived.append(name)
+      try:
+        while len(arrived) < others:  # One after the other, the first would wait for ever.
+          await asyncio.sleep(0.001)
+        if fails:
+          raise ConnectionError("server gone")
+        await asyncio.sleep(60 if others > 2 else 0)
+      except asyncio.CancelledError:
+        ended.append(name)
+        raise
+      return [1.0, 2.0]
+
+    return Reward(name, 1.0, fn, Patience(timeout=20.0))
+
+  total, _ = weighted_scores([make("f", 2), make("g", 2)], RECORDS, ["a", "b"])
+  assert total.tolist() == [2, 4] and arrived == ["f", "g"]
+  arrived.clear()
+  both = [make("f", 3, fails=True), make("g", 3), make("h", 3)]
+  with pytest.raises(UserError, match="reward f failed: ConnectionError: server gone"):
+    weighted_scores(both, RECORDS, ["a", "b"])
+  arrived.clear()
+  weighted_scores([make("f", 2), make("g", 2)], RECORDS, ["a", "b"])
+  assert ended == ["g", "h"]
+
+
 def hangs_in_a_loop(prompts, completions):
   while True:
     with contextlib.suppress(Exception):

@@ -67,6 +67,7 @@ def scores(
   name: str,
   ids: Ids | None = None,
   patience: Patience = ENDLESS,
+  begun: asyncio.Task | None = None,
 ) -> np.ndarray:
   """Returns [B] float32, the scores by `reward_fn`, called `name`, of the completions of `records`.
 
@@ -79,6 +80,7 @@ def scores(
     name: the name of the reward in messages.
     ids: the tokens of the same B rows; needed if the function asks for them.
     patience: how long the function may take, and how often it is called again if it fails.
+    begun: the first call, if it has begun; see `begin`.
 
   Raises:
     UserError: the function cannot be called like this, raises or exits, takes too long, returns
@@ -86,6 +88,60 @@ def scores(
   """
   if not records:  # This process has no rows.
     return np.zeros(0, np.float32)
+  given = _arguments(reward_fn, records, completions, name, ids)
+
+  def call():
+    nonlocal begun
+    task, begun = begun, None
+    goes_on = task is not None and task.get_loop() is _event_loop().get_loop()
+    returned = task if goes_on else reward_fn(**given())
+    try:
+      return _as_list(returned, len(completions))
+    except _NoList:
+      raise UserError(
+        f"The reward {name}{_at(reward_fn)} returned {reprlib.repr(returned)}; return a list with "
+        "one number for each completion."
+      ) from None
+
+  def attempt():
+    returned = checked(name, call, _place(reward_fn)[0], timeout=patience.timeout)
+    if len(returned) != len(completions):
+      number = "more" if len(returned) > len(completions) else len(returned)
+      raise UserError(
+        f"The reward {name} returned {number} scores for {len(completions)} completions."
+      )
+    prompts = [record["prompt"] for record in records]
+    rows = enumerate(zip(returned, completions, prompts, strict=True))
+    return np.array([_finite(name, i, *row) for i, row in rows], np.float32)
+
+  return _tried(attempt, name, patience.retries)
+
+
+def begin(
+  reward_fn: RewardFn,
+  records: list[dict[str, Any]],
+  completions: list[str],
+  name: str,
+  ids: Ids | None = None,
+) -> asyncio.Task | None:
+  """Returns the first call of an `async` function, for `scores` to await, and None of another one.
+
+  What has begun goes on while another is awaited. Arguments and errors are those of `scores`.
+  """
+  if not (records and inspect.iscoroutinefunction(reward_fn)):
+    return None
+  given = _arguments(reward_fn, records, completions, name, ids)
+  return _event_loop().get_loop().create_task(reward_fn(**given()))
+
+
+def end(task: asyncio.Task | None) -> None:
+  """Cancels a call that `begin` returned, if it goes on; an error in it is of no interest."""
+  if task is not None and not task.cancel() and not task.cancelled():
+    task.exception()
+
+
+def _arguments(reward_fn, records, completions, name, ids) -> Callable[[], dict[str, Any]]:
+  """Returns what makes the arguments of a call, new ones each time; raises as `scores`."""
   columns = sorted({column for record in records for column in record} - {"prompt"})
   check_parameters(reward_fn, name, columns)
   asked_for = [field for field in Ids._fields if field in _parameters(reward_fn)]
@@ -97,7 +153,7 @@ def scores(
         f"The prompts have a column {taken!r}, which reward {name} gets from the run; rename it."
       )
 
-  def given() -> dict[str, Any]:
+  def copies() -> dict[str, Any]:
     return {
       "prompts": [copy.deepcopy(record["prompt"]) for record in records],
       "completions": [
@@ -108,29 +164,7 @@ def scores(
       **{column: [copy.deepcopy(record.get(column)) for record in records] for column in columns},
     }
 
-  def call(arguments):
-    returned = reward_fn(**arguments)
-    try:
-      return _as_list(returned, len(completions))
-    except _NoList:
-      raise UserError(
-        f"The reward {name}{_at(reward_fn)} returned {reprlib.repr(returned)}; return a list with "
-        "one number for each completion."
-      ) from None
-
-  def attempt():
-    arguments, file = given(), _place(reward_fn)[0]
-    returned = checked(name, lambda: call(arguments), file, timeout=patience.timeout)
-    if len(returned) != len(completions):
-      number = "more" if len(returned) > len(completions) else len(returned)
-      raise UserError(
-        f"The reward {name} returned {number} scores for {len(completions)} completions."
-      )
-    prompts = [record["prompt"] for record in records]
-    rows = enumerate(zip(returned, completions, prompts, strict=True))
-    return np.array([_finite(name, i, *row) for i, row in rows], np.float32)
-
-  return _tried(attempt, name, patience.retries)
+  return copies
 
 
 def _tried(attempt: Callable, name: str, retries: int) -> Any:

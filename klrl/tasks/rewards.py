@@ -25,8 +25,10 @@ from klrl.tasks.reward_calls import (
   Ids,
   Patience,
   RewardFn,
+  begin,
   check_parameters,
   checked,
+  end,
   scores,
 )
 
@@ -116,12 +118,18 @@ def weighted_scores(
   """
   if model_scores is None and any(reward.fn is None for reward in rewards):
     raise ValueError("The reward model is one of the rewards; pass model_scores.")
-  by_name = {
-    name: np.asarray(model_scores, np.float32)
-    if fn is None
-    else scores(fn, records, completions, name, ids, patience)
-    for name, _, fn, patience in rewards
-  }
+  # Those that are `async` go on together.
+  begun = {name: fn and begin(fn, records, completions, name, ids) for name, _, fn, _ in rewards}
+  try:
+    by_name = {
+      name: np.asarray(model_scores, np.float32)
+      if fn is None
+      else scores(fn, records, completions, name, ids, patience, begun[name])
+      for name, _, fn, patience in rewards
+    }
+  finally:
+    for task in begun.values():
+      end(task)
   if any(reward.fn is None and np.isnan(by_name[reward.name]).any() for reward in rewards):
     raise UserError("The reward model computes NaN. Train it again, or give another one.")
   terms = [reward.weight * by_name[reward.name].astype(np.float64) for reward in rewards]
