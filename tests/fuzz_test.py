@@ -156,17 +156,12 @@ def test_a_changed_header_of_safetensors_is_read_rightly_or_refused(model, data)
   else:
     header = changed_bytes(data.draw, before[8 : 8 + length])
   size = data.draw(st.sampled_from([len(header)] * 5 + [0, 2**40, 2**64 - 1, len(header) + 1]))
-  expected = jax.tree.leaves(hf.load_policy(model)[1])
   file.write_bytes(size.to_bytes(8, "little") + header + before[8 + length :])
   try:
     params = tried(lambda: hf.load_policy(model)[1])
   finally:
     file.write_bytes(before)
-  if (
-    params is not None
-  ):  # What another name or place leaves whole has the same shape, and is finite.
-    for x, y in zip(jax.tree.leaves(params), expected, strict=True):
-      assert x.shape == y.shape and np.isfinite(x).all()
+  assert params is None or all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
 @examples(100)
