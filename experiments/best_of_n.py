@@ -164,7 +164,9 @@ def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts:
   score = judging.make_completion_score_fn(
     mesh, task.rewards, models.reward_model, models.reward_params
   )
+  # Several processes share arrays only in compiled programs.
   gold = programs.make_gold_fn(prompts, models.tokenizer)
+  gold, tokens_of = gold and jax.jit(gold), jax.jit(completions.completion_tokens)
   num_prompts, size = len(prompts.tokens), config.completions_per_prompt
   key = jax.random.key(config.seed)
 
@@ -183,7 +185,7 @@ def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts:
       raise UserError(
         "Every reward abstained from a completion, by None; best-of-n needs a score for each."
       )
-    return completions.completion_tokens(rollout), scores, gold and gold(rollout, of)
+    return tokens_of(rollout), scores, gold and gold(rollout, of)
 
   tokens, scores, gold_scores = parallel.in_chunks(chunk, num_prompts * size, _CHUNK)
   if not task.rewards:

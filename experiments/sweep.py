@@ -146,7 +146,7 @@ def _run(config, workdir: pathlib.Path, members: list[population.Member], root: 
   page = processes.on_writer(write_page)(workdir)
   if beside:  # All there is to see stands already, should it fail.
     best_of_n.main(beside, root=root)
-    page = write_page(workdir, best_of_n=True)
+    page = processes.on_writer(write_page)(workdir, best_of_n=True)
   show_frontier(found)
   progress.console.print(f"Report: {page}", soft_wrap=True)
 
@@ -157,7 +157,7 @@ def best_of_n_config(config, members, workdir: pathlib.Path) -> best_of_n.Config
   It draws from the policy that all members start with, and that is their reference, and is scored
   and judged as they are.
   """
-  if not (config.best_of_n and members[0].config.reads_scores() and processes.is_alone()):
+  if not (config.best_of_n and members[0].config.reads_scores()):
     return None
   shared = {field.name for field in dataclasses.fields(best_of_n.Config)} - {"workdir", "seed"}
   shared &= {field.name for field in dataclasses.fields(members[0].config)}

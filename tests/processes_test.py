@@ -33,7 +33,7 @@ SWEEP += ["--mesh=sweep=2,fsdp=2", "--num_epochs=1", "--num_minibatches=2"]
 # Two calls of the reward judge the start, and three each evaluate the members after 0 and after 1
 # iteration, so this one is of the second iteration.
 IN_SECOND = "10"
-ONCE = ("summary.json", "frontier.json", "evaluation.json", "evaluate.json")
+ONCE = ("summary.json", "frontier.json", "evaluation.json", "evaluate.json", "best_of_n.json")
 NOT_THE_RESULT = ("seconds", "tokens_per_second", "device")
 # Process 1 leaves its number, and the other may send it a signal.
 REWARD = """
@@ -183,7 +183,7 @@ def test_a_sweep_that_one_process_interrupts_goes_on_in_both_and_equals_one(inpu
   assert not (group / "checkpoints").exists() and not (group / "members.json").exists()
   one(place(inputs, tmp_path / "one"), SWEEP, devices=4)
   expected = results(tmp_path / "one")
-  assert len(expected) == 1 + 3 * 4 + 1  # the frontier, members, their group
+  assert len(expected) == 1 + 3 * 4 + 1 + 1  # the frontier, members, their group, best-of-n
   assert_same_results(results(folder), expected)
 
 
