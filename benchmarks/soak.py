@@ -15,11 +15,9 @@ figures of the parts that were run into benchmarks/results. Everything takes abo
 
 import argparse
 import collections
-import os
 import pathlib
 import random
 import re
-import signal
 import statistics
 import sys
 import tempfile
@@ -146,13 +144,16 @@ def long(soak: Soak, args) -> None:
   rows = []
 
   def watch(process):
+    # The stages before, and what compiles, are no part of it.
+    while process.is_alive() and not (soak.folder / "long/run/timing.jsonl").exists():
+      process.join(0.5)
     began = time.monotonic()
     while process.is_alive() and time.monotonic() < began + 60 * args.minutes:
       status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
       if resident := re.search(r"VmRSS:\s*(\d+) kB", status):
         rows.append(int(resident[1]) / 1024)
       process.join(0.5)
-    os.kill(process.pid, signal.SIGTERM)
+    process.terminate()
 
   ended = soak.run(("ppo", LONG), "long", while_it_runs=watch)
   if ended.status != 130:

@@ -276,6 +276,9 @@ class Sleeping:
     with contextlib.suppress(subprocess.TimeoutExpired):
       self.process.wait(seconds)
 
+  def terminate(self):
+    self.process.terminate()
+
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_run_that_loses_something_is_told(monkeypatch, capsys, lost):
