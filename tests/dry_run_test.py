@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,20 @@ def test_a_step_of_sft_and_of_dpo_is_costed_without_weights(tmp_path):
     assert memory["arguments"] == pytest.approx(3 * size / 2, rel=0.1)
     assert memory["beside"] == pytest.approx(size / 2 if module is dpo else 0, rel=0.1)
     assert memory["total"] == sum(x for name, x in memory.items() if name not in ("total", "of"))
+
+
+def test_a_program_that_the_compiler_cannot_show_is_said_to_fit():
+  class Compiled:
+    def memory_analysis(self):
+      return jax.jit(jnp.sin).lower(jnp.zeros(2**20)).compile().memory_analysis()
+
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nand what led to it")
+
+  compiled = types.SimpleNamespace(compile=Compiled)
+  program = types.SimpleNamespace(lower=lambda: compiled)
+  with pytest.raises(UserError, match=r"`update` fits: it takes 0.01 GiB.*RET_CHECK failure$"):
+    dry_run._report("update", program, parallel.make_mesh(""))
 
 
 def test_no_collective_of_a_sweep_crosses_members(tmp_path):

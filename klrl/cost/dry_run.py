@@ -310,13 +310,21 @@ def _report(name: str, program, mesh, *arguments, **named) -> tuple[dict[str, An
     ) from error
   seconds = time.monotonic() - began
   memory = compiled.memory_analysis()
-  found = hlo.costs(compiled.as_text(), dict(mesh.shape))
   used = {
     "arguments": memory.argument_size_in_bytes,
     "temporaries": memory.temp_size_in_bytes,
     "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
     "program": memory.generated_code_size_in_bytes,
   }
+  try:
+    text = compiled.as_text()
+  except jax.errors.JaxRuntimeError as error:  # libtpu 0.0.51 does so for some large programs.
+    raise UserError(
+      f"The program `{name}` fits: it takes {sum(used.values()) / _GIB:.2f} GiB of each device. "
+      "But the compiler cannot show it, so its work and its traffic are unknown: "
+      f"{str(error).partition(chr(10))[0][:200]}"
+    ) from error
+  found = hlo.costs(text, dict(mesh.shape))
   kind = mesh.devices.flat[0].device_kind
   chip = CHIPS.get(kind)
   report = {
