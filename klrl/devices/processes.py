@@ -7,6 +7,7 @@ another branch. With a single process these functions do nothing.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -60,7 +61,7 @@ def connect() -> None:
       given = "JAX_NUM_PROCESSES" in os.environ or _OPEN_MPI[0] not in os.environ
       names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if given else _OPEN_MPI
       count, index = _count_and_index(*names)
-      _check_address(os.environ["JAX_COORDINATOR_ADDRESS"])
+      _check_address(os.environ["JAX_COORDINATOR_ADDRESS"], listens=index == 0)
       told = {"num_processes": count, "process_id": index}
     else:
       told = {}
@@ -86,11 +87,6 @@ def connect() -> None:
         "Say where process 0 runs: mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT ..."
       ) from error
   except RuntimeError as error:
-    if "Failed to start RPC server" in str(error):
-      raise UserError(
-        f"The port of {_address()} is taken on this host, by another program or by a run that has "
-        "not ended. Choose another port, for all processes."
-      ) from error
     raise UserError(
       f"The processes cannot meet at {_address()}: {str(error).splitlines()[0]}. Has each its own "
       "index, and do all have the same address and number of processes?"
@@ -154,7 +150,8 @@ def _count_and_index(count_name: str, index_name: str) -> tuple[int, int]:
   raise UserError(f"{given}: must be a number of processes, and an index from 0 to below it.")
 
 
-def _check_address(address: str) -> None:
+def _check_address(address: str, *, listens: bool) -> None:
+  """Raises UserError where nobody can meet at `address`, or this process cannot listen there."""
   host, _, port = address.rpartition(":")
   if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
     raise UserError(
@@ -165,6 +162,19 @@ def _check_address(address: str) -> None:
   except OSError as error:
     raise UserError(
       f"JAX_COORDINATOR_ADDRESS={address}: the host is not known here ({error.strerror})."
+    ) from error
+  if not listens:
+    return
+  has_both = socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if has_both else socket.AF_INET
+  try:  # JAX may crash where it cannot listen.
+    socket.create_server(("", int(port)), family=family, dualstack_ipv6=has_both).close()
+  except OSError as error:
+    if error.errno != errno.EADDRINUSE:
+      return
+    raise UserError(
+      f"The port of {address} is taken on this host, by another program or by a run that has not "
+      "ended. Choose another port, for all processes."
     ) from error
 
 
