@@ -6,8 +6,8 @@
 Without flags it runs three stages on an embedded task, addition by characters: supervised
 fine-tuning on demonstrations of which half are wrong, a reward model from preferences of which one
 in twenty is swapped, and PPO; then it compares the SFT policy with the PPO policy on held-out
-problems, with an exact verifier as the gold score that no stage has seen. It takes about three
-minutes on 2 cores, and raises gold accuracy from 52% to 77% at a KL of 0.4 nats.
+problems, with an exact verifier as the gold score that no stage has seen. It takes about two
+minutes on 2 cores, and raises gold accuracy from 54% to 89% at a KL of 0.4 nats.
 
     J = E[r] - beta * KL(pi || pi_ref)     (Ouyang et al., InstructGPT, 2022, eq. 2)
 
