@@ -11,7 +11,7 @@ set -euo pipefail
 python=${1:-python}
 shift || true
 root=$(cd "$(dirname "$0")/.." && pwd)
-folder=$(mktemp -d /tmp/klrl_slurm.XXXXXX)
+folder=$(mktemp -d -t klrl_slurm.XXXXXX)
 host=$(hostname -s)
 export SLURM_CONF=$folder/slurm.conf
 mkdir "$folder"/{state,spool,munge}
