@@ -42,7 +42,8 @@ def checkpointed(hidden, unembedding, ref_hidden, ref_unembedding, *, temperatur
     return ops.exact_kl(logits, ref_logits, temperature=temperature)
 
   weights = (unembedding, ref_unembedding)
-  num_chunks = num_chunks_of(len(hidden), unembedding.shape[1], None)
+  # As many as the pass over the vocabulary takes, which counts the logits of both models.
+  num_chunks = num_chunks_of(len(hidden), 2 * unembedding.shape[1], None)
   rows = tuple(chunk_rows(x, num_chunks) for x in (hidden, ref_hidden))
   kl = jax.lax.map(lambda rows: chunk(rows, weights, temperature), rows)
   return unchunk_rows(kl, len(hidden))

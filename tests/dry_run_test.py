@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from small_decoders import arithmetic_decoder
 
 from experiments import dpo, ppo, sft, sweep
 from experiments.settings import training
@@ -16,7 +17,7 @@ from experiments.sweep import config_class
 from klrl.cost import dry_run, hlo
 from klrl.devices import parallel, processes
 from klrl.errors import UserError
-from klrl.models import DecoderConfig, policy_model, save_policy
+from klrl.models import policy_model, save_policy
 from klrl.tasks import arithmetic
 
 TINY = {"batch_size": 8, "num_minibatches": 2, "num_epochs": 1}
@@ -120,16 +121,7 @@ def test_a_run_is_costed_and_leaves_one_file(tmp_path):
 
 def model_without_weights(directory):
   tokenizer = arithmetic.make_tokenizer()
-  decoder = DecoderConfig(
-    vocab_size=tokenizer.tokenizer.get_vocab_size(),
-    width=16,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=32,
-    max_len=32,
-  )
+  decoder = arithmetic_decoder(num_heads=2, mlp_dim=32, max_len=32)
   save_policy(directory, decoder, policy_model(decoder).init(jax.random.key(0)), tokenizer)
   (directory / "model.safetensors").unlink()
   return decoder
