@@ -1,6 +1,7 @@
 """Test set-up: four fake CPU devices, fast compilation, and no shapes that broadcast unasked."""
 
 import os
+import sys
 
 from quick_compilation import QUICK
 
@@ -15,6 +16,8 @@ os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "true")
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+from klrl.run import checkpoint
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -50,6 +53,20 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if item.path.stem.removesuffix("_test") in QUICK_FILES:
       item.add_marker(pytest.mark.quick)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_leftovers():
+  """What a failed save or reading leaves behind is not told, as in the programs.
+
+  It would be told in whichever test runs by then.
+  """
+  before, sys.unraisablehook = (
+    sys.unraisablehook,
+    checkpoint.without_leftovers(sys.unraisablehook),
+  )
+  yield
+  sys.unraisablehook = before
 
 
 @pytest.fixture(scope="module")

@@ -226,7 +226,6 @@ def run(tmp_path_factory):
   return folder, states
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @examples(12)
 @hypothesis.given(data=st.data())
 def test_a_changed_checkpoint_is_read_as_it_was_saved_or_the_one_before_is(run, data):

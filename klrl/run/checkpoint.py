@@ -6,10 +6,12 @@ checkpoint holds its iteration and a digest of every array, which are compared w
 since storage may change a bit without an error.
 """
 
+import gc
 import math
 import operator
 import pathlib
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -233,6 +235,8 @@ def _everywhere(read):
       refused = error if is_of_the_machine(error) else None
       first_line = str(error).partition("\n")[0].partition(" See full TensorStore")[0]
       reason = first_line[:200].rstrip(".") or type(error).__name__
+    if reason:
+      _drop_leftovers()
     if processes.anywhere(refused is not None):
       raise refused or UserError("Another process could not read the checkpoint; see what it says.")
     if processes.anywhere(bool(reason)):
@@ -240,6 +244,18 @@ def _everywhere(read):
     return found
 
   return call
+
+
+def _drop_leftovers() -> None:
+  """Ends what a failed reading has begun and left behind, without its tracebacks.
+
+  Otherwise Python ends it when it next collects garbage, and tells each array as an error then.
+  """
+  hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+  try:
+    gc.collect()
+  finally:
+    sys.unraisablehook = hook
 
 
 def _shapes_and_record(folder: pathlib.Path):
