@@ -16,7 +16,7 @@ import pytest
 
 from klrl.devices import parallel
 from klrl.errors import UserError
-from klrl.run import checkpoint, loop
+from klrl.run import checkpoint, loop, metrics
 
 
 def counting_step(state, iteration):
@@ -45,6 +45,16 @@ def run(workdir, *, step=counting_step, num_iterations=6, save_every=2):
       keep=2,
     )
   )
+
+
+def test_each_iteration_has_its_own_time_though_its_figures_are_read_later(tmp_path):
+  def step(state, iteration):
+    time.sleep(0.02 * (iteration + 1))
+    return jax.block_until_ready(counting_step(state, iteration))
+
+  run(tmp_path, step=step, num_iterations=3, save_every=10)
+  seconds = [line["seconds"] for line in metrics.read_lines(tmp_path / "timing.jsonl")]
+  assert all(found >= 0.02 * (i + 1) for i, found in enumerate(seconds)), seconds
 
 
 def interrupting_step(at):

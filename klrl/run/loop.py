@@ -100,14 +100,15 @@ class _Record:
     """Starts the clock of an iteration that follows none which still runs."""
     self._since = time.monotonic()
 
-  def add(self, iteration: int, found) -> dict[str, float | None]:
+  def add(self, iteration: int, found, ended: float | None) -> dict[str, float | None]:
     """Waits for what the step of `iteration` found, and returns its figures.
 
     The time of an iteration ends when its figures are there, and then that of the next begins.
+    `ended` is the time at which they were there, if that is known already.
     """
     figures = metrics.finalise(self._read(iteration, parallel.fetch(found)))
-    now = time.monotonic()
-    seconds, self._since = now - self._since, now
+    ended = ended or time.monotonic()
+    seconds, self._since = ended - self._since, ended
     self._elapsed += seconds
     num_tokens = figures.get("rollout/tokens")
     _check_finite(figures, iteration, self._checkpoints.latest(), self._workdir)
@@ -125,6 +126,12 @@ class _Record:
     )
     self._log.write(iteration, figures)
     return figures
+
+
+def _end_of(found) -> float | None:
+  """Returns the time if what a step found is there, as where the step waited for the devices."""
+  is_there = all(x.is_ready() for x in jax.tree.leaves(found) if isinstance(x, jax.Array))
+  return time.monotonic() if is_there else None
 
 
 @_closed_at_exit
@@ -201,7 +208,7 @@ def iterate(
     )
     record = _Record(workdir, log, checkpoints, read)
     asked_to_stop = stack.enter_context(_deferred_signals())
-    unread = None  # (iteration, what its step found), not read yet
+    unread = None  # (iteration, what its step found, when), not read yet
 
     def read_rest():
       """Reads what is unread, so that the state may be saved; returns its figures, if any."""
@@ -240,7 +247,7 @@ def iterate(
         record.begin()
       with _saved_if_it_fails(f"Iteration {done}", iteration, state, checkpoints, read_rest):
         state, found = step(state, iteration)
-      before, unread = unread, (iteration, found)
+      before, unread = unread, (iteration, found, _end_of(found))
       if before:
         yield from shown(iteration, done, state, record.add(*before))
       # It is read once, so that message and save agree. One process may get a signal alone.
