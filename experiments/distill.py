@@ -28,7 +28,7 @@ from experiments.settings import common, rl, training
 from experiments.settings.common import again, setting
 from experiments.settings.penalty import PENALISED
 from klrl import inputs
-from klrl.algorithm import Algorithm, Hypers, kl_terms, objective
+from klrl.algorithm import Hypers, objective
 from klrl.devices import parallel
 from klrl.errors import UserError
 
@@ -40,8 +40,8 @@ class Config(rl.SurrogateFields, rl.PolicyConfig):
   teacher: str = setting("", "model directory to learn from; default: the default PPO run")
   divergence: str = setting(
     "reverse",
-    "KL(student || teacher), KL(teacher || student), or the Jensen-Shannon divergence",
-    choices=tuple(kl_terms.DIVERGENCES),
+    "KL(student || teacher), KL(teacher || student), or another divergence of the two",
+    choices=objective.DIVERGENCES,
   )
   jsd_weight: float = setting(
     0.5,
@@ -49,6 +49,13 @@ class Config(rl.SurrogateFields, rl.PolicyConfig):
     minimum=1e-3,
     maximum=1 - 1e-3,
     read_when=("divergence", ("jensen_shannon",)),
+  )
+  kl_alpha: float = setting(
+    0.5,
+    "of the alpha-divergence: near 0 it is reverse, near 1 forward",
+    minimum=1e-3,
+    maximum=1 - 1e-3,
+    read_when=("divergence", ("alpha",)),
   )
   beta: float = setting(
     1.0, "what the KL is multiplied by", minimum=0.0, read_when=("kl_placement", PENALISED)
@@ -58,20 +65,19 @@ class Config(rl.SurrogateFields, rl.PolicyConfig):
   kl_credit: str = again(rl.PolicyConfig, "kl_credit", default="token")
 
   def __post_init__(self):
-    super().__post_init__()
     penalty = self.penalty()
-    if self.divergence != "reverse" and str(penalty) != "loss/exact/none/token":
+    if self.divergence != "reverse" and penalty[:4] != ("loss", "exact", "none", "token"):
       raise UserError(
-        f"--divergence={self.divergence} is a loss at given prefixes; with {penalty} its gradient "
-        "would be that of no divergence. Leave the --kl_ flags out."
+        f"--divergence={self.divergence} is a loss at given prefixes, and {penalty} is none. Leave "
+        "the --kl_ flags out."
       )
+    super().__post_init__()
 
-  def algorithm(self) -> Algorithm:
-    divergence = kl_terms.DIVERGENCES[self.divergence]
-    return dataclasses.replace(super().algorithm(), divergence=divergence)
+  def penalty(self) -> objective.KLPenalty:
+    return super().penalty()._replace(divergence=self.divergence)
 
   def hypers(self) -> Hypers:
-    return super().hypers()._replace(jsd_weight=self.jsd_weight)
+    return super().hypers()._replace(jsd_weight=self.jsd_weight, kl_alpha=self.kl_alpha)
 
   def sources(self) -> inputs.Sources:
     return dataclasses.replace(super().sources(), reference=self.teacher)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from klrl import evaluation, judging
-from klrl.algorithm import kl_terms, objective
+from klrl.algorithm import objective
 from klrl.algorithm.epochs import value_params
 from klrl.devices import parallel
 from klrl.figures import labels
@@ -23,10 +23,6 @@ from klrl.run.evaluations import Evaluations, best_figures, cadence
 from klrl.run.summary import write_summary
 from klrl.run.workdir import write_text
 
-_DIVERGENCES = {
-  kl_terms.forward_kl: "KL(ref||pi)",
-  kl_terms.jensen_shannon: "Jensen-Shannon divergence",
-}
 # The figures that are shown while a run goes on.
 _SHOWN = labels(
   "score/mean", "gold/mean", "kl/ref_k1", "controller/beta", "controller/at_bound", "rollout/length"
@@ -89,9 +85,8 @@ def announce(config) -> dict[str, Any]:
     kl_refresh=algorithm.kl_refresh,
     one_step=steps == 1 and not algorithm.staleness,
   )
-  if algorithm.divergence is not kl_terms.reverse_kl:
-    name = _DIVERGENCES.get(algorithm.divergence, "divergence of its own")
-    description = f"KL penalty: token {name}, exact, at the prefixes that the policy writes."
+  if algorithm.divergence is not None:
+    description += " The exact divergence is one of the experiment's own: a divergence of its own."
   progress.console.print(description, soft_wrap=True)
   for warning in warnings:
     progress.warn(warning)

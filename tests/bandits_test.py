@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl.exact import bandits
+from klrl.algorithm import kl_terms, objective
+from klrl.exact import bandits, oracle
 
 REF, SCORES = np.array([0.4, 0.3, 0.2, 0.1]), np.arange(4.0)
 OPTIMA = {  # beta = 1: probs, multiplier
@@ -58,6 +59,39 @@ def test_no_policy_beside_the_optimum_has_more(name, beta):
   np.testing.assert_allclose(probs.sum(), 1.0, rtol=1e-9)
   for other in (ref, *rng.dirichlet(np.ones(6), size=50)):
     assert j(probs) >= j(probs + 0.01 * (other - probs)) - 1e-12
+
+
+SAME = {"reverse": "reverse", "forward": "forward", "jensen_shannon": "js"}
+SAME |= {"chi_squared": "chi_square"}
+
+
+@pytest.mark.parametrize("penalised", SAME)
+def test_a_slope_that_is_inverted_by_bisection_has_the_optimum_of_its_divergence(penalised):
+  def slope(log_ratio):
+    return kl_terms.DIVERGENCES[penalised].slope(log_ratio, kl_terms.SHAPE)
+
+  for beta in (0.3, 1.0):
+    probs, _ = jax.jit(lambda b: bandits.optimal_under_slope(slope, REF, SCORES, beta=b))(beta)
+    expected, _ = bandits.optimal_under(SAME[penalised], REF, SCORES, beta=beta)
+    np.testing.assert_allclose(probs, expected, atol=1e-9)
+
+
+def test_ascent_with_a_slope_in_the_reward_ends_at_the_optimum_of_its_divergence():
+  shape = kl_terms.Shape(jsd_weight=0.7, kl_alpha=0.3)
+  penalties = [
+    objective.KLPenalty("reward", "k1", "none", "token", name) for name in objective.DIVERGENCES
+  ]
+  surrogates = [kl_terms.surrogate(penalty, hypers=shape) for penalty in penalties]
+  ends = jax.jit(
+    lambda ref: oracle.fixed_points(oracle.make_tree(4, 1), surrogates, ref, SCORES, beta=4.0)
+  )(jnp.log(REF)[None])
+  for penalty, found in zip(penalties, jax.nn.softmax(ends)[:, 0], strict=True):
+    row = kl_terms.DIVERGENCES[penalty.divergence]
+    probs, _ = bandits.optimal_under_slope(
+      lambda x, row=row: row.slope(x, shape), REF, SCORES, beta=4.0
+    )
+    np.testing.assert_allclose(found, probs, atol=1e-6, err_msg=str(penalty))
+    assert np.abs(probs - REF).max() > 0.05 and probs.min() > 1e-3
 
 
 def test_choices_at_a_jump_of_the_clamp_get_what_is_left():

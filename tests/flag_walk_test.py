@@ -107,6 +107,7 @@ LOSS_K1 = {
   "kl_credit": "token",
 }
 LOSS_K3 = LOSS_K1 | {"kl_estimator": "k3", "kl_correction": "token"}
+LOSS_EXACT = LOSS_K1 | {"kl_estimator": "exact"}
 REWARD_K1 = {"kl_placement": "reward", "kl_estimator": "k1", "kl_correction": "none"}
 BOTH_K2 = {
   "kl_placement": "both",
@@ -141,6 +142,9 @@ RL = {
   "kl_estimator": Case("exact", BOTH_K2),
   "kl_correction": Case("prefix", LOSS_K3),
   "kl_credit": Case("sequence", LOSS_K3 | {"kl_correction": "prefix"}),
+  "kl_divergence": Case("forward", LOSS_EXACT),
+  "jsd_weight": Case(0.25, LOSS_EXACT | {"kl_divergence": "jensen_shannon"}),
+  "kl_alpha": Case(0.25, LOSS_EXACT | {"kl_divergence": "alpha"}),
   "allow_biased_kl": Case(True, LOSS_K1, "refusal"),
   "kl_every": Case(3, shows_in="metrics"),
   "loss_aggregation": Case("constant"),
@@ -262,6 +266,7 @@ CASES = {
     "teacher": Case("policy"),
     "divergence": Case("forward"),
     "jsd_weight": Case(0.25, {"divergence": "jensen_shannon"}),
+    "kl_alpha": Case(0.25, {"divergence": "alpha"}),
     "kl_placement": Case("both", shows_in="refusal"),
     "keep_best": Case("score", shows_in="refusal"),
   },

@@ -294,6 +294,12 @@ def js(logits):
   return (oracle.visits(TREE, LOGITS) * per_token.sum(axis=1)).sum()
 
 
+def hellinger(logits):
+  """Returns four times the squared Hellinger distance at the prefixes of LOGITS."""
+  student, teacher = jnp.sqrt(jax.nn.softmax(logits)), jnp.sqrt(jax.nn.softmax(REF))
+  return 2 * (oracle.visits(TREE, LOGITS) * ((student - teacher) ** 2).sum(axis=1)).sum()
+
+
 @pytest.mark.parametrize(
   ("settings", "divergence"),
   [
@@ -304,8 +310,9 @@ def js(logits):
     ),
     ({"divergence": "forward"}, lambda x: oracle.token_kl(TREE, REF, x, prefix_logits=LOGITS)),
     ({"divergence": "jensen_shannon", "jsd_weight": 0.25}, js),
+    ({"divergence": "hellinger"}, hellinger),
   ],
-  ids=["reverse", "sequence", "forward", "jensen_shannon"],
+  ids=["reverse", "sequence", "forward", "jensen_shannon", "hellinger"],
 )
 def test_distillation_descends_the_divergence_it_names(settings, divergence):
   config = make_config(distill, batch_size=1, **settings, **SUM)

@@ -164,6 +164,136 @@ def test_policies_that_exclude_tokens_or_nearly_do_give_no_nan(name, seed, scale
       assert np.isfinite(targets[target]).all()
 
 
+OTHERS = [x for x in objective.DIVERGENCES if x != "reverse"]
+SHAPE = kl_terms.Shape(jsd_weight=0.3, kl_alpha=0.7)
+
+
+def plainly(divergence, log_probs, ref_log_probs):
+  """Returns the divergence [...] by its textbook formula, with the coefficients of SHAPE."""
+  p, q = jnp.exp(log_probs), jnp.exp(ref_log_probs)
+  mixture = 0.7 * p + 0.3 * q
+  summands = {
+    "forward": q * jnp.log(q / p),
+    "jensen_shannon": 0.7 * p * jnp.log(p / mixture) + 0.3 * q * jnp.log(q / mixture),
+    "chi_squared": (p - q) ** 2 / (2 * q),
+    "alpha": (p - p**0.3 * q**0.7) / (0.7 * 0.3),
+    "hellinger": 2 * (jnp.sqrt(p) - jnp.sqrt(q)) ** 2,
+  }
+  return summands[divergence].sum(axis=-1)
+
+
+def switched(choices, index, *arrays):
+  return jax.lax.switch(index, [functools.partial(f, hypers=SHAPE) for f in choices], *arrays)
+
+
+# A divergence that is OTHERS[hypers], which may be traced, so that all are one program.
+SWITCHED = kl_terms.Divergence(
+  *(
+    lambda *arrays, fs=fs: switched(fs, arrays[-1], *arrays[:-1])
+    for fs in zip(*(kl_terms.DIVERGENCES[name] for name in OTHERS), strict=True)
+  )
+)
+
+
+CELLS_OF_OTHERS = [  # of each of OTHERS
+  (penalty._replace(divergence="switched"), refresh)
+  for penalty in objective.DEFINED_OF_OTHERS
+  if penalty.divergence == OTHERS[0]
+  for refresh in ("iteration", "minibatch")
+  if refresh == "iteration" or penalty.in_reward
+]
+
+
+@jax.jit
+def others_enumerated(index, logits, old_logits, ref_logits):
+  """Returns (values [cells], summed divergence, gradients [cells, S, V], targets) of TREE-A."""
+  tree = TREES["tree_a"]
+
+  def exact(log_probs, ref_log_probs):
+    return SWITCHED.exact(log_probs, ref_log_probs, index)
+
+  def plain(log_probs, ref_log_probs):
+    fs = [functools.partial(plainly, name) for name in OTHERS]
+    return jax.lax.switch(index, fs, log_probs, ref_log_probs)
+
+  surrogates, estimates = (
+    [make(penalty, kl_refresh=refresh, hypers=index) for penalty, refresh in CELLS_OF_OTHERS]
+    for make in (kl_terms.surrogate, kl_terms.estimate)
+  )
+
+  def of_cell(weights):
+    def weighted(fs):
+      return lambda terms: jnp.tensordot(weights, jnp.stack([f(terms) for f in fs]), axes=1)
+
+    arguments = {"old_logits": old_logits, "divergence": exact}
+    return (
+      oracle.expected_value(tree, weighted(estimates), logits, ref_logits, **arguments),
+      oracle.expected_gradient(tree, weighted(surrogates), logits, ref_logits, **arguments),
+    )
+
+  truth, summed = jax.value_and_grad(
+    lambda x: oracle.summed_divergence(tree, plain, x, ref_logits)
+  )(logits)
+  whole, token, at_old = (
+    jax.grad(f)(logits)
+    for f in (
+      lambda x: oracle.completion_divergence(tree, plain, x, ref_logits),
+      lambda x: oracle.token_divergence(tree, plain, x, ref_logits),
+      lambda x: oracle.token_divergence(tree, plain, x, ref_logits, prefix_logits=old_logits),
+    )
+  )
+  targets = (whole, summed, token, at_old, summed - token, jnp.zeros_like(logits))
+  values, gradients = jax.vmap(of_cell)(jnp.eye(len(CELLS_OF_OTHERS)))
+  return values, truth, gradients, targets
+
+
+@pytest.mark.parametrize("divergence", OTHERS)
+def test_other_divergences_are_what_the_audit_claims(divergence, monkeypatch):
+  index = OTHERS.index(divergence)
+  named_targets = [
+    f(divergence)
+    for f in (
+      objective.whole_gradient,
+      objective.summed_gradient,
+      objective.token_gradient,
+      objective.token_at_old_gradient,
+      objective.later_gradient,
+      lambda _: objective.ZERO,
+    )
+  ]
+  theta, old, ref = tree_a()
+  for on_policy in (True, False):
+    with jax.enable_x64(True), monkeypatch.context() as patch:
+      patch.setitem(kl_terms.DIVERGENCES, "switched", SWITCHED)
+      values, truth, gradients, targets = others_enumerated(
+        index, theta, theta if on_policy else old, ref
+      )
+    targets = dict(zip(named_targets, targets, strict=True))
+    unit = np.linalg.norm(targets[objective.summed_gradient(divergence)])
+    for (penalty, refresh), value, gradient in zip(CELLS_OF_OTHERS, values, gradients, strict=True):
+      claim = objective.audit(penalty._replace(divergence=divergence), kl_refresh=refresh)
+      named = claim.gradient if on_policy else claim.off_policy_gradient
+      for target, exact in targets.items():
+        # On-policy the prefixes of old are pi's own.
+        same = target == named or np.allclose(exact, targets.get(named, np.nan), atol=1e-12)
+        error = np.linalg.norm(gradient - exact) / unit
+        assert error < 1e-12 if same else error > 1e-3, (penalty, refresh, on_policy, target)
+      if refresh == "iteration":
+        unbiased = claim.unbiased_value if on_policy else claim.off_policy_unbiased_value
+        assert np.isclose(value, truth, rtol=1e-12) == unbiased, (penalty, on_policy)
+
+
+@pytest.mark.parametrize("divergence", objective.DIVERGENCES)
+def test_equal_policies_have_a_gradient_of_exactly_zero(divergence):
+  log_probs = jax.nn.log_softmax(2 * jax.random.normal(jax.random.key(0), (4, 1000)))
+  exact, slope = kl_terms.DIVERGENCES[divergence]
+  loss = jax.jit(jax.value_and_grad(lambda *both: exact(*both, SHAPE).sum()))
+  values, gradient = loss(log_probs, log_probs)
+  np.testing.assert_allclose(values, 0.0, atol=1e-5)
+  np.testing.assert_array_equal(gradient, 0.0)
+  assert slope(jnp.float32(0.0), SHAPE) == 0.0
+
+
 def config_of(penalty, **settings):
   return ppo.Config(**{f"kl_{name}": x for name, x in penalty._asdict().items()}, **settings)
 

@@ -19,7 +19,7 @@ from experiments.settings.common import (
   again,
   setting,
 )
-from experiments.settings.penalty import KLConfig
+from experiments.settings.penalty import PENALISED, KLConfig
 from klrl import inputs, ops
 from klrl.algorithm import Algorithm, Hypers, beta_rules, memory, objective, policy_losses
 from klrl.algorithm.optimizer import make_schedule
@@ -168,8 +168,28 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLConfig(PolicyConfig, ScoreFields, StageFields):
-  """The reference; what scores completions."""
+  """The reference, and the divergence from it; what scores completions."""
 
+  kl_divergence: str = setting(
+    "reverse",
+    "what is penalised: KL(pi || pi_ref), or another divergence",
+    choices=objective.DIVERGENCES,
+    read_when=("kl_placement", PENALISED),
+  )
+  jsd_weight: float = setting(
+    0.5,
+    "weight of pi_ref in the Jensen-Shannon mixture",
+    minimum=1e-3,
+    maximum=1 - 1e-3,
+    read_when=("kl_divergence", ("jensen_shannon",)),
+  )
+  kl_alpha: float = setting(
+    0.5,
+    "of the alpha-divergence: near 0 it is KL(pi || pi_ref), near 1 KL(pi_ref || pi)",
+    minimum=1e-3,
+    maximum=1 - 1e-3,
+    read_when=("kl_divergence", ("alpha",)),
+  )
   reference: str = setting(
     "",
     "model directory of pi_ref, or `uniform`, the KL to which is minus the entropy up to a "
@@ -231,6 +251,9 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields):
     if task.write_policy and not has_scores:
       raise UserError(f"--task={self.task} has no reward model: add --reward=FILE.py:FUNCTION.")
 
+  def penalty(self) -> objective.KLPenalty:
+    return super().penalty()._replace(divergence=self.kl_divergence)
+
   def reads_scores(self) -> bool:
     return True
 
@@ -246,12 +269,19 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields):
     )
 
   def hypers(self) -> Hypers:
-    return super().hypers()._replace(reference_decay=self.reference_decay)
+    return (
+      super()
+      .hypers()
+      ._replace(
+        jsd_weight=self.jsd_weight, kl_alpha=self.kl_alpha, reference_decay=self.reference_decay
+      )
+    )
 
   def sources(self) -> inputs.Sources:
     # What the objective is worth at its best is known where beta and reference are.
     is_known = (
       self.kl_placement != "none"
+      and self.kl_divergence == "reverse"
       and self.controller in ("fixed", "linear", "cosine")
       and self.reference_update == "frozen"
       and not self.normalise_scores

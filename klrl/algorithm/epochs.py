@@ -135,9 +135,9 @@ def _terms(
 
 
 def _of_distributions(algorithm: Algorithm, hidden, unembedding, batch: Batch, context: Context):
-  """Returns log-probs, entropy and the exact KL of the next-token distributions, each [B, T].
+  """Returns log-probs, entropy and the exact divergence of the next-token distributions, [B, T].
 
-  The KL is None if no minibatch computes it. All are made in one pass over the vocabulary.
+  The divergence is None if no minibatch computes it. All are made in one pass over the vocabulary.
   """
   hypers, tokens = context.hypers, completions.completion_tokens(batch.rollout)
   if batch.ref_hidden is None or context.ref_unembedding is None:
@@ -148,7 +148,7 @@ def _of_distributions(algorithm: Algorithm, hidden, unembedding, batch: Batch, c
 
   def figures(log_probs, ref_log_probs, tokens, hypers):
     of_tokens = ops.taken(log_probs, tokens), ops.entropy_of(log_probs)
-    return *of_tokens, algorithm.divergence(log_probs, ref_log_probs, hypers)
+    return *of_tokens, algorithm.exact_divergence(log_probs, ref_log_probs, hypers)
 
   models = (hidden, unembedding), (batch.ref_hidden, context.ref_unembedding)
   return ops.over_vocabulary(figures, models, [tokens], [hypers], temperature=hypers.temperature)
@@ -158,7 +158,9 @@ def _refreshed(
   algorithm: Algorithm, batch: Batch, context: Context, terms: kl_terms.TokenTerms
 ) -> Batch:
   """Returns the batch with advantages and returns by the KL of the present policy."""
-  kl = kl_terms.reward_kl(algorithm.penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl)
+  kl = kl_terms.reward_kl(
+    algorithm.penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl, context.hypers
+  )
   x = Experience(batch.scores, kl, batch.old_values, terms.mask, context.beta)
   advantages, returns = algorithm.advantage(x, algorithm, context.hypers)
   # Equal advantages give exactly 0 here too, as `ops.whiten` does.

@@ -22,8 +22,65 @@ class TokenTerms(NamedTuple):
   old_log_probs: jax.Array
   ref_log_probs: jax.Array
   mask: jax.Array
-  exact_kl: jax.Array | None = None  # KL(pi || pi_ref) at each prefix; carries gradient
+  exact_kl: jax.Array | None = None  # the divergence from pi_ref at each prefix; carries gradient
   old_exact_kl: jax.Array | None = None  # the old policy's
+
+
+class Shape(NamedTuple):
+  """The coefficients of divergences; `Hypers` has them too."""
+
+  jsd_weight: jax.Array | float = 0.5
+  kl_alpha: jax.Array | float = 0.5
+
+
+SHAPE = Shape()
+
+
+class Divergence(NamedTuple):
+  """D_f(pi || pi_ref), f convex and f(1) = f'(1) = 0, as a loss and as a cost in the reward."""
+
+  exact: Callable  # (log_probs [..., V], ref_log_probs [..., V], hypers) -> [...], nats
+  slope: Callable  # (log pi / pi_ref [...], hypers) -> [...] f'(pi / pi_ref)
+
+
+def reverse_kl(log_probs, ref_log_probs, hypers):
+  """Returns KL(pi || pi_ref) [...] of log-probs over the vocabulary [..., V], nats per token."""
+  del hypers
+  return ops.kl_of(log_probs, ref_log_probs)
+
+
+def forward_kl(log_probs, ref_log_probs, hypers):
+  """Returns KL(pi_ref || pi)."""
+  del hypers
+  return ops.kl_of(ref_log_probs, log_probs)
+
+
+def jensen_shannon(log_probs, ref_log_probs, hypers):
+  """Returns the Jensen-Shannon divergence, with `jsd_weight` on the reference."""
+  return ops.jsd_of(log_probs, ref_log_probs, hypers.jsd_weight)
+
+
+def _alpha_divergence(alpha_of: Callable) -> Divergence:
+  return Divergence(
+    lambda log_probs, ref_log_probs, hypers: ops.alpha_divergence_of(
+      log_probs, ref_log_probs, alpha_of(hypers)
+    ),
+    lambda log_ratio, hypers: ops.alpha_slope(log_ratio, alpha_of(hypers)),
+  )
+
+
+# All but Jensen-Shannon are the KL to second order at pi = pi_ref, so that beta keeps its unit
+# there; Jensen-Shannon is jsd_weight * (1 - jsd_weight) of it.
+DIVERGENCES = {
+  "reverse": Divergence(reverse_kl, lambda log_ratio, hypers: log_ratio),
+  "forward": Divergence(forward_kl, lambda log_ratio, hypers: ops.alpha_slope(log_ratio, 1.0)),
+  "jensen_shannon": Divergence(
+    jensen_shannon, lambda log_ratio, hypers: ops.jsd_slope(log_ratio, hypers.jsd_weight)
+  ),
+  "chi_squared": _alpha_divergence(lambda hypers: -1.0),
+  "alpha": _alpha_divergence(lambda hypers: hypers.kl_alpha),
+  "hellinger": _alpha_divergence(lambda hypers: 0.5),
+}
 
 
 # A larger weight is measured as exp(60), so that the effect of a cap stays finite.
@@ -100,27 +157,47 @@ def prefix_cap_effect(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap):
   return bites.astype(lost.dtype), jnp.where(bites, lost, 0.0)
 
 
-def reward_kl(penalty: KLPenalty, log_probs, ref_log_probs, exact_kl=None) -> jax.Array:
-  """Returns [..., T] the estimate that the penalty subtracts from the reward; no gradient.
+def reward_kl(
+  penalty: KLPenalty, log_probs, ref_log_probs, exact_kl=None, hypers=SHAPE
+) -> jax.Array:
+  """Returns [..., T] what the penalty subtracts from the reward; no gradient.
 
-  It is zero unless the penalty is `in_reward`.
+  It is an estimate of the KL, or f' of the ratio for another divergence, and zero unless the
+  penalty is `in_reward`.
 
   Args:
     penalty: the choice.
     log_probs: [..., T] of the old policy (--kl_refresh=iteration) or of pi (minibatch).
     ref_log_probs: [..., T].
     exact_kl: [..., T] of the same policy, where the penalty reads it.
+    hypers: the coefficients of the divergence; see `Shape`.
   """
   if not penalty.in_reward:
     return jnp.zeros_like(log_probs)
   if penalty.estimator == "exact":
     assert exact_kl is not None
     kl = exact_kl
+  elif penalty.divergence != "reverse":
+    kl = _slopes(penalty, ops.k1(log_probs, ref_log_probs), hypers)
   elif penalty.placement == "both" and penalty.estimator == "k2":
     kl = ops.k1(log_probs, ref_log_probs)  # k2's own value is biased; its loss term is not
   else:
     kl = ops.KL_ESTIMATORS[penalty.estimator](log_probs, ref_log_probs)
   return jax.lax.stop_gradient(kl)
+
+
+def _slopes(penalty: KLPenalty, log_ratio, hypers):
+  """Returns [..., T] f' of each token's ratio; with credit `sequence`, by what it adds to f'.
+
+  Added up over a completion these are f' of its own ratio, whose expected gradient is that of the
+  divergence of whole completions. What stood before a token is no consequence of it, so that the
+  rest, which follows it, has the same expected gradient.
+  """
+  slope = DIVERGENCES[penalty.divergence].slope
+  if penalty.credit == "token":
+    return slope(log_ratio, hypers)
+  upto = slope(jnp.cumsum(log_ratio, axis=-1), hypers)
+  return upto - jnp.concatenate([jnp.zeros_like(upto[..., :1]), upto[..., :-1]], axis=-1)
 
 
 def credits_later_kl(penalty: KLPenalty) -> bool:
@@ -189,7 +266,7 @@ def unclipped_policy_loss(terms: TokenTerms, advantages) -> jax.Array:
 
 
 def surrogate(
-  penalty: KLPenalty, *, kl_refresh: str = "iteration", prefix_cap=jnp.inf
+  penalty: KLPenalty, *, kl_refresh: str = "iteration", prefix_cap=jnp.inf, hypers=SHAPE
 ) -> Callable[[TokenTerms], jax.Array]:
   """Returns f(terms) -> [..., T], everything that the penalty adds to the loss, per unit of beta.
 
@@ -202,7 +279,7 @@ def surrogate(
     if penalty.in_loss:
       total = total + kl_loss(penalty, terms, prefix_cap=prefix_cap)
     if penalty.in_reward:
-      kl = _reward_estimate(penalty, terms, kl_refresh)
+      kl = _reward_estimate(penalty, terms, kl_refresh, hypers)
       advantages = undiscounted_advantages(penalty, kl, terms.mask, beta=1.0)
       total = total + unclipped_policy_loss(terms, advantages)
     return total
@@ -211,39 +288,19 @@ def surrogate(
 
 
 def estimate(
-  penalty: KLPenalty, *, kl_refresh: str = "iteration", prefix_cap=jnp.inf
+  penalty: KLPenalty, *, kl_refresh: str = "iteration", prefix_cap=jnp.inf, hypers=SHAPE
 ) -> Callable[[TokenTerms], jax.Array]:
-  """Returns f(terms) -> [..., T]: the value of KL(pi || pi_ref) that the penalty computes with."""
+  """Returns f(terms) -> [..., T]: the value of the divergence that the penalty computes with."""
 
   def f(terms: TokenTerms):
     if penalty.placement == "loss":
       return kl_loss(penalty, terms, prefix_cap=prefix_cap)
-    return ops.zero_padding(_reward_estimate(penalty, terms, kl_refresh), terms.mask)
+    return ops.zero_padding(_reward_estimate(penalty, terms, kl_refresh, hypers), terms.mask)
 
   return f
 
 
-def _reward_estimate(penalty, terms: TokenTerms, kl_refresh):
+def _reward_estimate(penalty, terms: TokenTerms, kl_refresh, hypers):
   if kl_refresh == "iteration":
-    return reward_kl(penalty, terms.old_log_probs, terms.ref_log_probs, terms.old_exact_kl)
-  return reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl)
-
-
-def reverse_kl(log_probs, ref_log_probs, hypers):
-  """Returns KL(pi || pi_ref) [...] of log-probs over the vocabulary [..., V], nats per token."""
-  del hypers
-  return ops.kl_of(log_probs, ref_log_probs)
-
-
-def forward_kl(log_probs, ref_log_probs, hypers):
-  """Returns KL(pi_ref || pi)."""
-  del hypers
-  return ops.kl_of(ref_log_probs, log_probs)
-
-
-def jensen_shannon(log_probs, ref_log_probs, hypers):
-  """Returns the Jensen-Shannon divergence, with `jsd_weight` on the reference."""
-  return ops.jsd_of(log_probs, ref_log_probs, hypers.jsd_weight)
-
-
-DIVERGENCES = {"reverse": reverse_kl, "forward": forward_kl, "jensen_shannon": jensen_shannon}
+    return reward_kl(penalty, terms.old_log_probs, terms.ref_log_probs, terms.old_exact_kl, hypers)
+  return reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl, hypers)

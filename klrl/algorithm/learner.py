@@ -141,7 +141,7 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
       old_values = completions.values(
         value_model, of_values, rollout, group_size=algorithm.group_size
       )
-    kl = kl_terms.reward_kl(penalty, rollout.old_log_probs, ref.log_probs, ref.exact_kl)
+    kl = kl_terms.reward_kl(penalty, rollout.old_log_probs, ref.log_probs, ref.exact_kl, hypers)
     experience = Experience(scores, kl, old_values, mask, beta)
     advantages, returns = algorithm.advantage(experience, algorithm, hypers)
     mean, std = jnp.float32(0.0), jnp.float32(1.0)
@@ -290,7 +290,7 @@ class _Reference(NamedTuple):
   """What the penalty reads of the reference, for a rollout; zeros and None if it reads nothing."""
 
   log_probs: jax.Array  # [B, T]
-  exact_kl: jax.Array | None  # [B, T], of the policy before this iteration's steps
+  exact_kl: jax.Array | None  # [B, T], the divergence from it before this iteration's steps
   hidden: jax.Array | None  # [B, T, D_ref]
 
 
@@ -322,15 +322,19 @@ def _measured_reference(
       **diagnostics.sequence_stats("kl/ref_k3", k3, mask),
     }
 
+  def figures(log_probs, ref_log_probs, hypers):
+    kl = ops.kl_of(log_probs, ref_log_probs)
+    return kl, algorithm.exact_divergence(log_probs, ref_log_probs, hypers)
+
   def exact(hidden):
-    kl = ops.exact_kl_from_hidden(
-      hidden_of(policy, params),
-      policy.unembedding(params),
-      hidden,
-      reference.unembedding(reference_params),
-      temperature=temperature,
+    models = (
+      (hidden_of(policy, params), policy.unembedding(params)),
+      (hidden, reference.unembedding(reference_params)),
     )
-    return kl, diagnostics.sequence_stats("kl/ref_exact", kl, mask)
+    kl, divergence = ops.over_vocabulary(
+      figures, models, coefficients=[state.hypers], temperature=temperature
+    )
+    return divergence, diagnostics.sequence_stats("kl/ref_exact", kl, mask)
 
   if penalty.placement == "none":
 

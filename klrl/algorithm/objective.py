@@ -12,6 +12,9 @@
                 ratio, or the ratio of the whole prefix
     credit      sequence: a token answers for all later KL too, so that the target is the KL of
                 whole completions; token: it answers for its own KL only, at given prefixes
+    divergence  reverse: that KL. For any other, `exact` is that divergence of the next-token
+                distributions, and k1 in the reward is f'(pi / pi_ref): the gradient of
+                D_f(pi || pi_ref) is E_pi[f' grad log pi] (OPD+, 2026, arXiv 2606.01039)
 
 `kl_terms` computes it. `audit` states its expected gradient; tests confirm each claim by
 enumeration on random trees. docs/kl.md explains it in plain words.
@@ -29,9 +32,12 @@ class KLPenalty(NamedTuple):
   estimator: str = "k1"
   correction: str = "none"
   credit: str = "sequence"
+  divergence: str = "reverse"
 
   def __str__(self):
-    return "/".join(self) if self.placement != "none" else "none"
+    if self.placement == "none":
+      return "none"
+    return "/".join(self if self.divergence != "reverse" else self[:4])
 
   @property
   def in_loss(self) -> bool:
@@ -51,6 +57,16 @@ PLACEMENTS = ("reward", "loss", "both", "none")
 ESTIMATORS = ("k1", "k2", "k3", "exact")
 CORRECTIONS = ("none", "token", "prefix")
 CREDITS = ("sequence", "token")
+# Names as in `kl_terms.DIVERGENCES`, and what reports call them.
+_LABELS = {
+  "reverse": "KL(pi||ref)",
+  "forward": "KL(ref||pi)",
+  "jensen_shannon": "Jensen-Shannon(pi, ref)",
+  "chi_squared": "chi-squared(pi||ref)",
+  "alpha": "alpha-divergence(pi||ref)",
+  "hellinger": "Hellinger(pi, ref)",
+}
+DIVERGENCES = tuple(_LABELS)
 REFRESHES = ("iteration", "minibatch")
 
 
@@ -69,6 +85,34 @@ NO_DIVERGENCE = "no divergence"
 KL_GRADIENTS = (SEQUENCE, TOKEN, TOKEN_AT_OLD)
 
 
+def token_gradient(divergence: str) -> str:
+  """Returns the name of the token KL's gradient, with another divergence in its place."""
+  return f"token {_LABELS[divergence]}"
+
+
+def token_at_old_gradient(divergence: str) -> str:
+  """Returns the name of the same at the prefixes of the old policy."""
+  return f"token {_LABELS[divergence]} at the old policy's prefixes"
+
+
+def summed_gradient(divergence: str) -> str:
+  """Returns the name of the gradient of E[sum of the divergences at the prefixes], all credited.
+
+  For the reverse KL this is KL(pi || pi_ref), by its chain rule; no other divergence has one.
+  """
+  return SEQUENCE if divergence == "reverse" else f"sum of token {_LABELS[divergence]}"
+
+
+def whole_gradient(divergence: str) -> str:
+  """Returns the name of the gradient of the divergence between whole completions."""
+  return _LABELS[divergence]
+
+
+def later_gradient(divergence: str) -> str:
+  """Returns the name of what the summed gradient has beyond the token gradient."""
+  return f"{summed_gradient(divergence)} - {token_gradient(divergence)}"
+
+
 class Audit(NamedTuple):
   """What a penalty does in expectation.
 
@@ -80,7 +124,7 @@ class Audit(NamedTuple):
   verdict: str  # exact | other | refused, by `gradient`
   gradient: str
   off_policy_gradient: str
-  unbiased_value: bool
+  unbiased_value: bool  # of the KL, or of the sum of the divergence over the prefixes
   off_policy_unbiased_value: bool
   fixed_point: str  # the policy that maximises reward with this gradient, at horizon 1
   instead: KLPenalty | None  # for a refused one
@@ -119,6 +163,38 @@ _ROWS = {
 }
 DEFINED = tuple(_ROWS)
 
+
+def _rows_of(divergence: str) -> dict:
+  """Returns the rows of a divergence that is not the reverse KL; k2 and k3 estimate that alone."""
+  choices = {
+    ("reward", "k1", "none", "sequence"): (whole_gradient, None, False, False),
+    ("reward", "k1", "none", "token"): (token_gradient, None, False, False),
+    ("reward", "exact", "none", "sequence"): (later_gradient, None, True, False),
+    ("reward", "exact", "none", "token"): (lambda _: ZERO, lambda _: ZERO, True, False),
+    ("loss", "exact", "none", "token"): (token_gradient, token_at_old_gradient, True, False),
+    ("loss", "exact", "prefix", "token"): (token_gradient, token_gradient, True, True),
+    ("loss", "exact", "prefix", "sequence"): (summed_gradient, summed_gradient, True, True),
+    ("both", "exact", "none", "sequence"): (summed_gradient, None, True, False),
+  }
+  return {
+    _P(*choice, divergence): (
+      gradient(divergence),
+      NO_DIVERGENCE if off_policy is None else off_policy(divergence),
+      *unbiased,
+    )
+    for choice, (gradient, off_policy, *unbiased) in choices.items()
+  }
+
+
+_ROWS_OF_OTHERS = {
+  penalty: row
+  for divergence in DIVERGENCES
+  if divergence != "reverse"
+  for penalty, row in _rows_of(divergence).items()
+}
+DEFINED_OF_OTHERS = tuple(_ROWS_OF_OTHERS)  # the penalties of every other divergence
+_ALL_ROWS = _ROWS | _ROWS_OF_OTHERS
+
 _FIXED_POINTS = {
   SEQUENCE: "ref * exp(r / beta) / Z",
   TOKEN: "ref * exp(r / beta) / Z; beyond horizon 1 a policy of lower E[r] - beta * KL",
@@ -126,6 +202,7 @@ _FIXED_POINTS = {
   ZERO: "all mass on the best completion",
   FUTURE: "all mass on the best completion; beyond horizon 1 on one that depends on beta",
 }
+_FIXED_POINT_OF_OTHERS = "ref * (f')^-1((r - lambda) / beta)"  # see `bandits.optimal_under`
 
 
 def audit(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> Audit:
@@ -134,13 +211,15 @@ def audit(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> Audit:
   Raises:
     UserError: the choice has no meaning of its own; the message names those that have one.
   """
-  if penalty not in _ROWS:
+  if penalty not in _ALL_ROWS:
     raise UserError(_undefined(penalty))
-  gradient, off_policy_gradient, unbiased, off_policy_unbiased = _ROWS[penalty]
-  if kl_refresh == "minibatch" and penalty == _P("reward", "k1", "none", "token"):
-    off_policy_gradient = TOKEN_AT_OLD
+  gradient, off_policy_gradient, unbiased, off_policy_unbiased = _ALL_ROWS[penalty]
+  divergence = penalty.divergence
+  if kl_refresh == "minibatch" and penalty[:4] == ("reward", "k1", "none", "token"):
+    off_policy_gradient = token_at_old_gradient(divergence)
+  asked = (f(divergence) for f in (whole_gradient, summed_gradient, token_gradient))
   verdict, instead = "refused", None
-  if gradient in KL_GRADIENTS:
+  if gradient in asked:
     verdict = "exact"
   elif gradient == TOKEN_FORWARD:
     verdict = "other"
@@ -151,21 +230,29 @@ def audit(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> Audit:
     instead = _P("both", both, "none", "sequence")
   else:
     instead = _P("loss", penalty.estimator, "prefix", "token")
+  if instead:
+    instead = instead._replace(divergence=divergence)
+  if divergence != "reverse" and verdict == "exact":
+    fixed_point = _FIXED_POINT_OF_OTHERS
+  elif gradient == later_gradient(divergence):
+    fixed_point = _FIXED_POINTS[FUTURE]
+  else:
+    fixed_point = _FIXED_POINTS.get(gradient, "not a tilt of the reference")
   return Audit(
     verdict=verdict,
     gradient=gradient,
     off_policy_gradient=off_policy_gradient,
     unbiased_value=unbiased,
     off_policy_unbiased_value=off_policy_unbiased,
-    fixed_point=_FIXED_POINTS.get(gradient, "not a tilt of the reference"),
+    fixed_point=fixed_point,
     instead=instead,
   )
 
 
 _PLACES = {
-  "reward": "the KL is taken off the reward",
-  "loss": "the KL is a loss of its own",
-  "both": "a token's own KL is a loss, and the KL of the tokens behind it is taken off its reward",
+  "reward": "the {kl} is taken off the reward",
+  "loss": "the {kl} is a loss of its own",
+  "both": "a token's own {kl} is a loss, and that of the tokens behind it is taken off its reward",
 }
 
 
@@ -179,8 +266,12 @@ def description(
   if penalty.placement == "none":
     return "No KL penalty."
   claim = audit(penalty, kl_refresh=kl_refresh)
+  kl = "KL" if penalty.divergence == "reverse" else "divergence"
+  if kl != "KL" and penalty.estimator == "k1":
+    kl = "derivative f' of the divergence, at the ratio,"
+  place = _PLACES[penalty.placement].format(kl=kl)
   text = (
-    f"KL penalty {penalty}: {_PLACES[penalty.placement]}. Its expected gradient is "
+    f"KL penalty {penalty}: {place}. Its expected gradient is "
     f"{_named(claim.gradient)}, and leads to {claim.fixed_point}."
   )
   if one_step or claim.off_policy_gradient == claim.gradient:
@@ -206,7 +297,8 @@ def warnings_of(penalty: KLPenalty, *, allowed: bool, per_token_mean: bool) -> l
   claim = audit(penalty)
   if claim.instead is not None:
     what = (
-      f"The KL penalty {penalty} does not descend KL(pi||ref): its expected gradient is "
+      f"The KL penalty {penalty} does not descend {_LABELS[penalty.divergence]}: its expected "
+      "gradient is "
       f"{_named(claim.gradient)}. Use {claim.instead} instead"
     )
     if not allowed:
@@ -224,7 +316,10 @@ def warnings_of(penalty: KLPenalty, *, allowed: bool, per_token_mean: bool) -> l
 
 def flags_of(penalty: KLPenalty) -> str:
   """Returns the command-line flags of a penalty."""
-  return " ".join(f"--kl_{name}={value}" for name, value in penalty._asdict().items())
+  fields = penalty._asdict()
+  if penalty.divergence == "reverse":
+    del fields["divergence"]
+  return " ".join(f"--kl_{name}={value}" for name, value in fields.items())
 
 
 def _named(gradient: str) -> str:
@@ -236,12 +331,16 @@ def _undefined(penalty: KLPenalty) -> str:
     return "Placement none is no KL penalty: there is nothing to say of it."
   if all(row.estimator != penalty.estimator for row in DEFINED):
     why = "the audit has no row of this estimator"
+  elif penalty.divergence != "reverse" and penalty.estimator in ("k2", "k3"):
+    why = f"{penalty.estimator} is an estimate of the reverse KL alone"
   elif penalty.placement == "reward":
     why = "a reward is weighted by the policy loss's own ratio, not by a correction of the KL"
   elif penalty.placement == "both" and penalty.estimator == "k1":
-    why = "a k1 loss term has no gradient, which leaves reward/k1/none/sequence"
+    why = "a k1 loss term has no gradient, which leaves k1 in the reward"
   elif penalty.placement == "both":
     why = "its reward part is the credit for later KL, and has no correction"
+  elif penalty.divergence != "reverse" and penalty.estimator == "k1":
+    why = "k1 stands for f' of the ratio, which is a cost in the reward and no loss"
   elif penalty.estimator == "exact" and penalty.correction == "token":
     why = "the exact KL sums over the token's choice itself, so there is no ratio to correct by"
   elif penalty.estimator == "k2" and penalty.correction == "prefix":
@@ -250,7 +349,11 @@ def _undefined(penalty: KLPenalty) -> str:
     why = "without the ratio of the prefix a loss term gives no credit for later KL"
   # The nearest one that descends the KL: same placement, then credit, then estimator.
   nearest = max(
-    (row for row in DEFINED if audit(row).verdict == "exact"),
+    (
+      row
+      for row in _ALL_ROWS
+      if row.divergence == penalty.divergence and audit(row).verdict == "exact"
+    ),
     key=lambda row: (
       row.placement == penalty.placement,
       row.credit == penalty.credit,

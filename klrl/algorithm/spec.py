@@ -34,6 +34,7 @@ class Hypers(NamedTuple):
   kl_step_size: jax.Array | float = 0.01  # of dual ascent
   prefix_cap: jax.Array | float = jnp.inf  # largest weight of a prefix in the KL's loss term
   jsd_weight: jax.Array | float = 0.5  # share of the reference in the Jensen-Shannon mixture
+  kl_alpha: jax.Array | float = 0.5  # of the alpha-divergence; 0 is KL(pi || ref), 1 KL(ref || pi)
   gamma: jax.Array | float = 1.0  # discount per token
   gae_lambda: jax.Array | float = 1.0
   clip_eps_low: jax.Array | float = 1.0  # the ratio may fall to 1 - this
@@ -94,10 +95,10 @@ class Algorithm:
 
   What a loss or the trust region reads is measured in every iteration all the same.
   """
-  divergence: Callable[[jax.Array, jax.Array, Hypers], jax.Array] = kl_terms.reverse_kl
+  divergence: Callable[[jax.Array, jax.Array, Hypers], jax.Array] | None = None
   """The divergence [...] that `exact` stands for, of log-probs [..., V] of policy and reference.
 
-  See `kl_terms.DIVERGENCES`.
+  None is the one that `penalty` names, of `kl_terms.DIVERGENCES`.
   """
   controller: beta_rules.BetaRule = beta_rules.RULES["fixed"]
   """Moves beta after each iteration; see `beta_rules.RULES`."""
@@ -130,3 +131,8 @@ class Algorithm:
   def samples(self) -> int:
     """The number of completions sampled in an iteration."""
     return self.oversampling * self.batch_size
+
+  @property
+  def exact_divergence(self) -> Callable[[jax.Array, jax.Array, Hypers], jax.Array]:
+    """The divergence that `exact` stands for."""
+    return self.divergence or kl_terms.DIVERGENCES[self.penalty.divergence].exact

@@ -71,12 +71,44 @@ def optimal_under(divergence: str, ref_probs, scores, *, beta) -> tuple[jax.Arra
     beta: positive scalar, may be traced.
   """
   _, f_prime, inverse = DIVERGENCES[divergence]
+  return _tilted(inverse, f_prime(jnp.ones_like(scores.max())), ref_probs, scores, beta)
+
+
+def optimal_under_slope(slope: Callable, ref_probs, scores, *, beta) -> tuple[jax.Array, jax.Array]:
+  """Returns `optimal_under` of the f whose slope a penalty puts in the reward.
+
+  The slope is inverted by bisection as well, within ratios of exp(-80) to exp(80); beyond these a
+  ratio is 0 or inf.
+
+  Args:
+    slope: log_ratio -> f'(exp(log_ratio)), rising and 0 at 0, as of `kl_terms.DIVERGENCES`.
+    ref_probs: [N].
+    scores: [N].
+    beta: positive scalar, may be traced.
+  """
+
+  def inverse(y):
+    def halve(_, bounds):
+      low, high = bounds
+      middle = (low + high) / 2
+      too_low = slope(middle) < y
+      return jnp.where(too_low, middle, low), jnp.where(too_low, high, middle)
+
+    lowest, highest = jnp.full_like(y, -80.0), jnp.full_like(y, 80.0)
+    ratio = jnp.exp(jax.lax.fori_loop(0, 70, halve, (lowest, highest))[1])
+    ratio = jnp.where(y <= slope(lowest), 0.0, ratio)
+    return jnp.where(y >= slope(highest), jnp.inf, ratio)
+
+  return _tilted(inverse, 0.0, ref_probs, scores, beta)
+
+
+def _tilted(inverse: Callable, one, ref_probs, scores, beta):
+  """Returns (ref * inverse((score - multiplier) / beta), multiplier); `one` is f' at ratio 1."""
   best = scores.max()
   advantages = (scores - best) / beta
   # The multiplier is in units of beta and relative to the best score, so that one close to it keeps
   # its digits. At the lower bound no ratio is below 1, and at the upper bound none is above.
-  one = f_prime(jnp.ones_like(best))
-  bounds = advantages.min() - one, -one
+  bounds = advantages.min() - one, jnp.zeros_like(advantages.min()) - one
 
   def probs(multiplier):
     return ref_probs * inverse(advantages - multiplier)

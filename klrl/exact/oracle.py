@@ -129,30 +129,56 @@ def _where_reached(reached, other_logits, logits):
   return jnp.where(reached[:, None], other_logits, jax.lax.stop_gradient(logits))
 
 
-def token_kl(tree: Tree, logits, other_logits, *, prefix_logits=None) -> jax.Array:
-  """Returns the KL of the next-token distributions, summed over the prefixes that a policy visits.
+Divergence = Callable[[jax.Array, jax.Array], jax.Array]  # of log-probs [S, V] of two -> [S]
 
-  With pi's own prefixes the value is that of `sequence_kl`, but the gradient is not: it takes the
-  visits to prefixes as given, as losses that do not credit later KL do ("token" in `audit`).
+
+def _at_prefixes(divergence: Divergence, weights, logits, other_logits) -> jax.Array:
+  other_logits = _where_reached(weights > 0, other_logits, logits)
+  return divergence(ops.vocab_log_probs(logits), ops.vocab_log_probs(other_logits))
+
+
+def token_divergence(
+  tree: Tree, divergence: Divergence, logits, other_logits, *, prefix_logits=None
+) -> jax.Array:
+  """Returns the divergence of next-token distributions, summed over the prefixes of a policy.
+
+  The gradient takes the visits to prefixes as given, as losses that do not credit later KL do
+  ("token" in `audit`); `summed_divergence` has the same value at pi's own prefixes.
 
   Args:
     tree: the completions.
+    divergence: of two distributions over V, given by their log-probs; `ops.kl_of` is one.
     logits: [S, V] of pi; carries gradient.
     other_logits: [S, V]; carries gradient.
     prefix_logits: [S, V] of the policy that draws the prefixes; None is pi. No gradient.
   """
   weights = jax.lax.stop_gradient(visits(tree, logits if prefix_logits is None else prefix_logits))
-  kl = ops.exact_kl(logits, _where_reached(weights > 0, other_logits, logits))
-  return (weights * kl).sum()
+  return (weights * _at_prefixes(divergence, weights, logits, other_logits)).sum()
+
+
+def summed_divergence(tree: Tree, divergence: Divergence, logits, other_logits) -> jax.Array:
+  """Returns `token_divergence` at pi's own prefixes, the visits to which carry gradient too."""
+  weights = visits(tree, logits)
+  return (weights * _at_prefixes(divergence, weights, logits, other_logits)).sum()
+
+
+def completion_divergence(tree: Tree, divergence: Divergence, logits, other_logits) -> jax.Array:
+  """Returns the divergence of the two distributions over whole completions; carries gradient."""
+  return divergence(log_probs(tree, logits), log_probs(tree, other_logits))
+
+
+def token_kl(tree: Tree, logits, other_logits, *, prefix_logits=None) -> jax.Array:
+  """Returns `token_divergence` of the KL(pi || other)."""
+  return token_divergence(tree, ops.kl_of, logits, other_logits, prefix_logits=prefix_logits)
 
 
 def sequence_kl(tree: Tree, logits, other_logits) -> jax.Array:
   """Returns KL(pi || other) of whole completions, nats per sequence; both carry gradient.
 
-  It is infinite if `other_logits` excludes a completion that pi does not.
+  By the chain rule of the KL it is a `summed_divergence`. It is infinite if `other_logits` excludes
+  a completion that pi does not.
   """
-  weights = visits(tree, logits)
-  return (weights * ops.exact_kl(logits, _where_reached(weights > 0, other_logits, logits))).sum()
+  return summed_divergence(tree, ops.kl_of, logits, other_logits)
 
 
 def entropy(tree: Tree, logits) -> jax.Array:
@@ -216,18 +242,22 @@ def frontier(tree: Tree, ref_logits, scores, betas) -> tuple[jax.Array, jax.Arra
   return jax.lax.map(point, jnp.asarray(betas))  # one after the other: a tree may be large
 
 
-def terms(tree: Tree, logits, old_logits, ref_logits) -> TokenTerms:
+def terms(
+  tree: Tree, logits, old_logits, ref_logits, *, divergence: Divergence = ops.kl_of
+) -> TokenTerms:
   """Returns the terms that training reads of each completion from the old policy, [N, T] each.
+
+  The exact KL of the terms is the `divergence`.
 
   Gradient flows to `logits` alone. The terms are zero in the padding, and in completions that the
   old policy never draws: the weight of these is zero, and their logarithms may not be finite.
   """
   old_logits, ref_logits = jax.lax.stop_gradient((old_logits, ref_logits))
-  reached = visits(tree, old_logits) > 0
+  reached = visits(tree, old_logits)
   drawn = tree.mask & jnp.isfinite(log_probs(tree, old_logits))[:, None]
 
   def kl(logits):
-    return ops.exact_kl(logits, _where_reached(reached, ref_logits, logits))[tree.states]
+    return _at_prefixes(divergence, reached, logits, ref_logits)[tree.states]
 
   log_probs_, old, ref = (token_log_probs(tree, x) for x in (logits, old_logits, ref_logits))
   log_probs_, old, ref, exact_kl, old_exact_kl = (
@@ -239,23 +269,37 @@ def terms(tree: Tree, logits, old_logits, ref_logits) -> TokenTerms:
 Surrogate = Callable[[TokenTerms], jax.Array]
 
 
-def _expectation(tree, f, logits, ref_logits, old_logits, probs):
+def _expectation(tree, f, logits, ref_logits, old_logits, probs, divergence):
   old_logits = jax.lax.stop_gradient(logits if old_logits is None else old_logits)
   if probs is None:
     probs = jnp.exp(log_probs(tree, old_logits))
-  per_token = f(terms(tree, logits, old_logits, ref_logits))
+  per_token = f(terms(tree, logits, old_logits, ref_logits, divergence=divergence))
   return (probs * ops.zero_padding(per_token, tree.mask).sum(axis=-1)).sum()
 
 
 def expected_value(
-  tree: Tree, estimate: Surrogate, logits, ref_logits, *, old_logits=None, probs=None
+  tree: Tree,
+  estimate: Surrogate,
+  logits,
+  ref_logits,
+  *,
+  old_logits=None,
+  probs=None,
+  divergence: Divergence = ops.kl_of,
 ) -> jax.Array:
   """Returns the mean sum of `estimate(terms)` over a completion; see `expected_gradient`."""
-  return _expectation(tree, estimate, logits, ref_logits, old_logits, probs)
+  return _expectation(tree, estimate, logits, ref_logits, old_logits, probs, divergence)
 
 
 def expected_gradient(
-  tree: Tree, surrogate: Surrogate, logits, ref_logits, *, old_logits=None, probs=None
+  tree: Tree,
+  surrogate: Surrogate,
+  logits,
+  ref_logits,
+  *,
+  old_logits=None,
+  probs=None,
+  divergence: Divergence = ops.kl_of,
 ) -> jax.Array:
   """Returns [S, V], the mean gradient of the sum of `surrogate(terms)` over a drawn completion.
 
@@ -266,8 +310,13 @@ def expected_gradient(
     ref_logits: [S, V]; it must allow every token that pi allows.
     old_logits: [S, V] of the policy that draws; None is pi itself. Pi must allow all its tokens.
     probs: [N] in place of the drawing policy's probabilities, such as sampled frequencies.
+    divergence: what `exact_kl` of the terms is.
   """
-  return jax.grad(lambda x: _expectation(tree, surrogate, x, ref_logits, old_logits, probs))(logits)
+
+  def loss(x):
+    return _expectation(tree, surrogate, x, ref_logits, old_logits, probs, divergence)
+
+  return jax.grad(loss)(logits)
 
 
 def gradient_moments(
@@ -292,8 +341,8 @@ def gradient_moments(
 
   # The gradient of a completion has one row for each of its tokens, so [N, T, V] holds them all.
   by_log_prob, by_kl = map(jnp.stack, zip(*map(derivatives, surrogates), strict=True))
-  other_logits = _where_reached(visits(tree, old_logits) > 0, ref_logits, logits)
-  kl_gradients = jax.grad(lambda x: ops.exact_kl(x, other_logits).sum())(logits)
+  reached = visits(tree, old_logits)
+  kl_gradients = jax.grad(lambda x: _at_prefixes(ops.kl_of, reached, x, ref_logits).sum())(logits)
   taken = jax.nn.one_hot(tree.tokens, tree.vocab_size)
   score_function = taken - jax.nn.softmax(logits)[tree.states]
   gradients = by_log_prob * score_function[None] + by_kl * kl_gradients[tree.states][None]
@@ -321,6 +370,7 @@ def fixed_points(
   num_steps: int = 3000,
   step_size: float = 0.2,
   max_gap: float = 60.0,
+  divergence: Divergence = ops.kl_of,
 ) -> jax.Array:
   """Returns [K, S, V], the end of exact on-policy ascent of E[score] - beta * penalty from ref.
 
@@ -347,10 +397,11 @@ def fixed_points(
     step_size: 1 is the natural step that solves a bandit with the gradient of KL(pi || ref) at
       once. With the gradient of KL(ref || pi) it must stay below 2 / max(ref / pi).
     max_gap: nats.
+    divergence: what `exact_kl` of the terms is.
   """
 
   def losses(logits):
-    drawn = jax.vmap(lambda x: terms(tree, x, x, ref_logits))(logits)
+    drawn = jax.vmap(lambda x: terms(tree, x, x, ref_logits, divergence=divergence))(logits)
     penalties = jnp.stack(
       [f(jax.tree.map(lambda x, k=k: x[k], drawn)) for k, f in enumerate(surrogates)]
     )

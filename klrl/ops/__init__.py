@@ -8,6 +8,8 @@ Divergences of a policy from another, per token (`klrl.ops.kl`):
     exact_kl, exact_jsd     sums over the vocabulary
     exact_kl_from_hidden, exact_jsd_from_hidden   the same without holding the logits
     kl_of, jsd_of           the same of log-probs over the vocabulary
+    alpha_divergence_of     between and beyond the two KLs (`klrl.ops.divergences`)
+    alpha_slope, jsd_slope  f' of the ratio, what a divergence costs in a reward
 
 Log-probs and entropies (`klrl.ops.log_probs`):
 
@@ -90,6 +92,9 @@ from klrl.ops.controllers import dual_ascent as dual_ascent
 from klrl.ops.controllers import fixed as fixed
 from klrl.ops.controllers import linear_schedule as linear_schedule
 from klrl.ops.controllers import proportional as proportional
+from klrl.ops.divergences import alpha_divergence_of as alpha_divergence_of
+from klrl.ops.divergences import alpha_slope as alpha_slope
+from klrl.ops.divergences import jsd_slope as jsd_slope
 from klrl.ops.importance import SAMPLER_CORRECTIONS as SAMPLER_CORRECTIONS
 from klrl.ops.importance import sampler_weights as sampler_weights
 from klrl.ops.importance import weighted as weighted

@@ -22,6 +22,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from klrl.ops.divergences import jsd_slope
 from klrl.ops.importance import weighted
 from klrl.ops.log_probs import vocab_log_probs
 from klrl.ops.logits import Unembedding
@@ -274,19 +275,40 @@ def _weighted_log_ratio(log_probs, ref_log_probs):
   return jnp.exp(log_probs) * log_ratio
 
 
+@jax.custom_jvp
 def jsd_of(log_probs: jax.Array, ref_log_probs: jax.Array, weight: jax.Array | float) -> jax.Array:
   """Returns `exact_jsd` [...] of two distributions given by their log-probs [..., V], nats.
+
+  Its derivative in log p is p times `jsd_slope`, and likewise in log q, so equal distributions have
+  none.
 
   >>> print(ops.jsd_of(*jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]])), 0.5))
   0.034
   """
+  to_mixture, ref_to_mixture = _kls_to_mixture(log_probs, ref_log_probs, weight)
+  return weight * ref_to_mixture + (1 - weight) * to_mixture
+
+
+@jsd_of.defjvp
+def _jsd_jvp(primals, tangents):
+  log_probs, ref_log_probs, weight = primals
+  to_mixture, ref_to_mixture = _kls_to_mixture(*primals)
+  excluded, ref_excluded = jnp.isneginf(log_probs), jnp.isneginf(ref_log_probs)
+  log_ratio = jnp.where(excluded & ref_excluded, 0.0, log_probs - ref_log_probs)
+  slope = jnp.exp(log_probs) * jnp.where(excluded, 0.0, jsd_slope(log_ratio, weight))
+  ref_slope = jsd_slope(-log_ratio, 1 - weight)
+  ref_slope = jnp.exp(ref_log_probs) * jnp.where(ref_excluded, 0.0, ref_slope)
+  d, ref_d, weight_d = tangents
+  of_policies = (slope * d + ref_slope * ref_d).sum(axis=-1)
+  value = weight * ref_to_mixture + (1 - weight) * to_mixture
+  return value, of_policies + (ref_to_mixture - to_mixture) * weight_d
+
+
+def _kls_to_mixture(log_probs, ref_log_probs, weight):
   mixture = weight * jnp.exp(ref_log_probs) + (1 - weight) * jnp.exp(log_probs)
   # Where the mixture is zero, so is what its logarithm is multiplied by.
   log_mixture = jnp.log(jnp.where(mixture > 0, mixture, 1.0))
-  of_policy, of_teacher = (
-    _weighted_log_ratio(x, log_mixture).sum(axis=-1) for x in (log_probs, ref_log_probs)
-  )
-  return weight * of_teacher + (1 - weight) * of_policy
+  return [_weighted_log_ratio(x, log_mixture).sum(axis=-1) for x in (log_probs, ref_log_probs)]
 
 
 def exact_kl_from_hidden(
