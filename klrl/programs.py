@@ -1,5 +1,6 @@
 """The compiled functions of a run, and the step of an iteration that calls them."""
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from klrl.algorithm import Algorithm, completions, learner, memory
-from klrl.devices import parallel
+from klrl.devices import parallel, processes
 from klrl.inputs import Models, Task
 from klrl.models import ScalarModel, TokenizerInfo, join
 from klrl.run import pending, progress
@@ -21,6 +22,7 @@ from klrl.tasks import data, reward_calls, rewards, verifier
 
 _SLOW_REWARD_SHARE = 0.5
 _FEWEST_COLUMNS = 32
+_MOST_UPDATES = 3  # for each width of prompts; an update is the largest program
 
 
 class Setup(NamedTuple):
@@ -42,7 +44,7 @@ def set_up(config, mesh, models: Models, task: Task) -> Setup:
     "reference": models.reference_params,
     "reward_model": models.reward_params,
   }
-  algorithm = config.algorithm()
+  algorithm = dataclasses.replace(config.algorithm(), max_completion_len=task.max_completion_len)
   sample = make_sample_fn(
     models.sampler,
     max_completion_len=task.max_completion_len,
@@ -99,7 +101,9 @@ def make_programs(
   If the device scores there is one, `iterate(state, frozen, prompts, prompt_mask, rows,
   pretraining) -> (state, metrics)`. If the host scores there are two, `rollout(state, frozen,
   prompts, prompt_mask) -> rollout` and `update(state, frozen, rollout, scores, pretraining)
-  -> (state, metrics)`. `frozen` are the distinct arrays of `setup.frozen`.
+  -> (state, metrics)`. Where rollouts are trained on late, `update` takes the new one, and the
+  scores of the one that `waiting(state, frozen) -> rollout` returns. `frozen` are the distinct
+  arrays of `setup.frozen`.
 
   Args:
     setup: of the run.
@@ -130,18 +134,23 @@ def make_programs(
     gold = make_gold_fn(task.training, models.tokenizer)
     iterate = learner.make_iteration_fn(*parts, sample, score, gold)
     return {"iterate": jit(lifted(iterate, (0, None, None, None, None, None)))}
-  update = learner.make_update_fn(*parts)
+  update = learner.make_update_after_sampling_fn(*parts)
 
   def rollout(state, *arguments):
     return state, learner.sample_rollout(sample, state, *arguments)
 
-  def update_after_sampling(state, *arguments):
-    return update(learner.after_sampling(state), *arguments)
+  def waiting(state, frozen):
+    del frozen
+    return state, memory.waiting(state.replay, state.iteration)
 
-  sampling = lifted(rollout, (0, None, None, None))
+  def of_state(fn, in_axes):
+    with_state = lifted(fn, in_axes)
+    return jax.jit(lambda *arguments: with_state(*arguments)[1])
+
   return {
-    "rollout": jax.jit(lambda *arguments: sampling(*arguments)[1]),
-    "update": jit(lifted(update_after_sampling, (0, None, 0, 0, None))),
+    "rollout": of_state(rollout, (0, None, None, None)),
+    "waiting": of_state(waiting, (0, None)),
+    "update": jit(lifted(update, (0, None, 0, 0, None))),
   }
 
 
@@ -155,16 +164,24 @@ def prompt_rows(algorithm: Algorithm, iteration: int, num_prompts: int, *, seed:
   return np.repeat(rows, algorithm.group_size)
 
 
-def prompt_widths(widest: int) -> list[int]:
-  """Returns how many of the last columns of left-padded prompts [N, P] a batch may read.
+def widths_below(widest: int) -> list[int]:
+  """Returns how many columns of padded prompts or completions a batch may read.
 
-  They are P, halved again and again but not below 32. A batch reads the fewest that hold its
-  prompts: so its work does not follow the longest prompt of the file, and few widths are compiled.
+  They are `widest`, halved again and again but not below 32. A batch reads the fewest that hold its
+  rows: so its work follows neither the longest prompt of the file nor the limit of a completion,
+  and few widths are compiled.
   """
   widths = [widest]
   while (half := -(-widths[-1] // 2)) >= _FEWEST_COLUMNS:
     widths.append(half)
   return widths
+
+
+def _narrowest(widths: list[int], mask: np.ndarray) -> int:
+  """Returns the least of `widths` that holds what is real in `mask` [..., T], from its start."""
+  is_used = mask.reshape(-1, mask.shape[-1]).any(axis=0)
+  longest = len(is_used) - np.argmax(is_used[::-1])
+  return min(width for width in widths if width >= longest)
 
 
 def _has_fixed_width(setup: Setup) -> bool:
@@ -196,13 +213,15 @@ def make_step_fn(
   distinct, _ = parallel.distinct(frozen)
   rows_sharding = parallel.by_rows(mesh)
   tokens, mask = task.training.tokens, task.training.mask
-  widest = mask.shape[1]
-  widths = [widest] if _has_fixed_width(setup) else prompt_widths(widest)
+  widest = mask.shape[1], task.max_completion_len
+  of_prompts, of_completions = (
+    [width] if _has_fixed_width(setup) else widths_below(width) for width in widest
+  )
+  of_completions = of_completions[:_MOST_UPDATES]
 
   def prompts_of(rows):
     """Returns the prompts of `rows` and their mask, each device its own; the host has the file."""
-    longest = widest - np.argmax(mask[rows].any(axis=0))
-    width = min(width for width in widths if width >= longest)
+    width = _narrowest(of_prompts, mask[rows, ::-1])
     return parallel.put((tokens[rows, -width:], mask[rows, -width:]), rows_sharding)
 
   def rows_of(iteration):
@@ -219,8 +238,8 @@ def make_step_fn(
   if not task.rewards:
 
     def step(state, iteration):
-      rows = rows_of(iteration)
-      prompts, texts = prompts_of(rows), pretraining_of(iteration)
+      prompts, texts = prompts_of(rows_of(iteration)), pretraining_of(iteration)
+      rows = rows_of(memory.trained_on(iteration, algorithm.staleness))
       rows = parallel.put(rows, rows_sharding)
       return programs["iterate"](state, distinct, *prompts, rows, texts)
 
@@ -234,12 +253,15 @@ def make_step_fn(
   notice_slow, notice_unscored = _said_once(_slow_reward), _said_once(_unscored)
   before = None  # of the last iteration: when it began, its reward's seconds, its completions
   mark_of = _make_mark_fn(setup)
-  waiting = pending.iterations(workdir) if workdir else set()
+  in_files = pending.iterations(workdir) if workdir else set()
+  late = {}  # of the iterations before: rollouts that wait, and the same where fetching is quick
+  gathered = jax.jit(lambda rollout: rollout, out_shardings=parallel.replicated(mesh))
+  shortened = jax.jit(completions.shortened, static_argnums=1)
 
-  def sampled_or_kept(path, state, rows, *, is_waiting):
+  def sampled_or_kept(path, state, rows, *, in_file):
     """Returns the rollout on the devices and on the host, the latter also in a file."""
     arguments = state, distinct, *prompts_of(rows)
-    if is_waiting and (arrays := pending.kept(path, mark_of(state, rows))) is not None:
+    if in_file and (arrays := pending.kept(path, mark_of(state, rows))) is not None:
       progress.console.print(f"What was sampled before is scored: {path.name}")
       on_host = Rollout(**arrays)
       places = programs["rollout"].lower(*arguments).compile().output_shardings
@@ -252,17 +274,43 @@ def make_step_fn(
       pending.keep(path, mark, on_host._asdict())
     return rollout, on_host
 
+  def without_padding(rollout, on_host):
+    """Returns the rollout in the fewest columns that hold its longest completion."""
+    width = _narrowest(of_completions, on_host.completion_mask)
+    return rollout if width == task.max_completion_len else shortened(rollout, width)
+
+  def sampled_while_another_waits(state, iteration, trained):
+    """Returns the new rollout, and the one of iteration `trained` on the devices and on the host.
+
+    The new one is not there yet: the devices draw it while the host scores the other one. That is
+    in the state, so that it needs no file.
+    """
+    found = late.pop(trained, None)
+    if found is None:  # The run goes on from here.
+      found = (programs["waiting"](state, distinct),) * 2
+    rollout, everywhere = found
+    on_host = parallel.fetch(everywhere)
+    return programs["rollout"](state, distinct, *prompts_of(rows_of(iteration))), rollout, on_host
+
   def step_with_host_reward(state, iteration):
     nonlocal before
-    rows = rows_of(iteration)
+    trained = memory.trained_on(iteration, algorithm.staleness)
+    rows = rows_of(trained)
     began = time.monotonic()
     if before is not None:
       last_began, reward_seconds, num = before
       notice_slow(reward_seconds, began - last_began, num)
     device_rows = parallel.put(rows, rows_sharding)
-    path = workdir and pending.path_of(workdir, iteration)
-    is_waiting = iteration in waiting
-    rollout, on_host = sampled_or_kept(path, state, rows, is_waiting=is_waiting)
+    path = workdir and trained == iteration and pending.path_of(workdir, iteration)
+    if trained == iteration:
+      rollout, on_host = sampled_or_kept(path, state, rows, in_file=iteration in in_files)
+      new = short = without_padding(rollout, on_host)
+    else:
+      new, rollout, on_host = sampled_while_another_waits(state, iteration, trained)
+      short = rollout
+    if algorithm.staleness:
+      # Other processes have a part of it, and later they would be asked behind the update.
+      late[iteration] = new, new if processes.is_alone() else gathered(new)
     # One call scores the rows of all members.
     shape = rollout.finished.shape
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), on_host)
@@ -271,7 +319,7 @@ def make_step_fn(
     records = [task.training.records[row] for row in rows] * (len(texts) // len(rows))
     model_scores = None
     if reads_model:
-      model_scores = parallel.fetch(score(frozen, rollout, device_rows)).reshape(-1)
+      model_scores = parallel.fetch(score(frozen, short, device_rows)).reshape(-1)
     ids = reward_calls.Ids(*data.token_ids(flat))
     scores, each = rewards.shared_scores(
       task.rewards, records, texts, model_scores, ids, unit=algorithm.group_size
@@ -279,7 +327,7 @@ def make_step_fn(
     scored = time.monotonic()
     notice_unscored(scores, iteration)
     scores = parallel.put(scores.reshape(shape), parallel.by_rows(mesh, members=len(shape) > 1))
-    state, pairs = programs["update"](state, distinct, rollout, scores, pretraining_of(iteration))
+    state, pairs = programs["update"](state, distinct, new, scores, pretraining_of(iteration))
     if path:
       pending.drop(path)
     if len(each) > 1:

@@ -47,10 +47,13 @@ def test_a_rollout_comes_back_after_as_many_iterations(staleness):
   exchanged = jax.jit(memory.exchanged)
   for i in range(8):
     new = rollout_of(i)
-    replay, rollout, scores = exchanged(replay, new, jnp.full(2, 10.0 * i), i)
+    waiting = memory.waiting(replay, i)
+    replay, rollout = exchanged(replay, new, i)
     expected = i - staleness if i >= staleness else i
+    assert memory.trained_on(i, staleness) == expected
     chex.assert_trees_all_equal(rollout, rollout_of(expected))
-    np.testing.assert_array_equal(scores, np.full(2, 10.0 * expected))
+    if i >= staleness:
+      chex.assert_trees_all_equal(waiting, rollout)
 
 
 def test_a_reference_follows_by_average_or_by_reset():

@@ -96,7 +96,9 @@ def first_gradient(config, tree, params, rollout, scores, *, reference, ref_para
   """Returns what one update descends: Adam's first moment is a running mean of gradients."""
   policy, value_model = tables(tree)
   value_model = value_model if config.sources().has_value_model else None
-  update = learner.make_update_fn(config.algorithm(), policy, value_model, reference or policy)
+  update = learner.make_update_after_sampling_fn(
+    config.algorithm(), policy, value_model, reference or policy
+  )
   state = learner.init_state(config.algorithm(), config.hypers(), params, jax.random.key(0))
   state, _ = update(state, {"reference": ref_params, "base": {}}, rollout, scores)
   return jax.tree.map(lambda x: x / 0.1, optax.tree.get(state.opt_state, "mu"))

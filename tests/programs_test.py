@@ -1,6 +1,7 @@
 """Tests of what the programs of an iteration are given."""
 
 import dataclasses
+import functools
 import types
 
 import jax.numpy as jnp
@@ -15,13 +16,13 @@ from klrl.tasks import arithmetic, data, rewards
 
 
 def test_few_widths_are_compiled_and_each_is_about_half_the_one_before():
-  assert programs.prompt_widths(300) == [300, 150, 75, 38]
-  assert programs.prompt_widths(64) == [64, 32]
-  assert programs.prompt_widths(62) == [62]
-  assert programs.prompt_widths(1) == [1]
+  assert programs.widths_below(300) == [300, 150, 75, 38]
+  assert programs.widths_below(64) == [64, 32]
+  assert programs.widths_below(62) == [62]
+  assert programs.widths_below(1) == [1]
 
 
-def step_of(monkeypatch, made, policy=BAG, rewards=(), **settings):
+def step_of(monkeypatch, made, policy=BAG, rewards=(), max_completion_len=4, **settings):
   """Returns (the step of a run whose compiled programs are `made`, its prompts, their mask)."""
   tokenizer = arithmetic.make_tokenizer()
   # One of 40 prompts is ten times as long as the others.
@@ -34,7 +35,7 @@ def step_of(monkeypatch, made, policy=BAG, rewards=(), **settings):
   models = inputs.Models(
     tokenizer, policy, params, {}, policy, policy, params, None, None, None, None
   )
-  task = inputs.Task(prompts, prompts, 4, list(rewards), None, None)
+  task = inputs.Task(prompts, prompts, max_completion_len, list(rewards), None, None)
   config = grpo.Config(batch_size=8, group_size=2, num_minibatches=1, **settings)
   setup = programs.set_up(config, parallel.make_mesh("data=1"), models, task)
   monkeypatch.setattr(programs, "make_programs", lambda *_, **__: made)
@@ -52,7 +53,9 @@ def given(monkeypatch, **settings):
   step, tokens, mask = step_of(monkeypatch, {"iterate": iterate}, **settings)
   for iteration in range(20):
     step(None, iteration)
-  for rows, *columns in batches:
+  # The rows are those of what is trained on.
+  late = settings.get("staleness", 0)
+  for (rows, *_), (_, *columns) in zip(batches[late:], batches, strict=False):
     for whole, some in zip((tokens, mask), columns, strict=True):
       np.testing.assert_array_equal(whole[rows][:, -some.shape[1] :], some)
       assert not whole[rows][:, : -some.shape[1]].any()
@@ -79,19 +82,97 @@ class Running:
   __array__ = __float__ = block_until_ready
 
 
+def rollout_of(prompts, mask, max_len, *, length):
+  """Returns a rollout whose last completion has `length` tokens, and the others have three."""
+  lengths = np.where(np.arange(8) == 7, length, 3)
+  drawn = jnp.asarray(np.arange(max_len) < lengths[:, None], jnp.int32)
+  tokens = jnp.concatenate([prompts, drawn], axis=1)
+  log_probs = -1.0 * drawn
+  return Rollout(tokens, mask, drawn > 0, jnp.ones(8, bool), log_probs, log_probs)
+
+
+def own_reward(score):
+  return rewards.Reward("own", 1.0, lambda prompts, completions: list(map(score, completions)))
+
+
+def test_the_padding_of_completions_that_are_short_is_not_trained_on(monkeypatch):
+  given, lengths = [], iter([3, 64, 65, 256, 20])
+  length_of = functools.partial(next, lengths)
+
+  def update(state, frozen, rollout, scores, texts):
+    given.append(rollout)
+    return state, {}
+
+  def sampled(state, frozen, prompts, mask):
+    return rollout_of(prompts, mask, 256, length=length_of())
+
+  made = {"rollout": sampled, "update": update}
+  settings = {"rewards": [own_reward(len)], "max_completion_len": 256}
+  step, *_ = step_of(monkeypatch, made, **settings)
+  for iteration in range(5):
+    step(None, iteration)
+  assert [x.completion_mask.shape[1] for x in given] == [64, 64, 128, 256, 64]
+  for rollout, length in zip(given, [3, 64, 65, 256, 20], strict=True):
+    prompt_len = rollout.prompt_mask.shape[1]
+    for x in (rollout.completion_mask, rollout.tokens[:, prompt_len:], -rollout.old_log_probs):
+      np.testing.assert_array_equal(x.sum(axis=1), [3] * 7 + [length])
+
+
+def test_late_rollouts_are_scored_while_the_next_are_drawn(monkeypatch):
+  """The state says which rollout waits in it, and a rollout shows its iteration by its length."""
+  events = []
+
+  def rollout(state, frozen, prompts, mask):
+    events.append(f"draw {state}")
+    return rollout_of(prompts, mask, 16, length=4 + state)
+
+  def update(state, frozen, rollout, scores, texts):
+    drawn = int(rollout.completion_mask[7].sum()) - 4
+    events.append(f"train {state}: {drawn} waits, scores of {int(scores[7]) - 4}")
+    return state + 1, {}
+
+  def waiting(state, frozen):
+    events.append("read the state")
+    return made_of(state - 1)
+
+  def made_of(number):
+    tokens, mask = jnp.zeros((8, 100), jnp.int32), jnp.ones((8, 100), bool)
+    return rollout_of(tokens, mask, 16, length=4 + number)
+
+  def score(completions, **columns):
+    events.append(f"score {len(completions[7].split()) - 4}")
+    return [len(x.split()) for x in completions]
+
+  def words(tokenizer, rollout):
+    return [" ".join("x" * n) for n in rollout.completion_mask.sum(axis=1)]
+
+  monkeypatch.setattr(data, "completion_texts", words)
+  made = {"rollout": rollout, "update": update, "waiting": waiting}
+  settings = {"rewards": [rewards.Reward("own", 1.0, score)], "staleness": 1}
+  settings["max_completion_len"] = 16
+  step, *_ = step_of(monkeypatch, made, **settings)
+  for iteration in range(3):
+    step(iteration, iteration)
+  first = ["draw 0", "score 0", "train 0: 0 waits, scores of 0"]
+  second = ["draw 1", "score 0", "train 1: 1 waits, scores of 0"]
+  third = ["draw 2", "score 1", "train 2: 2 waits, scores of 1"]
+  assert events == [*first, *second, *third]
+  # A run that goes on has nothing in memory but its state.
+  events.clear()
+  step, *_ = step_of(monkeypatch, made, **settings)
+  step(2, 2)
+  assert events == ["read the state", *third]
+
+
 def test_a_step_with_a_reward_on_the_host_does_not_wait_for_its_update(monkeypatch):
   def rollout(state, frozen, prompts, mask):
-    drawn = jnp.ones((8, 4), jnp.int32)
-    tokens = jnp.concatenate([prompts, drawn], axis=1)
-    log_probs = jnp.zeros(drawn.shape)
-    return Rollout(tokens, mask, drawn > 0, jnp.ones(8, bool), log_probs, log_probs)
+    return rollout_of(prompts, mask, 4, length=4)
 
   def update(state, frozen, rollout, scores, texts):
     return state + 1, {"policy/loss": (Running(), Running())}
 
-  reward = rewards.Reward("own", 1.0, lambda prompts, completions: [0.5] * len(completions))
   made = {"rollout": rollout, "update": update}
-  step, *_ = step_of(monkeypatch, made, rewards=[reward])
+  step, *_ = step_of(monkeypatch, made, rewards=[own_reward(len)])
   state = 0
   for iteration in range(2):
     state, _ = step(state, iteration)

@@ -4,6 +4,7 @@ One update of the learner in float64, off-policy, on completions of 1 to 5 token
 read from Adam's first moment. Between them the cases have every aggregation and kind of loss.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -23,6 +24,7 @@ from klrl.devices import parallel
 from klrl.sampling import Rollout
 
 BATCH, GROUP_SIZE, PROMPT_LEN, MAX_LEN, VOCAB = 8, 4, 2, 5, 5
+PADDING = 2
 # No two quarters of the batch have as many tokens.
 LENGTHS = np.array([1, 5, 2, 1, 4, 1, 5, 3])
 ONCE = {
@@ -53,6 +55,7 @@ CASES = {
     trust_region="truncated",
     advantage="group_centred",
     loss_aggregation="constant",
+    overlong_buffer=4.0,
     sampler_correction="token",
   ),
   "kl_penalty": functools.partial(
@@ -116,7 +119,9 @@ def update_fn(name, accumulation):
     value_model, params = None, {"policy": params["policy"]}
   elif config.value_trunk == "shared":
     params = params | {"value": {"head": params["value"]["head"]}}
-  update = learner.make_update_fn(config.algorithm(), POLICY, value_model, POLICY)
+  # Dr. GRPO and an overlong buffer read the limit, which the padded batch alone shows.
+  algorithm = dataclasses.replace(config.algorithm(), max_completion_len=MAX_LEN + PADDING)
+  update = learner.make_update_after_sampling_fn(algorithm, POLICY, value_model, POLICY)
 
   @jax.jit
   def f(state, reference, batch):
@@ -155,10 +160,8 @@ def assert_same_update(found, expected):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("accumulation", "padding"), [(2, 0), (4, 2)])
+@pytest.mark.parametrize(("accumulation", "padding"), [(2, 0), (4, PADDING)])
 def test_parts_add_up_and_padding_is_nothing(name, accumulation, padding):
-  if CASES[name]().loss_aggregation == "constant":
-    padding = 0  # More of it is a longer limit, by which this one divides.
   assert_same_update(run(name, make_batch(padding=padding), accumulation), whole(name))
 
 

@@ -63,6 +63,17 @@ def completion_tokens(rollout: Rollout) -> jax.Array:
   return rollout.tokens[:, rollout.prompt_mask.shape[1] :]
 
 
+def shortened(rollout: Rollout, completion_len: int) -> Rollout:
+  """Returns the rollout with its first `completion_len` columns of completions alone."""
+  total_len = rollout.prompt_mask.shape[-1] + completion_len
+  return rollout._replace(
+    tokens=rollout.tokens[..., :total_len],
+    completion_mask=rollout.completion_mask[..., :completion_len],
+    old_log_probs=rollout.old_log_probs[..., :completion_len],
+    sampler_log_probs=rollout.sampler_log_probs[..., :completion_len],
+  )
+
+
 def completion_hidden(policy, params, rollout: Rollout, *, group_size: int = 1) -> jax.Array:
   """Returns [B, T, D], the hidden state that predicts each completion token."""
   return _predicting(functools.partial(policy.hidden, params), rollout, group_size)

@@ -77,8 +77,14 @@ def make_loss_fn(algorithm: Algorithm, policy, value_model):
     kl, terms = _terms(algorithm, policy, value_model, params, batch, context)
     losses, metrics = algorithm.loss(terms, context.hypers)
     weights = {name: weight for name, (weight, loss) in losses.items() if loss is not None}
+    # A constant divisor is the limit of a completion, which a shortened rollout does not show.
+    missing = (algorithm.max_completion_len or terms.mask.shape[1]) - terms.mask.shape[1]
+
+    def whole(x):
+      return jnp.pad(x, ((0, 0), (0, missing)))
+
     metrics |= {
-      name: algorithm.aggregation(loss, terms.mask)
+      name: algorithm.aggregation(whole(loss), whole(terms.mask))
       for name, (_, loss) in losses.items()
       if loss is not None
     }

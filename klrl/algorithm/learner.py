@@ -49,7 +49,7 @@ class TrainState(NamedTuple):
   iteration: jax.Array  # int32
   score_stats: memory.ScoreStats
   reference: dict | None = None  # like params["policy"], if the reference moves
-  replay: memory.Replay | None = None  # if rollouts are trained on late
+  replay: Rollout | None = None  # those that wait, if rollouts are trained on late
 
 
 def init_state(algorithm: Algorithm, hypers: Hypers, params: dict, key) -> TrainState:
@@ -71,17 +71,41 @@ def init_state(algorithm: Algorithm, hypers: Hypers, params: dict, key) -> Train
   )
 
 
+def make_after_sampling_fn(algorithm: Algorithm, policy):
+  """Returns after_sampling(state, frozen, rollout) -> (state, the rollout to train on).
+
+  The state that follows `sample_rollout` has a key that this has not used. Log-probs of an inexact
+  sampler become the trainer's. If rollouts are trained on late, the new one waits in the state, and
+  that of iteration `memory.trained_on` comes out.
+  """
+
+  def after_sampling(state: TrainState, frozen, rollout: Rollout):
+    key, _ = jax.random.split(state.key)
+    state = state._replace(key=key)
+    if algorithm.sampler_correction != "none":
+      params = join(frozen["base"], state.params)["policy"]
+      rollout = preparation.rescored(
+        policy, params, rollout, state.hypers, group_size=algorithm.group_size
+      )
+    if state.replay is None:
+      return state, rollout
+    replay, rollout = memory.exchanged(state.replay, rollout, state.iteration)
+    return state._replace(replay=replay), rollout
+
+  return after_sampling
+
+
 def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
   """Returns update(state, frozen, rollout, scores [B], pretraining) -> (state, metrics).
 
-  One call is one iteration after sampling: log-probs of the reference and values, advantages with
-  the KL penalty's cost in the reward, then the inner epochs. `frozen` holds the parameters of the
-  `reference` and, if adapters are trained, those of their `base`. `pretraining` is a `terms.Texts`
-  of B rows, whose log-likelihood is mixed into the loss, or None. A completion whose score is NaN
-  has none: nothing is learnt from it, and it is in no mean of scores. The function is pure and is
-  compiled by the caller. Metrics are (sum, count) pairs. `kl/ref_*`, and `objective/mean`, the mean
-  of score - beta * k1 with the score as it was given, are of all sampled completions, before scores
-  are shaped and groups are dropped.
+  One call is one iteration after `make_after_sampling_fn`, whose rollout it takes: log-probs of the
+  reference and values, advantages with the KL penalty's cost in the reward, then the inner epochs.
+  `frozen` holds the parameters of the `reference` and, if adapters are trained, those of their
+  `base`. `pretraining` is a `terms.Texts` of B rows, whose log-likelihood is mixed into the loss,
+  or None. A completion whose score is NaN has none: nothing is learnt from it, and it is in no mean
+  of scores. The function is pure and is compiled by the caller. Metrics are (sum, count) pairs.
+  `kl/ref_*`, and `objective/mean`, the mean of score - beta * k1 with the score as it was given,
+  are of all sampled completions, before scores are shaped and groups are dropped.
 
   Args:
     algorithm: the choices.
@@ -97,13 +121,6 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
     hypers, base, beta = state.hypers, frozen["base"], state.controller.beta
     models = join(base, state.params)
     metrics = diagnostics.rollout_metrics(rollout, scores)
-    if algorithm.sampler_correction != "none":
-      rollout = preparation.rescored(
-        policy, models["policy"], rollout, hypers, group_size=algorithm.group_size
-      )
-    if state.replay is not None:
-      replay, rollout, scores = memory.exchanged(state.replay, rollout, scores, state.iteration)
-      state = state._replace(replay=replay)
     reference_params = frozen["reference"]
     if state.reference is not None:
       reference_params = join(base, {"policy": state.reference})["policy"]
@@ -116,7 +133,9 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
       total, num_scored = ops.masked_sum_count(scores, ~jnp.isnan(scores))
       cost = beta * kl_sum * (num_scored / num_sequences)
       metrics["objective/mean"] = (total - cost, num_scored)
-    scores = preparation.shaped_scores(scores, rollout, hypers)
+    scores = preparation.shaped_scores(
+      scores, rollout, hypers, max_completion_len=algorithm.max_completion_len
+    )
     rollout, scores = preparation.without_unscored(rollout, scores)
     scored = rollout.completion_mask.any(axis=1)
     score_std = jnp.float32(1.0)
@@ -221,6 +240,21 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
   return update
 
 
+def make_update_after_sampling_fn(algorithm: Algorithm, policy, value_model, reference):
+  """Returns what `make_update_fn` returns, for a rollout that has just been sampled.
+
+  The scores are those of the rollout that is trained on, see `make_after_sampling_fn`.
+  """
+  after_sampling = make_after_sampling_fn(algorithm, policy)
+  update = make_update_fn(algorithm, policy, value_model, reference)
+
+  def update_after_sampling(state: TrainState, frozen, rollout: Rollout, *arguments):
+    state, rollout = after_sampling(state, frozen, rollout)
+    return update(state, frozen, rollout, *arguments)
+
+  return update_after_sampling
+
+
 def _controlled(algorithm: Algorithm, state: TrainState, metrics):
   """Returns (controller, trust region, metrics) after an iteration with these `metrics`."""
   hypers, controller, trust_region = state.hypers, state.controller, state.trust_region
@@ -247,17 +281,19 @@ def make_iteration_fn(
 
   This is the whole iteration as one pure function, for scores that are computed on the device by
   `score(frozen, rollout, rows) -> [B]`. It samples from `prompts` [B, P]; `rows [B]` int32 says
-  which of all prompts these are. If `gold(rollout, rows) -> [B]` is given it is measured, and
-  nothing is trained on it.
+  which of all prompts those of the rollout are that is trained on. If `gold(rollout, rows) -> [B]`
+  is given it is measured, and nothing is trained on it.
   """
+  after_sampling = make_after_sampling_fn(algorithm, policy)
   update = make_update_fn(algorithm, policy, value_model, reference)
 
   def iteration(state, frozen, prompts, prompt_mask, rows, pretraining=None):
     rollout = sample_rollout(sample, state, frozen, prompts, prompt_mask)
+    state, rollout = after_sampling(state, frozen, rollout)
     scores = score(frozen, rollout, rows)
     # A reward model never abstains: an infinite score ends the run, as NaN does elsewhere.
     scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
-    state, metrics = update(after_sampling(state), frozen, rollout, scores, pretraining)
+    state, metrics = update(state, frozen, rollout, scores, pretraining)
     if gold is not None:
       metrics["gold/mean"] = (gold(rollout, rows).sum(), jnp.float32(len(rows)))
     return state, metrics
@@ -266,7 +302,7 @@ def make_iteration_fn(
 
 
 def sample_rollout(sample, state: TrainState, frozen, prompts, prompt_mask) -> Rollout:
-  """Returns a rollout of the prompts [B, P]; `after_sampling` is the state that follows.
+  """Returns a rollout of the prompts [B, P].
 
   The state itself does not change, so that it can be saved if the host fails to score.
   """
@@ -278,12 +314,6 @@ def sample_rollout(sample, state: TrainState, frozen, prompts, prompt_mask) -> R
     sample_key,
     temperature=state.hypers.temperature,
   )
-
-
-def after_sampling(state: TrainState) -> TrainState:
-  """Returns the state with a key that `sample_rollout` has not used."""
-  key, _ = jax.random.split(state.key)
-  return state._replace(key=key)
 
 
 class _Reference(NamedTuple):

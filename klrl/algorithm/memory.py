@@ -48,30 +48,31 @@ def normalised(stats: ScoreStats, scores, scored) -> tuple[ScoreStats, jax.Array
   return ScoreStats(count, mean, squares), normal, jnp.where(equal, 1.0, std)
 
 
-class Replay(NamedTuple):
-  """The rollouts of the last iterations and their scores, leading axis `staleness`."""
-
-  rollout: Rollout
-  scores: jax.Array
+def empty_replay(rollout, staleness: int) -> Rollout:
+  """Returns a memory of `staleness` rollouts, on a leading axis, with the shapes of `rollout`."""
+  return jax.tree.map(lambda x: jnp.zeros((staleness, *x.shape), x.dtype), rollout)
 
 
-def empty_replay(rollout, staleness: int) -> Replay:
-  """Returns an empty memory of `staleness` rollouts with the shapes of `rollout`."""
-  zeros = jax.tree.map(lambda x: jnp.zeros((staleness, *x.shape), x.dtype), rollout)
-  return Replay(zeros, jnp.zeros((staleness, rollout.tokens.shape[0]), jnp.float32))
+def waiting(replay: Rollout, iteration) -> Rollout:
+  """Returns the rollout that has waited longest, of `staleness` iterations ago."""
+  slot = iteration % len(replay.tokens)
+  return jax.tree.map(lambda buffer: buffer[slot], replay)
 
 
-def exchanged(replay: Replay, rollout: Rollout, scores, iteration):
-  """Returns (replay with the new rollout, rollout and scores of `staleness` iterations ago).
+def exchanged(replay: Rollout, rollout: Rollout, iteration) -> tuple[Rollout, Rollout]:
+  """Returns (memory with the new rollout, the rollout of iteration `trained_on`)."""
+  staleness, old = len(replay.tokens), waiting(replay, iteration)
+  replay = jax.tree.map(lambda buffer, x: buffer.at[iteration % staleness].set(x), replay, rollout)
+  is_new = iteration < staleness
+  return replay, jax.tree.map(lambda x, y: jnp.where(is_new, x, y), rollout, old)
 
-  Until there is one of that age, the new rollout itself is returned.
+
+def trained_on(iteration: int, staleness: int) -> int:
+  """Returns the iteration, from 0, whose rollout is trained on in `iteration`.
+
+  It is `staleness` iterations earlier. Until there is one of that age, it is the new rollout.
   """
-  staleness = replay.scores.shape[0]
-  slot, new = iteration % staleness, (rollout, scores)
-  old = jax.tree.map(lambda buffer: buffer[slot], tuple(replay))
-  replay = Replay(*jax.tree.map(lambda buffer, x: buffer.at[slot].set(x), tuple(replay), new))
-  chosen = jax.tree.map(lambda x, y: jnp.where(iteration < staleness, x, y), new, old)
-  return replay, *chosen
+  return iteration - staleness if iteration >= staleness else iteration
 
 
 def _moving_average(reference, params, iteration, algorithm, hypers):

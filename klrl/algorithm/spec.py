@@ -70,6 +70,8 @@ class Algorithm:
   """Completions that are trained on in an iteration."""
   num_iterations: int
   """The iteration at which schedules end."""
+  max_completion_len: int | None = None
+  """The limit of a completion; a rollout may have fewer columns. None: it has as many."""
   advantage: Callable[[Experience, "Algorithm", Hypers], Advantages] = advantage_rules.batch_mean
   """Returns how good each token was; see `advantage_rules.RULES`."""
   group_size: int = 1

@@ -22,10 +22,12 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from klrl.errors import UserError
 
@@ -275,7 +277,28 @@ def wait_for_all(what: str) -> None:
 
 def anywhere(flag: bool) -> bool:
   """Returns whether `flag` is true in any process; all processes must call it."""
-  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+  return asked_anywhere(flag)()
+
+
+def asked_anywhere(flag: bool) -> Callable[[], bool]:
+  """Returns answer() -> whether `flag` was true in any process when all of them asked.
+
+  All processes must ask. Only the answer waits, until the devices have done what was before it.
+  """
+  if is_alone():
+    return lambda: flag
+  split, any_of = _flags()
+  own = np.full(jax.local_device_count(), flag)
+  found = any_of(jax.make_array_from_process_local_data(split, own, (jax.device_count(),)))
+  return lambda: bool(found)
+
+
+@functools.cache
+def _flags():
+  """Returns (the sharding of one flag for each device, any(flags), which every device gets)."""
+  mesh = Mesh(np.array(jax.devices()), ("all",))
+  whole = NamedSharding(mesh, PartitionSpec())
+  return NamedSharding(mesh, PartitionSpec("all")), jax.jit(jnp.any, out_shardings=whole)
 
 
 def together(fn: Callable) -> Callable:

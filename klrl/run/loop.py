@@ -4,6 +4,7 @@ It knows nothing of flags, of mathematics or of how progress is shown: it is a g
 caller decides what to print.
 """
 
+import collections
 import contextlib
 import functools
 import math
@@ -209,6 +210,7 @@ def iterate(
     record = _Record(workdir, log, checkpoints, read)
     asked_to_stop = stack.enter_context(_deferred_signals())
     unread = None  # (iteration, what its step found, when), not read yet
+    asked = collections.deque([lambda: False], maxlen=2)  # whether any process was asked to stop
 
     def read_rest():
       """Reads what is unread, so that the state may be saved; returns its figures, if any."""
@@ -250,8 +252,11 @@ def iterate(
       before, unread = unread, (iteration, found, _end_of(found))
       if before:
         yield from shown(iteration, done, state, record.add(*before))
-      # It is read once, so that message and save agree. One process may get a signal alone.
-      stop = processes.anywhere(bool(asked_to_stop))
+      # It is read once, so that message and save agree. One process may get a signal alone. The
+      # devices of the others tell of it behind this iteration; where nothing waits for that, it
+      # counts after the next one.
+      asked.append(processes.asked_anywhere(bool(asked_to_stop)))
+      stop = asked[-1 if must_wait(done) or processes.is_alone() else 0]()
       if not (stop or must_wait(done)):
         continue
       figures = read_rest()
