@@ -5,10 +5,10 @@
 All completions of a small language are listed, so that nothing is sampled. For each row of
 `objective.DEFINED`, and for the formulas of other frameworks (`kl_peers`), the expected gradient of
 what training differentiates is held against the gradients of KL(pi || ref), on samples of the
-policy itself and of an older one, and ascent is followed to where it ends. What `objective.audit`
-claims stands beside what was found. A fixed tree is joined by random ones, so that what is called
-exact is exact on all of them. WORKDIR has audit.json, report.html, and a table and a picture of
-what other frameworks do.
+policy itself and of an older one, and ascent is followed to where it ends. Penalties with another
+divergence are held against its gradients. What `objective.audit` claims stands beside what was
+found. A fixed tree is joined by random ones, so that what is called exact is exact on all of them.
+WORKDIR has audit.json, report.html, and a table and a picture of what other frameworks do.
 
 It takes about 30 s on 2 cores, and finds that 17 of the 25 penalties of klrl descend the KL.
 """
@@ -39,6 +39,8 @@ UNITS = {
   "where no peer's clamp bites",
   "error_sequence": "|g - gradient of KL(pi||ref)| / |gradient of KL(pi||ref)|",
   "error_token": "the same against the token KL at the prefixes of the policy that draws",
+  "pull_of_kl": "of a penalty with another divergence: component of g along the gradient of "
+  "KL(pi||ref), as a fraction of its norm, on the fixed tree",
   "pull": "component of g along the gradient of KL(pi||ref), as a fraction of its norm",
   "trace_covariance": "squared norm, of the gradient that one completion gives",
   "score, objective": "reward; objective = score - beta * kl",
@@ -122,6 +124,7 @@ def make_audit(config: Config) -> dict[str, Any]:
     "num_claims": len(claims),
     "num_differing": sum(not claim["agrees"] for claim in claims),
     **groups,
+    "divergences": _divergences(tree, policies),
     "undefined": _undefined(),
   }
 
@@ -204,6 +207,20 @@ def _verdict_of(gradient: str) -> str:
   if gradient in objective.KL_GRADIENTS:
     return "exact"
   return "other" if gradient in (objective.TOKEN_FORWARD, kl_figures.FORWARD) else "refused"
+
+
+def _divergences(tree, policies) -> list[dict[str, Any]]:
+  """Returns the penalties of other divergences, with what the audit claims of them."""
+  rows = []
+  for penalty, on, off in kl_figures.of_divergences(tree, policies):
+    claim = objective.audit(penalty)
+    claims = [
+      _claim("gradient", claim.gradient, on["gradient"]),
+      _claim("gradient off-policy", claim.off_policy_gradient, off["gradient"]),
+    ]
+    about = {"name": str(penalty), **penalty._asdict(), "verdict": claim.verdict}
+    rows.append(about | {"on_policy": on, "off_policy": off, "claims": claims})
+  return rows
 
 
 def _undefined() -> dict[str, Any]:

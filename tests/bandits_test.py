@@ -67,9 +67,7 @@ SAME |= {"chi_squared": "chi_square"}
 
 @pytest.mark.parametrize("penalised", SAME)
 def test_a_slope_that_is_inverted_by_bisection_has_the_optimum_of_its_divergence(penalised):
-  def slope(log_ratio):
-    return kl_terms.DIVERGENCES[penalised].slope(log_ratio, kl_terms.SHAPE)
-
+  slope = kl_terms.slope_of(objective.KLPenalty(divergence=penalised))
   for beta in (0.3, 1.0):
     probs, _ = jax.jit(lambda b: bandits.optimal_under_slope(slope, REF, SCORES, beta=b))(beta)
     expected, _ = bandits.optimal_under(SAME[penalised], REF, SCORES, beta=beta)
@@ -81,15 +79,16 @@ def test_ascent_with_a_slope_in_the_reward_ends_at_the_optimum_of_its_divergence
   penalties = [
     objective.KLPenalty("reward", "k1", "none", "token", name) for name in objective.DIVERGENCES
   ]
-  surrogates = [kl_terms.surrogate(penalty, hypers=shape) for penalty in penalties]
+  slopes = [kl_terms.slope_of(penalty, shape) for penalty in penalties]
+  surrogates = [
+    kl_terms.surrogate(penalty, slope=slope)
+    for penalty, slope in zip(penalties, slopes, strict=True)
+  ]
   ends = jax.jit(
     lambda ref: oracle.fixed_points(oracle.make_tree(4, 1), surrogates, ref, SCORES, beta=4.0)
   )(jnp.log(REF)[None])
-  for penalty, found in zip(penalties, jax.nn.softmax(ends)[:, 0], strict=True):
-    row = kl_terms.DIVERGENCES[penalty.divergence]
-    probs, _ = bandits.optimal_under_slope(
-      lambda x, row=row: row.slope(x, shape), REF, SCORES, beta=4.0
-    )
+  for penalty, slope, found in zip(penalties, slopes, jax.nn.softmax(ends)[:, 0], strict=True):
+    probs, _ = bandits.optimal_under_slope(slope, REF, SCORES, beta=4.0)
     np.testing.assert_allclose(found, probs, atol=1e-6, err_msg=str(penalty))
     assert np.abs(probs - REF).max() > 0.05 and probs.min() > 1e-3
 

@@ -118,6 +118,44 @@ class ControllersTest(chex.TestCase):
     np.testing.assert_allclose(kls[-1], 0.3, rtol=1e-4)
 
 
+def _lagging(gain):
+  """Returns the KLs of 400 iterations in which the policy takes 10 to answer to beta, with noise.
+
+  The KL at rest is that of ref * exp(r / beta).
+  """
+  ref, scores = jnp.array([0.4, 0.3, 0.2, 0.1]), jnp.arange(4.0)
+
+  def step(carry, noise):
+    state, kl = carry
+    policy = jax.nn.softmax(jnp.log(ref) + scores / state.beta)
+    kl += ((policy * jnp.log(policy / ref)).sum() - kl) / 10
+    rule = functools.partial(ops.budget, target_kl=0.3, step_size=0.1, gain=gain)
+    return (rule(state, kl * (1 + 0.1 * noise)), kl), kl
+
+  start = ops.BudgetState(jnp.float32(0.1), jnp.int32(0), jnp.float32(0.1))
+  noise = jax.random.normal(jax.random.key(0), 400)
+  return jax.lax.scan(step, (start, jnp.float32(0.0)), noise)[1]
+
+
+def test_a_budget_is_held_where_the_policy_is_late_and_by_the_multiplier_alone_it_is_not():
+  held, swinging = _lagging(1.0)[200:], _lagging(0.0)[200:]
+  np.testing.assert_allclose(held.mean(), 0.3, rtol=0.02)
+  assert np.abs(held / 0.3 - 1).max() < 0.15 < 2 * np.abs(swinging / 0.3 - 1).max()
+
+
+def test_a_budget_that_cannot_be_kept_or_does_not_bind_winds_nothing_up():
+  start = ops.BudgetState(jnp.float32(1.0), jnp.int32(0), jnp.float32(1.0))
+  rule = functools.partial(
+    ops.budget, target_kl=1.0, step_size=0.1, gain=1.0, minimum=0.01, maximum=50.0
+  )
+  for kl, bound in ((1e4, 50.0), (0.0, 0.01)):
+    state, _ = jax.lax.scan(lambda state, kl: (rule(state, kl), None), start, jnp.full(500, kl))
+    assert state.beta == state.multiplier == np.float32(bound)
+    assert rule(state, 1.0).beta == state.beta == rule(state, jnp.nan).beta
+    other = rule(state, 0.9 if kl else 1.1)
+    assert 0.01 < other.multiplier < 50.0 and 0.01 < other.beta < 50.0
+
+
 @pytest.mark.parametrize("measured", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(
   "rule",

@@ -149,6 +149,7 @@ RL = {
   "kl_every": Case(3, shows_in="metrics"),
   "loss_aggregation": Case("constant"),
   "controller": Case("doubling"),
+  "kl_budget": Case(0.25),
   "kl_target": Case(3.0, {"controller": "doubling"}),
   "kl_horizon": Case(5.0, {"controller": "proportional"}),
   "kl_step_size": Case(0.5, {"controller": "dual_ascent"}),

@@ -62,6 +62,13 @@ def test_every_claim_of_the_audit_is_what_enumeration_finds(audit):
   assert undefined["cells"] - undefined["without_meaning"] == len(objective.DEFINED)
 
 
+def test_every_claim_of_other_divergences_is_what_enumeration_finds(audit):
+  rows = audit["divergences"]
+  assert [row["name"] for row in rows] == [str(x) for x in objective.DEFINED_OF_OTHERS]
+  assert not [row["name"] for row in rows if not all(x["agrees"] for x in row["claims"])]
+  assert all(row["on_policy"]["pull_of_kl"] for row in rows if row["verdict"] == "exact")
+
+
 def test_af05_errors_cosines_and_variances_on_policy(facts, audit, rows):
   fact = facts["AF05"]["expected"]
   names = {

@@ -182,21 +182,8 @@ def plainly(divergence, log_probs, ref_log_probs):
   return summands[divergence].sum(axis=-1)
 
 
-def switched(choices, index, *arrays):
-  return jax.lax.switch(index, [functools.partial(f, hypers=SHAPE) for f in choices], *arrays)
-
-
-# A divergence that is OTHERS[hypers], which may be traced, so that all are one program.
-SWITCHED = kl_terms.Divergence(
-  *(
-    lambda *arrays, fs=fs: switched(fs, arrays[-1], *arrays[:-1])
-    for fs in zip(*(kl_terms.DIVERGENCES[name] for name in OTHERS), strict=True)
-  )
-)
-
-
 CELLS_OF_OTHERS = [  # of each of OTHERS
-  (penalty._replace(divergence="switched"), refresh)
+  (penalty, refresh)
   for penalty in objective.DEFINED_OF_OTHERS
   if penalty.divergence == OTHERS[0]
   for refresh in ("iteration", "minibatch")
@@ -207,17 +194,17 @@ CELLS_OF_OTHERS = [  # of each of OTHERS
 @jax.jit
 def others_enumerated(index, logits, old_logits, ref_logits):
   """Returns (values [cells], summed divergence, gradients [cells, S, V], targets) of TREE-A."""
-  tree = TREES["tree_a"]
+  tree, rows = TREES["tree_a"], [kl_terms.DIVERGENCES[name] for name in OTHERS]
 
-  def exact(log_probs, ref_log_probs):
-    return SWITCHED.exact(log_probs, ref_log_probs, index)
+  def switched(choices):  # One program for all of them, whose divergence is OTHERS[index].
+    return lambda *arrays: jax.lax.switch(index, choices, *arrays)
 
-  def plain(log_probs, ref_log_probs):
-    fs = [functools.partial(plainly, name) for name in OTHERS]
-    return jax.lax.switch(index, fs, log_probs, ref_log_probs)
+  exact = switched([functools.partial(row.exact, hypers=SHAPE) for row in rows])
+  slope = switched([functools.partial(row.slope, hypers=SHAPE) for row in rows])
+  plain = switched([functools.partial(plainly, name) for name in OTHERS])
 
   surrogates, estimates = (
-    [make(penalty, kl_refresh=refresh, hypers=index) for penalty, refresh in CELLS_OF_OTHERS]
+    [make(penalty, kl_refresh=refresh, slope=slope) for penalty, refresh in CELLS_OF_OTHERS]
     for make in (kl_terms.surrogate, kl_terms.estimate)
   )
 
@@ -248,23 +235,12 @@ def others_enumerated(index, logits, old_logits, ref_logits):
 
 
 @pytest.mark.parametrize("divergence", OTHERS)
-def test_other_divergences_are_what_the_audit_claims(divergence, monkeypatch):
+def test_other_divergences_are_what_the_audit_claims(divergence):
   index = OTHERS.index(divergence)
-  named_targets = [
-    f(divergence)
-    for f in (
-      objective.whole_gradient,
-      objective.summed_gradient,
-      objective.token_gradient,
-      objective.token_at_old_gradient,
-      objective.later_gradient,
-      lambda _: objective.ZERO,
-    )
-  ]
+  named_targets = [f(divergence) for f in objective.GRADIENTS_OF_OTHERS]
   theta, old, ref = tree_a()
   for on_policy in (True, False):
-    with jax.enable_x64(True), monkeypatch.context() as patch:
-      patch.setitem(kl_terms.DIVERGENCES, "switched", SWITCHED)
+    with jax.enable_x64(True):
       values, truth, gradients, targets = others_enumerated(
         index, theta, theta if on_policy else old, ref
       )

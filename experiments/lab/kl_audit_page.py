@@ -101,6 +101,7 @@ def audit_page(audit: Audit) -> str:
     "KL audit",
     *_top(audit, behaviours(audit)),
     *_own(audit),
+    *_divergences(audit),
     *_variants(audit),
     *_peers(audit),
     element("h2", "How it was computed"),
@@ -186,6 +187,26 @@ def _own(audit: Audit) -> list[Html]:
     ),
     _table((PENALTY, ("verdict", _verdict), CLAIMS, OWN, OLDER, *ERRORS), rows, words=5),
     fold("What each costs, and where ascent ends", _table((PENALTY, *COSTS), rows, words=2)),
+  ]
+
+
+def _divergences(audit: Audit) -> list[Html]:
+  gradients = (
+    (f"gradient of\n{samples}", lambda row, x=regime: _typeset(row[x]["gradient"]))
+    for regime, samples in (("on_policy", "own samples"), ("off_policy", "older samples"))
+  )
+  pull = ("what it does for KL(π‖ref)\nown", lambda row: digits(row["on_policy"]["pull_of_kl"]))
+  return [
+    element("h2", "Other divergences"),
+    paragraph(
+      "The same places with another divergence, which is named last. “Token”: of the next-token "
+      "distributions at given prefixes; “sum of token”: for the prefixes tokens answer too; else "
+      "that of whole completions. The last column is the pull along the gradient of KL(π‖ref), of "
+      "which 1 is that of the KL itself. A k1 in the reward is the derivative of f at the ratio."
+    ),
+    _table(
+      (PENALTY, ("verdict", _verdict), CLAIMS, *gradients, pull), audit["divergences"], words=5
+    ),
   ]
 
 

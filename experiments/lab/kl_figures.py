@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klrl.algorithm import objective
+from klrl.algorithm import kl_terms, objective
 from klrl.exact import bandits, oracle
 
+SHAPE = kl_terms.SHAPE  # the coefficients of divergences, as by default
 MILD = 2.5  # a largest |log-ratio| of a token at which no peer's clamp bites
 EXACT = 1e-9  # relative to |gradient of KL(pi || ref)|, on every tree
 SAME_POLICY = 5e-3  # total variation
@@ -269,6 +270,74 @@ def _log_softmax(logits):
 
 def _norm(x):
   return np.sqrt((x**2).sum(axis=(-1, -2)))
+
+
+def of_divergences(tree: oracle.Tree, policies: Policies) -> list[tuple]:
+  """Returns (penalty, figures on the policies' own samples, on older ones') of other divergences.
+
+  The figures are the `gradient`, by the name that it has on every tree, and of the first tree
+  `pull_of_kl`, its component along the gradient of KL(pi || ref), as a fraction of that one.
+  """
+  names = [name for name in objective.DIVERGENCES if name != "reverse"]
+  rows = [kl_terms.DIVERGENCES[name] for name in names]
+  penalties = [x for x in objective.DEFINED_OF_OTHERS if x.divergence == names[0]]
+
+  def of_one(index, case: Policies):
+    """One program serves all divergences, by the index of one."""
+
+    def exact(*both):
+      return jax.lax.switch(index, [lambda *x, f=row.exact: f(*x, SHAPE) for row in rows], *both)
+
+    def slope(log_ratio):
+      return jax.lax.switch(index, [lambda x, f=row.slope: f(x, SHAPE) for row in rows], log_ratio)
+
+    x, old, ref = case
+    surrogates = [kl_terms.surrogate(penalty, slope=slope) for penalty in penalties]
+
+    def gradient(weights):
+      return oracle.expected_gradient(
+        tree,
+        lambda terms: sum(weights[i] * f(terms) for i, f in enumerate(surrogates)),
+        x,
+        ref,
+        old_logits=old,
+        divergence=exact,
+      )
+
+    whole, summed, token, at_old, kl = (
+      jax.grad(f)(x)
+      for f in (
+        lambda x: oracle.completion_divergence(tree, exact, x, ref),
+        lambda x: oracle.summed_divergence(tree, exact, x, ref),
+        lambda x: oracle.token_divergence(tree, exact, x, ref),
+        lambda x: oracle.token_divergence(tree, exact, x, ref, prefix_logits=old),
+        lambda x: oracle.sequence_kl(tree, x, ref),
+      )
+    )
+    targets = (whole, summed, token, at_old, summed - token, jnp.zeros_like(x))
+    return jax.vmap(gradient)(jnp.eye(len(penalties))), targets, kl
+
+  run = jax.jit(lambda index, cases: jax.lax.map(lambda case: of_one(index, case), cases))
+  own = policies._replace(old_logits=policies.logits)
+  found = []
+  for index, divergence in enumerate(names):
+    labels = [f(divergence) for f in objective.GRADIENTS_OF_OTHERS]
+    regimes = []
+    for cases in (own, policies):
+      with jax.enable_x64(True):
+        gradients, targets, kl = jax.device_get(run(index, cases))
+      unit = _norm(kl)[:, None]
+      errors = [(_norm(gradients - exact[:, None]) / unit).max(axis=0) for exact in targets]
+      pulls = (gradients[0] * kl[0]).sum(axis=(-1, -2)) / unit[0] ** 2
+      regimes.append((np.array(errors), pulls))
+    for row, penalty in enumerate(penalties):
+      figures = []
+      for errors, pulls in regimes:
+        names_found = np.array(labels)[errors[:, row] < EXACT]
+        gradient = str(names_found[0]) if len(names_found) else objective.NO_DIVERGENCE
+        figures.append({"gradient": gradient, "pull_of_kl": float(pulls[row])})
+      found.append((penalty._replace(divergence=divergence), *figures))
+  return found
 
 
 def describe_tree(tree: oracle.Tree, policies: Policies, scores, beta) -> dict:

@@ -57,6 +57,13 @@ class KLConfig(RunConfig):
     choices=("fixed", *_ADAPTIVE, *_SCHEDULED),
     read_when=("kl_placement", PENALISED),
   )
+  kl_budget: float = setting(
+    0.0,
+    "KL(pi || pi_ref), nats per sequence, at which beta is to hold the policy, by dual ascent from "
+    "--beta; 0: none",
+    minimum=0.0,
+    read_when=("kl_placement", PENALISED),
+  )
   kl_target: float = setting(
     6.0, "nats per sequence to steer to", minimum=1e-6, read_when=("controller", _ADAPTIVE)
   )
@@ -89,14 +96,21 @@ class KLConfig(RunConfig):
   def __post_init__(self):
     super().__post_init__()
     self.kl_warnings()  # raises where the penalty is refused
-    if self.beta == 0 and self.controller in _MULTIPLYING:
-      raise UserError(f"--controller={self.controller} multiplies beta, and --beta=0 stays 0.")
-    lowest = self.beta_min if self.controller in _MULTIPLYING else 0.0
-    if self.controller in _ADAPTIVE and not lowest <= self.beta <= self.beta_max:
+    if self.kl_budget and self.controller != "fixed":
+      raise UserError(
+        f"--kl_budget and --controller={self.controller} both move beta; give one of them."
+      )
+    if self.beta == 0 and (self.kl_budget or self.controller in _MULTIPLYING):
+      rule = "--kl_budget" if self.kl_budget else f"--controller={self.controller}"
+      raise UserError(f"{rule} multiplies beta, and --beta=0 stays 0.")
+    lowest = 0.0 if self.controller == "dual_ascent" else self.beta_min
+    moves = self.kl_budget or self.controller in _ADAPTIVE
+    if moves and not lowest <= self.beta <= self.beta_max:
       name, bound = ("min", "below") if self.beta < lowest else ("max", "above")
+      rule = "--kl_budget" if self.kl_budget else f"--controller={self.controller}"
       raise UserError(
         f"--beta={self.beta} is {bound} --beta_{name}={getattr(self, f'beta_{name}')}, where "
-        f"--controller={self.controller} would keep it: give another --beta or --beta_{name}."
+        f"{rule} would keep it: give another --beta or --beta_{name}."
       )
 
   def penalty(self) -> objective.KLPenalty:
@@ -104,6 +118,10 @@ class KLConfig(RunConfig):
     return objective.KLPenalty(
       self.kl_placement, self.kl_estimator, self.kl_correction, self.kl_credit
     )
+
+  def beta_rule(self) -> str:
+    """Returns the name of the rule that moves beta, of `beta_rules.RULES`."""
+    return "budget" if self.kl_budget else self.controller
 
   def kl_warnings(self) -> list[str]:
     """Returns what is wrong with the penalty and was allowed all the same.

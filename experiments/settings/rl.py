@@ -112,7 +112,7 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
       aggregation=ops.AGGREGATIONS[self.loss_aggregation],
       penalty=self.penalty(),
       kl_every=self.kl_every,
-      controller=beta_rules.RULES[self.controller],
+      controller=beta_rules.RULES[self.beta_rule()],
       accumulation=self.accumulation,
       learning_rate_factor=make_schedule(
         self.learning_rate_schedule,
@@ -132,7 +132,7 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
       beta_min=self.beta_min,
       beta_max=self.beta_max,
       beta_final=self.beta_final,
-      kl_target=self.kl_target,
+      kl_target=self.kl_budget or self.kl_target,
       kl_horizon=self.kl_horizon,
       kl_step_size=self.kl_step_size,
       entropy_coef=self.entropy_coef,
@@ -282,7 +282,7 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields):
     is_known = (
       self.kl_placement != "none"
       and self.kl_divergence == "reverse"
-      and self.controller in ("fixed", "linear", "cosine")
+      and self.beta_rule() in ("fixed", "linear", "cosine")
       and self.reference_update == "frozen"
       and not self.normalise_scores
     )

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from klrl import ops
 
 
@@ -11,6 +13,8 @@ class BetaRule(NamedTuple):
 
   step: Callable  # (state, measured KL in nats per sequence, algorithm, hypers) -> state
   lowest: Callable | None = None  # hypers -> the smallest beta that it ends at
+  # beta at the start -> state
+  start: Callable = lambda beta: ops.ControllerState(beta, jnp.int32(0))
 
 
 def _fixed(state, kl, algorithm, hypers):
@@ -41,6 +45,22 @@ def _dual_ascent(state, kl, algorithm, hypers):
   )
 
 
+# PPO answers to beta within about ten iterations.
+BUDGET_STEP, BUDGET_GAIN = 0.2, 2.0
+
+
+def _budget(state, kl, algorithm, hypers):
+  return ops.budget(
+    state,
+    kl,
+    target_kl=hypers.kl_target,
+    step_size=BUDGET_STEP,
+    gain=BUDGET_GAIN,
+    minimum=hypers.beta_min,
+    maximum=hypers.beta_max,
+  )
+
+
 def _scheduled(schedule):
   def step(state, kl, algorithm, hypers):
     # The last iteration is the one that has `beta_final`.
@@ -57,6 +77,11 @@ RULES = {
   "doubling": BetaRule(_doubling, lambda hypers: hypers.beta_min),
   "proportional": BetaRule(_proportional, lambda hypers: hypers.beta_min),
   "dual_ascent": BetaRule(_dual_ascent, lambda hypers: 0.0),
+  "budget": BetaRule(
+    _budget,
+    lambda hypers: hypers.beta_min,
+    lambda beta: ops.BudgetState(beta, jnp.int32(0), jnp.array(beta)),
+  ),
   "linear": BetaRule(_scheduled(ops.linear_schedule)),
   "cosine": BetaRule(_scheduled(ops.cosine_schedule)),
 }

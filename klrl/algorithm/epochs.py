@@ -164,8 +164,9 @@ def _refreshed(
   algorithm: Algorithm, batch: Batch, context: Context, terms: kl_terms.TokenTerms
 ) -> Batch:
   """Returns the batch with advantages and returns by the KL of the present policy."""
+  slope = kl_terms.slope_of(algorithm.penalty, context.hypers)
   kl = kl_terms.reward_kl(
-    algorithm.penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl, context.hypers
+    algorithm.penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl, slope
   )
   x = Experience(batch.scores, kl, batch.old_values, terms.mask, context.beta)
   advantages, returns = algorithm.advantage(x, algorithm, context.hypers)

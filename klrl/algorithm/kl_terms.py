@@ -5,6 +5,7 @@ Training and the ground truth of `oracle` call the same functions; `surrogate` i
 are bool, and real tokens come first.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -158,7 +159,7 @@ def prefix_cap_effect(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap):
 
 
 def reward_kl(
-  penalty: KLPenalty, log_probs, ref_log_probs, exact_kl=None, hypers=SHAPE
+  penalty: KLPenalty, log_probs, ref_log_probs, exact_kl=None, slope: Callable | None = None
 ) -> jax.Array:
   """Returns [..., T] what the penalty subtracts from the reward; no gradient.
 
@@ -170,7 +171,7 @@ def reward_kl(
     log_probs: [..., T] of the old policy (--kl_refresh=iteration) or of pi (minibatch).
     ref_log_probs: [..., T].
     exact_kl: [..., T] of the same policy, where the penalty reads it.
-    hypers: the coefficients of the divergence; see `Shape`.
+    slope: log_ratio -> f'(exp(log_ratio)) of another divergence, from `slope_of`.
   """
   if not penalty.in_reward:
     return jnp.zeros_like(log_probs)
@@ -178,7 +179,8 @@ def reward_kl(
     assert exact_kl is not None
     kl = exact_kl
   elif penalty.divergence != "reverse":
-    kl = _slopes(penalty, ops.k1(log_probs, ref_log_probs), hypers)
+    assert slope is not None
+    kl = _slopes(penalty, ops.k1(log_probs, ref_log_probs), slope)
   elif penalty.placement == "both" and penalty.estimator == "k2":
     kl = ops.k1(log_probs, ref_log_probs)  # k2's own value is biased; its loss term is not
   else:
@@ -186,17 +188,21 @@ def reward_kl(
   return jax.lax.stop_gradient(kl)
 
 
-def _slopes(penalty: KLPenalty, log_ratio, hypers):
-  """Returns [..., T] f' of each token's ratio; with credit `sequence`, by what it adds to f'.
+def slope_of(penalty: KLPenalty, hypers=SHAPE) -> Callable:
+  """Returns log_ratio -> f'(exp(log_ratio)) of the penalty's divergence, with its coefficients."""
+  return functools.partial(DIVERGENCES[penalty.divergence].slope, hypers=hypers)
+
+
+def _slopes(penalty: KLPenalty, log_ratio, slope: Callable):
+  """Returns [..., T] f' of each token's ratio; with credit `sequence`, what it adds to f'.
 
   Added up over a completion these are f' of its own ratio, whose expected gradient is that of the
   divergence of whole completions. What stood before a token is no consequence of it, so that the
   rest, which follows it, has the same expected gradient.
   """
-  slope = DIVERGENCES[penalty.divergence].slope
   if penalty.credit == "token":
-    return slope(log_ratio, hypers)
-  upto = slope(jnp.cumsum(log_ratio, axis=-1), hypers)
+    return slope(log_ratio)
+  upto = slope(jnp.cumsum(log_ratio, axis=-1))
   return upto - jnp.concatenate([jnp.zeros_like(upto[..., :1]), upto[..., :-1]], axis=-1)
 
 
@@ -266,20 +272,28 @@ def unclipped_policy_loss(terms: TokenTerms, advantages) -> jax.Array:
 
 
 def surrogate(
-  penalty: KLPenalty, *, kl_refresh: str = "iteration", prefix_cap=jnp.inf, hypers=SHAPE
+  penalty: KLPenalty,
+  *,
+  kl_refresh: str = "iteration",
+  prefix_cap=jnp.inf,
+  slope: Callable | None = None,
 ) -> Callable[[TokenTerms], jax.Array]:
   """Returns f(terms) -> [..., T], everything that the penalty adds to the loss, per unit of beta.
+
+  `slope` is that of `reward_kl`, by default with the coefficients of `SHAPE`.
 
   Summed over a completion and averaged over completions of the old policy, it has the gradient that
   the learner descends without clip and baseline, and with gamma = gae_lambda = 1.
   """
+
+  slope = slope or slope_of(penalty)
 
   def f(terms: TokenTerms):
     total = jnp.zeros_like(terms.log_probs)
     if penalty.in_loss:
       total = total + kl_loss(penalty, terms, prefix_cap=prefix_cap)
     if penalty.in_reward:
-      kl = _reward_estimate(penalty, terms, kl_refresh, hypers)
+      kl = _reward_estimate(penalty, terms, kl_refresh, slope)
       advantages = undiscounted_advantages(penalty, kl, terms.mask, beta=1.0)
       total = total + unclipped_policy_loss(terms, advantages)
     return total
@@ -288,19 +302,25 @@ def surrogate(
 
 
 def estimate(
-  penalty: KLPenalty, *, kl_refresh: str = "iteration", prefix_cap=jnp.inf, hypers=SHAPE
+  penalty: KLPenalty,
+  *,
+  kl_refresh: str = "iteration",
+  prefix_cap=jnp.inf,
+  slope: Callable | None = None,
 ) -> Callable[[TokenTerms], jax.Array]:
   """Returns f(terms) -> [..., T]: the value of the divergence that the penalty computes with."""
+
+  slope = slope or slope_of(penalty)
 
   def f(terms: TokenTerms):
     if penalty.placement == "loss":
       return kl_loss(penalty, terms, prefix_cap=prefix_cap)
-    return ops.zero_padding(_reward_estimate(penalty, terms, kl_refresh, hypers), terms.mask)
+    return ops.zero_padding(_reward_estimate(penalty, terms, kl_refresh, slope), terms.mask)
 
   return f
 
 
-def _reward_estimate(penalty, terms: TokenTerms, kl_refresh, hypers):
+def _reward_estimate(penalty, terms: TokenTerms, kl_refresh, slope):
   if kl_refresh == "iteration":
-    return reward_kl(penalty, terms.old_log_probs, terms.ref_log_probs, terms.old_exact_kl, hypers)
-  return reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl, hypers)
+    return reward_kl(penalty, terms.old_log_probs, terms.ref_log_probs, terms.old_exact_kl, slope)
+  return reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl, slope)

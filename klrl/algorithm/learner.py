@@ -42,7 +42,7 @@ class TrainState(NamedTuple):
     dict  # the trained ones, {"policy": ..., "value": ...}; the second with a value model only
   )
   opt_state: optax.OptState
-  controller: ops.ControllerState  # beta, of KL(pi || pi_ref)
+  controller: ops.ControllerState | ops.BudgetState  # beta, of KL(pi || pi_ref)
   trust_region: ops.ControllerState  # trust_region_beta, of the KL to the old policy
   hypers: Hypers  # arrays
   key: jax.Array
@@ -62,7 +62,7 @@ def init_state(algorithm: Algorithm, hypers: Hypers, params: dict, key) -> Train
   return TrainState(
     params=params,
     opt_state=init_optimizer(params),
-    controller=ops.ControllerState(beta, jnp.int32(0)),
+    controller=algorithm.controller.start(beta),
     trust_region=ops.ControllerState(trust_region_beta, jnp.int32(0)),
     hypers=hypers,
     key=key,
@@ -160,7 +160,8 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
       old_values = completions.values(
         value_model, of_values, rollout, group_size=algorithm.group_size
       )
-    kl = kl_terms.reward_kl(penalty, rollout.old_log_probs, ref.log_probs, ref.exact_kl, hypers)
+    slope = kl_terms.slope_of(penalty, hypers)
+    kl = kl_terms.reward_kl(penalty, rollout.old_log_probs, ref.log_probs, ref.exact_kl, slope)
     experience = Experience(scores, kl, old_values, mask, beta)
     advantages, returns = algorithm.advantage(experience, algorithm, hypers)
     mean, std = jnp.float32(0.0), jnp.float32(1.0)

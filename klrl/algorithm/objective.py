@@ -113,6 +113,17 @@ def later_gradient(divergence: str) -> str:
   return f"{summed_gradient(divergence)} - {token_gradient(divergence)}"
 
 
+# By one of these names a divergence other than the reverse KL has its gradient.
+GRADIENTS_OF_OTHERS = (
+  whole_gradient,
+  summed_gradient,
+  token_gradient,
+  token_at_old_gradient,
+  later_gradient,
+  lambda _: ZERO,
+)
+
+
 class Audit(NamedTuple):
   """What a penalty does in expectation.
 
@@ -193,7 +204,6 @@ _ROWS_OF_OTHERS = {
   for penalty, row in _rows_of(divergence).items()
 }
 DEFINED_OF_OTHERS = tuple(_ROWS_OF_OTHERS)  # the penalties of every other divergence
-_ALL_ROWS = _ROWS | _ROWS_OF_OTHERS
 
 _FIXED_POINTS = {
   SEQUENCE: "ref * exp(r / beta) / Z",
@@ -211,10 +221,11 @@ def audit(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> Audit:
   Raises:
     UserError: the choice has no meaning of its own; the message names those that have one.
   """
-  if penalty not in _ALL_ROWS:
-    raise UserError(_undefined(penalty))
-  gradient, off_policy_gradient, unbiased, off_policy_unbiased = _ALL_ROWS[penalty]
   divergence = penalty.divergence
+  rows = _ROWS if divergence == "reverse" else _ROWS_OF_OTHERS
+  if penalty not in rows:
+    raise UserError(_undefined(penalty))
+  gradient, off_policy_gradient, unbiased, off_policy_unbiased = rows[penalty]
   if kl_refresh == "minibatch" and penalty[:4] == ("reward", "k1", "none", "token"):
     off_policy_gradient = token_at_old_gradient(divergence)
   asked = (f(divergence) for f in (whole_gradient, summed_gradient, token_gradient))
@@ -351,7 +362,7 @@ def _undefined(penalty: KLPenalty) -> str:
   nearest = max(
     (
       row
-      for row in _ALL_ROWS
+      for row in (*DEFINED, *DEFINED_OF_OTHERS)
       if row.divergence == penalty.divergence and audit(row).verdict == "exact"
     ),
     key=lambda row: (

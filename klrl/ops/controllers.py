@@ -4,10 +4,10 @@ Each rule is a pure function without branches, `(state, measured_kl, *, coeffici
 `measured_kl` and `target_kl` are KLs of whole sequences, in nats per sequence. All coefficients may
 be traced, so a sweep over them is one program. The dtypes of the state are kept.
 
-A measurement can move beta without end in `doubling`, `proportional` and `dual_ascent`. So each of
-these keeps beta between `minimum` and `maximum`, and leaves beta as it is where the measurement is
-NaN. They remember the bounded beta alone: however long a bound has held, the first measurement on
-the other side of the target leaves it. `at_bound` says whether a bound holds.
+A measurement can move beta without end in `doubling`, `proportional`, `dual_ascent` and `budget`.
+So each of these keeps beta between `minimum` and `maximum`, and leaves beta as it is where the
+measurement is NaN. They remember bounded numbers alone: however long a bound has held, the first
+measurement on the other side of the target leaves it. `at_bound` says whether a bound holds.
 """
 
 from typing import NamedTuple
@@ -26,6 +26,17 @@ class ControllerState(NamedTuple):
   iteration: jax.Array  # int32 scalar, how many times the rule was applied
 
 
+class BudgetState(NamedTuple):
+  """What `budget` remembers: beta, which is read, and the multiplier of the budget behind it.
+
+  >>> state = ops.BudgetState(*map(jnp.float32, (0.5, 0, 0.5)))
+  """
+
+  beta: jax.Array  # float scalar, reward per nat of sequence KL
+  iteration: jax.Array  # int32 scalar, how many times the rule was applied
+  multiplier: jax.Array  # float scalar, reward per nat
+
+
 # The default bounds: a rule that multiplies beta could leave neither 0 nor inf.
 BETA_BOUNDS = (1e-4, 1e4)
 
@@ -37,7 +48,7 @@ def _next(state: ControllerState, beta) -> ControllerState:
 
 
 def at_bound(
-  state: ControllerState,
+  state: ControllerState | BudgetState,
   *,
   minimum: jax.Array | float = BETA_BOUNDS[0],
   maximum: jax.Array | float = BETA_BOUNDS[1],
@@ -141,6 +152,41 @@ def dual_ascent(
   """
   beta = state.beta + step_size * (measured_kl - target_kl)
   return _next(state, jnp.clip(beta, 0.0, maximum))
+
+
+def budget(
+  state: BudgetState,
+  measured_kl: jax.Array | float,
+  *,
+  target_kl: jax.Array | float,
+  step_size: jax.Array | float,
+  gain: jax.Array | float,
+  minimum: jax.Array | float = BETA_BOUNDS[0],
+  maximum: jax.Array | float = BETA_BOUNDS[1],
+) -> BudgetState:
+  """Returns dual ascent in log beta that also answers to the error of the moment.
+
+      multiplier *= exp(step_size * error),   beta = multiplier * exp(gain * error)
+
+  where error = measured / target - 1, at most 1, so that one outlier moves beta by a factor only,
+  and one setting serves scores and budgets of any unit. A policy takes tens of iterations to
+  answer, and by then the multiplier alone has gone too far: it swings around the budget for ever.
+  The second factor damps this, best with gain / step_size iterations close to that time. Both stay
+  between `minimum`, which is positive, and `maximum`; where the budget does not bind, beta ends at
+  `minimum`. Adam Stooke, Joshua Achiam and Pieter Abbeel, "Responsive Safety in Reinforcement
+  Learning by PID Lagrangian Methods", 2020, without the derivative, in the logarithm.
+
+  >>> state = ops.BudgetState(*map(jnp.float32, (0.5, 0, 0.5)))
+  >>> state = ops.budget(state, 12.0, target_kl=6.0, step_size=0.1, gain=1.0)
+  >>> print(state.multiplier, state.beta)  # 0.5 * exp(0.1), 0.5 * exp(1.1)
+  0.553 1.502
+  """
+  error = jnp.minimum(measured_kl / target_kl - 1, 1.0)
+  error = jnp.where(jnp.isnan(error), 0.0, error)
+  multiplier = jnp.clip(state.multiplier * jnp.exp(step_size * error), minimum, maximum)
+  beta = jnp.clip(multiplier * jnp.exp(gain * error), minimum, maximum)
+  dtype = state.beta.dtype
+  return BudgetState(beta.astype(dtype), state.iteration + 1, multiplier.astype(dtype))
 
 
 def linear_schedule(
