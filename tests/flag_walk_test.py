@@ -145,6 +145,8 @@ RL = {
   "kl_divergence": Case("forward", LOSS_EXACT),
   "jsd_weight": Case(0.25, LOSS_EXACT | {"kl_divergence": "jensen_shannon"}),
   "kl_alpha": Case(0.25, LOSS_EXACT | {"kl_divergence": "alpha"}),
+  "kl_weight": Case("certainty"),
+  "kl_weight_power": Case(2.0, {"kl_weight": "position"}),
   "allow_biased_kl": Case(True, LOSS_K1, "refusal"),
   "kl_every": Case(3, shows_in="metrics"),
   "loss_aggregation": Case("constant"),

@@ -18,6 +18,7 @@ import pytest
 from small_decoders import with_branches
 
 from experiments import distill, grpo, ppo, reinforce
+from klrl import ops
 from klrl.algorithm import learner
 from klrl.algorithm.policy_losses import POLICY_LOSSES
 from klrl.exact import oracle
@@ -319,6 +320,24 @@ def hellinger(logits):
 def test_distillation_descends_the_divergence_it_names(settings, divergence):
   config = make_config(distill, batch_size=1, **settings, **SUM)
   assert_same(-ascent(config, scores=np.zeros(15)), gradient_of(divergence))
+
+
+def weighted(weights, logits):
+  """Returns the KL to REF, whose terms have weights [S], at the prefixes that the policy writes."""
+  return oracle.summed_divergence(TREE, lambda *x: weights * ops.kl_of(*x), logits, REF)
+
+
+def test_the_certainty_of_the_reference_weights_a_loss_and_the_position_a_reward():
+  probs = jax.nn.softmax(REF)
+  certainty = (1 + (probs * jnp.log(probs)).sum(axis=1) / np.log(3)) ** 0.5
+  whole = {"kl_correction": "prefix", "kl_credit": "sequence"}
+  by_certainty = {"kl_weight": "certainty", "kl_weight_power": 0.5, **whole}
+  config = make_config(distill, batch_size=1, **by_certainty, **SUM)
+  found = -ascent(config, scores=np.zeros(15))
+  assert_same(found, gradient_of(lambda x: weighted(certainty, x)))
+  config = preset("max_entropy", reinforce, beta=BETA, kl_weight="position", **SUM)
+  expected = gradient_of(lambda x: mean_score(x) - BETA * weighted(1 / (1.0 + TREE.depths), x))
+  assert_same(ascent(config), expected)
 
 
 def test_a_uniform_reference_is_entropy_and_a_cost_of_length():

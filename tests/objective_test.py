@@ -259,6 +259,91 @@ def test_other_divergences_are_what_the_audit_claims(divergence):
         assert np.isclose(value, truth, rtol=1e-12) == unbiased, (penalty, on_policy)
 
 
+WEIGHTED = [
+  KLPenalty(*name.split("/"), weight="certainty")
+  for name in (
+    "reward/k1/none/sequence",
+    "reward/k1/none/token",
+    "reward/exact/none/sequence",
+    "loss/k2/none/token",
+    "loss/k3/none/token",
+    "loss/exact/none/token",
+    "loss/k3/token/token",
+    "loss/k1/prefix/sequence",
+    "loss/exact/prefix/sequence",
+    "both/k3/none/sequence",
+    "both/exact/none/sequence",
+  )
+]
+
+
+@jax.jit
+def weighted_enumerated(logits, old_logits, ref_logits):
+  """Returns (gradients of WEIGHTED [cells, S, V], targets) of TREE-A, by the certainty squared."""
+  tree = TREES["tree_a"]
+  probs = jax.nn.softmax(ref_logits)
+  certainty = (1 + (probs * jnp.log(probs)).sum(axis=-1) / np.log(3)) ** 2
+  surrogates = [kl_terms.surrogate(penalty) for penalty in WEIGHTED]
+
+  def gradient(choice):
+    def f(terms):
+      terms = terms._replace(weights=certainty[tree.states])
+      return jnp.tensordot(choice, jnp.stack([each(terms) for each in surrogates]), axes=1)
+
+    return oracle.expected_gradient(tree, f, logits, ref_logits, old_logits=old_logits)
+
+  def reverse(log_probs, ref_log_probs):
+    return certainty * kl_terms.reverse_kl(log_probs, ref_log_probs, SHAPE)
+
+  def forward(log_probs, ref_log_probs):
+    return certainty * kl_terms.forward_kl(log_probs, ref_log_probs, SHAPE)
+
+  def token(divergence, other, prefixes):
+    return jax.grad(
+      lambda x: oracle.token_divergence(tree, divergence, x, other, prefix_logits=prefixes)
+    )(logits)
+
+  summed = jax.grad(lambda x: oracle.summed_divergence(tree, reverse, x, ref_logits))(logits)
+  at_old = token(reverse, ref_logits, old_logits)
+  targets = {
+    objective.SEQUENCE: summed,
+    objective.TOKEN: token(reverse, ref_logits, logits),
+    objective.TOKEN_AT_OLD: at_old,
+    objective.TOKEN_FORWARD: token(forward, ref_logits, logits),
+    objective.FUTURE: summed - token(reverse, ref_logits, logits),
+    objective.STALE_TOKEN: at_old - token(reverse, old_logits, old_logits),
+  }
+  return jax.vmap(gradient)(jnp.eye(len(WEIGHTED))), targets
+
+
+def test_a_weight_multiplies_the_divergence_at_each_prefix_as_the_audit_claims():
+  theta, old, ref = tree_a()
+  for on_policy in (True, False):
+    with jax.enable_x64(True):
+      gradients, targets = weighted_enumerated(theta, theta if on_policy else old, ref)
+    unit = np.linalg.norm(targets[objective.SEQUENCE])
+    named = {objective.weighted_gradient(x, "certainty"): y for x, y in targets.items()}
+    for penalty, gradient in zip(WEIGHTED, gradients, strict=True):
+      claim = objective.audit(penalty)
+      name = claim.gradient if on_policy else claim.off_policy_gradient
+      for target, exact in named.items():
+        same = target == name or np.allclose(exact, named.get(name, np.nan), atol=1e-12)
+        error = np.linalg.norm(gradient - exact) / unit
+        assert error < 1e-12 if same else error > 1e-3, (penalty, on_policy, target)
+
+
+def test_a_weight_is_told_and_the_divergence_of_whole_completions_has_none():
+  refused = KLPenalty("loss", "k1", "none", "token", weight="position")
+  claim = objective.audit(refused)
+  assert claim.verdict == "refused" and claim.instead.weight == "position"
+  assert objective.flags_of(claim.instead).endswith("--kl_credit=token --kl_weight=position")
+  with pytest.raises(UserError, match="no sum over tokens that a weight"):
+    ppo.Config(kl_divergence="forward", kl_weight="certainty")
+  hypers = Hypers(kl_weight_power=0.5)
+  weights = kl_terms.token_weights(refused, None, 4, hypers)
+  np.testing.assert_allclose(weights, [1, 2**-0.5, 3**-0.5, 0.5], rtol=1e-6)
+
+
 @pytest.mark.parametrize("divergence", objective.DIVERGENCES)
 def test_equal_policies_have_a_gradient_of_exactly_zero(divergence):
   log_probs = jax.nn.log_softmax(2 * jax.random.normal(jax.random.key(0), (4, 1000)))

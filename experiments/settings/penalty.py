@@ -42,6 +42,15 @@ class KLConfig(RunConfig):
     choices=objective.CREDITS,
     read_when=("kl_placement", PENALISED),
   )
+  kl_weight: str = setting(
+    "none",
+    "weight of each token's KL: the certainty of pi_ref, or 1 / (1 + its position)",
+    choices=objective.WEIGHTS,
+    read_when=("kl_placement", PENALISED),
+  )
+  kl_weight_power: float = setting(
+    1.0, "power of that weight", minimum=0.0, read_when=("kl_weight", objective.WEIGHTS[1:])
+  )
   allow_biased_kl: bool = setting(
     False, "run a penalty that is refused, with a warning", read_when=("kl_placement", PENALISED)
   )
@@ -116,7 +125,11 @@ class KLConfig(RunConfig):
   def penalty(self) -> objective.KLPenalty:
     """Returns the KL penalty."""
     return objective.KLPenalty(
-      self.kl_placement, self.kl_estimator, self.kl_correction, self.kl_credit
+      self.kl_placement,
+      self.kl_estimator,
+      self.kl_correction,
+      self.kl_credit,
+      weight=self.kl_weight,
     )
 
   def beta_rule(self) -> str:

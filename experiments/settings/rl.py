@@ -135,6 +135,7 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
       kl_target=self.kl_budget or self.kl_target,
       kl_horizon=self.kl_horizon,
       kl_step_size=self.kl_step_size,
+      kl_weight_power=self.kl_weight_power,
       entropy_coef=self.entropy_coef,
       missing_eos_penalty=self.missing_eos_penalty,
       length_penalty=self.length_penalty,
@@ -282,6 +283,7 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields):
     is_known = (
       self.kl_placement != "none"
       and self.kl_divergence == "reverse"
+      and self.kl_weight == "none"
       and self.beta_rule() in ("fixed", "linear", "cosine")
       and self.reference_update == "frozen"
       and not self.normalise_scores

@@ -34,6 +34,7 @@ class Batch(NamedTuple):
   ref_hidden: jax.Array | None  # [B, T, D_ref], if each minibatch computes the exact KL
   sampler_weights: jax.Array  # [B, T], weights of policy loss and KL for an inexact sampler
   pretraining: Texts | None = None
+  kl_weights: jax.Array | None = None  # [B, T], where the terms of the penalty have weights
 
 
 class Context(NamedTuple):
@@ -112,7 +113,14 @@ def _terms(
   log_probs, entropy, exact_kl = _of_distributions(algorithm, hidden, unembedding, batch, context)
   # Padding gets ratio 1 before anything exponentiates it.
   log_probs = jnp.where(mask, log_probs, rollout.old_log_probs)
-  kl = kl_terms.TokenTerms(log_probs, rollout.old_log_probs, batch.ref_log_probs, mask, exact_kl)
+  kl = kl_terms.TokenTerms(
+    log_probs,
+    rollout.old_log_probs,
+    batch.ref_log_probs,
+    mask,
+    exact_kl,
+    weights=batch.kl_weights,
+  )
   if _refreshes(algorithm):
     batch = _refreshed(algorithm, batch, context, kl)
   kl_loss = None
@@ -166,7 +174,7 @@ def _refreshed(
   """Returns the batch with advantages and returns by the KL of the present policy."""
   slope = kl_terms.slope_of(algorithm.penalty, context.hypers)
   kl = kl_terms.reward_kl(
-    algorithm.penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl, slope
+    algorithm.penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl, slope, terms.weights
   )
   x = Experience(batch.scores, kl, batch.old_values, terms.mask, context.beta)
   advantages, returns = algorithm.advantage(x, algorithm, context.hypers)

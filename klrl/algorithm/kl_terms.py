@@ -25,6 +25,7 @@ class TokenTerms(NamedTuple):
   mask: jax.Array
   exact_kl: jax.Array | None = None  # the divergence from pi_ref at each prefix; carries gradient
   old_exact_kl: jax.Array | None = None  # the old policy's
+  weights: jax.Array | None = None  # `token_weights`; None is 1
 
 
 class Shape(NamedTuple):
@@ -138,7 +139,35 @@ def kl_loss(
       gradient; `prefix_cap_effect` measures by how much.
   """
   is_prefix = penalty.correction == "prefix"
-  return _weighted_estimate(penalty, terms, jnp.log(prefix_cap) if is_prefix else jnp.inf)
+  loss = _weighted_estimate(penalty, terms, jnp.log(prefix_cap) if is_prefix else jnp.inf)
+  return _with_weights(loss, terms.weights, terms.mask)
+
+
+def _with_weights(x, weights, mask):
+  return x if weights is None else x * jax.lax.stop_gradient(ops.zero_padding(weights, mask))
+
+
+def token_weights(penalty: KLPenalty, certainty, num_tokens: int, hypers) -> jax.Array | None:
+  """Returns [..., T] the weight of each token's term, from 0 to 1; None where all are 1.
+
+      certainty ** kl_weight_power,   (1 + t) ** -kl_weight_power  of token t, from 0 on
+
+  Jean Vassoyan, Nathanael Beau and Roman Plaud, "Ignore the KL Penalty! Boosting Exploration on
+  Critical Tokens to Enhance RL Fine-Tuning", 2025, weight by certainty, so that a policy may leave
+  the reference where that does not know what to say.
+
+  Args:
+    penalty: the choice.
+    certainty: [..., T] 1 - entropy / log(V) of the reference, before each token; None unless the
+      weight is by certainty.
+    num_tokens: T.
+    hypers: has `kl_weight_power`.
+  """
+  if penalty.weight == "certainty":
+    return jnp.clip(certainty, 0.0, 1.0) ** hypers.kl_weight_power
+  if penalty.weight == "position":
+    return (1.0 + jnp.arange(num_tokens)) ** -hypers.kl_weight_power
+  return None
 
 
 def prefix_cap_effect(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap):
@@ -159,7 +188,12 @@ def prefix_cap_effect(penalty: KLPenalty, terms: TokenTerms, *, prefix_cap):
 
 
 def reward_kl(
-  penalty: KLPenalty, log_probs, ref_log_probs, exact_kl=None, slope: Callable | None = None
+  penalty: KLPenalty,
+  log_probs,
+  ref_log_probs,
+  exact_kl=None,
+  slope: Callable | None = None,
+  weights=None,
 ) -> jax.Array:
   """Returns [..., T] what the penalty subtracts from the reward; no gradient.
 
@@ -172,6 +206,7 @@ def reward_kl(
     ref_log_probs: [..., T].
     exact_kl: [..., T] of the same policy, where the penalty reads it.
     slope: log_ratio -> f'(exp(log_ratio)) of another divergence, from `slope_of`.
+    weights: [..., T] from `token_weights`.
   """
   if not penalty.in_reward:
     return jnp.zeros_like(log_probs)
@@ -185,7 +220,7 @@ def reward_kl(
     kl = ops.k1(log_probs, ref_log_probs)  # k2's own value is biased; its loss term is not
   else:
     kl = ops.KL_ESTIMATORS[penalty.estimator](log_probs, ref_log_probs)
-  return jax.lax.stop_gradient(kl)
+  return jax.lax.stop_gradient(kl if weights is None else kl * weights)
 
 
 def slope_of(penalty: KLPenalty, hypers=SHAPE) -> Callable:
@@ -322,5 +357,9 @@ def estimate(
 
 def _reward_estimate(penalty, terms: TokenTerms, kl_refresh, slope):
   if kl_refresh == "iteration":
-    return reward_kl(penalty, terms.old_log_probs, terms.ref_log_probs, terms.old_exact_kl, slope)
-  return reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl, slope)
+    return reward_kl(
+      penalty, terms.old_log_probs, terms.ref_log_probs, terms.old_exact_kl, slope, terms.weights
+    )
+  return reward_kl(
+    penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl, slope, terms.weights
+  )

@@ -161,7 +161,9 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
         value_model, of_values, rollout, group_size=algorithm.group_size
       )
     slope = kl_terms.slope_of(penalty, hypers)
-    kl = kl_terms.reward_kl(penalty, rollout.old_log_probs, ref.log_probs, ref.exact_kl, slope)
+    kl = kl_terms.reward_kl(
+      penalty, rollout.old_log_probs, ref.log_probs, ref.exact_kl, slope, ref.weights
+    )
     experience = Experience(scores, kl, old_values, mask, beta)
     advantages, returns = algorithm.advantage(experience, algorithm, hypers)
     mean, std = jnp.float32(0.0), jnp.float32(1.0)
@@ -179,6 +181,7 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
       ref.hidden if fresh_exact_kl else None,
       weights,
       pretraining,
+      ref.weights,
     )
     ref_unembedding = reference.unembedding(reference_params) if fresh_exact_kl else None
     context = Context(
@@ -323,6 +326,7 @@ class _Reference(NamedTuple):
   log_probs: jax.Array  # [B, T]
   exact_kl: jax.Array | None  # [B, T], the divergence from it before this iteration's steps
   hidden: jax.Array | None  # [B, T, D_ref]
+  weights: jax.Array | None = None  # [B, T], of the penalty's terms
 
 
 def _measured_reference(
@@ -340,13 +344,19 @@ def _measured_reference(
   def hidden_of(policy, params):
     return completions.completion_hidden(policy, params, rollout, group_size=algorithm.group_size)
 
+  def of_reference(hidden, fn, rows):
+    models = [(hidden, reference.unembedding(reference_params))]
+    return ops.over_vocabulary(fn, models, rows, temperature=temperature)
+
+  def weights(hidden):
+    certainty = None
+    if penalty.weight == "certainty":
+      certainty = of_reference(hidden, ops.certainty_of, [])
+    found = kl_terms.token_weights(penalty, certainty, mask.shape[1], state.hypers)
+    return found if found is None else jnp.broadcast_to(found, mask.shape)
+
   def sampled(hidden):
-    log_probs = ops.token_log_probs_from_hidden(
-      hidden,
-      reference.unembedding(reference_params),
-      completions.completion_tokens(rollout),
-      temperature=temperature,
-    )
+    log_probs = of_reference(hidden, ops.taken, [completions.completion_tokens(rollout)])
     k1, k3 = (estimator(rollout.old_log_probs, log_probs) for estimator in (ops.k1, ops.k3))
     return log_probs, {
       **diagnostics.sequence_stats("kl/ref_k1", k1, mask),
@@ -380,9 +390,9 @@ def _measured_reference(
   log_probs, metrics = sampled(hidden)
   if penalty.in_reward and penalty.reads_exact_kl:
     exact_kl, exact_metrics = exact(hidden)
-    return _Reference(log_probs, exact_kl, hidden), metrics | exact_metrics
+    return _Reference(log_probs, exact_kl, hidden, weights(hidden)), metrics | exact_metrics
   metrics |= _at_cadence(algorithm.kl_every, state, lambda: exact(hidden)[1])
-  return _Reference(log_probs, None, hidden), metrics
+  return _Reference(log_probs, None, hidden, weights(hidden)), metrics
 
 
 def _one_if(condition):

@@ -15,6 +15,7 @@
     divergence  reverse: that KL. For any other, `exact` is that divergence of the next-token
                 distributions, and k1 in the reward is f'(pi / pi_ref): the gradient of
                 D_f(pi || pi_ref) is E_pi[f' grad log pi] (OPD+, 2026, arXiv 2606.01039)
+    weight      of each token's term: none is 1; certainty of the reference, or position
 
 `kl_terms` computes it. `audit` states its expected gradient; tests confirm each claim by
 enumeration on random trees. docs/kl.md explains it in plain words.
@@ -33,11 +34,13 @@ class KLPenalty(NamedTuple):
   correction: str = "none"
   credit: str = "sequence"
   divergence: str = "reverse"
+  weight: str = "none"
 
   def __str__(self):
     if self.placement == "none":
       return "none"
-    return "/".join(self if self.divergence != "reverse" else self[:4])
+    fields = self[:5] if self.weight == "none" else self
+    return "/".join(fields[:4] if fields[4:] == ("reverse",) else fields)
 
   @property
   def in_loss(self) -> bool:
@@ -67,6 +70,9 @@ _LABELS = {
   "hellinger": "Hellinger(pi, ref)",
 }
 DIVERGENCES = tuple(_LABELS)
+# The weight of a token's term is a function of what came before the token, see
+# `kl_terms.token_weights`.
+WEIGHTS = ("none", "certainty", "position")
 REFRESHES = ("iteration", "minibatch")
 
 
@@ -215,6 +221,11 @@ _FIXED_POINTS = {
 _FIXED_POINT_OF_OTHERS = "ref * (f')^-1((r - lambda) / beta)"  # see `bandits.optimal_under`
 
 
+def weighted_gradient(gradient: str, weight: str) -> str:
+  """Returns the name of a gradient whose terms, token by token, have a weight."""
+  return gradient if gradient in (ZERO, NO_DIVERGENCE) else f"{gradient}, weighted by {weight}"
+
+
 def audit(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> Audit:
   """Returns what the penalty does in expectation: its value, its gradient and its fixed point.
 
@@ -222,6 +233,8 @@ def audit(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> Audit:
     UserError: the choice has no meaning of its own; the message names those that have one.
   """
   divergence = penalty.divergence
+  if penalty.weight != "none" and not _is_whole(penalty):
+    return _weighted(audit(penalty._replace(weight="none"), kl_refresh=kl_refresh), penalty.weight)
   rows = _ROWS if divergence == "reverse" else _ROWS_OF_OTHERS
   if penalty not in rows:
     raise UserError(_undefined(penalty))
@@ -257,6 +270,25 @@ def audit(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> Audit:
     off_policy_unbiased_value=off_policy_unbiased,
     fixed_point=fixed_point,
     instead=instead,
+  )
+
+
+def _is_whole(penalty: KLPenalty) -> bool:
+  """Returns whether the divergence is of whole completions, which is no sum over tokens."""
+  return penalty.divergence != "reverse" and penalty[:4] == ("reward", "k1", "none", "sequence")
+
+
+def _weighted(claim: Audit, weight: str) -> Audit:
+  """Returns the audit of a penalty whose terms have a weight.
+
+  The weight of a term depends on what came before its token alone, and so multiplies the divergence
+  at that prefix: a sum over prefixes is a weighted sum, whichever way it is estimated.
+  """
+  return claim._replace(
+    gradient=weighted_gradient(claim.gradient, weight),
+    off_policy_gradient=weighted_gradient(claim.off_policy_gradient, weight),
+    fixed_point=f"{claim.fixed_point}, at horizon 1 with beta times the weight",
+    instead=claim.instead and claim.instead._replace(weight=weight),
   )
 
 
@@ -327,10 +359,12 @@ def warnings_of(penalty: KLPenalty, *, allowed: bool, per_token_mean: bool) -> l
 
 def flags_of(penalty: KLPenalty) -> str:
   """Returns the command-line flags of a penalty."""
-  fields = penalty._asdict()
-  if penalty.divergence == "reverse":
-    del fields["divergence"]
-  return " ".join(f"--kl_{name}={value}" for name, value in fields.items())
+  named = {
+    name: value
+    for name, value in penalty._asdict().items()
+    if name not in ("divergence", "weight") or value != KLPenalty._field_defaults[name]
+  }
+  return " ".join(f"--kl_{name}={value}" for name, value in named.items())
 
 
 def _named(gradient: str) -> str:
@@ -340,8 +374,12 @@ def _named(gradient: str) -> str:
 def _undefined(penalty: KLPenalty) -> str:
   if penalty.placement == "none":
     return "Placement none is no KL penalty: there is nothing to say of it."
+  if penalty.weight != "none" and not _is_whole(penalty):
+    penalty = penalty._replace(weight="none")
   if all(row.estimator != penalty.estimator for row in DEFINED):
     why = "the audit has no row of this estimator"
+  elif penalty.weight != "none":
+    why = "the divergence of whole completions is no sum over tokens that a weight could multiply"
   elif penalty.divergence != "reverse" and penalty.estimator in ("k2", "k3"):
     why = f"{penalty.estimator} is an estimate of the reverse KL alone"
   elif penalty.placement == "reward":

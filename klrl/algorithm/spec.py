@@ -34,6 +34,7 @@ class Hypers(NamedTuple):
   kl_step_size: jax.Array | float = 0.01  # of dual ascent
   prefix_cap: jax.Array | float = jnp.inf  # largest weight of a prefix in the KL's loss term
   jsd_weight: jax.Array | float = 0.5  # share of the reference in the Jensen-Shannon mixture
+  kl_weight_power: jax.Array | float = 1.0  # of the weights of the KL's terms by token
   kl_alpha: jax.Array | float = 0.5  # of the alpha-divergence; 0 is KL(pi || ref), 1 KL(ref || pi)
   gamma: jax.Array | float = 1.0  # discount per token
   gae_lambda: jax.Array | float = 1.0

@@ -16,7 +16,7 @@ Log-probs and entropies (`klrl.ops.log_probs`):
     vocab_log_probs, token_log_probs, entropy     from logits
     token_log_probs_from_hidden                   without holding the logits
     token_log_probs_and_entropy_from_hidden       both at once
-    taken, entropy_of                             of log-probs over the vocabulary
+    taken, entropy_of, certainty_of               of log-probs over the vocabulary
 
 Hidden states (`klrl.ops.logits`, `klrl.ops.vocabulary`):
 
@@ -114,6 +114,7 @@ from klrl.ops.kl import kl_new_old as kl_new_old
 from klrl.ops.kl import kl_of as kl_of
 from klrl.ops.kl import kl_old_new as kl_old_new
 from klrl.ops.kl import weighted_estimate as weighted_estimate
+from klrl.ops.log_probs import certainty_of as certainty_of
 from klrl.ops.log_probs import entropy as entropy
 from klrl.ops.log_probs import entropy_of as entropy_of
 from klrl.ops.log_probs import taken as taken

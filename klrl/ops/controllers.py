@@ -183,7 +183,8 @@ def budget(
   """
   error = jnp.minimum(measured_kl / target_kl - 1, 1.0)
   error = jnp.where(jnp.isnan(error), 0.0, error)
-  multiplier = jnp.clip(state.multiplier * jnp.exp(step_size * error), minimum, maximum)
+  small = jnp.clip(error, -0.2, 0.2)
+  multiplier = jnp.clip(state.multiplier * jnp.exp(step_size * small), minimum, maximum)
   beta = jnp.clip(multiplier * jnp.exp(gain * error), minimum, maximum)
   dtype = state.beta.dtype
   return BudgetState(beta.astype(dtype), state.iteration + 1, multiplier.astype(dtype))

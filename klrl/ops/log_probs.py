@@ -98,6 +98,17 @@ def entropy_of(log_probs: jax.Array) -> jax.Array:
   return -(jnp.exp(log_probs) * finite).sum(axis=-1)
 
 
+def certainty_of(log_probs: jax.Array) -> jax.Array:
+  """Returns [...], 1 - entropy / log(V) of distributions given by `log_probs` [..., V].
+
+  It is 0 for the uniform distribution, 1 for a single choice, and up to rounding in between.
+
+  >>> print(ops.certainty_of(jnp.log(jnp.array([[0.5, 0.5], [1.0, 0.0]]))))
+  [0. 1.]
+  """
+  return 1 - entropy_of(log_probs) / jnp.log(log_probs.shape[-1])
+
+
 def token_log_probs_from_hidden(
   hidden: jax.Array,
   unembedding: Unembedding,
