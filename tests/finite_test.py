@@ -74,6 +74,9 @@ POLICY_LOSSES = {
     lambda r, q, a: (-np.exp(r) * a + np.expm1(r) - r, -np.exp(r) * a + np.expm1(r))),
   "kl_new_old": (_trust_region(ops.kl_new_old),
     lambda r, q, a: (np.exp(r) * (r - 1 - a) + 1, np.exp(r) * (r - a))),
+  "smooth": (lambda lp, old, ref, *x: ops.smooth_policy_loss(lp, old, *x, size=0.25),
+    lambda r, q, a: (2 * abs(a) * (np.exp(r) - 2 + np.exp(-r)) - np.exp(r) * a,
+                     4 * abs(a) * np.expm1(r) - np.exp(r) * a)),
   "vtrace": (_vtrace,
     # At the bound itself the derivative is the mean of both sides'.
     lambda r, q, a: (np.minimum(np.exp(r), 1) * a, np.exp(-abs(r)) * a * (1 - np.sign(r)) / 2)),

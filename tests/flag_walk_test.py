@@ -170,6 +170,7 @@ RL = {
   "sampler_mesh": Case("split"),
   "sampler_correction": Case("token"),
   "sampler_cap": Case(3.0, {"sampler_correction": "token"}),
+  "sampler_floor": Case(0.25, {"sampler_correction": "token_mask"}),
   "entropy_coef": Case(0.5),
 }
 KL_OLD = {"trust_region": "kl_old_new"}
@@ -183,6 +184,7 @@ SURROGATE = {
   "trust_region": Case("none"),
   "clip_eps_low": Case(0.5),
   "clip_eps_high": Case(0.5),
+  "trust_region_size": Case(0.5, {"trust_region": "tv_mask"}),
   "trust_region_beta": Case(0.5, KL_OLD),
   "trust_region_adaptive": Case(True, KL_OLD),
   "trust_region_target": Case(0.5, KL_OLD | {"trust_region_adaptive": True}),

@@ -12,8 +12,9 @@ SAMPLER = jnp.log(jnp.array([[0.25, 0.5, 0.1], [0.4, 0.3, 0.3]]))
 MASK = jnp.array([[True, True, False], [True, True, True]])
 
 
-def weights_of(correction, cap=np.inf, trainer=TRAINER):
-  return ops.sampler_weights(trainer, SAMPLER, MASK, correction=correction, cap=jnp.float32(cap))
+def weights_of(correction, cap=np.inf, trainer=TRAINER, floor=0.0):
+  bounds = {"cap": jnp.float32(cap), "floor": jnp.float32(floor)}
+  return ops.sampler_weights(trainer, SAMPLER, MASK, correction=correction, **bounds)
 
 
 def test_weights_are_ratios():
@@ -30,12 +31,31 @@ def test_a_cap_bounds_them_and_is_counted():
   np.testing.assert_array_equal(capped, [[0, 0, 0], [0, 1, 0]])
 
 
+def test_masks_leave_out_what_is_out_of_bounds_on_either_side():
+  weights, left_out = weights_of("token_mask", 2.5, floor=0.6)
+  np.testing.assert_allclose(weights, [[2, 0.8, 1], [0, 0, 1]], rtol=1e-6)
+  np.testing.assert_array_equal(left_out, [[0, 0, 0], [1, 1, 0]])
+  weights, left_out = weights_of("sequence_mask", 1.55, floor=0.5)  # ratios 1.6 and 1.5
+  np.testing.assert_allclose(weights, [[0, 0, 1], [1.5, 1.5, 1.5]], rtol=1e-6)
+  np.testing.assert_array_equal(left_out, [[1, 1, 0], [0, 0, 0]])
+  # sqrt(1.6) is 1.26 and the third root of 1.5 is 1.14.
+  weights, _ = weights_of("geometric_mask", 1.2, floor=0.5)
+  np.testing.assert_array_equal(weights, [[0, 0, 1], [1, 1, 1]])
+  weights, _ = weights_of("geometric_mask", 2.0, floor=1.2)
+  np.testing.assert_array_equal(weights, [[1, 1, 1], [0, 0, 0]])
+
+
+def test_a_mask_without_bounds_is_the_plain_weight():
+  for plain, mask in (("token", "token_mask"), ("sequence", "sequence_mask")):
+    np.testing.assert_array_equal(weights_of(mask)[0], weights_of(plain)[0])
+
+
 def test_a_ratio_beyond_float_is_the_cap():
   weights, _ = weights_of("sequence", 2.0, TRAINER + 1000.0)
   np.testing.assert_allclose(weights, [[2, 2, 1], [2, 2, 2]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("correction", ["token", "sequence"])
+@pytest.mark.parametrize("correction", ops.SAMPLER_CORRECTIONS[1:])
 def test_no_gradient_and_no_garbage(correction):
   gradient = jax.grad(lambda x: weights_of(correction, trainer=x)[0].sum())(TRAINER)
   np.testing.assert_array_equal(gradient, np.zeros((2, 3)))

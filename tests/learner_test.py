@@ -187,6 +187,10 @@ def test_coefficients_are_traced_and_structure_is_static():
     {"trust_region": "kl_new_old", "trust_region_beta": 7.0},
     {"trust_region": "sequence_clip"},
     {"trust_region": "truncated"},
+    {"trust_region": "k2"},
+    {"trust_region": "tv_mask", "trust_region_size": 1e-3},
+    {"trust_region": "kl_mask", "trust_region_size": 1e-5},
+    {"trust_region": "smooth"},
     {"missing_eos_penalty": 1.0},
   ],
 )
@@ -223,9 +227,12 @@ def test_strong_trust_region_penalty_keeps_the_policy_closer():
     return np.sum(kl, where=rollout.completion_mask)
 
   free = kl_old(trust_region="none")
-  for direction in ("kl_old_new", "kl_new_old"):
-    held = kl_old(trust_region=direction, trust_region_beta=10.0)
-    assert held < 0.6 * free, (direction, held, free)
+  for region in ("kl_old_new", "kl_new_old", "k2"):
+    held = kl_old(trust_region=region, trust_region_beta=10.0)
+    assert held < 0.6 * free, (region, held, free)
+  for region in ("tv_mask", "kl_mask", "smooth"):
+    held = kl_old(trust_region=region, trust_region_size=1e-3)
+    assert held < 0.9 * free, (region, held, free)
 
 
 def test_adaptive_trust_region_doubles_after_a_large_step():

@@ -28,7 +28,8 @@ from klrl.sampling import SAMPLER_MESHES
 from klrl.tasks.registry import TASKS
 from klrl.tasks.rewards import reads_model
 
-_KL_TRUST_REGIONS = ("kl_old_new", "kl_new_old")
+_KL_TRUST_REGIONS = ("kl_old_new", "kl_new_old", "k2")
+_SIZED = ("tv_mask", "kl_mask", "smooth")
 _CLIPPED = ("clip", "sequence_clip")
 # What a task with a policy of its own, and one with scores of its own, has no use for.
 _STAGES = ("sft_iterations", "reward_model_iterations")
@@ -62,11 +63,22 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
   )
   sampler_correction: str = setting(
     "none",
-    "weights for a sampler that differs from the trainer: per token, or per completion",
+    "weights for a sampler that differs from the trainer: truncated, per token or per completion; "
+    "or as a mask, 0 where the ratio is out of bounds",
     choices=ops.SAMPLER_CORRECTIONS,
   )
   sampler_cap: float = setting(
-    2.0, "largest such weight", minimum=1.0, read_when=("sampler_correction", ("token", "sequence"))
+    2.0,
+    "largest such weight, or largest ratio that is kept",
+    minimum=1.0,
+    read_when=("sampler_correction", (*ops.SAMPLER_CORRECTIONS[1:],)),
+  )
+  sampler_floor: float = setting(
+    0.5,
+    "smallest ratio that is kept",
+    minimum=0.0,
+    maximum=1.0,
+    read_when=("sampler_correction", ops.SAMPLER_MASKS),
   )
   learning_rate_schedule: str = again(KLConfig, "learning_rate_schedule", default="constant")
   entropy_coef: float = setting(0.0, "weight of the entropy bonus", minimum=0.0)
@@ -140,6 +152,7 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
       missing_eos_penalty=self.missing_eos_penalty,
       length_penalty=self.length_penalty,
       sampler_cap=self.sampler_cap,
+      sampler_floor=self.sampler_floor,
     )
 
   def sources(self) -> inputs.Sources:
@@ -330,6 +343,12 @@ class SurrogateFields:
     minimum=0.0,
     read_when=("trust_region", (*_CLIPPED, "truncated")),
   )
+  trust_region_size: float = setting(
+    0.15,
+    "shift in the probability of a token at which the trust region ends; of kl_mask, nats",
+    minimum=1e-6,
+    read_when=("trust_region", _SIZED),
+  )
   trust_region_beta: float = setting(
     1.0,
     "coefficient of the KL to the old policy, per nat and token",
@@ -383,6 +402,7 @@ class SurrogateFields:
         prefix_cap=self.prefix_cap,
         clip_eps_low=self.clip_eps_low,
         clip_eps_high=self.clip_eps_high,
+        trust_region_size=self.trust_region_size,
         trust_region_beta=self.trust_region_beta,
         trust_region_target=self.trust_region_target,
         max_kl_old=self.max_kl_old,

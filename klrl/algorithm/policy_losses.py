@@ -47,7 +47,10 @@ def truncated(terms: Terms, hypers):
 
 
 def kl_penalised(kl: Callable) -> Callable:
-  """PPO's KL penalty, where `kl` is `ops.kl_old_new`, as published, or `ops.kl_new_old`."""
+  """PPO's KL penalty, where `kl` is `ops.kl_old_new`, as published, `ops.kl_new_old` or `ops.k2`.
+
+  `ops.k2` is half the squared log-ratio, the local KL to second order in either direction.
+  """
 
   def loss(terms: Terms, hypers):
     measured = kl(terms.log_probs, terms.old_log_probs)
@@ -55,6 +58,25 @@ def kl_penalised(kl: Callable) -> Callable:
     return _surrogate(terms, measured, terms.trust_region_beta), metrics
 
   return loss
+
+
+def divergence_masked(distance: str) -> Callable:
+  """DPPO's mask, by `ops.binary_tv` ("tv") or `ops.binary_kl` ("kl")."""
+
+  def loss(terms: Terms, hypers):
+    arguments = terms.log_probs, terms.old_log_probs, terms.advantages, terms.mask
+    options = {"distance": distance, "size": hypers.trust_region_size}
+    leaving = ops.is_leaving(*arguments, **options)
+    metrics = {"policy/clip_fraction": (leaving.sum() * 1.0, terms.mask.sum() * 1.0)}
+    return ops.divergence_masked_policy_loss(*arguments, **options), metrics
+
+  return loss
+
+
+def smooth(terms: Terms, hypers):
+  """DRPO's quadratic in the shift of probability; `ops.smooth_policy_loss`."""
+  arguments = terms.log_probs, terms.old_log_probs, terms.advantages, terms.mask
+  return ops.smooth_policy_loss(*arguments, size=hypers.trust_region_size), {}
 
 
 def unbounded(terms: Terms, hypers):
@@ -80,6 +102,10 @@ POLICY_LOSSES = {
   "truncated": truncated,
   "kl_old_new": kl_penalised(ops.kl_old_new),
   "kl_new_old": kl_penalised(ops.kl_new_old),
+  "k2": kl_penalised(ops.k2),
+  "tv_mask": divergence_masked("tv"),
+  "kl_mask": divergence_masked("kl"),
+  "smooth": smooth,
   "none": unbounded,
 }
 

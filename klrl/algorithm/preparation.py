@@ -79,6 +79,7 @@ def corrected(rollout: Rollout, correction: str, hypers):
     mask,
     correction=correction,
     cap=hypers.sampler_cap,
+    floor=hypers.sampler_floor,
   )
   num_tokens = mask.sum() * 1.0
   return weights, {

@@ -42,6 +42,7 @@ class Hypers(NamedTuple):
   clip_eps_high: jax.Array | float = jnp.inf  # and rise to 1 + this
   dual_clip: jax.Array | float = jnp.inf  # bound of the ratio where the advantage is negative
   trust_region_beta: jax.Array | float = 0.0  # weight of the KL to the old policy, at the start
+  trust_region_size: jax.Array | float = jnp.inf  # of a shift in probability, or nats per token
   trust_region_target: jax.Array | float = 1.0  # KL(old || pi), nats per sequence
   max_kl_old: jax.Array | float = jnp.inf  # above this KL(old || pi), nats per sequence, epochs end
   value_clip_eps: jax.Array | float = jnp.inf  # reward units
@@ -52,6 +53,7 @@ class Hypers(NamedTuple):
   missing_eos_penalty: jax.Array | float = 0.0  # for a completion that was cut off at the limit
   length_penalty: jax.Array | float = 0.0  # for each token
   sampler_cap: jax.Array | float = 2.0  # largest weight that corrects for an inexact sampler
+  sampler_floor: jax.Array | float = 0.0  # smallest ratio that a mask of such weights keeps
   reference_decay: jax.Array | float = 0.99  # share that a moving average of a reference keeps
 
   def traced(self) -> "Hypers":

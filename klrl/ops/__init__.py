@@ -45,6 +45,12 @@ Losses per token (`klrl.ops.losses`):
     value_loss, clipped_value_loss   squared errors of the value model
     dpo_loss, ipo_loss      of pairs of completions
 
+Trust regions by the probability of the token taken (`klrl.ops.trust_regions`):
+
+    divergence_masked_policy_loss   no gradient outwards beyond the edge; is_leaving says where
+    smooth_policy_loss      a gradient that turns at the edge
+    binary_tv, binary_kl    distances of the token taken against all others
+
 Aggregations of a loss to (sum, count), AGGREGATIONS by name:
 
     token_mean, sequence_mean_token_mean, sequence_mean_token_sum, constant
@@ -52,7 +58,7 @@ Aggregations of a loss to (sum, count), AGGREGATIONS by name:
 Importance weights (`klrl.ops.importance`):
 
     weighted                exp(log_weight) * x, finite wherever the product is
-    sampler_weights         for an inexact sampler; SAMPLER_CORRECTIONS by name
+    sampler_weights         for an inexact sampler; SAMPLER_CORRECTIONS, SAMPLER_MASKS of them
 
 Rules for beta, from a ControllerState to the next (`klrl.ops.controllers`):
 
@@ -99,6 +105,7 @@ from klrl.ops.divergences import alpha_divergence_of as alpha_divergence_of
 from klrl.ops.divergences import alpha_slope as alpha_slope
 from klrl.ops.divergences import jsd_slope as jsd_slope
 from klrl.ops.importance import SAMPLER_CORRECTIONS as SAMPLER_CORRECTIONS
+from klrl.ops.importance import SAMPLER_MASKS as SAMPLER_MASKS
 from klrl.ops.importance import sampler_weights as sampler_weights
 from klrl.ops.importance import weighted as weighted
 from klrl.ops.kl import KL_ESTIMATORS as KL_ESTIMATORS
@@ -153,4 +160,9 @@ from klrl.ops.masking import mean_and_deviations as mean_and_deviations
 from klrl.ops.masking import within_rounding as within_rounding
 from klrl.ops.masking import zero_padding as zero_padding
 from klrl.ops.shaping import shaped_rewards as shaped_rewards
+from klrl.ops.trust_regions import binary_kl as binary_kl
+from klrl.ops.trust_regions import binary_tv as binary_tv
+from klrl.ops.trust_regions import divergence_masked_policy_loss as divergence_masked_policy_loss
+from klrl.ops.trust_regions import is_leaving as is_leaving
+from klrl.ops.trust_regions import smooth_policy_loss as smooth_policy_loss
 from klrl.ops.vocabulary import over_vocabulary as over_vocabulary

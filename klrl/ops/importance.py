@@ -8,7 +8,7 @@ ratio that a cap cuts off.
 import jax
 import jax.numpy as jnp
 
-from klrl.ops.masking import zero_padding
+from klrl.ops.masking import masked_mean, zero_padding
 
 
 @jax.custom_jvp
@@ -33,7 +33,8 @@ def _weighted_jvp(primals, tangents):
   return product, product * tangents[0] + half * (half * tangents[1])
 
 
-SAMPLER_CORRECTIONS = ("none", "token", "sequence")
+SAMPLER_MASKS = ("token_mask", "sequence_mask", "geometric_mask")
+SAMPLER_CORRECTIONS = ("none", "token", "sequence", *SAMPLER_MASKS)
 
 
 def sampler_weights(
@@ -43,15 +44,23 @@ def sampler_weights(
   *,
   correction: str,
   cap: jax.Array | float,
+  floor: jax.Array | float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns ([B, T] weights min(ratio, cap), [B, T] bool where the cap acts); no gradient.
+  """Returns ([B, T] weights, [B, T] bool where a bound acts); no gradient.
 
   The ratio is the trainer's probability over the sampler's: of each token (`token`), or of the
-  whole completion, for all of its tokens (`sequence`). Expectations under the sampler with the
-  weights of sequences are those of the trainer, as far as the cap does not act; the weights of
-  tokens correct each step, but not how its prefix was reached. Weights in the padding are 1.
+  whole completion, for all of its tokens (`sequence`), and the weight is min(ratio, cap).
+  Expectations under the sampler with the weights of sequences are those of the trainer, as far as
+  the cap does not act; the weights of tokens correct each step, but not how its prefix was reached.
   Feng Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025
   (truncated importance sampling).
+
+  `token_mask` and `sequence_mask` have the ratio where it is from `floor` to `cap`, and 0 elsewhere
+  (Ling Team, "Every Step Evolves: Scaling Reinforcement Learning for Trillion-Scale Thinking
+  Model", 2025, IcePop, for tokens). `geometric_mask` has 1 where the geometric mean of a
+  completion's ratios is in these bounds, which do not depend on its length, and 0 elsewhere. A mask
+  leaves out what the cap would weigh too little or too much, and so biases what is left. Weights in
+  the padding are 1.
 
   >>> log_probs, sampler_log_probs = jnp.log(jnp.array([[[0.6, 0.8]], [[0.4, 0.4]]]))
   >>> mask = jnp.ones((1, 2), bool)
@@ -64,12 +73,19 @@ def sampler_weights(
     log_probs: [B, T], by the trainer, of the policy that the sampler stands for.
     sampler_log_probs: [B, T], of the distribution that the sampler drew from.
     mask: [B, T] bool.
-    correction: "token" or "sequence".
-    cap: scalar, the largest weight; may be traced.
+    correction: one of `SAMPLER_CORRECTIONS` but "none".
+    cap: scalar, the largest weight; may be traced, as `floor` may.
+    floor: scalar, the smallest ratio that a mask keeps.
   """
   log_ratio = zero_padding(log_probs, mask) - zero_padding(sampler_log_probs, mask)
-  if correction == "sequence":
+  if correction.startswith("sequence"):
     log_ratio = jnp.where(mask, log_ratio.sum(axis=-1, keepdims=True), 0.0)
+  elif correction == "geometric_mask":
+    log_ratio = jnp.where(mask, masked_mean(log_ratio, mask, axis=-1)[..., None], 0.0)
   # The exponent is bounded and not the ratio, so that an infinite ratio has the weight `cap`.
   weights = jnp.exp(jnp.minimum(log_ratio, jnp.log(cap)))
-  return jax.lax.stop_gradient(weights), mask & (log_ratio > jnp.log(cap))
+  acts = mask & (log_ratio > jnp.log(cap))
+  if correction in SAMPLER_MASKS:
+    acts |= mask & (log_ratio < jnp.log(floor))
+    weights = jnp.where(acts, 0.0, 1.0 if correction == "geometric_mask" else weights)
+  return jax.lax.stop_gradient(weights), acts
