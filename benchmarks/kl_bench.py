@@ -44,9 +44,9 @@ def checkpointed(hidden, unembedding, ref_hidden, ref_unembedding, *, temperatur
   weights = (unembedding, ref_unembedding)
   # As many as the pass over the vocabulary takes, which counts the logits of both models.
   num_chunks = num_chunks_of(len(hidden), 2 * unembedding.shape[1], None)
-  rows = tuple(chunk_rows(x, num_chunks) for x in (hidden, ref_hidden))
+  rows = tuple(chunk_rows(x, num_chunks).swapaxes(0, 1) for x in (hidden, ref_hidden))
   kl = jax.lax.map(lambda rows: chunk(rows, weights, temperature), rows)
-  return unchunk_rows(kl, len(hidden))
+  return unchunk_rows(kl.T, len(hidden))
 
 
 WAYS = {"dense": dense, "jax.checkpoint": checkpointed, "custom VJP": ops.exact_kl_from_hidden}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from klrl import ops
+from klrl.ops import vocabulary
 
 B, T, V, D, D_REF = 2, 5, 11, 8, 6
 
@@ -76,6 +77,46 @@ def test_rows_that_fill_no_chunk_and_one_chunk_for_all_are_the_same():
 
   np.testing.assert_allclose(entropies(4), entropies(None), rtol=1e-6)
   np.testing.assert_allclose(entropies(4), ops.entropy(arrays[0] @ arrays[1]), rtol=1e-5)
+
+
+@pytest.fixture
+def many_tiles(monkeypatch):
+  monkeypatch.setattr(vocabulary, "_FEWEST_TOKENS", 2)
+
+
+@pytest.mark.usefixtures("many_tiles")
+def test_the_gradient_of_a_table_in_tiles_is_that_of_the_plain_formula():
+  (hidden, table, *_), tokens = inputs()
+
+  def plain(hidden, table):
+    return (WEIGHTS[0] * ops.token_log_probs(hidden @ table, tokens)).sum()
+
+  def ours(hidden, table):
+    log_probs = ops.token_log_probs_from_hidden(hidden, table, tokens, chunk_size=3)
+    return (WEIGHTS[0] * log_probs).sum()
+
+  gradients = (jax.jit(jax.value_and_grad(fn, (0, 1))) for fn in (plain, ours))
+  expected, found = (fn(hidden, table) for fn in gradients)
+  chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_table_is_held_once_and_its_gradient_once():
+  num_rows, vocab_size, width = 256, 2**15, 128
+  table = jax.ShapeDtypeStruct((vocab_size, width), jnp.float32)
+  hidden = jax.ShapeDtypeStruct((num_rows, width), jnp.float32)
+  tokens = jnp.zeros(num_rows, int)
+
+  def mean(hidden, table):
+    return ops.token_log_probs_from_hidden(hidden, table.T, tokens, chunk_size=32).mean()
+
+  def temporaries(fn):
+    memory = jax.jit(fn).lower(hidden, table).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+  chunk, whole = 4 * 32 * vocab_size, 4 * vocab_size * width
+  assert temporaries(mean) < 1.1 * chunk
+  # Their gradient is in the place of the logits, and a thirteenth of the table's is added at a time.
+  assert temporaries(jax.grad(mean, (0, 1))) < 1.1 * chunk + 1.3 * whole / 13
 
 
 def test_equal_distributions_have_no_gradient_at_all():

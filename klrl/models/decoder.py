@@ -100,15 +100,17 @@ def policy_model(config: DecoderConfig) -> Policy:
     return decoder.hidden(params["decoder"], tokens, mask, segment_ids, fork)
 
   def unembedding(params):
+    # By tokens up to the end, since `ops.over_vocabulary` reads it so: nothing is then transposed.
     if config.tie_embeddings:
-      table = params["decoder"]["embed"]["embedding"].T
+      table = params["decoder"]["embed"]["embedding"]
     else:
-      table = params["unembedding"]
+      table = params["unembedding"].T
     if 0 < config.num_tokens < config.vocab_size:
-      table = table[:, : config.num_tokens]
+      table = table[: config.num_tokens]
     table = table.astype(config.dtype)
     if config.logits_divisor != 1:
       table /= config.logits_divisor
+    table = table.T
     return CappedUnembedding(table, config.logits_cap) if config.logits_cap else table
 
   def prefill(params, tokens, mask, cache_len):

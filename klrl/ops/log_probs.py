@@ -132,7 +132,7 @@ def token_log_probs_from_hidden(
       float32.
     tokens: [..., T] integer ids in [0, V).
     temperature: scalar, may be traced; carries gradient.
-    chunk_size: the most rows of logits that exist at a time; None takes 2**24 / V rows. Where rows
+    chunk_size: the most rows of logits that exist at a time; None takes 2**23 / V rows. Where rows
       are sharded over devices, the rows of all devices count.
 
   Raises:

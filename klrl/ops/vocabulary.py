@@ -15,11 +15,15 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from klrl.ops.logits import Unembedding, matmul, soft_cap, table_and_cap
+from klrl.ops.logits import Unembedding, soft_cap, table_and_cap
 
-# 64 MiB of float32. On 2 CPU cores, 4096 rows of 32000, value and gradient took 11% longer with a
-# quarter of it and 7% less with twice as much, in one run on a noisy machine.
-LOGITS_PER_CHUNK = 2**24
+# 32 MiB of float32. On 2 CPU cores the gradient of 4096 rows of 32000 took as many CPU-seconds with
+# twice as much, and 7% more with half of it.
+LOGITS_PER_CHUNK = 2**23
+
+# The gradient of a table is added to in at most so many tiles, each of so many tokens or more, so
+# that what a chunk adds is never held for the whole table.
+_MOST_TILES, _FEWEST_TOKENS = 16, 2500
 
 
 def over_vocabulary(
@@ -52,7 +56,7 @@ def over_vocabulary(
     rows: arrays [..., T] without gradient, such as tokens.
     coefficients: pytrees of scalars, may be traced; they carry gradient.
     temperature: scalar of all models, may be traced; carries gradient.
-    chunk_size: the most rows of logits of a model that exist at a time; None takes 2**24 / V rows
+    chunk_size: the most rows of logits of a model that exist at a time; None takes 2**23 / V rows
       divided by the number of models. Where rows are sharded over devices, the rows of all devices
       count.
 
@@ -79,7 +83,8 @@ def over_vocabulary(
     fn,
     caps,
     tuple(map(chunks, hidden)),
-    tables,
+    # A tied table is the transpose of one that is stored by tokens: both transposes cancel out.
+    tuple(table.T for table in tables),
     tuple(map(chunks, rows)),
     (jnp.asarray(temperature, accumulated), *coefficients),
   )
@@ -87,19 +92,19 @@ def over_vocabulary(
 
 
 def chunk_rows(x: jax.Array, num_chunks: int) -> jax.Array:
-  """Returns the rows of `x` [N, ...] as [num_chunks, rows, ...], zero-padded to a multiple.
+  """Returns the rows of `x` [N, ...] as [rows, num_chunks, ...], zero-padded to a multiple.
 
   The rows of a chunk are `num_chunks` apart, so that each chunk takes an equal share of every
-  device over which the rows are sharded.
+  device over which the rows are sharded, and no row moves to another place of the memory.
   """
   rows = math.ceil(x.shape[0] / num_chunks)
   x = jnp.pad(x, [(0, rows * num_chunks - x.shape[0]), *[(0, 0)] * (x.ndim - 1)])
-  return x.reshape(rows, num_chunks, *x.shape[1:]).swapaxes(0, 1)
+  return x.reshape(rows, num_chunks, *x.shape[1:])
 
 
 def unchunk_rows(x: jax.Array, num_rows: int) -> jax.Array:
   """Returns the first `num_rows` rows of `chunk_rows`' inverse."""
-  return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:num_rows]
+  return x.reshape(-1, *x.shape[2:])[:num_rows]
 
 
 def num_chunks_of(num_rows: int, row_size: int, chunk_size: int | None) -> int:
@@ -114,44 +119,91 @@ def num_chunks_of(num_rows: int, row_size: int, chunk_size: int | None) -> int:
   return max(1, math.ceil(num_rows / chunk_size))
 
 
+def _chunk(x, index):
+  return jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
+
+
+def _einsum(subscripts, x, y):
+  """Returns a product in the inputs' dtype, accumulated in at least float32."""
+  dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
+  return jnp.einsum(subscripts, x, y, preferred_element_type=dtype)
+
+
+def _logits(hidden, table):
+  return _einsum("cd,vd->cv", hidden, table)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(fn, caps, hidden, tables, rows, coefficients):
-  """Returns what `fn` does, a pytree of [K, C], from `hidden` [K, C, D] of each model."""
+  """Returns what `fn` does, a pytree of [C, K], from `hidden` [C, K, D] of each model.
+
+  The `tables` are [V, D], by tokens.
+  """
   return _chunked_fwd(fn, caps, hidden, tables, rows, coefficients)[0]
 
 
 def _chunked_fwd(fn, caps, hidden, tables, rows, coefficients):
-  def chunk(arguments):
-    hidden, rows = arguments
-    return _of_products(fn, caps, rows)(tuple(map(matmul, hidden, tables)), coefficients)
+  def chunk(index):
+    own, own_rows = jax.tree.map(lambda x: _chunk(x, index), (hidden, rows))
+    return _of_products(fn, caps, own_rows)(tuple(map(_logits, own, tables)), coefficients)
 
-  return jax.lax.map(chunk, (hidden, rows)), (hidden, tables, rows, coefficients)
+  outputs = jax.lax.map(chunk, jnp.arange(hidden[0].shape[1]))
+  return jax.tree.map(jnp.transpose, outputs), (hidden, tables, rows, coefficients)
 
 
 def _chunked_bwd(fn, caps, residuals, cotangents):
   hidden, tables, rows, coefficients = residuals
 
-  def chunk(sums, arguments):
-    hidden, rows, cotangents = arguments
-    products = tuple(map(matmul, hidden, tables))
-    _, vjp = jax.vjp(_of_products(fn, caps, rows), products, coefficients)
-    d_products, d_coefficients = vjp(cotangents)
-    dtypes = map(jnp.result_type, hidden, tables)
+  def chunk(sums, index):
+    d_hidden, d_tables, d_coefficients = sums
+    own, own_rows, own_cotangents = jax.tree.map(
+      lambda x: _chunk(x, index), (hidden, rows, cotangents)
+    )
+    products = tuple(map(_logits, own, tables))
+    _, vjp = jax.vjp(_of_products(fn, caps, own_rows), products, coefficients)
+    d_products, d_own = vjp(own_cotangents)
+    dtypes = map(jnp.result_type, own, tables)
     d_products = [d.astype(dtype) for d, dtype in zip(d_products, dtypes, strict=True)]
-    d_tables = tuple(matmul(x.T, d) for x, d in zip(hidden, d_products, strict=True))
     # Each gradient is a sum of its own, so that the compiler can leave out of the loop those that
     # nobody asks for, products included.
-    sums = jax.tree.map(jnp.add, sums, (d_tables, d_coefficients))
-    triples = zip(d_products, tables, hidden, strict=True)
-    return sums, tuple(matmul(d, table.T).astype(x.dtype) for d, table, x in triples)
+    d_hidden = tuple(
+      jax.lax.dynamic_update_index_in_dim(
+        x, _einsum("cv,vd->cd", d, table).astype(x.dtype), index, 1
+      )
+      for x, d, table in zip(d_hidden, d_products, tables, strict=True)
+    )
+    d_tables = tuple(map(_with_product, d_tables, d_products, own))
+    return (d_hidden, d_tables, jax.tree.map(jnp.add, d_coefficients, d_own)), None
 
   zeros = (
+    tuple(map(jnp.zeros_like, hidden)),
     tuple(jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in tables),
     jax.tree.map(jnp.zeros_like, coefficients),
   )
-  (d_tables, d_coefficients), d_hidden = jax.lax.scan(chunk, zeros, (hidden, rows, cotangents))
+  sums, _ = jax.lax.scan(chunk, zeros, jnp.arange(hidden[0].shape[1]))
+  d_hidden, d_tables, d_coefficients = sums
   d_tables = tuple(d.astype(x.dtype) for d, x in zip(d_tables, tables, strict=True))
   return d_hidden, d_tables, None, d_coefficients
+
+
+def _with_product(sums, d_products, hidden):
+  """Returns `sums` [V, D] plus `d_products.T @ hidden`, tile after tile, each in its place."""
+
+  def add(sums, start, width):
+    of_tile = jax.lax.dynamic_slice_in_dim(d_products, start, width, axis=1)
+    added = _einsum("cv,cd->vd", of_tile, hidden)
+    added += jax.lax.dynamic_slice_in_dim(sums, start, width)
+    return jax.lax.dynamic_update_slice_in_dim(sums, added, start, axis=0)
+
+  vocab_size, num_tiles = len(sums), min(_MOST_TILES, len(sums) // _FEWEST_TOKENS)
+  # Where devices have parts of the table, a tile would not be a part of each.
+  if num_tiles < 2 or math.prod(jax.sharding.get_abstract_mesh().shape.values()) > 1:
+    return add(sums, 0, vocab_size)
+  # Tiles that are no loop would be multiplied all at once, and held until they are added.
+  width = vocab_size // num_tiles
+  sums = jax.lax.fori_loop(0, num_tiles, lambda i, sums: add(sums, i * width, width), sums)
+  done = num_tiles * width
+  return add(sums, done, vocab_size - done) if done < vocab_size else sums
 
 
 def _of_products(fn, caps, rows):
