@@ -161,6 +161,7 @@ RL = {
   "reference": Case("other"),
   "reference_update": Case("ema"),
   "reference_decay": Case(0.5, {"reference_update": "ema"}),
+  "reset_optimizer": Case(True, {"reference_update": "reset"}),
   "reference_every": Case(3, {"reference_update": "reset"}),
   "temperature": Case(0.5),
   "missing_eos_penalty": Case(1.0),

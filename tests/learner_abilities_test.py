@@ -185,6 +185,17 @@ def test_a_moving_reference_is_in_the_state_and_follows():
   assert figures["kl/ref_k3"] > 0
 
 
+def test_a_reset_of_the_reference_may_reset_the_optimizer_too():
+  config = make_config(reference_update="reset", reference_every=2, reset_optimizer=True)
+  state = start(config)._replace(reference=jax.tree.map(jnp.array, make_params()["policy"]))
+  for iteration, forgets in enumerate((False, True, False)):
+    state, _ = update(config, state=state)
+    moments = optax.tree.norm(optax.tree.get(state.opt_state, "mu"))
+    assert (moments == 0) == forgets, iteration
+    same = jax.tree.map(lambda x, y: (x == y).all(), state.reference, state.params["policy"])
+    assert all(jax.tree.leaves(same)) == forgets, iteration
+
+
 def test_late_rollouts_are_trained_on_when_their_time_has_come():
   config = make_config(staleness=1)
   state = start(config)._replace(replay=memory.empty_replay(make_rollout(), 1))

@@ -224,6 +224,11 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields):
   reference_every: int = setting(
     20, "iterations between resets of pi_ref", minimum=1, read_when=("reference_update", ("reset",))
   )
+  reset_optimizer: bool = setting(
+    False,
+    "whether a reset of pi_ref makes the optimizer forget its moments",
+    read_when=("reference_update", ("reset",)),
+  )
   normalise_scores: bool = setting(
     False, "take off the mean of all scores so far and divide by their deviation"
   )
@@ -280,6 +285,7 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields):
       normalise_scores=self.normalise_scores,
       reference_rule=memory.REFERENCE_RULES[self.reference_update],
       reference_every=self.reference_every,
+      reset_optimizer=self.reset_optimizer,
     )
 
   def hypers(self) -> Hypers:

@@ -45,17 +45,11 @@ def _dual_ascent(state, kl, algorithm, hypers):
   )
 
 
-# PPO answers to beta within about ten iterations.
-BUDGET_STEP, BUDGET_GAIN = 0.2, 2.0
-
-
 def _budget(state, kl, algorithm, hypers):
   return ops.budget(
     state,
     kl,
     target_kl=hypers.kl_target,
-    step_size=BUDGET_STEP,
-    gain=BUDGET_GAIN,
     minimum=hypers.beta_min,
     maximum=hypers.beta_max,
   )
@@ -80,7 +74,7 @@ RULES = {
   "budget": BetaRule(
     _budget,
     lambda hypers: hypers.beta_min,
-    lambda beta: ops.BudgetState(beta, jnp.int32(0), jnp.array(beta)),
+    ops.budget_state,
   ),
   "linear": BetaRule(_scheduled(ops.linear_schedule)),
   "cosine": BetaRule(_scheduled(ops.cosine_schedule)),

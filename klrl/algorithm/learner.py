@@ -231,6 +231,9 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
         state.reference, params["policy"], state.iteration, algorithm, hypers
       )
       state = state._replace(reference=moved)
+    if algorithm.reset_optimizer:
+      fresh = init_optimizer(params)
+      opt_state = memory.replaced_when_due(opt_state, fresh, state.iteration, algorithm)
     state = state._replace(
       params=params,
       opt_state=opt_state,

@@ -87,10 +87,15 @@ def _moving_average(reference, params, iteration, algorithm, hypers):
 def _reset(reference, params, iteration, algorithm, hypers):
   """A copy of `params` every `reference_every` iterations.
 
-  Mingjie Liu et al., "ProRL", 2025, who reset the optimizer as well.
+  Mingjie Liu et al., "ProRL", 2025, who reset the optimizer as well (`reset_optimizer`).
   """
+  return replaced_when_due(reference, params, iteration, algorithm)
+
+
+def replaced_when_due(old, new, iteration, algorithm):
+  """Returns `new` after each `reference_every`-th iteration, and `old` after the others."""
   due = (iteration + 1) % algorithm.reference_every == 0
-  return jax.tree.map(lambda ref, x: jnp.where(due, x, ref), reference, params)
+  return jax.tree.map(lambda old, new: jnp.where(due, new, old), old, new)
 
 
 # (reference, params, iteration, algorithm, hypers) -> the reference after an iteration that ended

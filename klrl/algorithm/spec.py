@@ -131,6 +131,8 @@ class Algorithm:
   """Moves the reference after each iteration; see `memory.REFERENCE_RULES`. None: it is frozen."""
   reference_every: int = 1
   """Iterations between resets of a reference that is reset."""
+  reset_optimizer: bool = False
+  """Whether a reset of the reference makes the optimizer forget its moments."""
 
   @property
   def samples(self) -> int:

@@ -65,6 +65,7 @@ Rules for beta, from a ControllerState to the next (`klrl.ops.controllers`):
     fixed                   the same beta
     doubling, proportional, dual_ascent   by the measured KL
     budget                  from a BudgetState to the next: holds the KL at a budget
+    budget_state            the first one
     linear_schedule, cosine_schedule      by the iteration
     at_bound                whether beta stands at one of its bounds (BETA_BOUNDS)
 
@@ -95,6 +96,7 @@ from klrl.ops.controllers import BudgetState as BudgetState
 from klrl.ops.controllers import ControllerState as ControllerState
 from klrl.ops.controllers import at_bound as at_bound
 from klrl.ops.controllers import budget as budget
+from klrl.ops.controllers import budget_state as budget_state
 from klrl.ops.controllers import cosine_schedule as cosine_schedule
 from klrl.ops.controllers import doubling as doubling
 from klrl.ops.controllers import dual_ascent as dual_ascent

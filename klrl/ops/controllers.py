@@ -29,12 +29,13 @@ class ControllerState(NamedTuple):
 class BudgetState(NamedTuple):
   """What `budget` remembers: beta, which is read, and the multiplier of the budget behind it.
 
-  >>> state = ops.BudgetState(*map(jnp.float32, (0.5, 0, 0.5)))
+  >>> state = ops.budget_state(jnp.float32(0.5))
   """
 
   beta: jax.Array  # float scalar, reward per nat of sequence KL
   iteration: jax.Array  # int32 scalar, how many times the rule was applied
   multiplier: jax.Array  # float scalar, reward per nat
+  reached: jax.Array  # bool scalar, whether the KL has ever been at the budget
 
 
 # The default bounds: a rule that multiplies beta could leave neither 0 nor inf.
@@ -154,40 +155,62 @@ def dual_ascent(
   return _next(state, jnp.clip(beta, 0.0, maximum))
 
 
+def budget_state(beta: jax.Array | float) -> BudgetState:
+  """Returns the state of `budget` before the first measurement.
+
+  >>> print(ops.budget_state(0.5).multiplier)
+  0.5
+  """
+  beta = jnp.asarray(beta, float)
+  return BudgetState(beta, jnp.int32(0), jnp.array(beta), jnp.bool_(False))
+
+
 def budget(
   state: BudgetState,
   measured_kl: jax.Array | float,
   *,
   target_kl: jax.Array | float,
-  step_size: jax.Array | float,
-  gain: jax.Array | float,
+  step_size: jax.Array | float = 0.6,
+  gain: jax.Array | float = 3.0,
   minimum: jax.Array | float = BETA_BOUNDS[0],
   maximum: jax.Array | float = BETA_BOUNDS[1],
 ) -> BudgetState:
   """Returns dual ascent in log beta that also answers to the error of the moment.
 
-      multiplier *= exp(step_size * error),   beta = multiplier * exp(gain * error)
+      multiplier *= exp(step_size * error, at most 0.2 each way),   beta = multiplier * exp(gain *
+      error, at most 1),   error = measured / target - 1
 
-  where error = measured / target - 1, at most 1, so that one outlier moves beta by a factor only,
-  and one setting serves scores and budgets of any unit. A policy takes tens of iterations to
-  answer, and by then the multiplier alone has gone too far: it swings around the budget for ever.
-  The second factor damps this, best with gain / step_size iterations close to that time. Both stay
-  between `minimum`, which is positive, and `maximum`; where the budget does not bind, beta ends at
+  So one setting serves scores and budgets of any unit. A policy takes tens of iterations to answer,
+  and by then the multiplier alone has gone too far: it swings around the budget for ever. The
+  second factor damps this. While a run starts and has not reached its budget, the multiplier falls
+  at a fifth of the pace, or it would be far too low when that is reached. Both stay between
+  `minimum`, which is positive, and `maximum`; where the budget does not bind, beta ends at
   `minimum`. Adam Stooke, Joshua Achiam and Pieter Abbeel, "Responsive Safety in Reinforcement
   Learning by PID Lagrangian Methods", 2020, without the derivative, in the logarithm.
 
-  >>> state = ops.BudgetState(*map(jnp.float32, (0.5, 0, 0.5)))
-  >>> state = ops.budget(state, 12.0, target_kl=6.0, step_size=0.1, gain=1.0)
-  >>> print(state.multiplier, state.beta)  # 0.5 * exp(0.1), 0.5 * exp(1.1)
-  0.553 1.502
+  >>> state = ops.budget(ops.budget_state(0.5), 12.0, target_kl=6.0)
+  >>> print(state.multiplier, state.beta)  # 0.5 * exp(0.6 * 0.2), and that times exp(3)
+  0.564 11.323
+
+  Args:
+    state: the state.
+    measured_kl: nats per sequence.
+    target_kl: the budget, nats per sequence, positive.
+    step_size: of the multiplier.
+    gain: of the second factor; best if gain / step_size is about the time that a policy takes to
+      answer, in iterations.
+    minimum: the smallest beta, positive.
+    maximum: the largest beta.
   """
   error = jnp.minimum(measured_kl / target_kl - 1, 1.0)
   error = jnp.where(jnp.isnan(error), 0.0, error)
-  small = jnp.clip(error, -0.2, 0.2)
-  multiplier = jnp.clip(state.multiplier * jnp.exp(step_size * small), minimum, maximum)
+  reached = state.reached | (error >= 0)
+  pace = jnp.where(reached, step_size, step_size / 5)
+  multiplier = state.multiplier * jnp.exp(pace * jnp.clip(error, -0.2, 0.2))
+  multiplier = jnp.clip(multiplier, minimum, maximum)
   beta = jnp.clip(multiplier * jnp.exp(gain * error), minimum, maximum)
   dtype = state.beta.dtype
-  return BudgetState(beta.astype(dtype), state.iteration + 1, multiplier.astype(dtype))
+  return BudgetState(beta.astype(dtype), state.iteration + 1, multiplier.astype(dtype), reached)
 
 
 def linear_schedule(
