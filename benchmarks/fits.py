@@ -188,7 +188,7 @@ def reports_of(algorithm: str, folder: pathlib.Path, topology: str, mesh: str) -
     "batch_size": num_rows,
     "accumulation": max(1, NUM_ROWS // (size * ROWS_OF_PART)),
     "dtype": "bfloat16",
-    "remat": True,
+    "remat": "full",
     "workdir": str(folder / "run"),
     "learning_rate": 1e-6,
   }

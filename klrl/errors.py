@@ -97,7 +97,7 @@ def memory_message(error: BaseException, held: str = "") -> str | None:
   number = re.search(r"(\d{8,}) bytes", text)
   size = f" ({int(number[1]) / 2**30:.1f} GiB at once)" if number else ""
   return (
-    f"The memory does not hold this: {said}{size}.{held} --accumulation=K, --remat and "
+    f"The memory does not hold this: {said}{size}.{held} --accumulation=K, --remat=full and "
     "--mesh=fsdp=N over more devices need less memory for the same result. A smaller "
     "--batch_size, shorter completions, --dtype=bfloat16 and --lora_rank need less too, but change "
     "the result. --dry_run says what a run needs."

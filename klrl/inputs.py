@@ -84,7 +84,7 @@ class Sources:
   dtype: str = "float32"
   param_dtype: str = "float32"
   frozen_dtype: str = "file"
-  remat: bool = False
+  remat: str = "none"
   sampler_dtype: str = "trainer"
   init_seed: int = 0
   data_seed: int = 0
@@ -137,9 +137,14 @@ def check_inputs(sources: Sources) -> None:
   else:
     records = TASKS[sources.task].prompts(held_out=True)
   if sources.reward:
-    rewards.check_rewards(sources.reward, records)
+    rewards.check_rewards(sources.reward, records, patience_of(sources))
   if sources.pretrain_data:
     _pretraining_texts(sources.pretrain_data)
+
+
+def patience_of(sources: Sources) -> rewards.Patience:
+  """Returns how long a reward function may take, and how often one that failed is called again."""
+  return rewards.Patience(sources.reward_timeout, sources.reward_retries)
 
 
 class Loaders(NamedTuple):
@@ -439,7 +444,7 @@ def load_task(sources: Sources, models: Models) -> Task:
   )
   if pretraining:
     _check_tokens(pretraining.tokens, models, sources.pretrain_data)
-  patience = rewards.Patience(sources.reward_timeout, sources.reward_retries)
+  patience = patience_of(sources)
   weighted = rewards.load_rewards(sources.reward, patience) if sources.reward else []
   if weighted and data.is_chat(training.records[0]["prompt"]):
     progress.console.print(

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl.models.decoder import DecoderConfig, policy_model, scalar_model, scalar_params_from
+from klrl.cost import hlo
+from klrl.models.decoder import (
+  REMAT,
+  DecoderConfig,
+  policy_model,
+  scalar_model,
+  scalar_params_from,
+)
 
 TINY = DecoderConfig(
   vocab_size=13,
@@ -162,22 +169,29 @@ def test_prefill_reads_the_last_real_token_of_a_right_padded_prompt():
   np.testing.assert_allclose(hidden, expected, atol=1e-5)
 
 
-def test_remat_leaves_value_and_gradient_alone_and_is_there():
-  tokens = tokens_like((2, 6))
+def test_remat_changes_neither_value_nor_gradient_and_gives_memory_for_work():
+  config = dataclasses.replace(TINY, num_layers=4)
+  tokens = tokens_like((8, 32))
+  _, params = policy_and_params(config)
+  found, memory, flops = {}, {}, {}
+  for name in REMAT:
+    policy = policy_model(dataclasses.replace(config, remat=name))
 
-  def loss(config):
-    policy = policy_model(config)
-    return lambda params: jnp.sum(jnp.tanh(policy.hidden(params, tokens, tokens >= 0)))
+    def loss(params, policy=policy):
+      return jnp.mean(jnp.tanh(policy.hidden(params, tokens, tokens >= 0)))
 
-  _, params = policy_and_params(TINY)
-  plain, remat = loss(TINY), loss(dataclasses.replace(TINY, remat=True))
-  expected = jax.jit(jax.value_and_grad(plain))(params)
-  actual = jax.jit(jax.value_and_grad(remat))(params)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, actual
-  )
-  assert "remat" in str(jax.make_jaxpr(remat)(params))
-  assert "remat" not in str(jax.make_jaxpr(plain)(params))
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+    found[name] = compiled(params)
+    memory[name] = compiled.memory_analysis().temp_size_in_bytes
+    flops[name] = hlo.costs(compiled.as_text(), {}).flops
+  for name in ("dots", "full"):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+      found[name],
+      found["none"],
+    )
+  assert memory["none"] > 1.3 * memory["dots"] > 1.5 * memory["full"], memory
+  assert flops["none"] < flops["dots"] < flops["full"]
 
 
 def test_many_layers_are_one_program_in_a_loop():

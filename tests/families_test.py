@@ -285,7 +285,7 @@ def test_gradients_with_remat_on_a_mesh_are_those_of_torch(case, made):
   model = made(case)[1]
   tokens, mask = rows()
   tokens, mask = tokens[:2], mask[:2]
-  config, params = loaded(case, made, remat=True)
+  config, params = loaded(case, made, remat="full")
   policy = policy_model(config)
 
   def loss(params, tokens, mask):

@@ -74,7 +74,7 @@ RUN = {
   "dtype": Case("bfloat16"),
   "param_dtype": Case("bfloat16"),
   "frozen_dtype": Case("bfloat16"),
-  "remat": Case(True),
+  "remat": Case("dots"),
   "lora_rank": Case(2),
   "mesh": Case("data=2"),
   "save_every": Case(1, shows_in="files"),

@@ -276,7 +276,7 @@ def test_the_learning_rate_rises_and_falls():
 
 
 def test_moments_and_parameters_stay_float32_where_the_network_is_bfloat16():
-  decoder = dataclasses.replace(DECODER, dtype="bfloat16", remat=True)
+  decoder = dataclasses.replace(DECODER, dtype="bfloat16", remat="full")
   models = {"policy": policy_model(decoder), "value": scalar_model(decoder)}
   models["reference"] = models["policy"]
   others = {"reference": decoder_params()["policy"], "base": {}}

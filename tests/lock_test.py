@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -40,7 +41,8 @@ def holder(tmp_path):
 def test_who_comes_second_is_told_who_holds_the_folder_and_a_killed_one_blocks_nobody(
   tmp_path, holder
 ):
-  message = rf"runs/a is in use by process {holder.pid} on .*--workdir"
+  day = time.strftime("%Y-%m-%d")
+  message = rf"runs/a is in use by process {holder.pid} on .*, since {day} .*--workdir"
   with pytest.raises(UserError, match=message), lock.held(tmp_path / "runs/a", wait=False):
     pass
   with lock.held(tmp_path / "runs/b", wait=False):  # Another folder is free.

@@ -367,6 +367,14 @@ def test_the_line_at_which_it_hangs_is_told(tmp_path):
     scores(only(f"{path}:f"), RECORDS, ["a", "b"], "f", patience=Patience(timeout=0.05))
 
 
+def test_a_file_that_hangs_at_its_import_is_interrupted(tmp_path):
+  code = "import time\n\ntime.sleep(60)\n\ndef f(prompts, completions):\n  return [0, 0]\n"
+  path = write(tmp_path, code, "hanging.py")
+  message = r"hanging\.py has not returned after .*=0\.05 seconds; it was at hanging\.py line 3\."
+  with pytest.raises(UserError, match=message):
+    load_rewards(f"{path}:f", Patience(timeout=0.05))
+
+
 # It catches everything, so that no exception of ours gets out.
 STUBBORN = """
 import time

@@ -22,6 +22,7 @@ from experiments.settings import learning_rates, usage
 from klrl.algorithm.optimizer import SCHEDULES
 from klrl.devices import compilation, processes
 from klrl.errors import PeerLost, UserError, troubles_told
+from klrl.models import REMAT
 from klrl.run import checkpoint, trackers
 from klrl.run.evaluations import BY_DEFAULT
 from klrl.run.loop import Interrupted
@@ -155,7 +156,12 @@ class RunConfig(LabConfig):
     "what the weights of saved models are rounded to; file: as those that the run started from",
     choices=(AS_IN_FILE, "float32", "bfloat16"),
   )
-  remat: bool = setting(False, "compute activations anew in the backward pass: less memory")
+  remat: str = setting(
+    "none",
+    "what the backward pass computes anew, for less memory: none; all but products with weights "
+    "(dots); each layer (full)",
+    choices=tuple(REMAT),
+  )
   lora_rank: int = setting(
     0, "rank of the adapters that are trained in place of the model; 0: the model", minimum=0
   )
@@ -287,7 +293,9 @@ class ScoreFields:
     "several with weights as model,0.1*FILE.py:FUNCTION; default: model",
   )
   reward_timeout: float = setting(
-    0.0, "seconds that one call of a reward function may take; 0: as long as it likes", minimum=0.0
+    0.0,
+    "seconds that one call of a reward function, or its file, may take; 0: as long as it likes",
+    minimum=0.0,
   )
   reward_retries: int = setting(
     0, "times that a reward function is called again if it fails or takes too long", minimum=0

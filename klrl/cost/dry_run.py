@@ -305,7 +305,7 @@ def _report(name: str, program, mesh, *arguments, **named) -> tuple[dict[str, An
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     raise UserError(
       f"The program `{name}` does not fit on a device: {' '.join(lines[:2])} Use --lora_rank, "
-      "--remat, --accumulation, --dtype=bfloat16, a smaller --batch_size, or --mesh with more "
+      "--remat=full, --accumulation, --dtype=bfloat16, a smaller --batch_size, or --mesh with more "
       "devices on fsdp."
     ) from error
   seconds = time.monotonic() - began

@@ -1,6 +1,7 @@
 """Decoders, value and reward models, adapters, model directories; only this package knows Flax."""
 
 from klrl.models.blocks import DecoderConfig as DecoderConfig
+from klrl.models.decoder import REMAT as REMAT
 from klrl.models.decoder import Policy as Policy
 from klrl.models.decoder import ScalarModel as ScalarModel
 from klrl.models.decoder import policy_model as policy_model

@@ -98,7 +98,7 @@ class DecoderConfig:
   tie_embeddings: bool = True
   dtype: str = "float32"
   param_dtype: str = "float32"
-  remat: bool = False
+  remat: str = "none"
   lora_rank: int = 0
   num_tokens: int = 0
   head: Head | None = None

@@ -10,12 +10,14 @@ Outputs at padding are finite and have no meaning. With `segment_ids` a row hold
 tokens attend within their own segment, and positions count from its start. With a `Fork` they have
 a common beginning, which each of them sees.
 
-Layers are stacked on a leading axis. If there are many, the full forward pass scans over them
-(with remat if asked). The step of one token is unrolled over a tuple of layers (`unstack`), with
-one cache entry per layer, so that a loop of steps updates the cache in place and slices no weights.
+Layers are stacked on a leading axis. If there are many, or if they keep less than all (`REMAT`),
+the full forward pass scans over them. The step of one token is unrolled over a tuple of layers
+(`unstack`), with one cache entry per layer, so that a loop of steps updates the cache in place and
+slices no weights.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +35,15 @@ from klrl.ops.logits import CappedUnembedding, Unembedding
 
 Array = jax.Array
 Params = dict[str, Any]
+# What a layer keeps for the backward pass, which computes the rest anew: all; the products with
+# weights, and not attention; or its inputs alone.
+REMAT = {
+  "none": lambda step: step,
+  "dots": functools.partial(
+    jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  ),
+  "full": jax.checkpoint,
+}
 # One (keys, values) pair per layer, each [B, K, C, H]: the order in which attention multiplies
 # them, so that a decoding step transposes no cache.
 Cache = tuple[tuple[Array, Array], ...]
@@ -209,15 +220,16 @@ def _decoder(config):
       x, keys_values = nnx.merge(block_graph, layer)(x, rotation, seen)
       return parallel.split_rows(x), keep(keys_values)
 
-    if config.remat:
-      step = jax.checkpoint(step)
+    step = REMAT[config.remat](step)
     index = None
     if len(kinds) > 1:
       stacked = jax.tree.map(lambda *x: jnp.stack(x), *_with_rotations(kinds))
       index = jnp.array(config.kind_of_layer)
-    # A few layers are faster unrolled and compile as fast; many would take minutes to compile.
+    # A few layers are faster unrolled and compile as fast; many would take minutes to compile. What
+    # is computed anew saves memory in a loop alone: the CPU's compiler would compute it too early.
     x = parallel.split_rows(ends.embedded(tokens, positions))
-    x, kept = jax.lax.scan(step, x, (layers, index), unroll=config.num_layers <= 8)
+    unrolled = config.num_layers <= 8 and config.remat == "none"
+    x, kept = jax.lax.scan(step, x, (layers, index), unroll=unrolled)
     return ends.final_norm(x), kept
 
   def hidden(params, tokens, mask, segment_ids=None, fork=None):

@@ -87,7 +87,8 @@ def _hold(directory: pathlib.Path, stack: contextlib.ExitStack) -> str:
       if not _is_there(path, file):  # Its holder has just removed it.
         continue
       file.truncate(0)
-      json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
+      since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+      json.dump({"host": socket.gethostname(), "process": os.getpid(), "since": since}, file)
       file.flush()
       _held.add(str(path))
       own.callback(_leave, path, made)
@@ -98,7 +99,7 @@ def _hold(directory: pathlib.Path, stack: contextlib.ExitStack) -> str:
 def _named(content: str) -> str:
   try:
     holder = json.loads(content)
-    return f"process {int(holder['process'])} on {holder['host']}"
+    return f"process {int(holder['process'])} on {holder['host']}, since {holder['since']}"
   except (ValueError, KeyError, TypeError):  # The holder has not written it yet.
     return "another process"
 

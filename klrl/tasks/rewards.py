@@ -65,7 +65,9 @@ def load_rewards(spec: str, patience: Patience = ENDLESS) -> list[Reward]:
       reward = Reward(MODEL, weight, None)
     else:
       source = path, name = _path_and_name(source)
-      reward = Reward(name, weight, _function(_run_file(path), name, item), patience)
+      reward = Reward(
+        name, weight, _function(_run_file(path, patience.timeout), name, item), patience
+      )
     if source in sources:
       raise UserError(f"--reward={spec}: {item} is there twice; give it once, with one weight.")
     sources.append(source)
@@ -79,10 +81,10 @@ def load_rewards(spec: str, patience: Patience = ENDLESS) -> list[Reward]:
   return rewards
 
 
-def check_rewards(spec: str, records: list[dict[str, Any]]) -> None:
+def check_rewards(spec: str, records: list[dict[str, Any]], patience: Patience = ENDLESS) -> None:
   """Raises UserError if one of the rewards of `spec` cannot be called for such prompts."""
   columns = sorted({column for record in records for column in record} - {"prompt"})
-  for reward in load_rewards(spec):
+  for reward in load_rewards(spec, patience):
     if reward.fn is not None:
       check_parameters(reward.fn, reward.name, columns)
 
@@ -202,8 +204,13 @@ def _path_and_name(source: str) -> tuple[pathlib.Path, str]:
   return pathlib.Path(path).resolve(), name
 
 
-@functools.cache
-def _run_file(path: pathlib.Path) -> ModuleType:
+_modules: dict[pathlib.Path, ModuleType] = {}  # of the files that have run
+
+
+def _run_file(path: pathlib.Path, timeout: float) -> ModuleType:
+  """Returns the module of a user's file, which runs once, for at most `timeout` seconds."""
+  if path in _modules:
+    return _modules[path]
   folder = str(path.parent)
   if folder not in sys.path:
     sys.path.append(folder)  # It comes last, so that a user's file hides no package.
@@ -211,7 +218,9 @@ def _run_file(path: pathlib.Path) -> ModuleType:
   module = importlib.util.module_from_spec(module_spec)
   # Dataclasses and pickles in the file look their module up by name.
   sys.modules[module_spec.name] = module
-  checked(f"file {path}", lambda: module_spec.loader.exec_module(module), str(path))
+  run = functools.partial(module_spec.loader.exec_module, module)
+  checked(f"file {path}", run, str(path), timeout=timeout)
+  _modules[path] = module
   return module
 
 
