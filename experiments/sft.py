@@ -25,6 +25,7 @@ import jax
 from experiments.settings import common
 from experiments.settings.common import again, setting
 from klrl import inputs, ops
+from klrl.algorithm.distributions import over_vocabulary
 from klrl.cost import dry_run
 from klrl.devices import parallel
 from klrl.errors import UserError
@@ -174,9 +175,8 @@ def make_cross_entropy_fn(policy):
 
   def loss_fn(params, batch: data.Examples):
     hidden = policy.hidden(params, batch.tokens, batch.mask, batch.segment_ids)[:, :-1]
-    log_probs = ops.token_log_probs_from_hidden(
-      hidden, policy.unembedding(params), batch.tokens[:, 1:]
-    )
+    models = [(hidden, policy.unembedding(params))]
+    log_probs = over_vocabulary(ops.taken, models, [batch.tokens[:, 1:]])
     cross_entropy = ops.token_mean(-log_probs, batch.completion_mask[:, 1:])
     return {"loss/cross_entropy": 1.0}, {"loss/cross_entropy": cross_entropy}
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from klrl import ops
 from klrl.algorithm import completions
+from klrl.algorithm.distributions import log_probs_and_entropy_of, over_vocabulary
 from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.sampling import Rollout
@@ -38,13 +39,13 @@ def make_evaluate_fn(policy, reference):
     hidden = completions.completion_hidden(policy, params, rollout)
     tokens, unembedding = completions.completion_tokens(rollout), policy.unembedding(params)
     if reference is None:
-      log_probs, entropy = ops.token_log_probs_and_entropy_from_hidden(
-        hidden, unembedding, tokens, temperature=temperature
+      log_probs, entropy = over_vocabulary(
+        log_probs_and_entropy_of, [(hidden, unembedding)], [tokens], temperature=temperature
       )
       return Evaluation(rollout, log_probs, entropy, None, None)
     ref_hidden = completions.completion_hidden(reference, reference_params, rollout)
     models = (hidden, unembedding), (ref_hidden, reference.unembedding(reference_params))
-    of_tokens = ops.over_vocabulary(_of_tokens, models, [tokens], temperature=temperature)
+    of_tokens = over_vocabulary(_of_tokens, models, [tokens], temperature=temperature)
     return Evaluation(rollout, *of_tokens)
 
   return evaluate
@@ -52,7 +53,7 @@ def make_evaluate_fn(policy, reference):
 
 def _of_tokens(log_probs, ref_log_probs, tokens):
   """Returns the fields of an `Evaluation` after the rollout."""
-  of_policy = ops.taken(log_probs, tokens), ops.entropy_of(log_probs)
+  of_policy = log_probs_and_entropy_of(log_probs, tokens)
   return *of_policy, ops.taken(ref_log_probs, tokens), ops.kl_of(log_probs, ref_log_probs)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments.settings import rl, training
 from klrl import inputs, judging, ops
+from klrl.algorithm.distributions import over_vocabulary
 from klrl.cost import dry_run
 from klrl.devices import parallel
 from klrl.models import (
@@ -64,7 +65,7 @@ def completion_log_probs(policy: Policy, params, tokens, mask, completion_mask) 
     x.reshape(-1, x.shape[-1]) for x in (tokens, mask, completion_mask)
   )
   hidden = policy.hidden(params, flat, mask)[:, :-1]
-  per_token = ops.token_log_probs_from_hidden(hidden, policy.unembedding(params), flat[:, 1:])
+  per_token = over_vocabulary(ops.taken, [(hidden, policy.unembedding(params))], [flat[:, 1:]])
   per_token = ops.zero_padding(per_token, completion_mask[:, 1:])
   return per_token.sum(axis=-1).reshape(tokens.shape[:-1])
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from klrl import ops
+from klrl.algorithm.distributions import log_probs_and_entropy_of, over_vocabulary
 from klrl.algorithm.gradients import enough_parts
 from klrl.devices import parallel
 from klrl.models.attention import Fork
@@ -84,20 +85,21 @@ def log_probs_and_entropy(policy, params, rollout: Rollout, *, temperature):
 
   Gradient flows to `params`; [B, T, V] logits are never held.
   """
-  return ops.token_log_probs_and_entropy_from_hidden(
-    completion_hidden(policy, params, rollout),
-    policy.unembedding(params),
-    completion_tokens(rollout),
+  return over_vocabulary(
+    log_probs_and_entropy_of,
+    [(completion_hidden(policy, params, rollout), policy.unembedding(params))],
+    [completion_tokens(rollout)],
     temperature=temperature,
   )
 
 
 def log_probs(policy, params, rollout: Rollout, *, temperature, group_size: int = 1) -> jax.Array:
   """Returns the log-probs of the completion tokens, [B, T], nats per token."""
-  return ops.token_log_probs_from_hidden(
-    completion_hidden(policy, params, rollout, group_size=group_size),
-    policy.unembedding(params),
-    completion_tokens(rollout),
+  hidden = completion_hidden(policy, params, rollout, group_size=group_size)
+  return over_vocabulary(
+    ops.taken,
+    [(hidden, policy.unembedding(params))],
+    [completion_tokens(rollout)],
     temperature=temperature,
   )
 
@@ -109,11 +111,10 @@ def exact_kl(policy, params, reference, reference_params, rollout: Rollout, *, t
   estimate of the sequence KL when `rollout` was drawn from pi (Amini, Vieira and Cotterell, "Better
   Estimation of the KL Divergence Between Language Models", 2025).
   """
-  return ops.exact_kl_from_hidden(
-    completion_hidden(policy, params, rollout),
-    policy.unembedding(params),
-    completion_hidden(reference, reference_params, rollout),
-    reference.unembedding(reference_params),
+  models = (policy, params), (reference, reference_params)
+  return over_vocabulary(
+    ops.kl_of,
+    [(completion_hidden(*model, rollout), model[0].unembedding(model[1])) for model in models],
     temperature=temperature,
   )
 

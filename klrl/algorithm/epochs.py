@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from klrl import ops
 from klrl.algorithm import completions, diagnostics, kl_terms
+from klrl.algorithm.distributions import log_probs_and_entropy_of, over_vocabulary
 from klrl.algorithm.gradients import enough_parts, gradients_of
 from klrl.algorithm.optimizer import apply_gradients
 from klrl.algorithm.spec import Algorithm, Hypers
@@ -155,17 +156,17 @@ def _of_distributions(algorithm: Algorithm, hidden, unembedding, batch: Batch, c
   """
   hypers, tokens = context.hypers, completions.completion_tokens(batch.rollout)
   if batch.ref_hidden is None or context.ref_unembedding is None:
-    of_tokens = ops.token_log_probs_and_entropy_from_hidden(
-      hidden, unembedding, tokens, temperature=hypers.temperature
+    of_tokens = over_vocabulary(
+      log_probs_and_entropy_of, [(hidden, unembedding)], [tokens], temperature=hypers.temperature
     )
     return *of_tokens, None
 
   def figures(log_probs, ref_log_probs, tokens, hypers):
-    of_tokens = ops.taken(log_probs, tokens), ops.entropy_of(log_probs)
+    of_tokens = log_probs_and_entropy_of(log_probs, tokens)
     return *of_tokens, algorithm.exact_divergence(log_probs, ref_log_probs, hypers)
 
   models = (hidden, unembedding), (batch.ref_hidden, context.ref_unembedding)
-  return ops.over_vocabulary(figures, models, [tokens], [hypers], temperature=hypers.temperature)
+  return over_vocabulary(figures, models, [tokens], [hypers], temperature=hypers.temperature)
 
 
 def _refreshed(
@@ -189,7 +190,8 @@ def _cross_entropy(policy, params, texts: Texts):
   """Returns (sum, count) of -log pi over the texts' tokens after the first, nats."""
   tokens, mask = texts
   hidden = policy.hidden(params, tokens, mask)[:, :-1]
-  log_probs = ops.token_log_probs_from_hidden(hidden, policy.unembedding(params), tokens[:, 1:])
+  models = [(hidden, policy.unembedding(params))]
+  log_probs = over_vocabulary(ops.taken, models, [tokens[:, 1:]])
   return ops.token_mean(-log_probs, mask[:, 1:])
 
 

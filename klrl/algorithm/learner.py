@@ -20,6 +20,7 @@ from klrl.algorithm import (
   memory,
   preparation,
 )
+from klrl.algorithm.distributions import over_vocabulary
 from klrl.algorithm.epochs import (
   Batch,
   Context,
@@ -349,7 +350,7 @@ def _measured_reference(
 
   def of_reference(hidden, fn, rows):
     models = [(hidden, reference.unembedding(reference_params))]
-    return ops.over_vocabulary(fn, models, rows, temperature=temperature)
+    return over_vocabulary(fn, models, rows, temperature=temperature)
 
   def weights(hidden):
     certainty = None
@@ -375,7 +376,7 @@ def _measured_reference(
       (hidden_of(policy, params), policy.unembedding(params)),
       (hidden, reference.unembedding(reference_params)),
     )
-    kl, divergence = ops.over_vocabulary(
+    kl, divergence = over_vocabulary(
       figures, models, coefficients=[state.hypers], temperature=temperature
     )
     return divergence, diagnostics.sequence_stats("kl/ref_exact", kl, mask)

@@ -367,6 +367,32 @@ def _with_rows_over(x, axes):
   return jax.lax.with_sharding_constraint(x, PartitionSpec(tuple(axes), *others))
 
 
+def split_vocabulary(tree):
+  """Returns `tree`, arrays [..., vocabulary], with the vocabulary split over `fsdp` and `tensor`.
+
+  Devices that these do not divide evenly have padding, which the compiler ignores.
+  """
+  axes = _axes_of_vocabulary()
+  if not axes:
+    return tree
+
+  def split(x):
+    others = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*others, axes))
+
+  return jax.tree.map(split, tree)
+
+
+def devices_of_vocabulary() -> int:
+  """Returns over how many devices `split_vocabulary` splits."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape[axis] for axis in _axes_of_vocabulary())
+
+
+def _axes_of_vocabulary() -> tuple[str, ...]:
+  return ("fsdp", "tensor") if splits_weights() else ()
+
+
 def compiles_for_cpu() -> bool:
   """Returns whether what is traced is for a CPU: that of the mesh in scope, or of the default."""
   device = jax.sharding.get_abstract_mesh().abstract_device
