@@ -251,3 +251,11 @@ def test_blocks_of_an_array_are_fetched_from_the_devices_that_hold_them(split, a
   np.testing.assert_array_equal(np.concatenate(blocks, axis), array)
   (whole,) = parallel.fetch_blocks(placed, axis, 12)
   np.testing.assert_array_equal(whole, array)
+
+
+@pytest.mark.parametrize(("num_members", "loops"), [(2, 0), (4, 1)])
+def test_a_member_that_is_alone_on_its_device_runs_in_no_loop(num_members, loops):
+  fn = parallel.map_members(parallel.make_mesh("sweep=2"), jnp.sin, (0,), members_per_batch=1)
+  x = jnp.arange(2.0 * num_members).reshape(num_members, 2)
+  np.testing.assert_allclose(jax.jit(fn)(x), jnp.sin(x))
+  assert str(jax.make_jaxpr(fn)(x)).count("scan[") == loops

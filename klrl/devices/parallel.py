@@ -226,6 +226,9 @@ def map_members(
     pairs = zip(in_axes, arguments, strict=True)
     owns = [mine for axis, mine in pairs if axis is not None]
     num_members = jax.tree.leaves(owns)[0].shape[0]
+    if num_members == 1:
+      # The compiler for TPUs makes two copies of a loop's body that runs once, and runs both.
+      return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], owns)))
     size = num_members // -(-num_members // members_per_batch)
     # A batch of one would be another program than that of a single run.
     return jax.lax.map(one, owns, batch_size=size if size > 1 else None)
