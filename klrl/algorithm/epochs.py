@@ -230,6 +230,7 @@ def inner_epochs(
   num_parts = enough_parts(minibatch, algorithm.accumulation, group_size=algorithm.group_size)
   minibatches = minibatch_rows(algorithm, batch_size, num_parts, key)
 
+  @jax.jit  # The shapes of its metrics are asked for too: it is traced once.
   def step(carry, rows):
     params, opt_state = carry
     minibatch = parallel.split_rows(jax.tree.map(lambda x: x[rows], batch))

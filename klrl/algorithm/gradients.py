@@ -72,13 +72,14 @@ def gradients_of(loss_fn: Callable, params, batch, *, num_parts: int = 1):
 
   # A part has every num_parts-th row, so that the rows of each device are spread over all parts.
   parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch)
+  loss_fn = jax.jit(loss_fn)  # It is called twice, and traced once.
 
   def counts_of(part):
-    weights, metrics = loss_fn(params, part)
+    weights, metrics = loss_fn(params, parallel.split_rows(part))
     return {name: metrics[name][1] for name in weights}
 
   # The compiler keeps only the counts of this pass.
-  counts = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(counts_of)(parts))
+  counts = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(counts_of, parts))
 
   def total(params, part):
     # Otherwise every device would compute the whole part if they do not divide its rows.
@@ -86,16 +87,13 @@ def gradients_of(loss_fn: Callable, params, batch, *, num_parts: int = 1):
     pairs = {name: (metrics[name][0], counts[name]) for name in weights}
     return _weighted_sum(weights, pairs), metrics
 
-  def gradients_and_metrics(part):
-    gradients, metrics = jax.grad(total, has_aux=True)(params, part)
-    return _at_least_float32(gradients), _as_float32(metrics)
-
   def add(sums, part):
-    return jax.tree.map(jnp.add, sums, gradients_and_metrics(part)), None
+    gradients, metrics = jax.grad(total, has_aux=True)(params, part)
+    return jax.tree.map(jnp.add, sums, _at_least_float32(gradients)), _as_float32(metrics)
 
-  shapes = jax.eval_shape(gradients_and_metrics, jax.tree.map(lambda x: x[0], parts))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  return jax.lax.scan(add, zeros, parts)[0]
+  zeros = _at_least_float32(jax.tree.map(jnp.zeros_like, params))
+  gradients, metrics = jax.lax.scan(add, zeros, parts)
+  return gradients, jax.tree.map(lambda x: x.sum(axis=0), metrics)
 
 
 def _at_least_float32(gradients):

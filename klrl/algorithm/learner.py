@@ -410,6 +410,7 @@ def _at_cadence(kl_every: int, state, measure):
     return {}
   if kl_every == 1:
     return measure()
+  measure = jax.jit(measure)  # It is traced once for its shapes and its values.
   not_measured = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure))
   due = state.iteration % kl_every == 0
   return jax.lax.cond(due, measure, lambda: not_measured)
