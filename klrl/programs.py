@@ -1,11 +1,13 @@
 """The compiled functions of a run, and the step of an iteration that calls them."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import pathlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -202,10 +204,12 @@ def make_step_fn(
   lift=_alone,
   guard=lambda fn: fn,
   workdir: pathlib.Path | None = None,
+  ahead_of: learner.TrainState | None = None,
 ) -> Callable:
   """Returns step(state, iteration) -> (state, metrics) for `loop.iterate`; see `make_programs`.
 
-  In the folder `workdir` rollouts wait for scores of the host; without one they are not kept.
+  In the folder `workdir` rollouts wait for scores of the host; without one they are not kept. For
+  states like `ahead_of` the programs are compiled in a thread that begins now.
   """
   algorithm, models, task = setup.algorithm, setup.models, setup.task
   mesh, frozen, data_seed = setup.mesh, setup.frozen, setup.config.data_seed
@@ -235,12 +239,33 @@ def make_step_fn(
     rows = data.batch_rows(data_seed + 1, iteration, algorithm.batch_size, num_texts)
     return parallel.put(data.take(task.pretraining, rows), rows_sharding)
 
+  def compiled(shapes):
+    """Yields the programs of the first iteration, each when it is compiled."""
+    rows = rows_of(0)
+    given, texts = (shapes, distinct, *prompts_of(rows)), pretraining_of(0)
+    if not task.rewards:
+      yield programs["iterate"].lower(*given, parallel.put(rows, rows_sharding), texts).compile()
+      return
+    lowered = programs["rollout"].lower(*given)
+    yield (rollout := lowered.compile())
+    sampled = jax.tree.map(_shape_of, lowered.out_info, rollout.output_shardings)
+    shape = sampled.finished.shape
+    scores = parallel.by_rows(mesh, members=len(shape) > 1)
+    scores = jax.ShapeDtypeStruct(shape, np.float32, sharding=scores)
+    yield programs["update"].lower(shapes, distinct, sampled, scores, texts).compile()
+
+  ahead = _Ahead()
+  if ahead_of is not None:
+    shapes = jax.tree.map(lambda x: _shape_of(x, x.sharding), ahead_of)
+    ahead = _Ahead(["rollout", "update"] if task.rewards else ["iterate"], compiled(shapes))
+
   if not task.rewards:
 
     def step(state, iteration):
       prompts, texts = prompts_of(rows_of(iteration)), pretraining_of(iteration)
       rows = rows_of(memory.trained_on(iteration, algorithm.staleness))
       rows = parallel.put(rows, rows_sharding)
+      ahead.wait("iterate")
       return programs["iterate"](state, distinct, *prompts, rows, texts)
 
     return step
@@ -266,6 +291,7 @@ def make_step_fn(
       on_host = Rollout(**arrays)
       places = programs["rollout"].lower(*arguments).compile().output_shardings
       return parallel.put(on_host, places), on_host
+    ahead.wait("rollout")
     # It starts before anything waits for the update before it.
     rollout = programs["rollout"](*arguments)
     mark = path and mark_of(state, rows)
@@ -326,6 +352,8 @@ def make_step_fn(
     )
     scored = time.monotonic()
     notice_unscored(scores, iteration)
+    if new is rollout:  # A short one has a program of its own.
+      ahead.wait("update")
     scores = parallel.put(scores.reshape(shape), parallel.by_rows(mesh, members=len(shape) > 1))
     state, pairs = programs["update"](state, distinct, new, scores, pretraining_of(iteration))
     if path:
@@ -343,6 +371,32 @@ def make_step_fn(
   return step_with_host_reward
 
 
+def _shape_of(x, sharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+class _Ahead:
+  """A thread that compiles programs, while the main one compiles others and judges the start.
+
+  A call waits for its program, and then finds it in JAX's own cache.
+  """
+
+  def __init__(self, names: Sequence[str] = (), compiled: Iterator | None = None):
+    self._is_over = {name: threading.Event() for name in names}
+    if names:
+      threading.Thread(target=self._run, args=(compiled,), name="compile ahead").start()
+
+  def _run(self, compiled):
+    for is_over in self._is_over.values():
+      with contextlib.suppress(Exception):  # The call fails as well, and tells why.
+        next(compiled)
+      is_over.set()
+
+  def wait(self, name: str) -> None:
+    if name in self._is_over:
+      self._is_over[name].wait()
+
+
 def _make_mark_fn(setup: Setup) -> Callable:
   """Returns mark(state, rows) -> text, which is another for every other rollout of a state."""
   models, task = setup.models, setup.task
@@ -352,7 +406,7 @@ def _make_mark_fn(setup: Setup) -> Callable:
 
   @functools.cache
   def of_frozen():
-    return int(words(setup.frozen["base"]))
+    return int(words(setup.frozen["base"])) if setup.frozen["base"] else 0
 
   def mark(state, rows):
     told = hashlib.blake2b(

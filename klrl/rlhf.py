@@ -13,12 +13,12 @@ from typing import Any
 from klrl import evaluation, judging
 from klrl.algorithm import objective
 from klrl.algorithm.epochs import value_params
-from klrl.devices import parallel
+from klrl.devices import parallel, processes
 from klrl.figures import labels
 from klrl.inputs import Models, Task
 from klrl.models import join, save_policy, save_scalar
 from klrl.programs import Setup, init_run, make_step_fn, set_up
-from klrl.run import loop, progress, symptoms
+from klrl.run import checkpoint, loop, progress, symptoms
 from klrl.run.evaluations import Evaluations, best_figures, cadence
 from klrl.run.summary import write_summary
 from klrl.run.workdir import write_text
@@ -48,12 +48,14 @@ def train_policy(
   setup = set_up(config, parallel.make_mesh(config.mesh), models, task)
   state = init_run(setup)
   shardings = parallel.state_shardings(setup.mesh, state)
+  # A run that goes on finds its programs on the disk, or has none left to compile.
+  is_new = processes.is_alone() and not checkpoint.saved_iterations(workdir / "checkpoints")
+  step = make_step_fn(setup, shardings, workdir=workdir, ahead_of=state if is_new else None)
   judge, evaluate = make_judge(setup)
   before = judge(state.params, when="before")
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
   if start == 0:
     check_start(config, before)
-  step = make_step_fn(setup, shardings, workdir=workdir)
   evaluations = make_evaluations(
     workdir, setup, evaluate, lambda state: state.params, show=_HELD_OUT
   )

@@ -1,6 +1,8 @@
 """An iteration compiles each of its programs once, and nothing in it waits for the host."""
 
+import contextlib
 import functools
+import threading
 
 import jax
 import numpy as np
@@ -32,11 +34,12 @@ def setup_of(config, rewards):
   return programs.set_up(config, parallel.make_mesh("data=2"), models, task)
 
 
-def run_of(rewards):
+def run_of(rewards, *, is_ahead=False):
   """Returns (step, state) of a run by itself."""
   setup = setup_of(grpo.Config(**SETTINGS), rewards)
   state = programs.init_run(setup)
-  return programs.make_step_fn(setup, parallel.state_shardings(setup.mesh, state)), state
+  shardings = parallel.state_shardings(setup.mesh, state)
+  return programs.make_step_fn(setup, shardings, ahead_of=state if is_ahead else None), state
 
 
 def members():
@@ -58,6 +61,31 @@ def of_the_host(completions, **columns):
   return np.arange(len(completions)) / 10
 
 
+@contextlib.contextmanager
+def noted(note):
+  """Calls `note(name)` for each program that is compiled."""
+
+  def listener(event, _, *, fun_name="", **more):
+    if event == COMPILED:
+      note(fun_name)
+
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  try:
+    yield
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_what_is_compiled_ahead_is_not_compiled_again():
+  compiled = []
+  with noted(lambda name: compiled.append((name, threading.current_thread().name))):
+    step, state = run_of([Reward("own", 1.0, of_the_host)], is_ahead=True)
+    step(state, 0)
+  expected = ["jit(<lambda>)", "jit(update_after_sampling)"]
+  assert sorted(name for name, thread in compiled if thread == "compile ahead") == expected
+  assert not {name for name, thread in compiled if thread != "compile ahead"} & set(expected)
+
+
 @pytest.mark.parametrize(
   ("made", "expected"),
   [
@@ -75,18 +103,11 @@ def test_an_iteration_compiles_its_programs_once_and_moves_nothing_unasked(made,
   compiled = [[] for _ in range(NUM_ITERATIONS)]
   iteration = 0
 
-  def note(event, _, *, fun_name="", **more):
-    if event == COMPILED:
-      compiled[iteration].append(fun_name)
-
-  jax.monitoring.register_event_duration_secs_listener(note)
-  try:
+  with noted(lambda name: compiled[iteration].append(name)):
     for iteration in range(NUM_ITERATIONS):
       # What is put or fetched by name is allowed: rows, and what a reward of the host reads.
       with jax.transfer_guard("disallow"):
         state, pairs = step(state, iteration)
-  finally:
-    jax.monitoring.unregister_event_duration_listener(note)
   assert sorted(compiled[0]) == sorted(expected)
   assert compiled[1:] == [[]] * (NUM_ITERATIONS - 1)
   assert "kl/ref_exact" in pairs
