@@ -252,7 +252,7 @@ def test_drawing_is_measured(monkeypatch, capsys):
 
 def test_a_sweep_is_compared_with_a_run(monkeypatch, capsys):
   """What it starts are the experiments' own programs, which are tested as such."""
-  monkeypatch.setattr(sweep_bench, "run", lambda *arguments: (1.0, ""))
+  monkeypatch.setattr(sweep_bench, "run", lambda *arguments: 1.0)
   monkeypatch.setattr(parallel, "use_every_core", lambda: None)  # Tests have their devices.
   cache = jax.config.jax_enable_compilation_cache
   try:
