@@ -348,7 +348,27 @@ def exact_figures(config: Config, models: inputs.Models, prompts: data.Prompts, 
     "sizes": config.sizes,
     "kl_bounds": bounds,
     **means,
+    "gold_laws": gold_laws(means),
   }
+
+
+def gold_laws(lines: dict) -> dict:
+  """Returns the laws of Gao et al. (2022) that are nearest to the gold score of the exact lines.
+
+  Each has its coefficients `alpha` and `slope`, the largest `error` of a point, and `peak_kl`, the
+  KL in nats at which the law has most gold; None where it has no peak.
+  """
+  found = {}
+  for law, line in (("best_of_n", "best_of_n"), ("rl", "frontier")):
+    kl, gold = (np.array(lines[line][name]) for name in ("kl", "gold"))
+    with jax.enable_x64(True):
+      distances = jnp.sqrt(jnp.maximum(jnp.asarray(kl), 0))
+      gains = jnp.asarray(gold - lines["start"]["gold"])
+      alpha, slope = bandits.fitted_gold_law(law, distances, gains)
+      error = float(jnp.abs(bandits.GOLD_LAWS[law].score(distances, alpha, slope) - gains).max())
+      peak = float(bandits.GOLD_LAWS[law].peak(alpha, slope)) ** 2 if slope > 0 else None
+    found[law] = {"alpha": float(alpha), "slope": float(slope), "error": error, "peak_kl": peak}
+  return found
 
 
 def _exact_lines(log_probs, scores, gold, sizes: list[int]) -> dict:
@@ -363,7 +383,8 @@ def _exact_lines(log_probs, scores, gold, sizes: list[int]) -> dict:
   frontier = jax.lax.map(
     lambda beta: figures(jax.nn.softmax(ref + scores / beta)), jnp.asarray(BETAS)
   )
-  return jax.tree.map(np.asarray, {"best_of_n": best_of, "frontier": frontier})
+  lines = {"start": figures(jnp.exp(ref)), "best_of_n": best_of, "frontier": frontier}
+  return jax.tree.map(np.asarray, lines)
 
 
 if __name__ == "__main__":

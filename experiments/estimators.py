@@ -49,7 +49,7 @@ from klrl.models import (
   shared_tokens,
 )
 from klrl.run import progress
-from klrl.sampling import make_sample_fn, top_k_logits
+from klrl.sampling import make_sample_fn, top_k_logits, top_p_logits
 from klrl.tasks import arithmetic, data
 
 NUM_NODES = 100  # of Gauss-Hermite quadrature: exact for the cases here to 13 digits
@@ -219,14 +219,17 @@ def running_means(sample: Points) -> dict:
   }
 
 
-def truncated_sampling(probs, ref_probs, *, top_k: int) -> dict:
-  """Returns the means of k1 and k3 of full policies where the sampler drew from the top k only."""
+TRUNCATED = (0.5, 0.3, 0.2), (0.6, 0.3, 0.1)  # policy and reference
+
+
+def truncated_sampling(sampler: str, cut: Callable, probs, ref_probs) -> dict:
+  """Returns the means of k1 and k3 of full policies where the sampler drew from `cut(logits)`."""
   case = categorical("truncated", probs, ref_probs)
   with jax.enable_x64(True):
-    kept = jax.nn.softmax(top_k_logits(jnp.asarray(case.points.log_probs), top_k))
+    kept = jax.nn.softmax(cut(jnp.asarray(case.points.log_probs)))
   values = estimates(case.points)
   k1, k3 = (moments(np.asarray(kept), values[name])[0] for name in ("k1", "k3"))
-  return {"name": case.name, "true": case.true, "top_k": top_k, "k1": k1, "k3": k3}
+  return {"name": case.name, "true": case.true, "sampler": sampler, "k1": k1, "k3": k3}
 
 
 def small_k3(log_ratio: float) -> dict:
@@ -263,7 +266,8 @@ def laboratory_figures(seed: int, *, num_samples: int) -> dict:
       "estimates": {name: x.tolist() for name, x in estimates(heavy).items()},
       "running_means": running_means(samples[-1]),
     },
-    "truncated": truncated_sampling((0.5, 0.3, 0.2), (0.6, 0.3, 0.1), top_k=2),
+    "truncated": truncated_sampling("top-2", lambda x: top_k_logits(x, 2), *TRUNCATED),
+    "nucleus": truncated_sampling("top-p at 0.7", lambda x: top_p_logits(x, 0.7), *TRUNCATED),
     "float32": small_k3(1e-4),
   }
 

@@ -29,6 +29,7 @@ from experiments.settings.common import setting
 from klrl.algorithm import kl_terms, objective
 from klrl.algorithm.objective import KLPenalty
 from klrl.errors import UserError
+from klrl.exact import bandits
 from klrl.run import progress
 
 PREFIX_CAPS = (1.2, 2.0)
@@ -85,7 +86,7 @@ def make_audit(config: Config) -> dict[str, Any]:
   """Returns all figures, as they stand in audit.json."""
   tree, fixed, scores = kl_figures.tree_a()
   policies = kl_figures.with_random(fixed, config.num_trees, config.seed)
-  rows = [*_penalties(), *_refreshed(), *_capped(), *_peers()]
+  rows = [*_penalties(), *_refreshed(), *_capped(), *_whole(), *_peers()]
   found = kl_figures.figures(
     tree, [row.surrogate for row in rows], [row.estimate for row in rows], policies
   )
@@ -96,7 +97,7 @@ def make_audit(config: Config) -> dict[str, Any]:
   for i, end, at_horizon_1 in zip(trained, on_tree, on_bandit, strict=True):
     found[i] |= {"end": end, "end_at_horizon_1": at_horizon_1}
 
-  groups = {group: [] for group in ("penalties", "refreshed", "capped", "peers")}
+  groups = {group: [] for group in ("penalties", "refreshed", "capped", "whole", "peers")}
   for row, figures in zip(rows, found, strict=True):
     groups[row.group].append(row.about | figures)
   for figures in groups["penalties"]:
@@ -163,6 +164,20 @@ def _capped() -> list[Row]:
     if penalty.correction == "prefix"
     for cap in PREFIX_CAPS
   ]
+
+
+def _whole() -> list[Row]:
+  """Returns rows that take a completion as one choice, with the log-ratio of the whole."""
+  choices = {
+    "k2 as a loss": ("k2", "none"),
+    "k3 as a loss": ("k3", "none"),
+    "k1 times the ratio": ("k1", "ratio"),
+    "k2 times the stopped ratio": ("k2", "stopped_ratio"),
+    "k3 times the ratio": ("k3", "ratio"),
+    "k1 of the older policy times the ratio": ("stale_k1", "ratio"),
+  }
+  surrogates = {name: bandits.sequence_surrogate(*choice) for name, choice in choices.items()}
+  return [Row("whole", {"name": name}, f, f) for name, f in surrogates.items()]
 
 
 def _peers() -> list[Row]:

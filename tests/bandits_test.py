@@ -141,6 +141,13 @@ def test_gold_laws_start_at_zero_and_peak_where_they_say(name):
   assert score(top, 0.5, 0.25) > max(score(top * x, 0.5, 0.25) for x in (0.99, 1.01))
 
 
+@pytest.mark.parametrize("name", bandits.GOLD_LAWS)
+def test_a_gold_law_is_found_again_from_its_points(name):
+  distances = np.linspace(0.0, 3.0, 7)
+  gains = bandits.GOLD_LAWS[name].score(distances, 0.5, 0.25)
+  np.testing.assert_allclose(bandits.fitted_gold_law(name, distances, gains), (0.5, 0.25))
+
+
 def test_standardised_scores():
   x = bandits.standardised(REF, SCORES)
   np.testing.assert_allclose([(REF * x).sum(), (REF * x**2).sum()], [0, 1], atol=1e-12)

@@ -69,6 +69,22 @@ def test_every_claim_of_other_divergences_is_what_enumeration_finds(audit):
   assert all(row["on_policy"]["pull_of_kl"] for row in rows if row["verdict"] == "exact")
 
 
+def test_of_completions_taken_as_one_choice_k2_has_the_gradient_and_off_policy_its_ratio(audit):
+  found = {row["name"]: (row["on_policy"], row["off_policy"]) for row in audit["whole"]}
+  exact = {
+    name: tuple(figures["gradient"] == objective.SEQUENCE for figures in both)
+    for name, both in found.items()
+  }
+  assert exact == {
+    "k2 as a loss": (True, False),
+    "k3 as a loss": (False, False),
+    "k1 times the ratio": (True, True),
+    "k2 times the stopped ratio": (True, True),
+    "k3 times the ratio": (True, True),
+    "k1 of the older policy times the ratio": (True, False),
+  }
+
+
 def test_af05_errors_cosines_and_variances_on_policy(facts, audit, rows):
   fact = facts["AF05"]["expected"]
   names = {

@@ -156,7 +156,27 @@ def _exact(exact: dict | None) -> list[Html]:
     ),
     table(EXACT_COLUMNS, cells),
     note("Means over the problems. The best score is interpolated between points of the frontier."),
+    note(_laws(exact["gold_laws"])),
   ]  # fmt: skip
+
+
+def _laws(laws: dict) -> str:
+  """Returns what the laws of the gold score say, with d the square root of the KL."""
+  texts = []
+  for name, formula, law in (
+    ("best of n", "d (a \u2212 b d)", laws["best_of_n"]),
+    ("the frontier", "d (a \u2212 b log d)", laws["rl"]),
+  ):
+    peak = law["peak_kl"]
+    top = "without a peak" if peak is None else f"with the most gold at a KL of {digits(peak)}"
+    texts.append(
+      f"{name}: {formula}, a = {digits(law['alpha'])}, b = {digits(law['slope'])}, {top}; no point "
+      f"is further off than {digits(law['error'])}"
+    )
+  return (
+    "Laws of over-optimisation (Gao, Schulman and Hilton, 2022) nearest to the gain of gold, d the "
+    f"square root of the KL. For {'. For '.join(texts)}."
+  )
 
 
 def _bandit_cells(row: dict) -> tuple[str, ...]:

@@ -136,7 +136,8 @@ def report(results: dict) -> str:
       plot(lambda axes: _draw_mixtures(axes, mixed), "c", y_ticks=TICKS),
       [f"{x['title']}: best c {digits(x['control_variate']['best_c'])}" for x in mixed],
     ),
-    element("h2", "Two alarms"), _alarms(results["truncated"], results["float32"]),
+    element("h2", "Alarms"),
+    _alarms([results[name] for name in ("truncated", "nucleus")], results["float32"]),
   )  # fmt: skip
 
 
@@ -167,13 +168,16 @@ def _heavy(heavy: dict, true: float) -> list[Html]:
   ]  # fmt: skip
 
 
-def _alarms(truncated: dict, small: dict) -> Html:
+def _alarms(truncated: list[dict], small: dict) -> Html:
   rows = (
-    (
-      f"Mean of k1 below zero: {truncated['name']}", digits(truncated["true"]),
-      f"k1 {digits(truncated['k1'])}, k3 {digits(truncated['k3'])}",
-      f"Drawn by top-{truncated['top_k']} sampling, scored as if drawn from the whole policy. "
-      "Score what is drawn.",
+    *(
+      (
+        f"Mean of k1 below zero: {x['name']}", digits(x["true"]),
+        f"k1 {digits(x['k1'])}, k3 {digits(x['k3'])}",
+        f"Drawn by {x['sampler']} sampling, scored as if drawn from the whole policy. Score what "
+        "is drawn.",
+      )
+      for x in truncated
     ),
     (
       f"k3 below zero: log-ratio x = {small['log_ratio']:g}", _scientific(small["true"]),

@@ -227,6 +227,14 @@ def _variants(audit: Audit) -> list[Html]:
       _table((PENALTY, CLAIMS, OLDER, ERRORS[2], spread, BIAS), audit["refreshed"], words=3),
     ),
     fold(
+      "A completion taken as one choice: the estimate of its whole log-ratio, at once",
+      _table(
+        (("estimate", lambda row: row["name"]), OWN, OLDER, *ERRORS, *COSTS[1:3], BIAS),
+        audit["whole"],
+        words=3,
+      ),
+    ),
+    fold(
       "--prefix_cap bounds the weight of a prefix; where it bites it biases gradient and value",
       _table((PENALTY, cap, ERRORS[2], spread, BIAS), audit["capped"], words=1),
     ),

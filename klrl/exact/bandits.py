@@ -205,6 +205,20 @@ GOLD_LAWS = {
 }
 
 
+def fitted_gold_law(law: str, distances, gains) -> tuple[jax.Array, jax.Array]:
+  """Returns (alpha, slope) of the law in GOLD_LAWS that is nearest to K gains by least squares.
+
+  Args:
+    law: a name in GOLD_LAWS.
+    distances: [K], sqrt(KL) of nats, not all 0.
+    gains: [K], the true score less that at distance 0.
+  """
+  score = GOLD_LAWS[law].score  # It is linear in both coefficients.
+  columns = jnp.stack([score(distances, 1.0, 0.0), score(distances, 0.0, 1.0)], axis=1)
+  alpha, slope = jnp.linalg.lstsq(columns, gains)[0]
+  return alpha, slope
+
+
 def standardised(probs, scores) -> jax.Array:
   """Returns [N] (score - mean) / std under `probs`, and 0 if nothing varies.
 
