@@ -166,7 +166,6 @@ def assert_gradients_are_expected(config, surrogate, *, rtol=1e-6):
   [
     (KLPenalty("reward", "k1", "none", "sequence"), "iteration"),
     (KLPenalty("reward", "k1", "none", "token"), "minibatch"),
-    (KLPenalty("reward", "k1", "none", "sequence", "chi_squared"), "iteration"),
     (KLPenalty("loss", "k2", "none", "token"), "iteration"),
     (KLPenalty("loss", "k3", "prefix", "sequence"), "iteration"),
     (KLPenalty("loss", "exact", "prefix", "sequence"), "iteration"),

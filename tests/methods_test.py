@@ -322,22 +322,29 @@ def test_distillation_descends_the_divergence_it_names(settings, divergence):
   assert_same(-ascent(config, scores=np.zeros(15)), gradient_of(divergence))
 
 
-def weighted(weights, logits):
-  """Returns the KL to REF, whose terms have weights [S], at the prefixes that the policy writes."""
-  return oracle.summed_divergence(TREE, lambda *x: weights * ops.kl_of(*x), logits, REF)
-
-
-def test_the_certainty_of_the_reference_weights_a_loss_and_the_position_a_reward():
+def test_the_certainty_of_the_reference_weights_a_loss():
   probs = jax.nn.softmax(REF)
   certainty = (1 + (probs * jnp.log(probs)).sum(axis=1) / np.log(3)) ** 0.5
   whole = {"kl_correction": "prefix", "kl_credit": "sequence"}
   by_certainty = {"kl_weight": "certainty", "kl_weight_power": 0.5, **whole}
   config = make_config(distill, batch_size=1, **by_certainty, **SUM)
-  found = -ascent(config, scores=np.zeros(15))
-  assert_same(found, gradient_of(lambda x: weighted(certainty, x)))
-  config = preset("max_entropy", reinforce, beta=BETA, kl_weight="position", **SUM)
-  expected = gradient_of(lambda x: mean_score(x) - BETA * weighted(1 / (1.0 + TREE.depths), x))
-  assert_same(ascent(config), expected)
+
+  def weighted(logits):
+    return oracle.summed_divergence(TREE, lambda *x: certainty * ops.kl_of(*x), logits, REF)
+
+  assert_same(-ascent(config, scores=np.zeros(15)), gradient_of(weighted))
+
+
+def test_the_slope_of_a_divergence_in_the_reward_is_weighted_by_position():
+  choice = {"kl_credit": "token", "kl_divergence": "chi_squared", "kl_weight": "position"}
+  config = preset("max_entropy", reinforce, beta=BETA, **choice, **SUM)
+
+  def penalised(logits):
+    p, q = jax.nn.softmax(logits), jax.nn.softmax(REF)
+    chi_squared = ((p - q) ** 2 / (2 * q)).sum(axis=1) / (1 + TREE.depths)
+    return mean_score(logits) - BETA * (oracle.visits(TREE, LOGITS) * chi_squared).sum()
+
+  assert_same(ascent(config), gradient_of(penalised))
 
 
 def test_a_uniform_reference_is_entropy_and_a_cost_of_length():
