@@ -243,6 +243,8 @@ def test_divergences_and_entropies_of_extreme_logits_are_finite(scale):
     "exact_kl": lambda x, y: ops.exact_kl(x, y),
     "exact_jsd": lambda x, y: ops.exact_jsd(x, y, weight=0.3),
     "entropy": lambda x, y: ops.entropy(x),
+    "hellinger": lambda x, y: ops.alpha_divergence_of(*map(ops.vocab_log_probs, (x, y)), 0.5),
+    "alpha": lambda x, y: ops.alpha_divergence_of(*map(ops.vocab_log_probs, (x, y)), 0.9),
   }
   for name, f in names.items():
     fn = jax.jit(jax.value_and_grad(lambda *args, f=f: f(*args).sum(), argnums=(0, 1)))
@@ -252,3 +254,17 @@ def test_divergences_and_entropies_of_extreme_logits_are_finite(scale):
     np.testing.assert_allclose(value, true, rtol=1e-4, atol=1e-5, err_msg=name)
     for found, expected in zip(gradients, true_gradients, strict=True):
       np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * scale, err_msg=name)
+
+
+def test_divergences_where_one_excludes_what_the_other_does_not_have_no_nan():
+  one, other = jnp.log(jnp.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]))
+  shape = kl_terms.Shape(jsd_weight=0.3, kl_alpha=0.3)
+  finite = {"jensen_shannon", "alpha", "hellinger"}
+  for name, row in kl_terms.DIVERGENCES.items():
+    for both in ((one, other), (other, one), (one, one)):
+      value, gradients = jax.value_and_grad(lambda *x, row=row: row.exact(*x, shape), (0, 1))(*both)
+      assert not np.isnan([value, *np.ravel(gradients)]).any(), name
+      if name in finite:
+        assert np.isfinite([value, *np.ravel(gradients)]).all(), name
+    slopes = row.slope(jnp.array([-jnp.inf, -80.0, 0.0, 80.0, jnp.inf]), shape)
+    assert (jnp.diff(slopes) >= 0).all() and slopes[2] == 0, name
