@@ -7,7 +7,7 @@ are bool, and real tokens come first.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -223,7 +223,7 @@ def reward_kl(
   return jax.lax.stop_gradient(kl if weights is None else kl * weights)
 
 
-def slope_of(penalty: KLPenalty, hypers=SHAPE) -> Callable:
+def slope_of(penalty: KLPenalty, hypers: Any = SHAPE) -> Callable:
   """Returns log_ratio -> f'(exp(log_ratio)) of the penalty's divergence, with its coefficients."""
   return functools.partial(DIVERGENCES[penalty.divergence].slope, hypers=hypers)
 
