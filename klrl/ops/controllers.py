@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from klrl.ops.masking import at_least_float32
+
 
 class ControllerState(NamedTuple):
   """What a controller remembers; both are arrays, so that they can be checkpointed and swept.
@@ -161,7 +163,7 @@ def budget_state(beta: jax.Array | float) -> BudgetState:
   >>> print(ops.budget_state(0.5).multiplier)
   0.5
   """
-  beta = jnp.asarray(beta, float)
+  beta = at_least_float32(jnp.asarray(beta))
   return BudgetState(beta, jnp.int32(0), jnp.array(beta), jnp.bool_(False))
 
 
