@@ -23,7 +23,7 @@ LOGITS_PER_CHUNK = 2**23
 
 # The gradient of a table is added to in at most so many tiles, each of so many tokens or more, so
 # that what a chunk adds is never held for the whole table.
-_MOST_TILES, _FEWEST_TOKENS = 16, 2500
+_MOST_TILES, _FEWEST_TOKENS = 16, 2100
 
 
 def over_vocabulary(
