@@ -146,6 +146,9 @@ def test_a_budget_is_held_where_the_policy_is_late_and_by_the_multiplier_alone_i
 def test_a_budget_that_cannot_be_kept_or_does_not_bind_winds_nothing_up():
   start = ops.budget_state(jnp.float32(1.0))
   rule = functools.partial(ops.budget, target_kl=1.0, minimum=0.01, maximum=50.0)
+  # The multiplier falls slowly until the budget is reached.
+  np.testing.assert_allclose(rule(start, 0.0).multiplier, np.exp(-0.2 * 0.6 / 5), rtol=1e-6)
+  np.testing.assert_allclose(rule(rule(start, 1.0), 0.0).multiplier, np.exp(-0.12), rtol=1e-6)
   for kl, bound in ((1e4, 50.0), (0.0, 0.01)):
     state, _ = jax.lax.scan(lambda state, kl: (rule(state, kl), None), start, jnp.full(500, kl))
     assert state.beta == state.multiplier == np.float32(bound)
