@@ -120,7 +120,7 @@ def test_a_head_on_a_policy_copies_nothing_to_a_device(models):
   assert head.shape == (64, 1) and not peaks
 
 
-def begun(rewards, *, seed=0):
+def begun(rewards, *, seed=0, **settings):
   """Returns (setup, state, its shardings) of a run of GRPO with these rewards of the host."""
   tokenizer = arithmetic.make_tokenizer()
   size = tokenizer.tokenizer.get_vocab_size()
@@ -130,7 +130,8 @@ def begun(rewards, *, seed=0):
   scorer = BAG_VALUE, bag_value_params(size, seed=2)
   models = inputs.Models(tokenizer, BAG, policy, {}, BAG, BAG, reference, None, None, *scorer)
   task = inputs.Task(prompts, prompts, 4, rewards, None, None)
-  config = grpo.Config(batch_size=12, group_size=4, num_minibatches=1, kl_every=0, seed=seed)
+  settings = {"batch_size": 12, "num_minibatches": 1, "kl_every": 0, "seed": seed} | settings
+  config = grpo.Config(group_size=4, **settings)
   setup = programs.set_up(config, parallel.make_mesh("data=1"), models, task)
   state = programs.init_run(setup)
   return setup, state, parallel.state_shardings(setup.mesh, state)
@@ -207,6 +208,37 @@ def test_what_was_sampled_outlives_a_reward_that_fails(tmp_path, monkeypatch, ca
   assert len(written) == 3 and calls[5] == calls[3] == calls[1] and not path.exists()
   assert "What was sampled before is scored: rollout-1.npz" in capsys.readouterr().out
   jax.tree.map(np.testing.assert_array_equal, state.params["policy"], undisturbed)
+
+
+def test_a_run_of_late_rollouts_goes_on_bit_for_bit_and_needs_no_file(tmp_path):
+  calls = []
+
+  def counts(prompts, completions, **columns):
+    calls.append(completions)
+    if len(calls) == 3:
+      raise ConnectionError("server gone")
+    return [len(set(completion)) for completion in completions]
+
+  setup, state, shardings = begun([Reward("counts", 1.0, counts)], staleness=1)
+  step = programs.make_step_fn(setup, shardings, workdir=tmp_path)
+  for iteration in range(2):
+    state, _ = step(state, iteration)
+  # The first one is trained on twice. What the failed call was given waits in the state.
+  assert calls[1] == calls[0]
+  with pytest.raises(UserError, match="server gone"):
+    step(state, 2)
+  assert not any(tmp_path.iterdir())
+  saved = jax.device_get(state)
+  found = []
+  for goes_on in (False, True):
+    if goes_on:
+      state = parallel.put(saved, shardings)
+      step = programs.make_step_fn(setup, shardings, workdir=tmp_path)
+    for iteration in (2, 3):
+      state, pairs = step(state, iteration)
+    found.append(jax.device_get((state.params, pairs)))
+  jax.tree.map(np.testing.assert_array_equal, *found)
+  assert calls[2] == calls[3] == calls[5] != calls[1] and calls[4] == calls[6]
 
 
 def test_a_damaged_rollout_is_sampled_again(tmp_path):

@@ -87,13 +87,17 @@ def gradients_of(loss_fn: Callable, params, batch, *, num_parts: int = 1):
     pairs = {name: (metrics[name][0], counts[name]) for name in weights}
     return _weighted_sum(weights, pairs), metrics
 
-  def add(sums, part):
-    gradients, metrics = jax.grad(total, has_aux=True)(params, part)
-    return jax.tree.map(jnp.add, sums, _at_least_float32(gradients)), _as_float32(metrics)
+  def sums_of(params, parts):
+    def add(sums, part):
+      gradients, metrics = jax.grad(total, has_aux=True)(params, part)
+      return jax.tree.map(jnp.add, sums, _at_least_float32(gradients)), _as_float32(metrics)
 
-  zeros = _at_least_float32(jax.tree.map(jnp.zeros_like, params))
-  gradients, metrics = jax.lax.scan(add, zeros, parts)
-  return gradients, jax.tree.map(lambda x: x.sum(axis=0), metrics)
+    zeros = _at_least_float32(jax.tree.map(jnp.zeros_like, params))
+    gradients, metrics = jax.lax.scan(add, zeros, parts)
+    return gradients, jax.tree.map(lambda x: x.sum(axis=0), metrics)
+
+  rows_of_part = jax.tree.leaves(parts)[0].shape[1]
+  return parallel.summed_over_data(sums_of, rows_of_part)(params, parts)
 
 
 def _at_least_float32(gradients):

@@ -299,6 +299,26 @@ def repeat_rows(tree, times: int):
   return jax.tree.map(repeated, tree)
 
 
+def summed_over_data(fn: Callable, num_rows: int) -> Callable:
+  """Returns fn(whole, parts) -> sums, where the devices of `data` meet once, for their sum.
+
+  Each device of `data` calls `fn` with its own rows of `parts`, arrays [parts, num_rows, ...], and
+  with all of `whole`. So whatever `fn` sums over its parts is sent once, and not for each part.
+  Without several devices, or if they do not divide the rows, it is `fn` itself; in a sweep too,
+  where `fn` could not close over what is a member's own.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if "data" not in _axes_of_rows() or mesh.manual_axes or num_rows % mesh.shape["data"]:
+    return fn
+  return jax.shard_map(
+    lambda whole, parts: jax.lax.psum(fn(whole, parts), "data"),
+    in_specs=(PartitionSpec(), PartitionSpec(None, "data")),
+    out_specs=PartitionSpec(),
+    axis_names={"data"},
+    check_vma=False,
+  )
+
+
 def rows_per_device(num_rows: int) -> int:
   """Returns how many of `num_rows` neighbouring rows `split_rows` leaves together on a device.
 

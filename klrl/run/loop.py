@@ -108,7 +108,8 @@ class _Record:
     `ended` is the time at which they were there, if that is known already.
     """
     figures = metrics.finalise(self._read(iteration, parallel.fetch(found)))
-    ended = ended or time.monotonic()
+    if ended is None or ended <= self._since:  # That of the iteration before was not known.
+      ended = time.monotonic()
     seconds, self._since = ended - self._since, ended
     self._elapsed += seconds
     num_tokens = figures.get("rollout/tokens")
