@@ -74,35 +74,48 @@ _layer_on_devices = jax.jit(layer_of)  # One program serves all layers.
 def fetch_blocks(leaf, axis: int, size: int) -> Iterator[np.ndarray]:
   """Yields `leaf` on the host in blocks of at most `size` along an axis; see `fetch`."""
   num = leaf.shape[axis]
-  is_whole = num <= size or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable)
-  if is_whole and not is_unread(leaf):
-    yield fetch(leaf)
-    return
   for start in range(0, num, size):
     index = [slice(None)] * leaf.ndim
     index[axis] = slice(start, min(start + size, num))
     if isinstance(leaf, jax.Array):
-      yield _fetch_block(leaf, axis, index[axis])
+      yield fetch(_block_on_devices(leaf, axis, start, min(size, num - start)))
     else:
       yield leaf.read(tuple(index)) if is_unread(leaf) else leaf[tuple(index)]
 
 
-def _fetch_block(leaf, axis, rows):
-  """Returns some rows of an array, each part from its device: XLA would gather the whole first."""
-  shape = (*leaf.shape[:axis], rows.stop - rows.start, *leaf.shape[axis + 1 :])
-  block = np.empty(shape, leaf.dtype)
-  for shard in leaf.addressable_shards:
-    begin, end, _ = shard.index[axis].indices(leaf.shape[axis])
-    first, last = max(begin, rows.start), min(end, rows.stop)
-    if shard.replica_id == 0 and first < last:
-      index = list(shard.index)
-      index[axis] = slice(first - rows.start, last - rows.start)
-      part = _slice_on_devices(shard.data, first - begin, last - first, axis)
-      block[tuple(index)] = np.asarray(part)
-  return block
+def _block_on_devices(leaf, axis, start, size):
+  """Returns some rows of an array on the devices; XLA would gather the whole of a split axis."""
+  if isinstance(leaf.sharding, NamedSharding):
+    spec = (*leaf.sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
+    if spec[axis] is not None:
+      return _block_of_parts(leaf.sharding.mesh, spec, axis, size)(leaf, start)
+  return _slice_on_devices(leaf, start, size, axis)
 
 
 _slice_on_devices = jax.jit(jax.lax.dynamic_slice_in_dim, static_argnums=(2, 3))
+
+
+@functools.cache
+def _block_of_parts(mesh, spec, axis, size):
+  """Returns block(leaf, start), where each device gives what it has of the rows, and 0 elsewhere.
+
+  Their bits are added up, so that every number arrives as it is.
+  """
+
+  def block(part, start):
+    words = jnp.dtype(f"uint{8 * part.dtype.itemsize}")
+    places = start + jnp.arange(size) - jax.lax.axis_index(spec[axis]) * part.shape[axis]
+    own = (places >= 0) & (places < part.shape[axis])
+    rows = jnp.take(part, places, axis, mode="clip")
+    own = own.reshape([-1 if i == axis else 1 for i in range(part.ndim)])
+    bits = jnp.where(own, jax.lax.bitcast_convert_type(rows, words), 0)
+    # Not every network of processes adds words of 16 bits.
+    bits = jax.lax.psum(bits.astype(jnp.promote_types(words, jnp.uint32)), spec[axis])
+    return jax.lax.bitcast_convert_type(bits.astype(words), part.dtype)
+
+  others = PartitionSpec(*(None if i == axis else name for i, name in enumerate(spec)))
+  in_specs = PartitionSpec(*spec), PartitionSpec()
+  return jax.jit(jax.shard_map(block, mesh=mesh, in_specs=in_specs, out_specs=others))
 
 
 def topology_devices(name: str) -> list:
