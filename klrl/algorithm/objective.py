@@ -258,6 +258,8 @@ def audit(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> Audit:
     instead = instead._replace(divergence=divergence)
   if divergence != "reverse" and verdict == "exact":
     fixed_point = _FIXED_POINT_OF_OTHERS
+    if gradient != whole_gradient(divergence):
+      fixed_point += "; beyond horizon 1 another policy"
   elif gradient == later_gradient(divergence):
     fixed_point = _FIXED_POINTS[FUTURE]
   else:
@@ -400,8 +402,10 @@ def _undefined(penalty: KLPenalty) -> str:
   nearest = max(
     (
       row
-      for row in (*DEFINED, *DEFINED_OF_OTHERS)
-      if row.divergence == penalty.divergence and audit(row).verdict == "exact"
+      for row in (x._replace(weight=penalty.weight) for x in (*DEFINED, *DEFINED_OF_OTHERS))
+      if row.divergence == penalty.divergence
+      and not (row.weight != "none" and _is_whole(row))
+      and audit(row).verdict == "exact"
     ),
     key=lambda row: (
       row.placement == penalty.placement,
