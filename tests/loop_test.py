@@ -155,6 +155,18 @@ def test_nothing_is_saved_before_the_figures_of_a_started_iteration_are_found_fi
   assert found == [*before, "read 3", "save 4", "Interrupted"]
 
 
+def test_with_several_processes_a_signal_counts_when_the_devices_have_told_the_others(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(loop.processes, "is_alone", lambda: False)
+  before = ["start 0", "start 1", "read 0", "start 2", "read 1", "start 3", "read 2"]
+  found = events_of(tmp_path / "next", monkeypatch, step=interrupting_step(3), save_every=50)
+  assert found == [*before, "start 4", "read 3", "read 4", "save 5", "Interrupted"]
+  # Where all wait anyway, it counts at once.
+  found = events_of(tmp_path / "now", monkeypatch, step=interrupting_step(3), save_every=4)
+  assert found == [*before, "read 3", "save 4", "Interrupted"]
+
+
 def test_a_finished_run_has_nothing_left_to_do(tmp_path):
   run(tmp_path)
   assert run(tmp_path) == []
