@@ -228,14 +228,18 @@ def figures_of(reports: list[dict]) -> dict:
   return figures | {"compiled in, s": sum(report["compile_seconds"] for report in reports)}
 
 
-def figures_of_refusal(message: str) -> dict:
-  """Returns the figures of a row that the compiler refuses, from what it says."""
-  found = re.search(r"does not fit.*?Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message)
-  if not found:
+def figures_of_message(message: str, topology: str) -> dict:
+  """Returns the figures of a row that the compiler refuses, or cannot show, from what is said."""
+  refused = re.search(r"does not fit.*?Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message)
+  hidden = re.search(r"fits: it takes ([\d.]+) GiB", message)
+  if refused:
+    used, unit, of, unit_of = refused.groups()
+    used, of = float(used) * _BYTES[unit] / 2**30, float(of) * _BYTES[unit_of] / 2**30
+  elif hidden:
+    used, of = float(hidden[1]), MEMORY[topology.partition(":")[0]]
+  else:
     raise SystemExit(message)
-  used, unit, of, unit_of = found.groups()
-  used, of = float(used) * _BYTES[unit], float(of) * _BYTES[unit_of]
-  return {"fits": 0, "memory, GiB": round(used / 2**30, 2), "share": round(used / of, 3)}
+  return {"fits": int(not refused), "memory, GiB": round(used, 2), "share": round(used / of, 3)}
 
 
 def compile_row(algorithm: str, shape: str, topology: str) -> dict:
@@ -248,7 +252,7 @@ def compile_row(algorithm: str, shape: str, topology: str) -> dict:
     try:
       reports = reports_of(algorithm, folder, topology, f"fsdp={num_chips(topology)}")
     except UserError as error:
-      return figures_of_refusal(str(error))
+      return figures_of_message(str(error), topology)
     return figures_of(reports)
 
 

@@ -196,12 +196,17 @@ def test_what_models_take_of_a_chip_needs_no_compiler(tmp_path):
   assert fits.table_of_held() in document and compiled in document
 
 
-def test_what_the_compiler_refuses_has_a_share_of_the_memory():
-  found = fits.figures_of_refusal(
+def test_what_the_compiler_refuses_or_cannot_show_has_a_share_of_the_memory():
+  refused = (
     "The program `update` does not fit on a device: XLA:TPU compile permanent error. Ran out of "
     "memory in memory space hbm. Used 31.5G of 15.75G hbm. Exceeded hbm capacity by 15.75G."
   )
+  found = fits.figures_of_message(refused, "v5e:4x4")
   assert found == {"fits": 0, "memory, GiB": 31.5, "share": 2.0}
+  hidden = "The program `iterate` fits: it takes 19.00 GiB of each device. But the compiler cannot"
+  found = fits.figures_of_message(hidden, "v5p:4x4x4")
+  assert found == {"fits": 1, "memory, GiB": 19.0, "share": 0.2}
+  assert "| yes | 20% |  |  |  |" in fits.table({"PPO, Llama 3.1 8B, v5p:4x4x4": found})
 
 
 def test_the_table_of_what_fits_names_the_smallest_slice_of_a_chip():
