@@ -16,7 +16,7 @@ On a few problems of the embedded task all completions are enumerated: score, go
 best-of-n are then exact, and so is the best score that any policy has at that KL.
 
 Without flags it draws from the embedded SFT policy and takes about a minute on 2 cores after the
-stages: gold accuracy is 85% at n = 4 and, the reward model being fooled, 64% at n = 64.
+stages: gold accuracy is 95% at n = 8 and, the reward model being fooled, 86% at n = 64.
 """
 
 import dataclasses

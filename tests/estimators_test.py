@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import estimators, sft
-from experiments.lab import estimators_page
+from experiments.lab import estimators_page, papers
 from klrl.errors import UserError
 from klrl.models import save_policy
 from klrl.tasks import arithmetic
@@ -152,6 +152,12 @@ def policies(models, settings):
   return estimators.measure_policies(
     estimators.Config(**settings), str(models / "policy"), str(models / "reference")
   )
+
+
+@pytest.mark.parametrize("name", papers.of("estimators"))
+def test_what_papers_say_of_estimators_is_found(laboratory, policies, name):
+  agrees, figure = papers.PAPERS[name].found({**laboratory, "policies": policies})
+  assert agrees and figure
 
 
 def test_kl_grows_along_the_line(policies):

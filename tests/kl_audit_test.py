@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import kl_audit
-from experiments.lab import kl_audit_page, kl_figures, kl_peers, kl_peers_summary
+from experiments.lab import kl_audit_page, kl_figures, kl_peers, kl_peers_summary, papers
 from klrl.algorithm import objective
 from klrl.algorithm.kl_terms import TokenTerms
 from klrl.algorithm.objective import KLPenalty
@@ -58,6 +58,12 @@ def test_every_claim_of_the_audit_is_what_enumeration_finds(audit):
   assert audit["num_differing"] == 0
   assert audit["num_claims"] == 6 * len(objective.DEFINED) + len(audit["refreshed"])
   assert len(audit["penalties"]) == len(objective.DEFINED)
+
+
+@pytest.mark.parametrize("name", papers.of("kl_audit"))
+def test_what_is_said_of_papers_is_what_enumeration_finds(audit, name):
+  agrees, figure = papers.PAPERS[name].found(audit)
+  assert agrees == (name != "alpaca_farm_2023") and figure
   undefined = audit["undefined"]
   assert undefined["cells"] - undefined["without_meaning"] == len(objective.DEFINED)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import kl_directions, ppo
+from experiments.lab import papers
 from experiments.lab.kl_directions_page import report
 from klrl.errors import UserError
 
@@ -45,6 +46,12 @@ def test_both_directions_agree_to_second_order_and_differ_in_the_third():
   for found in (small.old_new, small.new_old, small.third):
     np.testing.assert_allclose(found, 1.0, atol=3e-3)
   assert abs(large.old_new - large.new_old) > 0.1
+
+
+@pytest.mark.parametrize("name", ["trpo_2015", "sason_verdu_2016"])
+def test_what_papers_say_of_the_directions_is_found(name):
+  agrees, figure = papers.PAPERS[name].found(kl_directions.exact_studies())
+  assert agrees and figure
 
 
 def test_every_run_is_a_configuration_that_ppo_accepts():

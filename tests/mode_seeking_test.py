@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import mode_seeking
+from experiments.lab import papers
 from experiments.lab.mode_seeking_gaussian import gaussian_results, make_descent, reverse_kl
 from experiments.lab.mode_seeking_page import CLAIMS, report
 from klrl.exact import oracle
@@ -161,6 +162,12 @@ def test_a_decoder_that_sees_its_prefix_reaches_the_data_from_both_sides(run):
     # After so few steps 0.01 to 0.025, by the processor's rounding; of blind ones 0.36 and more.
     assert 0 < fit["kl_to_data"] < 0.05
     np.testing.assert_allclose(fit["words"], results["data"]["words"], atol=0.01)
+
+
+@pytest.mark.parametrize("name", papers.of("mode_seeking"))
+def test_what_papers_say_of_modes_is_found(run, name):
+  agrees, figure = papers.PAPERS[name].found(run[2])
+  assert agrees and figure
 
 
 def test_a_blind_decoder_covers_by_sft_and_picks_by_rl(run):

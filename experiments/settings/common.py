@@ -442,10 +442,11 @@ def check_machine(config) -> None:
     compilation.keep(config.compilation_cache)
 
 
-def launch(main, config_class, *, prepare=lambda: None) -> None:
+def launch(main, config_class, *, prepare=lambda: None, argument: str = "") -> None:
   """Runs `main(config)` with the config from the command line; the body of every main guard.
 
-  `prepare` is called before anything is computed.
+  `prepare` is called before anything is computed. `argument` is the setting that may be given
+  without its name.
   """
   define_flags(config_class)
 
@@ -472,6 +473,8 @@ def launch(main, config_class, *, prepare=lambda: None) -> None:
       processes.connect()
       prepare()
       console.quiet = not processes.is_writer()
+      if argument and len(arguments) == 2:
+        flags.FLAGS[argument].parse(arguments.pop())
       if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; every setting is a --flag=value.")
       with troubles_told():
