@@ -181,9 +181,8 @@ def on_decoder(config: Config, root: str) -> dict:
 def _sources(config: Config, root: str) -> inputs.Sources:
   """Returns where policy, reference and prompts come from; the embedded PPO is run if need be."""
   names = {field.name for field in dataclasses.fields(common.PromptFields)}
-  settings = rl.PolicyConfig(
-    policy=config.policy, **{name: getattr(config, name) for name in sorted(names)}
-  )
+  kind = rl.PolicyConfig if config.prompts else rl.RLConfig  # An embedded task may have scores.
+  settings = kind(policy=config.policy, **{name: getattr(config, name) for name in sorted(names)})
   policy, reference = config.policy, config.reference
   if not policy:
     embedded = ppo.Config(task=config.task)

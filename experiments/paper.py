@@ -48,7 +48,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path | None:
     listed()
     return None
   names = tuple(PAPERS) if config.name == ALL else (config.name,)
-  findings = {name: tried(PAPERS[name], root=root) for name in names}
+  findings = {name: tried(PAPERS[name], config.seed, root=root) for name in names}
   for name, finding in findings.items():
     progress.console.print(sentences(PAPERS[name], finding), soft_wrap=True, markup=False)
   workdir = find_workdir("paper", config, root=root)
@@ -68,10 +68,10 @@ def listed() -> None:
   progress.console.print("To try one: python -m experiments.paper NAME", soft_wrap=True)
 
 
-def tried(paper: Paper, *, root: str) -> Finding:
+def tried(paper: Paper, seed: int, *, root: str) -> Finding:
   """Runs the command of a paper, unless its results are there, and returns what came out."""
   experiment = importlib.import_module(f"experiments.{paper.experiment}")
-  workdir = experiment.main(experiment.Config(**paper.flags), root=root)
+  workdir = experiment.main(experiment.Config(seed=seed, **paper.flags), root=root)
   path = pathlib.Path(workdir) / RESULTS.get(paper.experiment, SUMMARY)
   return paper.found(schema.read(path))
 

@@ -26,19 +26,24 @@ from experiments import (
   evaluate,
   kl_audit,
   kl_directions,
+  kl_variance,
   mode_seeking,
+  paper,
   ppo,
+  reinforce,
   reward_model,
   sft,
 )
-from experiments.lab import laboratory
+from experiments.lab import laboratory, papers
 from klrl import judging
 from klrl.models import policy_model, save_policy, save_scalar, scalar_model
 from klrl.run.workdir import find_workdir
 from klrl.sampling import Rollout
 from klrl.tasks import arithmetic
 
-MODULES = (kl_audit, mode_seeking, kl_directions, estimators, best_of_n, evaluate)
+MODULES = (
+  kl_audit, mode_seeking, kl_directions, estimators, best_of_n, evaluate, kl_variance, paper
+)  # fmt: skip
 LANGUAGE = functools.cache(mode_seeking.make_language)  # as no flag changes it
 EXPERIMENTS = {module.__name__.split(".")[-1]: module for module in MODULES}
 
@@ -85,7 +90,21 @@ JUDGED = {
   "max_completion_len": 3,
   "num_eval_rows": 4,
 }
+MEASURED = OWN_MODELS | {"prompts": "own.jsonl", "max_completion_len": 3, "num_completions": 4}
 CASES = {
+  "paper": {"seed": Case(1, {"name": "one"}), "name": Case("two", {"name": "one"})},
+  "kl_variance": {
+    "seed": Case(1, MEASURED),
+    "task": Case("tree"),
+    "policy": Case("third", MEASURED),
+    "reference": Case("third", MEASURED),
+    "prompts": Case("other.jsonl", MEASURED),
+    "prompt_template": Case("{prompt}{prompt}", MEASURED),
+    "max_prompt_len": Case(5, MEASURED),
+    "max_completion_len": Case(2, MEASURED),
+    "num_completions": Case(6, MEASURED),
+    **chat_cases(MEASURED),
+  },
   "kl_audit": {"seed": Case(1), "beta": Case(0.25), "num_trees": Case(3)},
   "mode_seeking": {"seed": Case(1), "num_steps": Case(9), "learning_rate": Case(0.5)},
   "kl_directions": {
@@ -149,9 +168,13 @@ CASES = {
   },
 }
 for experiment, cases in CASES.items():
-  given = {"best_of_n": OWN_POLICY, "estimators": OWN_MODELS, "evaluate": JUDGED}.get(
-    experiment, {}
-  )
+  given = {
+    "best_of_n": OWN_POLICY,
+    "estimators": OWN_MODELS,
+    "evaluate": JUDGED,
+    "kl_variance": MEASURED,
+    "paper": {"name": "one"},
+  }.get(experiment, {})
   cases["workdir"] = Case("elsewhere", given)
 
 
@@ -305,7 +328,35 @@ def replace_in_evaluate(patch, noted):
   patch.setattr(judging, "make_completion_score_fn", score_fn)
 
 
+def replace_in_kl_variance(patch, noted):
+  patch.setattr(ppo, "main", noted(returns=Enough))
+  patch.setattr(kl_variance, "on_trees", noted(returns={}))
+
+  def make_sampler(policy, **more):
+    noted()(more["eos_id"])
+    return make_fake_sample_fn(policy, **more)
+
+  patch.setattr(kl_variance, "make_sample_fn", make_sampler)
+
+  def noise(evaluate, params, old_params, ref_params, rollout):
+    sums = [[float(x.sum()) for x in jax.tree.leaves(p)] for p in (params, old_params, ref_params)]
+    return noted(returns={})(sums, list(rollout))
+
+  patch.setattr(kl_variance, "_noise", noise)
+
+
+def replace_in_paper(patch, noted):
+  one = papers.Paper("someone", "something", "reinforce", lambda _: papers.Finding(True, "so"))
+  patch.setattr(paper, "PAPERS", {"one": one, "two": one._replace(experiment="ppo")})
+  for module in (ppo, reinforce):
+    patch.setattr(module, "main", noted(returns=pathlib.Path("run")))
+  patch.setattr(paper, "create_workdir", noted())
+  patch.setattr(paper, "write_text", noted())
+
+
 replacements = {
+  "kl_variance": replace_in_kl_variance,
+  "paper": replace_in_paper,
   "evaluate": replace_in_evaluate,
   "kl_audit": replace_in_kl_audit,
   "mode_seeking": replace_in_mode_seeking,
