@@ -160,6 +160,28 @@ def _inference(audit: dict) -> Finding:
   )
 
 
+def _slopes(audit: dict) -> Finding:
+  in_reward = [
+    row
+    for row in audit["divergences"]
+    if row["placement"] == "reward" and row["credit"] == "sequence"
+  ]
+  descends = {
+    (row["estimator"], row["divergence"]): row["verdict"] == "exact"
+    and all(claim["agrees"] for claim in row["claims"])
+    for row in in_reward
+  }
+  slopes, sums = (
+    [found for (estimator, _), found in descends.items() if estimator == kind]
+    for kind in ("k1", "exact")
+  )
+  return Finding(
+    all(slopes) and not any(sums),
+    f"with f' in the reward {sum(slopes)} of {len(slopes)} divergences are descended, and with the "
+    f"divergence itself {sum(sums)}",
+  )
+
+
 def _clamped(audit: dict) -> Finding:
   clamped = _row(audit, "AlpacaFarm max(k1, 0) in the reward", "peers")
   pull = clamped["on_policy"]["pull"]
@@ -370,6 +392,15 @@ PAPERS = {
     "The policy that maximises E[r] - beta * KL(pi || ref) is ref * exp(r / beta) / Z.",
     "kl_audit",
     _inference,
+  ),
+  "opd_plus_2026": Paper(
+    "Hanyang Zhao and others, OPD+: Rethinking the Advantage Design for On-Policy Distillation, "
+    "2026, 2606.01039",
+    "The reward that descends an f-divergence is f' of the ratio, and not the divergence.",
+    "kl_audit",
+    _slopes,
+    "Over a completion it is f' of the ratio of the whole; f' of each token's ratio descends the "
+    "divergence at given prefixes.",
   ),
   "alpaca_farm_2023": Paper(
     "Yann Dubois and others, AlpacaFarm, 2023, 2305.14387, and its code",
