@@ -262,8 +262,9 @@ def replace_in_kl_audit(patch, noted):
     returns = Enough if name == "describe_tree" else []
     patch.setattr(kl_audit.kl_figures, name, noted(returns=returns))
   # The figures are asked for by row; without rows there are none to take apart.
-  for name in ("_penalties", "_refreshed", "_capped", "_peers"):
+  for name in ("_penalties", "_refreshed", "_capped", "_whole", "_peers"):
     patch.setattr(kl_audit, name, list)
+  patch.setattr(kl_audit, "_divergences", lambda *_: [])
   patch.setattr(kl_audit.kl_figures, "ends_on_bandit", lambda _: [])
   patch.setattr(kl_audit.kl_peers_summary, "write", lambda *_: None)
 

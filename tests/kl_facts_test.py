@@ -21,6 +21,7 @@ from klrl import ops
 from klrl.algorithm import kl_terms, objective, optimizer
 from klrl.algorithm.objective import KLPenalty
 from klrl.exact import bandits, oracle
+from klrl.sampling import top_k_logits
 
 PATH = pathlib.Path(__file__).parents[2] / "shared" / "facts" / "kl_facts.json"
 FACTS = json.loads(PATH.read_text()) if PATH.is_file() else {}
@@ -738,7 +739,9 @@ def test_s1_k3_of_a_small_log_ratio_in_float32():
 
 def test_s2_top_2_sampling_makes_the_mean_of_k1_negative():
   figures = expected("S2")
-  found = estimators.truncated_sampling((0.5, 0.3, 0.2), (0.6, 0.3, 0.1), top_k=2)
+  found = estimators.truncated_sampling(
+    "top-2", lambda x: top_k_logits(x, 2), (0.5, 0.3, 0.2), (0.6, 0.3, 0.1)
+  )
   close("S2", found["true"], figures["true"])
   close("S2", [found["k1"], found["k3"]], [figures["top2_k1"], figures["top2_k3"]])
 

@@ -281,7 +281,8 @@ def test_terms_tell_the_policies_apart_and_only_the_current_one_gets_gradient():
   @jax.jit
   def found(*logits):
     def totals(*logits):
-      return [x.sum() for x in oracle.terms(TREE, *logits) if x.dtype != bool]
+      of_tokens = [x for x in oracle.terms(TREE, *logits) if x is not None]
+      return [x.sum() for x in of_tokens if x.dtype != bool]
 
     return oracle.terms(TREE, *logits), jax.jacobian(totals, argnums=(0, 1, 2))(*logits)
 
