@@ -20,6 +20,7 @@ kl_variance.json and report.html. About two minutes on 2 cores after the embedde
 
 import dataclasses
 import functools
+import math
 import pathlib
 
 import jax
@@ -59,7 +60,7 @@ HORIZONS = (2, 3, 4, 6, 8, 10)
 NUM_POLICIES = 32  # on each tree
 OLD_NOISE = 0.3  # standard deviation, of the logits of the older policy about those of the policy
 OLD_STEP = 0.9
-_CHUNK = 16  # completions whose gradients are there at a time
+_CHUNK = 16  # completions whose gradients are there at a time, at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,9 +230,9 @@ def _noise(evaluate, params, old_params, ref_params, rollout) -> dict:
     zeros = jax.tree.map(jnp.zeros_like, params)
     return jax.lax.scan(add, (zeros, jnp.zeros(())), rows)[0]
 
-  num = len(rollout.completion_mask) // _CHUNK * _CHUNK or len(rollout.completion_mask)
-  size = min(_CHUNK, num)
-  rows = jax.tree.map(lambda x: x[:num].reshape(num // size, size, *x.shape[1:]), rollout)
+  num = len(rollout.completion_mask)
+  size = math.gcd(_CHUNK, num)
+  rows = jax.tree.map(lambda x: x.reshape(num // size, size, *x.shape[1:]), rollout)
   by_name = {name: moments(penalty, rows) for name, penalty in PENALTIES.items()}
   traces, signals = {}, {}
   for name, (total, squares) in by_name.items():

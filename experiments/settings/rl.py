@@ -71,7 +71,7 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
     2.0,
     "largest such weight, or largest ratio that is kept",
     minimum=1.0,
-    read_when=("sampler_correction", (*ops.SAMPLER_CORRECTIONS[1:],)),
+    read_when=("sampler_correction", ops.SAMPLER_CORRECTIONS[1:]),
   )
   sampler_floor: float = setting(
     0.5,
