@@ -42,10 +42,10 @@ EOS_ID = CONFIG.vocab_size - 1
 def ending_policy(policy, num_tokens):
   """Returns the policy made to say EOS_ID in all rows as token `num_tokens`."""
 
-  def decode(params, tokens, positions, cache, slot, cache_mask):
-    hidden, cache = policy.decode(params, tokens, positions, cache, slot, cache_mask)
+  def decode(params, tokens, t, prompts, cache):
+    hidden, cache = policy.decode(params, tokens, t, prompts, cache)
     end = policy.unembedding(params)[:, EOS_ID][None] * 1e6
-    return jnp.where(slot == PROMPT_LEN + num_tokens - 2, end, hidden), cache
+    return jnp.where(t == num_tokens - 2, end, hidden), cache
 
   return dataclasses.replace(policy, decode=decode)
 

@@ -136,23 +136,23 @@ def make_greedy_fn(
   return greedy
 
 
-# Slots of the first cache beyond the prompt. With fewer, to compile another loop would cost more
-# than the attention that is saved.
+# Slots of the first cache, unless the prompt is longer. With fewer, to compile another loop would
+# cost more than the attention that is saved.
 _FIRST_SLOTS = 128
 
 
 def _cache_lens(prompt_len: int, needed: int, short_len: int) -> list[int]:
   """Returns growing cache lengths: each is twice the one before, and the last is `needed`.
 
-  Where the last is long enough for the long divisors of a rotation, all are, so that no key is
-  turned in another way than its query.
+  There are none if nothing is needed. Where the last is long enough for the long divisors of a
+  rotation, all are, so that no key is turned in another way than its query.
   """
-  lens = [prompt_len + _FIRST_SLOTS]
-  if needed >= short_len:
-    lens[0] = max(lens[0], short_len)
+  lens = [max(prompt_len, _FIRST_SLOTS)]
+  if prompt_len + needed >= short_len:
+    lens[0] = max(lens[0], short_len - prompt_len)
   while lens[-1] < needed:
     lens.append(2 * lens[-1])
-  return [*lens[:-1], needed]
+  return [*lens[:-1], needed] if needed else []
 
 
 class _State(NamedTuple):
@@ -203,7 +203,6 @@ def _make_generate_fn(
       params = parallel.gather_weights(params)
     unembedding = policy.unembedding(params)
     step_params = policy.unstack(params)
-    prompt_counts = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
 
     def append(state, hidden):
       with parallel.weights_stay(stay):
@@ -226,36 +225,32 @@ def _make_generate_fn(
         sampler_log_probs=write(state.sampler_log_probs, jnp.where(alive, sampler_log_probs, 0)),
       )
 
+    # As many neighbouring rows share what was read of their prompt as one device has together.
+    num_branches = math.gcd(group_size, parallel.rows_per_device(batch_size))
+    # The last token is never read, so it gets no slot.
+    cache_lens = _cache_lens(prompt_len, max_completion_len - 1, policy.config.short_len)
+    distinct = parallel.split_rows((prompts[::group_size], prompt_mask[::group_size]))
+    hidden, read = policy.prefill(params, *distinct, total_len)
+    hidden = parallel.repeat_rows(hidden, group_size)
+    read = parallel.repeat_rows(read, group_size // num_branches)
+
     def run(state, cache, filled, cache_len):
       """Draws until a cache with `filled` slots in use is full, or all rows have ended."""
-      padded_mask = jnp.pad(prompt_mask, ((0, 0), (0, cache_len - prompt_len)))
-      slots = jnp.arange(cache_len)
 
       def unfinished(carry):
         state, _ = carry
-        return (state.t <= cache_len - prompt_len) & ~jnp.all(state.finished)
+        return (state.t <= cache_len) & ~jnp.all(state.finished)
 
       def step(carry):
         state, cache = carry
-        t = state.t - 1
-        slot = prompt_len + t
-        written = (slots >= prompt_len) & (slots <= slot)
-        mask = padded_mask | written[None]
         with parallel.weights_stay(stay):
-          hidden, cache = policy.decode(
-            step_params, state.last, prompt_counts + t, cache, slot, mask
-          )
+          hidden, cache = policy.decode(step_params, state.last, state.t - 1, read, cache)
         return append(state, hidden), cache
 
       with jax.named_scope(f"at_most({cache_len - filled})"):  # what `cost.hlo` counts
         return jax.lax.while_loop(unfinished, step, (state, policy.grow(cache, cache_len)))
 
     shape = (batch_size, max_completion_len)
-    # The last token is never read, so it gets no slot.
-    cache_lens = _cache_lens(prompt_len, total_len - 1, policy.config.short_len)
-    distinct = parallel.split_rows((prompts[::group_size], prompt_mask[::group_size]))
-    read = policy.prefill(params, *distinct, cache_lens[0])
-    hidden, cache = parallel.repeat_rows(read, group_size)
     log_prob_dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     state = _State(
       t=jnp.zeros((), jnp.int32),
@@ -268,9 +263,11 @@ def _make_generate_fn(
     )
     state = append(state, hidden)
 
-    # A step reads its whole cache, so the cache of a loop is at most twice as long as its content,
-    # and no cache grows for rows that have ended.
+    # A step reads its whole cache, so the cache of a loop is at most twice as long as the prompt or
+    # its content, and no cache grows for rows that have ended.
     def run_all(state, cache, filled, cache_lens):
+      if not cache_lens:
+        return state
       state, cache = run(state, cache, filled, cache_lens[0])
       if len(cache_lens) == 1:
         return state
@@ -282,7 +279,7 @@ def _make_generate_fn(
         cache,
       )
 
-    state = run_all(state, cache, prompt_len, cache_lens)
+    state = run_all(state, policy.empty_cache(read, num_branches), 0, cache_lens)
     return Rollout(
       tokens=jnp.concatenate([prompts, state.tokens], axis=1),
       prompt_mask=prompt_mask,

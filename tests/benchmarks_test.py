@@ -241,7 +241,7 @@ def test_a_model_is_loaded_and_saved(tmp_path):
   )
   loading_bench.write_model(tmp_path, config)
   found = loading_bench.measure(tmp_path, "float32")
-  assert found["peak_gb"] > 0 and (tmp_path / "saved" / "model.safetensors").exists()
+  assert found["peak_gb"] > 0 and (tmp_path / "policy/saved/model.safetensors").exists()
 
 
 def test_drawing_is_measured(monkeypatch, capsys):

@@ -147,18 +147,18 @@ def test_a_row_of_padding_has_finite_output_and_gradient():
 @pytest.mark.parametrize("unstacked", [False, True])
 def test_cached_decoding_equals_the_full_forward(unstacked):
   policy, params = policy_and_params(UNTIED_BIASED)
-  tokens = tokens_like((2, 8))
-  mask = np.array([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]], bool)
+  tokens = tokens_like((6, 8))
+  tokens[:, :4] = np.repeat(tokens[::3, :4], 3, axis=0)  # Two prompts with three branches each.
+  mask = np.repeat([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]], 3, axis=0).astype(bool)
   expected = np.asarray(policy.hidden(params, tokens, mask))
-  hidden, cache = policy.prefill(params, tokens[:, :4], mask[:, :4], 5)
-  np.testing.assert_allclose(hidden, expected[:, 3], atol=1e-5)
-  cache = policy.grow(cache, 9)
+  hidden, prompts = policy.prefill(params, tokens[::3, :4], mask[::3, :4], 9)
+  np.testing.assert_allclose(hidden, expected[::3, 3], atol=1e-5)
+  cache = policy.grow(policy.empty_cache(prompts, 3), 2)
   step_params = policy.unstack(params) if unstacked else params
-  for slot in range(4, 8):
-    positions = np.sum(mask[:, :slot], axis=1)
-    cache_mask = np.pad(mask, ((0, 0), (0, 1))) & (np.arange(9) <= slot)
-    hidden, cache = policy.decode(step_params, tokens[:, slot], positions, cache, slot, cache_mask)
-    np.testing.assert_allclose(hidden, expected[:, slot], atol=1e-5)
+  for t in range(4):
+    cache = policy.grow(cache, 5) if t == 2 else cache
+    hidden, cache = policy.decode(step_params, tokens[:, 4 + t], t, prompts, cache)
+    np.testing.assert_allclose(hidden, expected[:, 4 + t], atol=1e-5)
 
 
 def test_prefill_reads_the_last_real_token_of_a_right_padded_prompt():

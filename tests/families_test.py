@@ -168,7 +168,7 @@ def expected_logits(model, tokens, mask):
     ).logits.numpy()
 
 
-PROMPT = 9
+PROMPT = 12  # Each row has a real token in it.
 
 
 @functools.cache
@@ -186,16 +186,15 @@ def stepwise(config):
   policy = policy_model(config)
 
   def logits(params, tokens, mask):
-    first, cache = policy.prefill(params, tokens[:, :PROMPT], mask[:, :PROMPT], ROWS - 1)
+    first, prompts = policy.prefill(params, tokens[:, :PROMPT], mask[:, :PROMPT], ROWS)
     unstacked = policy.unstack(params)
 
-    def step(cache, slot):
-      cache_mask = mask[:, :-1] & (jnp.arange(ROWS - 1) <= slot)[None]
-      positions = jnp.sum(cache_mask, axis=1) - 1
-      hidden, cache = policy.decode(unstacked, tokens[:, slot], positions, cache, slot, cache_mask)
+    def step(cache, t):
+      hidden, cache = policy.decode(unstacked, tokens[:, PROMPT + t], t, prompts, cache)
       return cache, hidden
 
-    rest = jax.lax.scan(step, cache, jnp.arange(PROMPT, ROWS - 1))[1]
+    cache = policy.grow(policy.empty_cache(prompts, 1), ROWS - 1 - PROMPT)
+    rest = jax.lax.scan(step, cache, jnp.arange(ROWS - 1 - PROMPT))[1]
     hidden = jnp.concatenate([first[:, None], rest.swapaxes(0, 1)], axis=1)
     return hidden @ policy.unembedding(params)
 

@@ -64,7 +64,7 @@ def tables(tree) -> tuple[Policy, ScalarModel]:
     return jnp.eye(tree.vocab_size)
 
   nothing = dict.fromkeys(("config", "init"))
-  unused = dict.fromkeys(("prefill", "unstack", "decode", "grow"))
+  unused = dict.fromkeys(("prefill", "unstack", "empty_cache", "grow", "decode"))
   policy = Policy(**nothing, **unused, hidden=look_up, unembedding=unembedding)
   return policy, ScalarModel(**nothing, head=None, values=look_up, scores=None)
 

@@ -161,16 +161,15 @@ def test_no_merged_weight_is_built():
 def test_cached_decoding_equals_the_full_forward():
   policy = models.policy_model(ADAPTED)
   expected = np.asarray(hidden_fn(ADAPTED)(trained(), TOKENS, MASK))
-  hidden, cache = jax.jit(policy.prefill, static_argnums=3)(
-    trained(), TOKENS[:, :6], MASK[:, :6], 7
+  hidden, prompts = jax.jit(policy.prefill, static_argnums=3)(
+    trained(), TOKENS[:, :6], MASK[:, :6], 8
   )
   np.testing.assert_allclose(hidden, expected[:, 5], atol=1e-5)
-  cache, step_params = policy.grow(cache, 8), policy.unstack(trained())
+  cache, step_params = policy.grow(policy.empty_cache(prompts, 1), 2), policy.unstack(trained())
   decode = jax.jit(policy.decode)
-  for slot in (6, 7):
-    positions, cache_mask = MASK[:, :slot].sum(axis=1), MASK & (np.arange(8) <= slot)
-    hidden, cache = decode(step_params, TOKENS[:, slot], positions, cache, slot, cache_mask)
-    np.testing.assert_allclose(hidden, expected[:, slot], atol=1e-5)
+  for t in (0, 1):
+    hidden, cache = decode(step_params, TOKENS[:, 6 + t], t, prompts, cache)
+    np.testing.assert_allclose(hidden, expected[:, 6 + t], atol=1e-5)
 
 
 def loss_of(config):

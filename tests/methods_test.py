@@ -50,7 +50,7 @@ def tables(tree) -> tuple[Policy, ScalarModel]:
       states.append(children[states[-1], tokens[:, t]])
     return jnp.asarray(params)[jnp.stack(states, axis=1)]
 
-  unused = dict.fromkeys(("config", "init", "prefill", "unstack", "decode", "grow"))
+  unused = dict.fromkeys(("config", "init", "prefill", "unstack", "empty_cache", "grow", "decode"))
   policy = Policy(**unused, hidden=look_up, unembedding=lambda _: jnp.eye(tree.vocab_size))
   return policy, ScalarModel(None, None, None, values=look_up, scores=None)
 

@@ -79,17 +79,16 @@ def counting_policy(steps, cache_lens, vocab_size=50):
   def one_hot(tokens):
     return 9.0 * jax.nn.one_hot((tokens + 1) % vocab_size, vocab_size)
 
-  def prefill(params, tokens, mask, cache_len):
-    return one_hot(tokens[:, -1]), jnp.zeros((1, 1, cache_len, 1))
+  def prefill(params, tokens, mask, row_len):
+    return one_hot(tokens[:, -1]), ()
 
-  def decode(params, tokens, positions, cache, slot, cache_mask):
-    cache_len = cache.shape[2]
-    jax.debug.callback(lambda slot: steps.append((cache_len, int(slot))), slot, ordered=True)
+  def decode(params, tokens, t, prompts, cache):
+    jax.debug.callback(lambda t: steps.append((len(cache), int(t))), t, ordered=True)
     return one_hot(tokens), cache
 
   def grow(cache, cache_len):
     jax.debug.callback(lambda: cache_lens.append(cache_len), ordered=True)
-    return jnp.pad(cache, ((0, 0), (0, 0), (0, cache_len - cache.shape[2]), (0, 0)))
+    return jnp.zeros(cache_len)
 
   return Policy(
     config=dataclasses.replace(TINY, vocab_size=vocab_size, max_len=10**5),
@@ -98,8 +97,9 @@ def counting_policy(steps, cache_lens, vocab_size=50):
     unembedding=lambda params: jnp.eye(vocab_size),
     prefill=prefill,
     unstack=lambda params: params,
-    decode=decode,
+    empty_cache=lambda prompts, num_branches: jnp.zeros(0),
     grow=grow,
+    decode=decode,
   )
 
 
@@ -144,13 +144,13 @@ def test_work_stops_when_all_rows_have_ended():
 
 def test_a_step_reads_at_most_twice_the_slots_in_use_plus_the_first_cache():
   _, steps, _ = count_up([[1, 2]], max_completion_len=1200, eos_id=None, pad_id=0)
-  assert [slot for _, slot in steps] == list(range(2, 1201))
-  assert all(slot < length <= max(2 * slot, 2 + 128) for length, slot in steps)
+  assert [slot for _, slot in steps] == list(range(1199))
+  assert all(slot < length <= max(2 * slot, 128) for length, slot in steps)
 
 
 def test_caches_double_so_that_few_loops_are_compiled():
   _, _, cache_lens = count_up([[1, 2]], max_completion_len=1200, eos_id=None, pad_id=0)
-  assert cache_lens == [130, 260, 520, 1040, 1201]
+  assert cache_lens == [128, 256, 512, 1024, 1199]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_impossible_lengths_are_refused(max_completion_len, message):
 
 
 def test_log_probs_equal_rescoring_across_growing_caches():
-  # 3 + 300 tokens run through caches of 131, 262 and 302 slots.
+  # 300 tokens run through caches of 128, 256 and 299 slots.
   sample = sample_fn(max_completion_len=300)
   rollout = sample(tiny()[1], PROMPTS, PROMPT_MASK, jax.random.key(1), temperature=0.7)
   tokens = completions(rollout)[..., None]
@@ -236,7 +236,7 @@ def draws_fn(vocab_size, num_rows, num_draws):
   policy = dataclasses.replace(
     uniform_policy(vocab_size, 2),
     unembedding=lambda params: params[None],
-    prefill=lambda params, tokens, mask, cache_len: (jnp.ones((len(tokens), 1)), ()),
+    prefill=lambda params, tokens, mask, row_len: (jnp.ones((len(tokens), 1)), ()),
   )
   sample = make_sample_fn(policy, max_completion_len=1, eos_id=None, pad_id=0)
   prompts = jnp.zeros((num_rows, 1), jnp.int32)

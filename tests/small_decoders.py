@@ -52,14 +52,14 @@ def _hidden(params, tokens, mask):
   return jnp.tanh(jnp.cumsum(_embedded(params, tokens, mask), axis=1))
 
 
-def _prefill(params, tokens, mask, cache_len):
-  del cache_len
+def _prefill(params, tokens, mask, row_len):
+  del row_len
   total = _embedded(params, tokens, mask).sum(axis=1)
   return jnp.tanh(total), total
 
 
-def _decode(params, tokens, positions, cache, slot, cache_mask):
-  del positions, slot, cache_mask
+def _decode(params, tokens, t, prompts, cache):
+  del t, prompts
   total = cache + params["decoder"]["embedding"][tokens]
   return jnp.tanh(total), total
 
@@ -72,8 +72,9 @@ BAG = Policy(
   unembedding=lambda params: params["unembedding"],
   prefill=_prefill,
   unstack=lambda params: params,
-  decode=_decode,
+  empty_cache=lambda totals, num_branches: jnp.repeat(totals, num_branches, axis=0),
   grow=lambda cache, cache_len: cache,
+  decode=_decode,
 )
 
 

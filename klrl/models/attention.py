@@ -33,22 +33,37 @@ class Forked(NamedTuple):
   own: Array  # [B, g, T, T], both in one branch
 
 
-def attend(
-  query: Array, key: Array, value: Array, seen: Array | Forked, *, scale: float, cap: float
-) -> Array:
+class Continued(NamedTuple):
+  """What is true of a decoding step: G prompts, each with g branches that get their next token."""
+
+  to_prompt: Array  # [G, 1, P], from the tokens of a prompt's branches to the prompt
+  own: Array  # [1, 1, C], from a token to the slots of its branch
+
+
+def attend(query, key, value, seen, *, scale: float, cap: float) -> Array:
   """Returns what each query reads, [B, S, N H]; gradient flows to queries, keys and values.
 
   Logits are at least float32. A query that sees nothing reads a finite mean.
 
   Args:
     query: [B, S, N, H]; heads n R to n R + R - 1 share the key/value head n.
-    key: [B, K, C, H].
-    value: [B, K, C, H].
-    seen: [B, S, C] bool, which keys each query sees; of rows with branches a `Forked`, and C = S.
+    key: [B, K, C, H]; of a decoding step a pair, [G, K, P, H] and [G, K, g, C, H] with G g = B.
+    value: as `key`.
+    seen: [B, S, C] bool, which keys each query sees; of rows with branches a `Forked`, and C = S;
+      of a decoding step a `Continued`, and S = 1.
     scale: multiplies the logits.
     cap: bounds them softly, by cap * tanh(logits / cap); 0 is no bound.
   """
   shape = query.shape
+  if isinstance(seen, Continued):
+    (of_prompt, keys), (read_of_prompt, values) = key, value
+    before = of_prompt, read_of_prompt, seen.to_prompt[:, None, None, None]
+    own = keys, values, seen.own[:, None, None, None]
+    num_prompts, num_heads, num_branches = keys.shape[:3]
+    # [G, K, g, R, 1, H].
+    query = query.reshape(num_prompts, num_branches, 1, num_heads, -1, shape[3])
+    y = _read(query.transpose(0, 3, 1, 4, 2, 5), [before, own], scale, cap)
+    return y.transpose(0, 2, 4, 1, 3, 5).reshape(*shape[:2], -1)
   # [B, K, R, S, H]: the axes that queries and keys share come first.
   query = query.reshape(*shape[:2], key.shape[1], -1, shape[3]).transpose(0, 2, 3, 1, 4)
   if isinstance(seen, Forked):

@@ -28,7 +28,7 @@ from flax import nnx
 
 from klrl.devices import parallel
 from klrl.models import heads
-from klrl.models.attention import Forked
+from klrl.models.attention import Continued, Forked
 from klrl.models.blocks import INIT, Block, DecoderConfig, Ends
 from klrl.models.rotations import cos_sin
 from klrl.ops.logits import CappedUnembedding, Unembedding
@@ -44,9 +44,16 @@ REMAT = {
   ),
   "full": jax.checkpoint,
 }
-# One (keys, values) pair per layer, each [B, K, C, H]: the order in which attention multiplies
-# them, so that a decoding step transposes no cache.
+# One (keys, values) pair per layer, each [G, K, g, C, H] for g rows of each of G prompts: the order
+# in which attention multiplies them, so that a decoding step transposes no cache.
 Cache = tuple[tuple[Array, Array], ...]
+
+
+class Prompts(NamedTuple):
+  """Prompts that were read, once for all of the rows that continue them."""
+
+  keys_values: tuple[tuple[Array, Array], ...]  # one pair per layer, each [G, K, P, H]
+  mask: Array  # [G, P] bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +64,11 @@ class Policy:
   init: Callable[[Array], Params]
   hidden: Callable[..., Array]
   unembedding: Callable[[Params], Unembedding]
-  prefill: Callable[[Params, Array, Array, int], tuple[Array, Cache]]
+  prefill: Callable[[Params, Array, Array, int], tuple[Array, Prompts]]
   unstack: Callable[[Params], Params]
-  decode: Callable[[Params, Array, Array, Cache, Array, Array], tuple[Array, Cache]]
+  empty_cache: Callable[[Prompts, int], Cache]
   grow: Callable[[Cache, int], Cache]
+  decode: Callable[[Params, Array, Array, Prompts, Cache], tuple[Array, Cache]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +95,15 @@ def policy_model(config: DecoderConfig) -> Policy:
   * `unembedding(params) -> [D, V]` in `config.dtype`; logits are `hidden @ unembedding`, also where
     it is an `ops.CappedUnembedding`. V is `config.num_tokens` if that is given, so sampler, scorer
     and every KL see the same tokens.
-  * `prefill(params, tokens [B, P], mask [B, P], cache_len) -> (hidden [B, D] of the last real
-    token, cache)`; the prompt fills slots 0 to P-1.
+  * `prefill(params, tokens [G, P], mask [G, P], row_len) -> (hidden [G, D] of the last real token,
+    prompts)`, for rows that will have up to `row_len` tokens.
   * `unstack(params) -> params` with the layers in a tuple: do it once before a loop of `decode`.
     `decode` takes either form.
-  * `decode(params, tokens [B], positions [B], cache, slot, cache_mask [B, C]) -> (hidden [B, D],
-    cache)`: one token per row, written at `slot` (which `cache_mask` must include).
+  * `empty_cache(prompts, num_branches) -> cache` without slots, for rows of which `num_branches`
+    neighbours continue each prompt.
   * `grow(cache, cache_len) -> cache` with empty slots added.
+  * `decode(params, tokens [B], t, prompts, cache) -> (hidden [B, D], cache)`: the token at place t
+    behind the prompt, of all rows, which is written at slot t. Slots before it are read.
 
   Gradient flows into params through `hidden` and `unembedding`.
   """
@@ -124,8 +134,8 @@ def policy_model(config: DecoderConfig) -> Policy:
     table = table.T
     return CappedUnembedding(table, config.logits_cap) if config.logits_cap else table
 
-  def prefill(params, tokens, mask, cache_len):
-    return decoder.prefill(params["decoder"], tokens, mask, cache_len)
+  def prefill(params, tokens, mask, row_len):
+    return decoder.prefill(params["decoder"], tokens, mask, row_len)
 
   def unstack(params):
     return params | {"decoder": _unstack(params["decoder"])}
@@ -133,7 +143,7 @@ def policy_model(config: DecoderConfig) -> Policy:
   def decode(params, *args):
     return decoder.decode(_unstack(params["decoder"]), *args)
 
-  return Policy(config, init, hidden, unembedding, prefill, unstack, decode, _grow)
+  return Policy(config, init, hidden, unembedding, prefill, unstack, _empty_cache, _grow, decode)
 
 
 def scalar_model(config: DecoderConfig) -> ScalarModel:
@@ -235,35 +245,34 @@ def _decoder(config):
   def hidden(params, tokens, mask, segment_ids=None, fork=None):
     return forward(params, tokens, mask, lambda keys_values: None, segment_ids, fork)[0]
 
-  def prefill(params, tokens, mask, cache_len):
+  def prefill(params, tokens, mask, row_len):
     x, (keys, values) = forward(
-      params, tokens, mask, lambda keys_values: keys_values, row_len=cache_len + 1
+      params, tokens, mask, lambda keys_values: keys_values, row_len=row_len
     )
-    cache = tuple((keys[i], values[i]) for i in range(config.num_layers))
-    return _at_last_real(x, mask), _grow(cache, cache_len)
+    prompts = tuple((keys[i], values[i]) for i in range(config.num_layers))
+    return _at_last_real(x, mask), Prompts(prompts, mask)
 
-  def decode(params, tokens, positions, cache, slot, cache_mask):
+  def decode(params, tokens, t, prompts, cache):
     ends, layers = split(params)
-    positions = positions[:, None]
+    (num_prompts, _, num_branches, cache_len), mask = cache[0][0].shape[:4], prompts.mask
+    sight = _continued(mask, t, num_branches, cache_len)
     tokens = parallel.rows_together(tokens[:, None])
-    x = parallel.rows_together(ends.embedded(tokens, parallel.rows_together(positions)))
-    key_positions = jnp.cumsum(cache_mask, axis=1) - 1
+    x = parallel.rows_together(ends.embedded(tokens, parallel.rows_together(sight.positions)))
     # The last token is never read, so a cache has one slot less than the row has tokens.
-    row_len = cache_mask.shape[1] + 1
-    sight = _Sight(positions, positions, key_positions, cache_mask[:, None])
-    kinds = _of_kinds(config, sight, row_len)
+    kinds = _of_kinds(config, sight, mask.shape[1] + cache_len + 1)
     new_cache = []
-    for i, (layer, old) in enumerate(zip(layers, cache, strict=True)):
+    for i, (layer, *of_layer) in enumerate(zip(layers, prompts.keys_values, cache, strict=True)):
 
-      def store(new, old=old):
-        return tuple(
-          jax.lax.dynamic_update_slice_in_dim(buffer, column, slot, axis=2)
-          for buffer, column in zip(old, new, strict=True)
-        )
+      def store(new, of_layer=of_layer):
+        def written(read, buffer, column):
+          column = column.reshape(num_prompts, num_branches, *column.shape[1:]).swapaxes(1, 2)
+          return read, jax.lax.dynamic_update_slice_in_dim(buffer, column, t, axis=3)
+
+        return tuple(map(written, *of_layer, new))
 
       block = nnx.merge(block_graph, layer)
       x, keys_values = block(x, *kinds[config.index_of_kind(i)], store)
-      new_cache.append(keys_values)
+      new_cache.append(tuple(slots for _, slots in keys_values))
     return ends.final_norm(x)[:, 0], tuple(new_cache)
 
   return _Decoder(init, hidden, prefill, decode)
@@ -273,7 +282,8 @@ class _Sight(NamedTuple):
   """What tokens see: everything but the window of their layer.
 
   `seen` is a mask [B, S, C], and `queries` and `keys` are the positions of both sides. Of rows with
-  branches these are a `Forked` each.
+  branches these are a `Forked` each, and of a decoding step a `Continued`, whose own positions
+  count from the end of the prompt.
   """
 
   positions: Array  # [B, S]
@@ -303,6 +313,17 @@ def _forked(mask, fork):
     Forked(prefix.positions, positions, positions),
     Forked(prefix.positions, prefix.positions[:, None], positions),
     Forked(prefix.seen, jnp.broadcast_to(before, (*positions.shape, fork.prefix_len)), seen),
+  )
+
+
+def _continued(mask, t, num_branches, cache_len):
+  slots, counts = jnp.arange(cache_len)[None], jnp.sum(mask, axis=1, keepdims=True)
+  positions = counts + t
+  return _Sight(
+    jnp.repeat(positions, num_branches, axis=0),
+    Continued(positions, jnp.full((1, 1), t)),
+    Continued(jnp.cumsum(mask, axis=1) - 1, slots),
+    Continued(mask[:, None], (slots <= t)[:, None]),
   )
 
 
@@ -355,9 +376,17 @@ def _unstack(params):
   return params | {"layers": jax.lax.optimization_barrier(layers)}
 
 
+def _empty_cache(prompts, num_branches):
+  def empty(x):
+    num_prompts, num_heads, _, width = x.shape
+    return jnp.zeros((num_prompts, num_heads, num_branches, 0, width), x.dtype)
+
+  return jax.tree.map(empty, prompts.keys_values)
+
+
 def _grow(cache, cache_len):
   def pad(x):
-    return jnp.pad(x, ((0, 0), (0, 0), (0, cache_len - x.shape[2]), (0, 0)))
+    return jnp.pad(x, (*[(0, 0)] * 3, (0, cache_len - x.shape[3]), (0, 0)))
 
   return jax.tree.map(pad, cache)
 

@@ -28,10 +28,10 @@ def uniform_policy(vocab_size: int, max_len: int) -> Policy:
   def zero(shape):
     return jnp.zeros((*shape, 1), config.dtype)
 
-  def prefill(params, tokens, mask, cache_len):
+  def prefill(params, tokens, mask, row_len):
     return zero(tokens.shape[:1]), ()
 
-  def decode(params, tokens, positions, cache, slot, cache_mask):
+  def decode(params, tokens, t, prompts, cache):
     return zero(tokens.shape), cache
 
   return Policy(
@@ -41,6 +41,7 @@ def uniform_policy(vocab_size: int, max_len: int) -> Policy:
     unembedding=lambda params: jnp.zeros((1, vocab_size), config.dtype),
     prefill=prefill,
     unstack=lambda params: params,
-    decode=decode,
+    empty_cache=lambda prompts, num_branches: (),
     grow=lambda cache, cache_len: cache,
+    decode=decode,
   )
