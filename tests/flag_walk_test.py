@@ -317,7 +317,7 @@ def home_of(experiment, field) -> type:
 def told_as_another(experiment, field) -> bool:
   """Returns whether a flag that trains is told to the library where it is declared, for several.
 
-  What the library makes of `reward_timeout` is in reward_functions_test.py.
+  What the library makes of `reward_timeout` is in reward_patience_test.py.
   """
   shows_in = CASES[experiment].get(field, Case(None)).shows_in
   if shows_in not in ("training", "metrics", "scores"):
@@ -367,6 +367,9 @@ def workplace(tmp_path_factory):
       patch.setattr(module, "apply_gradients", APPLY_GRADIENTS)
     write_inputs()
     patch.setattr(programs, "make_sample_fn", make_fake_sample_fn)
+    # Most programs are traced and never run, so none is compiled ahead.
+    not_ahead = programs._Ahead()
+    patch.setattr(programs, "_Ahead", lambda *_: not_ahead)
     # Log-probs of the reference take a compilation, and no flag chooses how they are made.
     patch.setattr(
       dpo_pairs,
