@@ -6,7 +6,8 @@ Three exact studies of one choice among few: which moves KL(new||old) and KL(old
 large the first can be when the second is known, and that to second order they are one. Then PPO on
 the embedded task with a KL to the reference (global), a KL to the policy that sampled (local, in
 either direction), both, and none; and KL in the reward against KL as a loss of its own, when a
-rollout is used for 1, 4 and 16 passes. About eight minutes on 2 CPU cores, stages included.
+rollout is used for 1, 4 and 16 passes. About eight minutes on 2 CPU cores, stages included. WORKDIR
+has kl_directions.json, report.html and kl_passes.png.
 
 Sources: John Schulman et al., "Proximal Policy Optimization Algorithms", 2017, eq. 8, for the local
 penalty; Long Ouyang et al. (InstructGPT), 2022, eq. 2, for the global one; Igal Sason and Sergio
@@ -23,11 +24,11 @@ import numpy as np
 from rich.table import Table
 
 from experiments import ppo
-from experiments.lab import laboratory
+from experiments.lab import laboratory, note_pictures
 from experiments.lab.kl_directions_page import final_figures, report
 from experiments.settings import common
 from experiments.settings.common import setting
-from klrl import ops
+from klrl import ops, schema
 from klrl.errors import UserError
 from klrl.figures import KL
 from klrl.run import progress
@@ -227,9 +228,11 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
       "epochs": compare_epochs(config, str(workdir / "runs")),
     }
 
-  return laboratory.conduct(
+  workdir = laboratory.conduct(
     config, "kl_directions", "kl_directions.json", compute, report, show, root=root
   )
+  note_pictures.write_passes(schema.read(workdir / "kl_directions.json"), workdir)
+  return workdir
 
 
 def compare_epochs(config: Config, root: str) -> list[dict]:

@@ -15,7 +15,8 @@ tr Cov(g) / |E g|^2 (a signal-to-noise ratio of one).
 
 The older policy is, in 1, the policy and noise in its logits; in 2, the point at OLD_STEP of the
 straight line through the parameters of reference (0) and policy (1). WORKDIR has
-kl_variance.json and report.html. About two minutes on 2 cores after the embedded PPO run.
+kl_variance.json, report.html and kl_noise.png. About two minutes on 2 cores after the embedded PPO
+run.
 """
 
 import dataclasses
@@ -30,10 +31,10 @@ from rich.table import Table
 
 from experiments import ppo
 from experiments.estimators import on_line
-from experiments.lab import kl_variance_page, laboratory
+from experiments.lab import kl_variance_page, laboratory, note_pictures
 from experiments.settings import common, rl, training
 from experiments.settings.common import setting
-from klrl import evaluation, inputs, ops
+from klrl import evaluation, inputs, ops, schema
 from klrl.algorithm import kl_terms
 from klrl.algorithm.kl_terms import TokenTerms
 from klrl.algorithm.objective import KLPenalty
@@ -88,9 +89,11 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
       "decoder": on_decoder(config, root),
     }
 
-  return laboratory.conduct(
+  workdir = laboratory.conduct(
     config, "kl_variance", "kl_variance.json", compute, kl_variance_page.report, show, root=root
   )
+  note_pictures.write_noise(schema.read(workdir / "kl_variance.json"), workdir)
+  return workdir
 
 
 def show(results: dict) -> None:
