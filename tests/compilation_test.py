@@ -1,10 +1,9 @@
 """The second start of a command reads what the first has compiled."""
 
 import os
-import subprocess
-import sys
 import time
 
+import forked
 import jax
 import pytest
 
@@ -34,11 +33,9 @@ def counts(home, **own):
   environment = {k: v for k, v in os.environ.items() if k not in compilation.OF_JAX}
   environment |= {"HOME": str(home), "JAX_PLATFORMS": "cpu", **own}
   environment.pop("XDG_CACHE_HOME", None)
-  done = subprocess.run(
-    [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
-  )
-  assert done.returncode == 0, done.stderr
-  return tuple(map(int, done.stdout.split()))
+  status, said = forked.Process(["-c", PROGRAM], home, environment).finished()
+  assert status == 0, said
+  return tuple(map(int, said.split()))
 
 
 def test_the_second_start_compiles_nothing(tmp_path):

@@ -1,22 +1,18 @@
 """Tests of rewards: how they load, how they add up, and each way of being wrong."""
 
 import asyncio
-import contextlib
 import itertools
 import os
 import pickle
-import re
-import signal
 import subprocess
 import sys
-import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from klrl.errors import UserError
-from klrl.tasks import math_answers, reward_calls
+from klrl.tasks import math_answers
 from klrl.tasks.reward_calls import Ids, Patience, scores
 from klrl.tasks.rewards import Reward, load_rewards, weighted_scores
 
@@ -314,122 +310,6 @@ def test_coroutines_of_a_sum_are_awaited_together_and_a_failure_ends_the_others(
   arrived.clear()
   weighted_scores([make("f", 2), make("g", 2)], RECORDS, ["a", "b"])
   assert ended == ["g", "h"]
-
-
-def hangs_in_a_loop(prompts, completions):
-  while True:
-    with contextlib.suppress(Exception):
-      time.sleep(60)
-
-
-def hangs_in_a_regular_expression(prompts, completions):
-  return [re.match("(a*)*b", "a" * 40) for _ in completions]
-
-
-async def hangs_in_a_coroutine(prompts, completions):
-  await asyncio.sleep(60)
-
-
-def hangs_in_a_generator(prompts, completions):
-  yield 1.0
-  time.sleep(60)
-
-
-@pytest.mark.parametrize(
-  "fn",
-  [
-    hangs_in_a_loop,
-    hangs_in_a_regular_expression,
-    hangs_in_a_coroutine,
-    hangs_in_a_generator,
-  ],
-  ids=lambda fn: fn.__name__,
-)
-def test_a_function_that_takes_too_long_is_interrupted_and_the_next_one_is_not(fn):
-  before = signal.getsignal(signal.SIGALRM)
-  with pytest.raises(UserError, match=r"f has not returned after --reward_timeout=0.05 seconds"):
-    scores(fn, RECORDS, ["a", "b"], "f", patience=Patience(timeout=0.05))
-
-  async def slow(prompts, completions):
-    await asyncio.sleep(0.01)
-    return [1, 2]
-
-  assert scores(slow, RECORDS, ["a", "b"], "f").tolist() == [1, 2]
-  assert signal.getsignal(signal.SIGALRM) == before
-  assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-
-
-def test_the_line_at_which_it_hangs_is_told(tmp_path):
-  path = write(
-    tmp_path, "import time\n\ndef f(prompts, completions):\n  time.sleep(60)\n", "slow.py"
-  )
-  with pytest.raises(UserError, match=r"seconds; it was at slow\.py line 4\."):
-    scores(only(f"{path}:f"), RECORDS, ["a", "b"], "f", patience=Patience(timeout=0.05))
-
-
-def test_a_file_that_hangs_at_its_import_is_interrupted(tmp_path):
-  code = "import time\n\ntime.sleep(60)\n\ndef f(prompts, completions):\n  return [0, 0]\n"
-  path = write(tmp_path, code, "hanging.py")
-  message = r"hanging\.py has not returned after .*=0\.05 seconds; it was at hanging\.py line 3\."
-  with pytest.raises(UserError, match=message):
-    load_rewards(f"{path}:f", Patience(timeout=0.05))
-
-
-# It catches everything, so that no exception of ours gets out.
-STUBBORN = """
-import time
-from klrl.tasks import reward_calls
-
-def stubborn(prompts, completions):
-  while True:
-    try:
-      time.sleep(60)
-    except BaseException:
-      pass
-
-reward_calls._SECONDS_TO_END = 0.2
-patience = reward_calls.Patience(timeout=0.1)
-reward_calls.scores(stubborn, [{"prompt": "p"}], ["c"], "stubborn", patience=patience)
-"""
-
-
-def test_what_cannot_be_interrupted_ends_the_process_and_shows_where_it_was():
-  ended = subprocess.run([sys.executable, "-c", STUBBORN], capture_output=True, text=True)
-  assert ended.returncode == 1
-  assert "Timeout (0:00:00.3" in ended.stderr and "in stubborn" in ended.stderr
-
-
-def test_a_call_that_fails_is_made_again_with_fresh_arguments_and_this_is_said_once(
-  monkeypatch, capsys
-):
-  pauses, calls = [], []
-  monkeypatch.setattr(time, "sleep", pauses.append)
-  monkeypatch.setattr(reward_calls, "_said_again", set())
-  failures = [ConnectionError("server gone"), [1.0], [float("nan"), 1.0], SystemExit(0)]
-
-  def unsure(prompts, completions):
-    calls.append((list(prompts), list(completions)))
-    completions.clear()
-    found = failures.pop(0) if failures else [1.0, 2.0]
-    if isinstance(found, BaseException):
-      raise found
-    return found
-
-  with pytest.raises(UserError, match=r"returned nan .*It was tried 3 times, see --rew"):
-    scores(unsure, RECORDS, ["a", "b"], "unsure", patience=Patience(retries=2))
-  assert scores(unsure, RECORDS, ["a", "b"], "unsure", patience=Patience(retries=2)).tolist() == [
-    *(1, 2)
-  ]
-  assert calls == [(["first", "second"], ["a", "b"])] * 5
-  assert pauses == [1, 2, 1]
-  told = " ".join(capsys.readouterr().out.split())
-  assert told.count("It is tried again") == 1 and "ConnectionError: server gone" in told
-
-
-def test_every_function_of_a_sum_has_the_patience_of_the_run(style):
-  patience = Patience(5.0, 2)
-  rewards = load_rewards(f"math,2*{style}:length,model", patience)
-  assert [reward.patience for reward in rewards if reward.fn] == [patience] * 2
 
 
 def test_what_a_function_changes_is_its_own_copy():
