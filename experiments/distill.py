@@ -7,9 +7,9 @@
 
 Rishabh Agarwal et al., "On-Policy Distillation of Language Models", 2024. It is KL-regularised RL
 with no reward and the teacher as the reference: `--kl_correction=prefix --kl_credit=sequence` makes
-a token answer for the KL that follows it too. `--divergence=forward` is KL(teacher || student) at
-the student's prefixes, which covers what the teacher may say; `jensen_shannon` is between the two
-(eq. 1 there), and so are `alpha` and `hellinger`; `chi_squared` punishes most what the teacher
+a token answer for the KL that follows it too. `--kl_divergence=forward` is KL(teacher || student)
+at the student's prefixes, which covers what the teacher may say; `jensen_shannon` is between the
+two (eq. 1 there), and so are `alpha` and `hellinger`; `chi_squared` punishes most what the teacher
 would hardly ever say.
 
 Without flags the student is the embedded SFT policy and the teacher the policy of the default PPO
@@ -29,9 +29,8 @@ from experiments.settings import common, rl, training
 from experiments.settings.common import again, setting
 from experiments.settings.penalty import PENALISED
 from klrl import inputs
-from klrl.algorithm import Hypers, objective
+from klrl.algorithm import objective
 from klrl.devices import parallel
-from klrl.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,46 +38,12 @@ class Config(rl.SurrogateFields, rl.PolicyConfig):
   """Settings of distillation."""
 
   teacher: str = setting("", "model directory to learn from; default: the default PPO run")
-  divergence: str = setting(
-    "reverse",
-    "KL(student || teacher), KL(teacher || student), or another divergence of the two",
-    choices=objective.DIVERGENCES,
-  )
-  jsd_weight: float = setting(
-    0.5,
-    "weight of the teacher in the Jensen-Shannon mixture; near 0 it is forward, near 1 reverse",
-    minimum=1e-3,
-    maximum=1 - 1e-3,
-    read_when=("divergence", ("jensen_shannon",)),
-  )
-  kl_alpha: float = setting(
-    0.5,
-    "of the alpha-divergence: near 0 it is reverse, near 1 forward",
-    minimum=1e-3,
-    maximum=1 - 1e-3,
-    read_when=("divergence", ("alpha",)),
-  )
   beta: float = setting(
     1.0, "what the KL is multiplied by", minimum=0.0, read_when=("kl_placement", PENALISED)
   )
   kl_placement: str = setting("loss", "where the KL goes", choices=objective.PLACEMENTS[:-1])
   kl_estimator: str = again(rl.PolicyConfig, "kl_estimator", default="exact")
   kl_credit: str = again(rl.PolicyConfig, "kl_credit", default="token")
-
-  def __post_init__(self):
-    penalty = self.penalty()
-    if self.divergence != "reverse" and penalty[:4] != ("loss", "exact", "none", "token"):
-      raise UserError(
-        f"--divergence={self.divergence} is a loss at given prefixes, and {penalty} is none. Leave "
-        "the --kl_ flags out."
-      )
-    super().__post_init__()
-
-  def penalty(self) -> objective.KLPenalty:
-    return super().penalty()._replace(divergence=self.divergence)
-
-  def hypers(self) -> Hypers:
-    return super().hypers()._replace(jsd_weight=self.jsd_weight, kl_alpha=self.kl_alpha)
 
   def sources(self) -> inputs.Sources:
     return dataclasses.replace(super().sources(), reference=self.teacher)

@@ -119,15 +119,9 @@ class Config(rl.SurrogateConfig):
     minimum=1.0,
     read_when=("trust_region", ("clip",)),
   )
-  pretrain_data: str = setting(
-    "", "texts whose log-likelihood is mixed in: JSON lines with text, or plain text (.txt)"
-  )
-  ptx_coef: float = setting(0.0, "weight of the pretraining log-likelihood", minimum=0.0)
 
   def __post_init__(self):
     super().__post_init__()
-    if bool(self.pretrain_data) != bool(self.ptx_coef):
-      raise UserError("--pretrain_data and --ptx_coef go together: texts, and what they weigh.")
     if self.value_trunk == "shared" and self.value_init != "reward_model":
       raise UserError("--value_init is set, but a --value_trunk=shared starts as the policy.")
 
@@ -150,7 +144,6 @@ class Config(rl.SurrogateConfig):
         dual_clip=self.dual_clip,
         value_clip_eps=self.value_clip_eps,
         vf_coef=self.vf_coef,
-        ptx_coef=self.ptx_coef,
       )
     )
 
@@ -161,7 +154,6 @@ class Config(rl.SurrogateConfig):
       shared_trunk=self.value_trunk == "shared",
       value_model=self.value_model,
       value_init=self.value_init,
-      pretrain_data=self.pretrain_data,
     )
 
 

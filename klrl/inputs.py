@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from klrl.algorithm.terms import Texts
+from klrl.algorithm.terms import Texts, texts_of
 from klrl.devices import processes, unread
 from klrl.devices.unread import stored_as
 from klrl.errors import UserError
@@ -26,6 +26,7 @@ from klrl.models import (
   open_policy,
   open_scalar,
   policy_model,
+  product_policy,
   scalar_model,
   scalar_params_from,
   shared_tokens,
@@ -37,7 +38,7 @@ from klrl.tasks.registry import TASKS
 from klrl.tasks.verifier import Verifier, answer_tokens
 
 EMBEDDED = "embedded"  # stands for the model of a stage that is not run
-UNIFORM = "uniform"  # a reference that needs no directory
+UNIFORM, START = "uniform", "start"  # references that need no directory
 _HELD_OUT_SHARE = 0.1
 
 
@@ -45,13 +46,13 @@ _HELD_OUT_SHARE = 0.1
 class Sources:
   """Where models, prompts and scores of a run come from; "" is a source that it does without.
 
-  `policy`, `reference`, `reward_model` and `value_model` are model directories.
+  `policy`, `reward_model` and `value_model` are model directories.
   """
 
   policy: str = ""
   """What the user gave; a stage may leave another one in its place."""
   reference: str = ""
-  """Or `uniform`; else the policy as it starts."""
+  """As `factors_of` takes it; else the policy as it starts."""
   reward_model: str = ""
   value_model: str = ""
   value_init: str = "reward_model"
@@ -76,6 +77,7 @@ class Sources:
   reward_timeout: float = 0.0
   reward_retries: int = 0
   pretrain_data: str = ""
+  """A file of texts; "" where there are none, and where the reference writes them."""
   max_prompt_len: int = 0
   max_completion_len: int = 0
   enumerated: bool = False
@@ -126,8 +128,8 @@ class Task(NamedTuple):
 @processes.together
 def check_inputs(sources: Sources) -> None:
   """Raises UserError if a directory, file or function that is named cannot be used."""
-  directories = sources.policy, sources.reference, sources.reward_model, sources.value_model
-  named = dict.fromkeys(x for x in directories if x not in ("", UNIFORM, EMBEDDED))
+  directories = (sources.policy, *references_of(sources), sources.reward_model, sources.value_model)
+  named = dict.fromkeys(x for x in directories if x not in ("", EMBEDDED))
   tokenizers = {directory: load_tokenizer(directory) for directory in named}
   if sources.prompts:
     records = data.read_prompts(sources.prompts, sources.prompt_template, asking(sources))
@@ -140,6 +142,31 @@ def check_inputs(sources: Sources) -> None:
     rewards.check_rewards(sources.reward, records, patience_of(sources))
   if sources.pretrain_data:
     _pretraining_texts(sources.pretrain_data)
+
+
+def factors_of(reference: str) -> list[tuple[float, str]]:
+  """Returns the powers and the names of the factors of a reference, `[POWER*]NAME,...`.
+
+  A name is a model directory, `uniform`, or `start`, which is the policy at the start. One name
+  without a power is that model itself; see `product_policy` for several.
+
+  Raises:
+    UserError: a power is 0 or not finite, or a name is empty or there twice.
+  """
+  if not reference:
+    return []
+  factors = [rewards.weighted(item, "In the reference, ", "DIR") for item in reference.split(",")]
+  names = [name for _, name in factors]
+  if "" in names or len({*names}) < len(names):
+    raise UserError(
+      f"In the reference {reference} each factor needs a name of its own: 0.5*start,0.5*DIR."
+    )
+  return factors
+
+
+def references_of(sources: Sources) -> list[str]:
+  """Returns the directories of models that the reference is made of, beside the policy's."""
+  return [name for _, name in factors_of(sources.reference) if name not in (UNIFORM, START)]
 
 
 def patience_of(sources: Sources) -> rewards.Patience:
@@ -164,7 +191,7 @@ def load_models(
 ) -> Models:
   """Returns the models in the directories `policy` and `reward_model` ("" for none).
 
-  The reference is `sources.reference`, or else the policy at the start. A value model starts as
+  The reference is that of `factors_of`, or else the policy at the start. A value model starts as
   `sources.value_model`, or else as a copy of the reward model, or else as a copy of the policy's
   trunk with a zero head; with a shared trunk it is a zero head on the policy. Parameters are left
   in their files, to be read by `parallel.put`. `loaders` may return models that have no files.
@@ -172,7 +199,7 @@ def load_models(
   Raises:
     UserError: a directory does not hold such a model, or the tokenizers differ.
   """
-  others = (sources.reference, reward_model, sources.value_model)
+  others = (*references_of(sources), reward_model, sources.value_model)
   tokenizer, num_tokens = _vocabulary(policy, others, loaders.tokenizer)
   kind = _kind(sources)
   tokenizer = reading(sources, kind, tokenizer)
@@ -193,10 +220,9 @@ def load_models(
     return model_config, stored_as(params, sources.frozen_dtype)
 
   base_config, params = loaded(loaders.policy, policy)
-  starts_as_reference = sources.has_reference and not sources.reference
-  base_params = start_params(
-    sources, params, has_frozen=starts_as_reference or sources.lora_rank > 0
-  )
+  factors = factors_of(sources.reference) or [(1.0, START)]
+  shares_start = sources.has_reference and START in (name for _, name in factors)
+  base_params = start_params(sources, params, has_frozen=shares_start or sources.lora_rank > 0)
   check_tokenizer(tokenizer, base_config)
   policy_key, value_key = jax.random.split(jax.random.key(sources.init_seed))
   policy_config, policy_params, policy_base = add_lora(
@@ -205,14 +231,22 @@ def load_models(
   policy_params = stored_as(policy_params, sources.param_dtype)
   base = {"policy": policy_base} if policy_base else {}
   reference = reference_params = scorer = reward_params = value_model = value_params = None
+
+  def factor(name):
+    if name == UNIFORM:
+      return uniform_policy(num_tokens, base_config.max_len), {}
+    if name == START:
+      return policy_model(base_config), base_params
+    model_config, params = frozen(loaders.policy, name)
+    return policy_model(model_config), params
+
   if sources.has_reference:
-    if sources.reference == UNIFORM:
-      reference, reference_params = uniform_policy(num_tokens, base_config.max_len), {}
-    elif sources.reference:
-      reference_config, reference_params = frozen(loaders.policy, sources.reference)
-      reference = policy_model(reference_config)
+    powers, names = zip(*factors, strict=True)
+    models, params_of_factors = zip(*map(factor, names), strict=True)
+    if powers == (1.0,):
+      (reference,), (reference_params,) = models, params_of_factors
     else:
-      reference, reference_params = policy_model(base_config), base_params
+      reference, reference_params = product_policy(models, powers), params_of_factors
   if reward_model:
     reward_config, reward_params = frozen(loaders.scalar, reward_model)
     scorer = scalar_model(reward_config)
@@ -261,7 +295,7 @@ def _vocabulary(policy, others, load) -> tuple[TokenizerInfo, int]:
   tokenizer = load(policy)
   num_tokens = tokenizer.num_tokens
   for directory in others:
-    if directory in ("", UNIFORM, policy):
+    if directory in ("", policy):
       continue
     other = load(directory)
     num_shared = shared_tokens(tokenizer, other)
@@ -325,7 +359,7 @@ def _say_other_templates(tokenizer: TokenizerInfo, others, load) -> None:
   """Says which other models have learnt chats in another form than they get in this run."""
   ours = chat.template_of(tokenizer)
   for directory in dict.fromkeys(others):
-    theirs = {} if directory in ("", UNIFORM) else load(directory).chat_templates
+    theirs = load(directory).chat_templates if directory else {}
     if theirs and ours not in theirs.values():
       progress.warn_once(
         f"The model in {directory} has another chat template than the one that writes the prompts "
@@ -488,4 +522,4 @@ def _pretraining(path: str, tokenizer: TokenizerInfo, row_len: int) -> Texts:
   texts = [("", text) for text in _pretraining_texts(path)]
   encoded = data.windows(data.encode_texts(texts, tokenizer), row_len)
   examples = data.examples_of(encoded, tokenizer.pad_id)
-  return Texts(examples.tokens, examples.mask)
+  return texts_of(examples.tokens, examples.mask)

@@ -17,7 +17,7 @@ import numpy as np
 from klrl.algorithm import Algorithm, completions, learner, memory
 from klrl.devices import parallel, processes
 from klrl.inputs import Models, Task
-from klrl.models import ScalarModel, TokenizerInfo, join
+from klrl.models import Policy, ScalarModel, TokenizerInfo, join
 from klrl.run import pending, progress
 from klrl.sampling import Rollout, make_sample_fn
 from klrl.tasks import data, reward_calls, rewards, verifier
@@ -36,7 +36,7 @@ class Setup(NamedTuple):
   task: Task
   mesh: jax.sharding.Mesh
   frozen: dict  # parameters on the devices: of the base, the reference, the reward model
-  sample: Callable[..., Rollout]
+  sample: Callable[..., Rollout] | None = None
 
 
 def set_up(config, mesh, models: Models, task: Task) -> Setup:
@@ -47,16 +47,21 @@ def set_up(config, mesh, models: Models, task: Task) -> Setup:
     "reward_model": models.reward_params,
   }
   algorithm = dataclasses.replace(config.algorithm(), max_completion_len=task.max_completion_len)
-  sample = make_sample_fn(
-    models.sampler,
-    max_completion_len=task.max_completion_len,
-    eos_id=models.tokenizer.eos_ids,
-    pad_id=models.tokenizer.pad_id,
-    group_size=algorithm.group_size,
-    sampler_mesh=config.sampler_mesh,
-  )
   frozen = parallel.put_once(mesh, frozen)
-  return Setup(config, algorithm, models, task, mesh, frozen, sample)
+  setup = Setup(config, algorithm, models, task, mesh, frozen)
+  return setup._replace(sample=_sample_fn(setup, models.sampler))
+
+
+def _sample_fn(setup: Setup, policy: Policy) -> Callable[..., Rollout]:
+  """Returns what draws the completions of an iteration from `policy`."""
+  return make_sample_fn(
+    policy,
+    max_completion_len=setup.task.max_completion_len,
+    eos_id=setup.models.tokenizer.eos_ids,
+    pad_id=setup.models.tokenizer.pad_id,
+    group_size=setup.algorithm.group_size,
+    sampler_mesh=setup.config.sampler_mesh,
+  )
 
 
 def init_run(setup: Setup) -> learner.TrainState:
@@ -118,6 +123,7 @@ def make_programs(
   # A reference that follows the policy has the same architecture.
   reference = models.policy if algorithm.reference_rule else models.reference
   parts = (algorithm, models.policy, models.value_model, reference)
+  rehearse = _sample_fn(setup, reference) if algorithm.rehearses else None
   _, whole = parallel.distinct(setup.frozen)
 
   def lifted(fn, in_axes):
@@ -134,9 +140,9 @@ def make_programs(
   if not task.rewards:
     score = make_score_fn(models.reward_model)
     gold = make_gold_fn(task.training, models.tokenizer)
-    iterate = learner.make_iteration_fn(*parts, sample, score, gold)
+    iterate = learner.make_iteration_fn(*parts, sample, score, gold, rehearse=rehearse)
     return {"iterate": jit(lifted(iterate, (0, None, None, None, None, None)))}
-  update = learner.make_update_after_sampling_fn(*parts)
+  update = learner.make_update_after_sampling_fn(*parts, rehearse)
 
   def rollout(state, *arguments):
     return state, learner.sample_rollout(sample, state, *arguments)

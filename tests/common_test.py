@@ -96,6 +96,8 @@ def test_absl_refuses_what_is_of_another_type(argument):
       {"trust_region": "kl_new_old", "trust_region_adaptive": True, "trust_region_beta": 0.0},
       "--trust_region_beta=0.0: .* from 0.0001 to 10000",
     ),
+    ({"trust_region": "regression", "trust_region_beta": 0.0}, "--trust_region=regression divides"),
+    ({"ptx_divergence": "forward"}, "--ptx_divergence is set, but nothing reads it"),
     ({"controller": "pid"}, "--controller=pid: must be one of fixed, doubling"),
     ({"kl_placement": ""}, "--kl_placement=: must be one of reward"),
   ],

@@ -204,15 +204,16 @@ def test_many_layers_are_one_program_in_a_loop():
   assert length_of_text(deeper) < 1.1 * length_of_text(DEEP)
 
 
-def test_bfloat16_computes_close_to_float32():
+# 8 and 11 bits of mantissa: relative steps of 2^-8 and 2^-11, through two layers.
+@pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 0.02), ("float16", 0.0025)])
+def test_half_precision_computes_close_to_float32(dtype, error):
   policy, params = policy_and_params(TINY)
-  half, half_params = policy_and_params(dataclasses.replace(TINY, dtype="bfloat16"))
+  half, half_params = policy_and_params(dataclasses.replace(TINY, dtype=dtype))
   tokens = tokens_like((2, 6))
   expected = policy.hidden(params, tokens, tokens >= 0)
   hidden = half.hidden(params, tokens, tokens >= 0)
-  assert hidden.dtype == half.unembedding(params).dtype == jnp.bfloat16
-  # 8 bits of mantissa: relative steps of 2^-8, through two layers.
-  assert np.mean(np.abs(np.asarray(hidden, np.float32) - expected)) < 0.02
+  assert hidden.dtype == half.unembedding(params).dtype == dtype
+  assert np.mean(np.abs(np.asarray(hidden, np.float32) - expected)) < error
   assert {leaf.dtype for leaf in jax.tree.leaves(half_params)} == {np.dtype("float32")}
 
 

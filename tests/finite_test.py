@@ -77,6 +77,10 @@ POLICY_LOSSES = {
   "smooth": (lambda lp, old, ref, *x: ops.smooth_policy_loss(lp, old, *x, size=0.25),
     lambda r, q, a: (2 * abs(a) * (np.exp(r) - 2 + np.exp(-r)) - np.exp(r) * a,
                      4 * abs(a) * np.expm1(r) - np.exp(r) * a)),
+  "regression": (
+    lambda lp, old, ref, adv, mask: ops.reinforce_loss(
+      lp, ops.exponential_weights(adv, temperature=0.5), mask),
+    lambda r, q, a: (0 * a, -np.minimum(np.exp(2 * a), 20.0))),
   "vtrace": (_vtrace,
     # At the bound itself the derivative is the mean of both sides'.
     lambda r, q, a: (np.minimum(np.exp(r), 1) * a, np.exp(-abs(r)) * a * (1 - np.sign(r)) / 2)),

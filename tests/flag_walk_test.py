@@ -115,6 +115,7 @@ BOTH_K2 = {
   "kl_correction": "none",
   "kl_credit": "sequence",
 }
+PRETRAINED = {"pretrain_data": "texts.jsonl", "ptx_coef": 0.5}
 DRY_RUN = {
   "dry_run": Case(True, shows_in="dry run"),
   "topology": Case("v5e:2x2", {"dry_run": True}, "dry run"),
@@ -163,6 +164,9 @@ RL = {
   "reference_decay": Case(0.5, {"reference_update": "ema"}),
   "reset_optimizer": Case(True, {"reference_update": "reset"}),
   "reference_every": Case(3, {"reference_update": "reset"}),
+  "pretrain_data": Case("reference", PRETRAINED),
+  "ptx_coef": Case(0.25, PRETRAINED),
+  "ptx_divergence": Case("jensen_shannon", PRETRAINED),
   "temperature": Case(0.5),
   "missing_eos_penalty": Case(1.0),
   "length_penalty": Case(1.0),
@@ -191,7 +195,6 @@ SURROGATE = {
   "trust_region_target": Case(0.5, KL_OLD | {"trust_region_adaptive": True}),
   "max_kl_old": Case(0.5),
 }
-PRETRAINED = {"pretrain_data": "texts.jsonl", "ptx_coef": 0.5}
 CASES = {
   "sft": {
     **RUN,
@@ -237,8 +240,6 @@ CASES = {
     "value_clip_eps": Case(0.5),
     "vf_coef": Case(0.25),
     "dual_clip": Case(3.0),
-    "pretrain_data": Case("other.jsonl", PRETRAINED),
-    "ptx_coef": Case(0.25, PRETRAINED),
   },
   "grpo": {
     **SURROGATE,
@@ -270,9 +271,6 @@ CASES = {
     **SURROGATE,
     "task": Case("tree", {"policy": "", "prompts": ""}, "refusal"),
     "teacher": Case("policy"),
-    "divergence": Case("forward"),
-    "jsd_weight": Case(0.25, {"divergence": "jensen_shannon"}),
-    "kl_alpha": Case(0.25, {"divergence": "alpha"}),
     "kl_placement": Case("both", shows_in="refusal"),
     "keep_best": Case("score", shows_in="refusal"),
   },

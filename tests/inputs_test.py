@@ -15,7 +15,7 @@ from klrl import inputs
 from klrl.devices import parallel, unread
 from klrl.errors import UserError
 from klrl.models import DecoderConfig, load_tokenizer, policy_model, save_policy
-from klrl.run import progress
+from klrl.run import fingerprints, progress
 from klrl.tasks import data
 
 TINY = DecoderConfig(
@@ -275,6 +275,44 @@ def test_a_policy_with_another_reference_starts_from_its_file_as_it_is(stored):
   models = inputs.load_models(sources, policy=str(stored / "float32"), reward_model="")
   expected = random_params(policy_model(LLAMA))
   jax.tree.map(np.testing.assert_array_equal, unread.read(models.policy_params), expected)
+
+
+def test_factors_of_a_reference_are_read_with_their_powers(stored):
+  wide = str(stored / "float32")
+  assert inputs.factors_of("start, 0.5*a/b,-0.5*uniform") == [
+    (1.0, "start"),
+    (0.5, "a/b"),
+    (-0.5, "uniform"),
+  ]
+  sources = inputs.Sources(reference=f"0.7*start,0.3*{wide}", frozen_dtype="bfloat16")
+  assert fingerprints.paths_of(sources) == [wide]
+  models = inputs.load_models(sources, policy=wide, reward_model="")
+  assert models.reference.config.width == 2 * models.policy.config.width
+  # The policy at the start is rounded as its reference is.
+  for own, reference in zip(
+    jax.tree.leaves(unread.read(models.policy_params)),
+    jax.tree.leaves(unread.read(models.reference_params[0])),
+    strict=True,
+  ):
+    assert reference.dtype == "bfloat16"
+    np.testing.assert_array_equal(own, reference.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+  ("reference", "message"),
+  [
+    ("0*start", "the weight '0' is no finite number other than 0; write e.g. 0.5\\*DIR"),
+    ("0.5*start,", "each factor needs a name of its own"),
+    ("0.5*start,start", "each factor needs a name of its own"),
+    ("0.5*start,0.5*running", "--keep_best=score leaves its best model so far in model_best"),
+    ("running/checkpoints/3", "Checkpoints hold the state of training"),
+  ],
+)
+def test_a_reference_that_cannot_be_read_is_told(reference, message, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "running/checkpoints/3").mkdir(parents=True)
+  with pytest.raises(UserError, match=message):
+    inputs.check_inputs(inputs.Sources(reference=reference))
 
 
 def said_of_shared(run, capsys):

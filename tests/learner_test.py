@@ -196,6 +196,7 @@ def test_coefficients_are_traced_and_structure_is_static():
     {"trust_region": "tv_mask", "trust_region_size": 1e-3},
     {"trust_region": "kl_mask", "trust_region_size": 1e-5},
     {"trust_region": "smooth"},
+    {"trust_region": "regression"},
     {"missing_eos_penalty": 1.0},
   ],
 )

@@ -272,8 +272,8 @@ def test_the_divergence_of_a_distillation_is_told_by_name():
     rlhf.announce(config)["kl_penalty"]
     for config in (
       distill.Config(),
-      distill.Config(divergence="forward"),
-      distill.Config(divergence="jensen_shannon"),
+      distill.Config(kl_divergence="forward"),
+      distill.Config(kl_divergence="jensen_shannon"),
       Own(),
     )
   ]

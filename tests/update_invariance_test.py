@@ -19,7 +19,7 @@ from small_decoders import bag_params, bag_value_params
 from experiments import grpo, ppo
 from klrl import ops
 from klrl.algorithm import learner
-from klrl.algorithm.terms import Texts
+from klrl.algorithm.terms import texts_of
 from klrl.devices import parallel
 from klrl.sampling import Rollout
 
@@ -105,7 +105,7 @@ def make_batch(*, order=None, padding=0):
     old_log_probs=np.pad(old, after, constant_values=np.nan),
     sampler_log_probs=np.pad(sampler, after, constant_values=np.nan),
   )
-  texts = Texts(np.pad(tokens[:, :MAX_LEN], after), np.pad(text_mask, after))
+  texts = texts_of(np.pad(tokens[:, :MAX_LEN], after), np.pad(text_mask, after))
   rows = np.arange(BATCH) if order is None else order
   return jax.tree.map(lambda x: jnp.asarray(x)[rows], (rollout, scores, texts))
 
@@ -173,7 +173,8 @@ def test_the_order_of_rows_and_groups_is_nothing(name):
 
 def test_pretraining_texts_count_by_their_real_tokens_after_the_first():
   params, (_, _, texts) = models()[0]["policy"], make_batch()
-  embedded = np.where(texts.mask[..., None], params["decoder"]["embedding"][texts.tokens], 0)
+  mask = np.concatenate([texts.prompt_mask, texts.completion_mask], axis=1)
+  embedded = np.where(mask[..., None], params["decoder"]["embedding"][texts.tokens], 0)
   logits = np.tanh(embedded.cumsum(axis=1)) @ params["unembedding"]
   log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
   losses = [

@@ -95,7 +95,7 @@ def models_and_task():
   models = dry_run.shapes_of_models(
     RUN.sources(), loaders_of(DECODER), policy="policy", reward_model="reward"
   )
-  texts = terms.Texts(np.zeros((4, 8), np.int32), np.ones((4, 8), bool))
+  texts = terms.texts_of(np.zeros((4, 8), np.int32), np.ones((4, 8), bool))
   own = [rewards.Reward("own", 1.0, len)]  # Of the host, so that rollout and update are apart.
   return models, inputs.load_task(RUN.sources(), models)._replace(pretraining=texts, rewards=own)
 

@@ -24,6 +24,26 @@ class KLConfig(RunConfig):
     read_when=("kl_placement", PENALISED),
   )
   kl_placement: str = setting("reward", "where the KL goes", choices=objective.PLACEMENTS)
+  kl_divergence: str = setting(
+    "reverse",
+    "what is penalised: KL(pi || pi_ref), or another divergence",
+    choices=objective.DIVERGENCES,
+    read_when=("kl_placement", PENALISED),
+  )
+  jsd_weight: float = setting(
+    0.5,
+    "weight of pi_ref in the Jensen-Shannon mixture; near 0 it is forward, near 1 reverse",
+    minimum=1e-3,
+    maximum=1 - 1e-3,
+    read_when=("kl_divergence", ("jensen_shannon",)),
+  )
+  kl_alpha: float = setting(
+    0.5,
+    "of the alpha-divergence: near 0 it is KL(pi || pi_ref), near 1 KL(pi_ref || pi)",
+    minimum=1e-3,
+    maximum=1 - 1e-3,
+    read_when=("kl_divergence", ("alpha",)),
+  )
   kl_estimator: str = setting(
     "k1",
     "how the KL is estimated",
@@ -129,6 +149,7 @@ class KLConfig(RunConfig):
       self.kl_estimator,
       self.kl_correction,
       self.kl_credit,
+      divergence=self.kl_divergence,
       weight=self.kl_weight,
     )
 

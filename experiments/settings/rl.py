@@ -19,16 +19,25 @@ from experiments.settings.common import (
   again,
   setting,
 )
-from experiments.settings.penalty import PENALISED, KLConfig
+from experiments.settings.penalty import KLConfig
 from klrl import inputs, ops
-from klrl.algorithm import Algorithm, Hypers, beta_rules, memory, objective, policy_losses
+from klrl.algorithm import (
+  Algorithm,
+  Hypers,
+  beta_rules,
+  kl_terms,
+  memory,
+  objective,
+  policy_losses,
+)
 from klrl.algorithm.optimizer import make_schedule
 from klrl.errors import UserError
 from klrl.sampling import SAMPLER_MESHES
 from klrl.tasks.registry import TASKS
 from klrl.tasks.rewards import reads_model
 
-_KL_TRUST_REGIONS = ("kl_old_new", "kl_new_old", "k2")
+_KL_TRUST_REGIONS = ("kl_old_new", "kl_new_old", "k2", "regression")
+LIKELIHOOD, REFERENCE = "likelihood", "reference"
 _SIZED = ("tv_mask", "kl_mask", "smooth")
 _CLIPPED = ("clip", "sequence_clip")
 # What a task with a policy of its own, and one with scores of its own, has no use for.
@@ -53,7 +62,10 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
   )
   length_penalty: float = setting(0.0, "taken off the score for each token", minimum=0.0)
   sampler_dtype: str = setting(
-    "trainer", "what the sampler computes in", choices=("trainer", "float32", "bfloat16")
+    "trainer",
+    "what the sampler computes in; float16 rounds 8 times finer than bfloat16, and overflows at "
+    "65504",
+    choices=("trainer", "float32", "bfloat16", "float16"),
   )
   sampler_mesh: str = setting(
     "auto",
@@ -147,6 +159,8 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
       kl_target=self.kl_budget or self.kl_target,
       kl_horizon=self.kl_horizon,
       kl_step_size=self.kl_step_size,
+      jsd_weight=self.jsd_weight,
+      kl_alpha=self.kl_alpha,
       kl_weight_power=self.kl_weight_power,
       entropy_coef=self.entropy_coef,
       missing_eos_penalty=self.missing_eos_penalty,
@@ -181,33 +195,48 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RLConfig(PolicyConfig, ScoreFields, StageFields):
-  """The reference, and the divergence from it; what scores completions."""
+class TextFields:
+  """Texts that the policy has not written and is to stay near; to be mixed into a config."""
 
-  kl_divergence: str = setting(
-    "reverse",
-    "what is penalised: KL(pi || pi_ref), or another divergence",
-    choices=objective.DIVERGENCES,
-    read_when=("kl_placement", PENALISED),
+  pretrain_data: str = setting(
+    "",
+    "texts whose loss is mixed in: JSON lines with text, or plain text (.txt); or `reference`: "
+    "what pi_ref writes to the prompts of each iteration",
   )
-  jsd_weight: float = setting(
-    0.5,
-    "weight of pi_ref in the Jensen-Shannon mixture",
-    minimum=1e-3,
-    maximum=1 - 1e-3,
-    read_when=("kl_divergence", ("jensen_shannon",)),
+  ptx_coef: float = setting(0.0, "weight of that loss, per nat", minimum=0.0)
+  ptx_divergence: str = setting(
+    LIKELIHOOD,
+    "that loss: minus the log-likelihood of the texts, or a divergence from pi_ref of the next "
+    "token at their prefixes",
+    choices=(LIKELIHOOD, *objective.DIVERGENCES),
   )
-  kl_alpha: float = setting(
-    0.5,
-    "of the alpha-divergence: near 0 it is KL(pi || pi_ref), near 1 KL(pi_ref || pi)",
-    minimum=1e-3,
-    maximum=1 - 1e-3,
-    read_when=("kl_divergence", ("alpha",)),
-  )
+
+  def check_texts(self) -> None:
+    """Raises UserError where one of these is set without the others that it needs."""
+    if bool(self.pretrain_data) != bool(self.ptx_coef):
+      raise UserError("--pretrain_data and --ptx_coef go together: texts, and what they weigh.")
+    if self.ptx_divergence != LIKELIHOOD and not self.pretrain_data:
+      raise UserError("--ptx_divergence is set, but nothing reads it without --pretrain_data.")
+
+  @property
+  def rehearses(self) -> bool:
+    """Whether the reference writes the texts."""
+    return self.pretrain_data == REFERENCE
+
+  @property
+  def texts_read_reference(self) -> bool:
+    """Whether the loss of the texts needs a reference."""
+    return self.rehearses or self.ptx_divergence != LIKELIHOOD
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RLConfig(PolicyConfig, ScoreFields, StageFields, TextFields):
+  """The reference, and what scores completions."""
+
   reference: str = setting(
     "",
-    "model directory of pi_ref, or `uniform`, the KL to which is minus the entropy up to a "
-    "constant; default: the policy at the start",
+    "model directory of pi_ref, a run's too; or `uniform`, the KL to which is minus the entropy up "
+    "to a constant; or a product as 0.7*start,0.3*DIR; default: `start`, the policy at the start",
   )
   reference_update: str = setting(
     "frozen",
@@ -236,19 +265,21 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields):
   def __post_init__(self):
     super().__post_init__()
     self.check_scores()
+    self.check_texts()
     if self.reward and self.reward_model and not reads_model(self.reward):
       raise UserError(
         "--reward and --reward_model both score; give one of them, or a sum that names `model`, "
         f"e.g. --reward=model,{self.reward}."
       )
-    if self.reference and self.kl_placement == "none" and not self.kl_every:
+    is_read = self.kl_placement != "none" or self.texts_read_reference
+    if self.reference and not (is_read or self.kl_every):
       raise UserError("--reference is set, but nothing reads it: no KL is penalised or measured.")
     if self.reference_update != "frozen":
       if self.reference:
         raise UserError(
           f"--reference_update={self.reference_update} starts at the policy; leave --reference out."
         )
-      if self.kl_placement == "none":
+      if not is_read:
         raise UserError("--reference_update moves a reference that no KL is penalised to.")
 
   def missing_inputs(self) -> list[str]:
@@ -270,9 +301,6 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields):
     if task.write_policy and not has_scores:
       raise UserError(f"--task={self.task} has no reward model: add --reward=FILE.py:FUNCTION.")
 
-  def penalty(self) -> objective.KLPenalty:
-    return super().penalty()._replace(divergence=self.kl_divergence)
-
   def reads_scores(self) -> bool:
     return True
 
@@ -286,16 +314,14 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields):
       reference_rule=memory.REFERENCE_RULES[self.reference_update],
       reference_every=self.reference_every,
       reset_optimizer=self.reset_optimizer,
+      rehearses=self.rehearses,
+      text_divergence=None
+      if self.ptx_divergence == LIKELIHOOD
+      else kl_terms.DIVERGENCES[self.ptx_divergence].exact,
     )
 
   def hypers(self) -> Hypers:
-    return (
-      super()
-      .hypers()
-      ._replace(
-        jsd_weight=self.jsd_weight, kl_alpha=self.kl_alpha, reference_decay=self.reference_decay
-      )
-    )
+    return super().hypers()._replace(reference_decay=self.reference_decay, ptx_coef=self.ptx_coef)
 
   def sources(self) -> inputs.Sources:
     # What the objective is worth at its best is known where beta and reference are.
@@ -306,10 +332,14 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields):
       and self.beta_rule() in ("fixed", "linear", "cosine")
       and self.reference_update == "frozen"
       and not self.normalise_scores
+      and not self.ptx_coef
     )
+    sources = super().sources()
     return dataclasses.replace(
-      super().sources(),
+      sources,
       reference=self.reference,
+      has_reference=sources.has_reference or self.texts_read_reference,
+      pretrain_data="" if self.rehearses else self.pretrain_data,
       reward_model=self.reward_model,
       reward=self.reward,
       reward_timeout=self.reward_timeout,
@@ -357,7 +387,8 @@ class SurrogateFields:
   )
   trust_region_beta: float = setting(
     1.0,
-    "coefficient of the KL to the old policy, per nat and token",
+    "coefficient of the KL to the old policy, per nat and token; regression: per nat of KL(pi || "
+    "old), that to pi_ref included",
     minimum=0.0,
     read_when=("trust_region", _KL_TRUST_REGIONS),
   )
@@ -383,6 +414,8 @@ class SurrogateFields:
     self.check_divides("num_minibatches", self.batch_size, "--batch_size")
     rows = self.batch_size // self.num_minibatches
     self.check_divides("accumulation", rows, "--batch_size / --num_minibatches")
+    if self.trust_region == "regression" and not self.trust_region_beta:
+      raise UserError("--trust_region=regression divides by --trust_region_beta, so it is not 0.")
     lowest, highest = ops.BETA_BOUNDS
     if self.trust_region_adaptive and not lowest <= self.trust_region_beta <= highest:
       raise UserError(

@@ -17,17 +17,18 @@ import jax.numpy as jnp
 from klrl import ops
 from klrl.algorithm.distributions import log_probs_and_entropy_of, over_vocabulary
 from klrl.algorithm.gradients import enough_parts
+from klrl.algorithm.terms import Texts
 from klrl.devices import parallel
 from klrl.models.attention import Fork
 from klrl.sampling import Rollout
 
 
-def attention_mask(rollout: Rollout) -> jax.Array:
+def attention_mask(rollout: Rollout | Texts) -> jax.Array:
   """Returns [B, P + T] bool, True at real tokens."""
   return jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)
 
 
-def _predicting(fn, rollout: Rollout, group_size: int) -> jax.Array:
+def _predicting(fn, rollout: Rollout | Texts, group_size: int) -> jax.Array:
   """Returns [B, T, ...], `fn(tokens, mask, fork=...)` at the positions that predict completions."""
   tokens, mask = rollout.tokens, attention_mask(rollout)
   num_rows, prompt_len = rollout.prompt_mask.shape
@@ -59,7 +60,7 @@ def _in_parts(fn, rows) -> jax.Array:
   return y.reshape(-1, *y.shape[2:])
 
 
-def completion_tokens(rollout: Rollout) -> jax.Array:
+def completion_tokens(rollout: Rollout | Texts) -> jax.Array:
   """Returns [B, T] int32, the tokens that were sampled."""
   return rollout.tokens[:, rollout.prompt_mask.shape[1] :]
 
@@ -75,7 +76,9 @@ def shortened(rollout: Rollout, completion_len: int) -> Rollout:
   )
 
 
-def completion_hidden(policy, params, rollout: Rollout, *, group_size: int = 1) -> jax.Array:
+def completion_hidden(
+  policy, params, rollout: Rollout | Texts, *, group_size: int = 1
+) -> jax.Array:
   """Returns [B, T, D], the hidden state that predicts each completion token."""
   return _predicting(functools.partial(policy.hidden, params), rollout, group_size)
 

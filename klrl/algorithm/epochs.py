@@ -1,6 +1,6 @@
 """The inner epochs: several passes of Adam over one rollout, in shuffled minibatches.
 
-A minibatch minimises the algorithm's loss plus the cross-entropy on pretraining texts, as a loss of
+A minibatch minimises the algorithm's loss plus that of texts which others wrote, as a loss of
 `gradients`. All losses of tokens are aggregated in the same way, so policy loss and KL have one
 divisor, and beta keeps its unit.
 """
@@ -92,8 +92,9 @@ def make_loss_fn(algorithm: Algorithm, policy, value_model):
     }
     if batch.pretraining is not None:
       weights["policy/pretraining_loss"] = context.hypers.ptx_coef
-      metrics["policy/pretraining_loss"] = _cross_entropy(
-        policy, params["policy"], batch.pretraining
+      loss = _loss_of_texts(algorithm, policy, params["policy"], batch.pretraining, context)
+      metrics["policy/pretraining_loss"] = algorithm.aggregation(
+        loss, batch.pretraining.completion_mask
       )
     sampler_log_probs = batch.rollout.sampler_log_probs
     metrics |= diagnostics.of_minibatch(algorithm, terms, kl, sampler_log_probs, context.hypers)
@@ -186,13 +187,18 @@ def _refreshed(
   return batch._replace(advantages=advantages, returns=returns)
 
 
-def _cross_entropy(policy, params, texts: Texts):
-  """Returns (sum, count) of -log pi over the texts' tokens after the first, nats."""
-  tokens, mask = texts
-  hidden = policy.hidden(params, tokens, mask)[:, :-1]
-  models = [(hidden, policy.unembedding(params))]
-  log_probs = over_vocabulary(ops.taken, models, [tokens[:, 1:]])
-  return ops.token_mean(-log_probs, mask[:, 1:])
+def _loss_of_texts(algorithm: Algorithm, policy, params, texts: Texts, context: Context):
+  """Returns [B, T] -log pi of the tokens of texts, or the divergence at their prefixes, nats."""
+  hidden = completions.completion_hidden(policy, params, texts)
+  models, temperature = [(hidden, policy.unembedding(params))], context.hypers.temperature
+  if algorithm.text_divergence is None or texts.ref_hidden is None:
+    tokens = completions.completion_tokens(texts)
+    return -over_vocabulary(ops.taken, models, [tokens], temperature=temperature)
+  assert context.ref_unembedding is not None
+  models.append((texts.ref_hidden, context.ref_unembedding))
+  return over_vocabulary(
+    algorithm.text_divergence, models, (), [context.hypers], temperature=temperature
+  )
 
 
 def minibatch_rows(algorithm: Algorithm, batch_size: int, num_parts: int, key) -> jax.Array:

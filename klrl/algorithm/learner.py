@@ -31,7 +31,7 @@ from klrl.algorithm.epochs import (
 )
 from klrl.algorithm.optimizer import init_optimizer
 from klrl.algorithm.spec import Algorithm, Hypers
-from klrl.algorithm.terms import Experience
+from klrl.algorithm.terms import Experience, Texts
 from klrl.models import join
 from klrl.sampling import Rollout
 
@@ -96,15 +96,15 @@ def make_after_sampling_fn(algorithm: Algorithm, policy):
   return after_sampling
 
 
-def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
+def make_update_fn(algorithm: Algorithm, policy, value_model, reference, rehearse=None):
   """Returns update(state, frozen, rollout, scores [B], pretraining) -> (state, metrics).
 
   One call is one iteration after `make_after_sampling_fn`, whose rollout it takes: log-probs of the
   reference and values, advantages with the KL penalty's cost in the reward, then the inner epochs.
   `frozen` holds the parameters of the `reference` and, if adapters are trained, those of their
-  `base`. `pretraining` is a `terms.Texts` of B rows, whose log-likelihood is mixed into the loss,
-  or None. A completion whose score is NaN has none: nothing is learnt from it, and it is in no mean
-  of scores. The function is pure and is compiled by the caller. Metrics are (sum, count) pairs.
+  `base`. `pretraining` is a `terms.Texts` of B rows, whose loss is mixed in, or None. A completion
+  whose score is NaN has none: nothing is learnt from it, and it is in no mean of scores. The
+  function is pure and is compiled by the caller. Metrics are (sum, count) pairs.
   `kl/ref_*`, and `objective/mean`, the mean of score - beta * k1 with the score as it was given,
   are of all sampled completions, before scores are shaped and groups are dropped.
 
@@ -113,6 +113,8 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
     policy: a `models.Policy`; its old log-probs come from the sampler.
     value_model: a `models.ScalarModel`, or None if the advantage rule reads no values.
     reference: a `models.Policy`; its architecture may differ from the policy's.
+    rehearse: draws completions of the reference, as `sampling.make_sample_fn` returns it, whose
+      loss is mixed in instead of `pretraining`; None if the algorithm does not rehearse.
   """
   penalty = algorithm.penalty
   has_kl = penalty.placement != "none"
@@ -171,6 +173,19 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
     if algorithm.whiten_advantages:
       mean, std = ops.mean_and_std(advantages, mask)
       advantages = ops.whiten(advantages, mask)
+    if rehearse is not None:
+      key, rehearsal_key = jax.random.split(key)
+      drawn = rehearse(
+        reference_params,
+        rollout.tokens[:, : rollout.prompt_mask.shape[1]],
+        rollout.prompt_mask,
+        rehearsal_key,
+        temperature=hypers.temperature,
+      )
+      pretraining = Texts(drawn.tokens, drawn.prompt_mask, drawn.completion_mask)
+    if pretraining is not None and algorithm.text_divergence is not None:
+      hidden = completions.completion_hidden(reference, reference_params, pretraining)
+      pretraining = pretraining._replace(ref_hidden=hidden)
     fresh_exact_kl = needs_exact_kl(algorithm)
     batch = Batch(
       rollout,
@@ -184,7 +199,9 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
       pretraining,
       ref.weights,
     )
-    ref_unembedding = reference.unembedding(reference_params) if fresh_exact_kl else None
+    ref_unembedding = None
+    if fresh_exact_kl or algorithm.text_divergence is not None:
+      ref_unembedding = reference.unembedding(reference_params)
     context = Context(
       hypers, base, beta, state.trust_region.beta, mean, std, ref_unembedding, state.iteration
     )
@@ -248,13 +265,15 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference):
   return update
 
 
-def make_update_after_sampling_fn(algorithm: Algorithm, policy, value_model, reference):
+def make_update_after_sampling_fn(
+  algorithm: Algorithm, policy, value_model, reference, rehearse=None
+):
   """Returns what `make_update_fn` returns, for a rollout that has just been sampled.
 
   The scores are those of the rollout that is trained on, see `make_after_sampling_fn`.
   """
   after_sampling = make_after_sampling_fn(algorithm, policy)
-  update = make_update_fn(algorithm, policy, value_model, reference)
+  update = make_update_fn(algorithm, policy, value_model, reference, rehearse)
 
   def update_after_sampling(state: TrainState, frozen, rollout: Rollout, *arguments):
     state, rollout = after_sampling(state, frozen, rollout)
@@ -283,17 +302,17 @@ def _controlled(algorithm: Algorithm, state: TrainState, metrics):
 
 
 def make_iteration_fn(
-  algorithm: Algorithm, policy, value_model, reference, sample, score, gold=None
+  algorithm: Algorithm, policy, value_model, reference, sample, score, gold=None, *, rehearse=None
 ):
   """Returns iteration(state, frozen, prompts, prompt_mask, rows, pretraining) -> (state, metrics).
 
   This is the whole iteration as one pure function, for scores that are computed on the device by
   `score(frozen, rollout, rows) -> [B]`. It samples from `prompts` [B, P]; `rows [B]` int32 says
   which of all prompts those of the rollout are that is trained on. If `gold(rollout, rows) -> [B]`
-  is given it is measured, and nothing is trained on it.
+  is given it is measured, and nothing is trained on it. `rehearse` is that of `make_update_fn`.
   """
   after_sampling = make_after_sampling_fn(algorithm, policy)
-  update = make_update_fn(algorithm, policy, value_model, reference)
+  update = make_update_fn(algorithm, policy, value_model, reference, rehearse)
 
   def iteration(state, frozen, prompts, prompt_mask, rows, pretraining=None):
     rollout = sample_rollout(sample, state, frozen, prompts, prompt_mask)

@@ -79,6 +79,19 @@ def smooth(terms: Terms, hypers):
   return ops.smooth_policy_loss(*arguments, size=hypers.trust_region_size), {}
 
 
+def regression(terms: Terms, hypers):
+  """Likelihood weighted by exp(A / trust_region_beta), without a ratio: DAR's regression.
+
+  It leads to old * exp(A / trust_region_beta) / Z, see `ops.exponential_weights`, and is multiplied
+  by trust_region_beta, so that it is in units of the score, as the other terms of the loss are.
+  """
+  del hypers
+  scale = terms.trust_region_beta
+  weights = ops.exponential_weights(terms.advantages, temperature=scale)
+  metrics = {"controller/trust_region_beta": (terms.trust_region_beta, 1.0)}
+  return scale * ops.reinforce_loss(terms.log_probs, weights, terms.mask), metrics
+
+
 def unbounded(terms: Terms, hypers):
   """The importance-weighted surrogate, without a bound on the ratio."""
   return _surrogate(terms, jnp.zeros_like(terms.log_probs), 0.0), {}
@@ -106,6 +119,7 @@ POLICY_LOSSES = {
   "tv_mask": divergence_masked("tv"),
   "kl_mask": divergence_masked("kl"),
   "smooth": smooth,
+  "regression": regression,
   "none": unbounded,
 }
 

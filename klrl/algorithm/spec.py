@@ -48,7 +48,7 @@ class Hypers(NamedTuple):
   value_clip_eps: jax.Array | float = jnp.inf  # reward units
   vf_coef: jax.Array | float = 0.0
   entropy_coef: jax.Array | float = 0.0
-  ptx_coef: jax.Array | float = 0.0  # weight of the log-likelihood of pretraining texts
+  ptx_coef: jax.Array | float = 0.0  # weight of the loss of texts that the policy has not written
   overlong_buffer: jax.Array | float = 0.0  # tokens before the limit over which a penalty rises
   missing_eos_penalty: jax.Array | float = 0.0  # for a completion that was cut off at the limit
   length_penalty: jax.Array | float = 0.0  # for each token
@@ -105,6 +105,13 @@ class Algorithm:
 
   None is the one that `penalty` names, of `kl_terms.DIVERGENCES`.
   """
+  text_divergence: Callable[[jax.Array, jax.Array, Hypers], jax.Array] | None = None
+  """The divergence that is mixed into the loss at the prefixes of `Texts`, as `divergence` is.
+
+  None is the cross-entropy of their tokens.
+  """
+  rehearses: bool = False
+  """Whether the reference writes these texts, to the prompts of each iteration."""
   controller: beta_rules.BetaRule = beta_rules.RULES["fixed"]
   """Moves beta after each iteration; see `beta_rules.RULES`."""
   adapts_trust_region: bool = False

@@ -10,10 +10,17 @@ import jax
 
 
 class Texts(NamedTuple):
-  """Pretraining texts that are to stay likely, right-padded."""
+  """Texts that the policy has not written and is to stay near, in the layout of a rollout."""
 
-  tokens: jax.Array  # [B, S] int32
-  mask: jax.Array  # [B, S] bool
+  tokens: jax.Array  # [B, P + T] int32
+  prompt_mask: jax.Array  # [B, P] bool; what is given
+  completion_mask: jax.Array  # [B, T] bool; what counts
+  ref_hidden: jax.Array | None = None  # [B, T, D_ref], where a divergence from pi_ref is taken
+
+
+def texts_of(tokens, mask) -> Texts:
+  """Returns right-padded texts [B, S], of which all but the first token counts."""
+  return Texts(tokens, mask[:, :1], mask[:, 1:])
 
 
 class Experience(NamedTuple):

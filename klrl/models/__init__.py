@@ -18,6 +18,7 @@ from klrl.models.hf import save_scalar as save_scalar
 from klrl.models.lora import add_lora as add_lora
 from klrl.models.lora import join as join
 from klrl.models.lora import merge_lora as merge_lora
+from klrl.models.product import product_policy as product_policy
 from klrl.models.tokenizer import TokenizerInfo as TokenizerInfo
 from klrl.models.tokenizer import check_tokenizer as check_tokenizer
 from klrl.models.tokenizer import difference as difference

@@ -82,6 +82,11 @@ def _base_of(path: pathlib.Path) -> pathlib.Path:
 
 def advice(path):
   """Returns what to do with a directory that holds something other than a model's files."""
+  if (path / "checkpoints").is_dir() or "checkpoints" in (path.name, path.parent.name):
+    return (
+      " Checkpoints hold the state of training. The folder of a run can be named when the run has"
+      " finished; before that, --keep_best=score leaves its best model so far in model_best."
+    )
   snapshots = sorted(path.glob("snapshots/*/config.json"))
   snapshots += sorted(path.glob("models--*/snapshots/*/config.json"))
   if snapshots:

@@ -143,6 +143,7 @@ from klrl.ops.losses import clipped_policy_loss as clipped_policy_loss
 from klrl.ops.losses import clipped_value_loss as clipped_value_loss
 from klrl.ops.losses import constant as constant
 from klrl.ops.losses import dpo_loss as dpo_loss
+from klrl.ops.losses import exponential_weights as exponential_weights
 from klrl.ops.losses import gspo_loss as gspo_loss
 from klrl.ops.losses import ipo_loss as ipo_loss
 from klrl.ops.losses import kl_penalised_policy_loss as kl_penalised_policy_loss

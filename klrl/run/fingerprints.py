@@ -32,7 +32,8 @@ _RULES = {
 def paths_of(config) -> list[str]:
   """Returns the paths of the inputs that the fields of `config` name."""
   named = [getattr(config, name, "") for name in _FIELDS]
-  named += [path for name in named for path in name.split(",")]  # of several, each
+  # Of several, each; factors of a reference have powers.
+  named += [path.rpartition("*")[2].strip() for name in named for path in name.split(",")]
   for item in getattr(config, "reward", "").split(","):
     source = item.rpartition("*")[2].strip().rpartition(":")[0]
     named.append(source if source.endswith(".py") else "")

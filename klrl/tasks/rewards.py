@@ -44,6 +44,28 @@ class Reward(NamedTuple):
   patience: Patience = ENDLESS
 
 
+def weighted(item: str, of="--reward=", like="FILE.py:FUNCTION") -> tuple[float, str]:
+  """Returns the weight and the source of an item `[WEIGHT*]SOURCE`, 1 where there is no weight.
+
+  Raises:
+    UserError: the weight is 0 or not finite. The message names the item after the words `of`, and
+      shows a source `like` those that are meant.
+  """
+  weight, star, source = item.strip().rpartition("*")
+  if not star:
+    return 1.0, source
+  try:
+    number = float(weight)
+  except ValueError:
+    number = 0.0
+  if number == 0 or not math.isfinite(number):
+    raise UserError(
+      f"{of}{item.strip()}: the weight {weight!r} is no finite number other than 0; "
+      f"write e.g. 0.5*{like}."
+    )
+  return number, source.strip()
+
+
 def load_rewards(spec: str, patience: Patience = ENDLESS) -> list[Reward]:
   """Returns the rewards that `[WEIGHT*]SOURCE,...` lists, in its order, each with `patience`.
 
@@ -56,8 +78,8 @@ def load_rewards(spec: str, patience: Patience = ENDLESS) -> list[Reward]:
       file fails; or math-verify is missing.
   """
   sources, rewards = [], []
-  for item in spec.split(","):
-    weight, source = _weight_and_source(item.strip())
+  for item in map(str.strip, spec.split(",")):
+    weight, source = weighted(item)
     if source == MATH:
       math_answers.check_installed()
       reward = Reward(MATH, weight, math_answers.math_reward, patience)
@@ -91,7 +113,7 @@ def check_rewards(spec: str, records: list[dict[str, Any]], patience: Patience =
 
 def reads_model(spec: str) -> bool:
   """Returns whether the reward model is one of the rewards that `spec` lists."""
-  return any(_weight_and_source(item.strip())[1] == MODEL for item in spec.split(","))
+  return any(weighted(item)[1] == MODEL for item in spec.split(","))
 
 
 def weighted_scores(
@@ -173,22 +195,6 @@ def shared_scores(
 
   total, *each = processes.in_shares(of_rows, len(completions), unit=unit)
   return total, dict(zip((reward.name for reward in rewards), each, strict=True))
-
-
-def _weight_and_source(item: str) -> tuple[float, str]:
-  weight, star, source = item.rpartition("*")
-  if not star:
-    return 1.0, item
-  try:
-    number = float(weight)
-  except ValueError:
-    number = 0.0
-  if number == 0 or not math.isfinite(number):
-    raise UserError(
-      f"--reward={item}: the weight {weight!r} is no finite number other than 0; "
-      "write e.g. 0.5*FILE.py:FUNCTION."
-    )
-  return number, source.strip()
 
 
 def _path_and_name(source: str) -> tuple[pathlib.Path, str]:
