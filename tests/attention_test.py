@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from klrl.cost import hlo
+from klrl.devices import parallel
 from klrl.models import attention
 from klrl.models.attention import Forked, attend
 
@@ -119,6 +121,33 @@ def test_the_logits_of_a_long_row_are_never_held():
   # Two blocks of logits and the mask, which has no heads, where all logits would be four blocks.
   block = 4 * heads * attention.QUERIES_PER_BLOCK * length
   assert gradient.memory_analysis().temp_size_in_bytes < 3 * block + length**2
+
+
+def test_devices_share_the_blocks_of_a_long_row(monkeypatch):
+  monkeypatch.setattr(attention, "QUERIES_PER_BLOCK", 8)
+  rows, length, heads, width = 8, 32, 2, 16
+  shapes = (rows, length, heads, width), *[(rows, heads, length, width)] * 2
+  arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+  def total(query, key, value, seen):
+    return attend(query, key, value, seen, scale=1.0, cap=0.0).sum()
+
+  def costs(spec):
+    mesh = parallel.make_mesh(spec)
+    sharding = parallel.by_rows(mesh)
+    gradient = jax.jit(
+      parallel.on_mesh(mesh, jax.grad(total, (0, 1, 2))),
+      in_shardings=sharding,
+      out_shardings=sharding,
+    )
+    seen = jax.ShapeDtypeStruct((rows, length, length), bool)
+    return hlo.costs(gradient.lower(*arrays, seen).compile().as_text(), mesh.shape)
+
+  whole, share = costs("data=1"), costs("data=4")
+  # Two products forwards; backwards the logits once more, and the gradients of two products.
+  assert whole.flops == pytest.approx(2 * rows * heads * length**2 * width * (2 + 1 + 4), rel=0.2)
+  assert share.flops == pytest.approx(whole.flops / 4, rel=0.02)
+  assert not share.collectives
 
 
 def test_narrow_numbers_stay_narrow_and_are_summed_in_wide_ones():
