@@ -105,12 +105,13 @@ def make_programs(
 ) -> dict[str, Callable]:
   """Returns the compiled functions of an iteration; those that change the state donate it.
 
-  If the device scores there is one, `iterate(state, frozen, prompts, prompt_mask, rows,
-  pretraining) -> (state, metrics)`. If the host scores there are two, `rollout(state, frozen,
-  prompts, prompt_mask) -> rollout` and `update(state, frozen, rollout, scores, pretraining)
-  -> (state, metrics)`. Where rollouts are trained on late, `update` takes the new one, and the
-  scores of the one that `waiting(state, frozen) -> rollout` returns. `frozen` are the distinct
-  arrays of `setup.frozen`.
+  If the device scores and all rollouts have one width there is one, `iterate(state, frozen,
+  prompts, prompt_mask, rows, pretraining) -> (state, metrics)`. Otherwise there are two,
+  `rollout(state, frozen, prompts, prompt_mask) -> rollout` and `update(state, frozen, rollout,
+  rows, pretraining) -> (state, metrics)`, which is compiled for each width. If the host scores,
+  `update` takes the scores in place of the rows. Where such rollouts are trained on late, it takes
+  the new one, and the scores of the one that `waiting(state, frozen) -> rollout` returns. `frozen`
+  are the distinct arrays of `setup.frozen`.
 
   Args:
     setup: of the run.
@@ -140,9 +141,12 @@ def make_programs(
   if not task.rewards:
     score = make_score_fn(models.reward_model)
     gold = make_gold_fn(task.training, models.tokenizer)
-    iterate = learner.make_iteration_fn(*parts, sample, score, gold, rehearse=rehearse)
-    return {"iterate": jit(lifted(iterate, (0, None, None, None, None, None)))}
-  update = learner.make_update_after_sampling_fn(*parts, rehearse)
+    if len(widths_of_completions(setup)) == 1:
+      iterate = learner.make_iteration_fn(*parts, sample, score, gold, rehearse=rehearse)
+      return {"iterate": jit(lifted(iterate, (0, None, None, None, None, None)))}
+    update = learner.make_scored_update_fn(*parts, score, gold, rehearse=rehearse)
+  else:
+    update = learner.make_update_after_sampling_fn(*parts, rehearse)
 
   def rollout(state, *arguments):
     return state, learner.sample_rollout(sample, state, *arguments)
@@ -158,7 +162,7 @@ def make_programs(
   return {
     "rollout": of_state(rollout, (0, None, None, None)),
     "waiting": of_state(waiting, (0, None)),
-    "update": jit(lifted(update, (0, None, 0, 0, None))),
+    "update": jit(lifted(update, (0, None, 0, 0 if task.rewards else None, None))),
   }
 
 
@@ -183,6 +187,12 @@ def widths_below(widest: int) -> list[int]:
   while (half := -(-widths[-1] // 2)) >= _FEWEST_COLUMNS:
     widths.append(half)
   return widths
+
+
+def widths_of_completions(setup: Setup) -> list[int]:
+  """Returns how many columns of completions an update may read, see `widths_below`."""
+  widest = setup.task.max_completion_len
+  return [widest] if _has_fixed_width(setup) else widths_below(widest)[:_MOST_UPDATES]
 
 
 def _narrowest(widths: list[int], mask: np.ndarray) -> int:
@@ -223,11 +233,8 @@ def make_step_fn(
   distinct, _ = parallel.distinct(frozen)
   rows_sharding = parallel.by_rows(mesh)
   tokens, mask = task.training.tokens, task.training.mask
-  widest = mask.shape[1], task.max_completion_len
-  of_prompts, of_completions = (
-    [width] if _has_fixed_width(setup) else widths_below(width) for width in widest
-  )
-  of_completions = of_completions[:_MOST_UPDATES]
+  of_prompts = [mask.shape[1]] if _has_fixed_width(setup) else widths_below(mask.shape[1])
+  of_completions = widths_of_completions(setup)
 
   def prompts_of(rows):
     """Returns the prompts of `rows` and their mask, each device its own; the host has the file."""
@@ -249,23 +256,25 @@ def make_step_fn(
     """Yields the programs of the first iteration, each when it is compiled."""
     rows = rows_of(0)
     given, texts = (shapes, distinct, *prompts_of(rows)), pretraining_of(0)
-    if not task.rewards:
-      yield programs["iterate"].lower(*given, parallel.put(rows, rows_sharding), texts).compile()
+    rows = parallel.put(rows, rows_sharding)
+    if "iterate" in programs:
+      yield programs["iterate"].lower(*given, rows, texts).compile()
       return
     lowered = programs["rollout"].lower(*given)
     yield (rollout := lowered.compile())
     sampled = jax.tree.map(_shape_of, lowered.out_info, rollout.output_shardings)
     shape = sampled.finished.shape
     scores = parallel.by_rows(mesh, members=len(shape) > 1)
-    scores = jax.ShapeDtypeStruct(shape, np.float32, sharding=scores)
+    scores = jax.ShapeDtypeStruct(shape, np.float32, sharding=scores) if task.rewards else rows
     yield programs["update"].lower(shapes, distinct, sampled, scores, texts).compile()
 
   ahead = _Ahead()
   if ahead_of is not None:
     shapes = jax.tree.map(lambda x: _shape_of(x, x.sharding), ahead_of)
-    ahead = _Ahead(["rollout", "update"] if task.rewards else ["iterate"], compiled(shapes))
+    names = ["iterate"] if "iterate" in programs else ["rollout", "update"]
+    ahead = _Ahead(names, compiled(shapes))
 
-  if not task.rewards:
+  if "iterate" in programs:
 
     def step(state, iteration):
       prompts, texts = prompts_of(rows_of(iteration)), pretraining_of(iteration)
@@ -275,6 +284,31 @@ def make_step_fn(
       return programs["iterate"](state, distinct, *prompts, rows, texts)
 
     return step
+
+  shortened = jax.jit(completions.shortened, static_argnums=1)
+
+  def without_padding(rollout, is_used):
+    """Returns the rollout in the fewest columns that hold what is True in `is_used` [..., T]."""
+    width = _narrowest(of_completions, is_used)
+    return rollout if width == task.max_completion_len else shortened(rollout, width)
+
+  if not task.rewards:
+
+    @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
+    def used_columns(mask):
+      return mask.any(axis=range(mask.ndim - 1))
+
+    def step_in_two(state, iteration):
+      rows = rows_of(iteration)
+      ahead.wait("rollout")
+      rollout = programs["rollout"](state, distinct, *prompts_of(rows))
+      new = without_padding(rollout, parallel.fetch(used_columns(rollout.completion_mask)))
+      if new is rollout:  # A short one has a program of its own.
+        ahead.wait("update")
+      rows = parallel.put(rows, rows_sharding)
+      return programs["update"](state, distinct, new, rows, pretraining_of(iteration))
+
+    return step_in_two
 
   score = lift(make_score_fn(models.reward_model), (None, 0, None))
   score = jax.jit(parallel.on_mesh(mesh, score))
@@ -287,7 +321,6 @@ def make_step_fn(
   in_files = pending.iterations(workdir) if workdir else set()
   late = {}  # of the iterations before: rollouts that wait, and the same where fetching is quick
   gathered = jax.jit(lambda rollout: rollout, out_shardings=parallel.replicated(mesh))
-  shortened = jax.jit(completions.shortened, static_argnums=1)
 
   def sampled_or_kept(path, state, rows, *, in_file):
     """Returns the rollout on the devices and on the host, the latter also in a file."""
@@ -305,11 +338,6 @@ def make_step_fn(
     if path:
       pending.keep(path, mark, on_host._asdict())
     return rollout, on_host
-
-  def without_padding(rollout, on_host):
-    """Returns the rollout in the fewest columns that hold its longest completion."""
-    width = _narrowest(of_completions, on_host.completion_mask)
-    return rollout if width == task.max_completion_len else shortened(rollout, width)
 
   def sampled_while_another_waits(state, iteration, trained):
     """Returns the new rollout, and the one of iteration `trained` on the devices and on the host.
@@ -336,7 +364,7 @@ def make_step_fn(
     path = workdir and trained == iteration and pending.path_of(workdir, iteration)
     if trained == iteration:
       rollout, on_host = sampled_or_kept(path, state, rows, in_file=iteration in in_files)
-      new = short = without_padding(rollout, on_host)
+      new = short = without_padding(rollout, on_host.completion_mask)
     else:
       new, rollout, on_host = sampled_while_another_waits(state, iteration, trained)
       short = rollout

@@ -4,13 +4,14 @@ import contextlib
 import functools
 import threading
 
+import chex
 import jax
 import numpy as np
 import pytest
 from small_decoders import BAG, BAG_VALUE, bag_params, bag_value_params
 
 from experiments import grpo, sweep
-from klrl import inputs, population, programs
+from klrl import inputs, population, programs, sampling
 from klrl.devices import parallel
 from klrl.tasks import arithmetic, data
 from klrl.tasks.rewards import Reward
@@ -21,7 +22,7 @@ NUM_ITERATIONS = 3
 SETTINGS = {"batch_size": 12, "group_size": 4, "num_minibatches": 1, "kl_every": 2}
 
 
-def setup_of(config, rewards):
+def setup_of(config, rewards, max_completion_len=4):
   """Returns what a run of GRPO on small models starts from."""
   tokenizer = arithmetic.make_tokenizer()
   size = tokenizer.tokenizer.get_vocab_size()
@@ -30,7 +31,7 @@ def setup_of(config, rewards):
   policy, reference = (bag_params(size, seed=seed) for seed in (0, 1))
   scorer = BAG_VALUE, bag_value_params(size, seed=2)
   models = inputs.Models(tokenizer, BAG, policy, {}, BAG, BAG, reference, None, None, *scorer)
-  task = inputs.Task(prompts, prompts, 4, rewards, None, None)
+  task = inputs.Task(prompts, prompts, max_completion_len, rewards, None, None)
   return programs.set_up(config, parallel.make_mesh("data=2"), models, task)
 
 
@@ -40,6 +41,24 @@ def run_of(rewards, *, is_ahead=False):
   state = programs.init_run(setup)
   shardings = parallel.state_shardings(setup.mesh, state)
   return programs.make_step_fn(setup, shardings, ahead_of=state if is_ahead else None), state
+
+
+def test_an_update_of_short_completions_is_that_of_the_whole_width(monkeypatch):
+  monkeypatch.setattr(programs, "_FEWEST_COLUMNS", 4)
+  setup, compiled, found = setup_of(grpo.Config(**SETTINGS), [], max_completion_len=16), [], []
+  # Half of the tokens end a completion.
+  size = setup.models.tokenizer.tokenizer.get_vocab_size()
+  limits = {"max_completion_len": 16, "eos_id": range(size // 2), "pad_id": 0}
+  setup = setup._replace(sample=sampling.make_sample_fn(BAG, **limits))
+  for _ in range(2):
+    state = programs.init_run(setup)
+    with noted(compiled.append):
+      step = programs.make_step_fn(setup, parallel.state_shardings(setup.mesh, state))
+      state, pairs = step(state, 0)
+    found.append(jax.device_get((state.params, pairs)))
+    monkeypatch.setattr(programs, "widths_of_completions", lambda setup: [16])
+  assert {"jit(shortened)", "jit(scored_update)", "jit(iteration)"} <= set(compiled)
+  chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def members():

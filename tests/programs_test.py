@@ -6,6 +6,7 @@ import types
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from small_decoders import BAG, bag_params
 
 from experiments import grpo
@@ -95,11 +96,12 @@ def own_reward(score):
   return rewards.Reward("own", 1.0, lambda prompts, completions: list(map(score, completions)))
 
 
-def test_the_padding_of_completions_that_are_short_is_not_trained_on(monkeypatch):
+@pytest.mark.parametrize("scores", ["host", "device"])
+def test_the_padding_of_completions_that_are_short_is_not_trained_on(scores, monkeypatch):
   given, lengths = [], iter([3, 64, 65, 256, 20])
   length_of = functools.partial(next, lengths)
 
-  def update(state, frozen, rollout, scores, texts):
+  def update(state, frozen, rollout, scores_or_rows, texts):
     given.append(rollout)
     return state, {}
 
@@ -107,8 +109,8 @@ def test_the_padding_of_completions_that_are_short_is_not_trained_on(monkeypatch
     return rollout_of(prompts, mask, 256, length=length_of())
 
   made = {"rollout": sampled, "update": update}
-  settings = {"rewards": [own_reward(len)], "max_completion_len": 256}
-  step, *_ = step_of(monkeypatch, made, **settings)
+  own = [own_reward(len)] if scores == "host" else []
+  step, *_ = step_of(monkeypatch, made, rewards=own, max_completion_len=256)
   for iteration in range(5):
     step(None, iteration)
   assert [x.completion_mask.shape[1] for x in given] == [64, 64, 128, 256, 64]

@@ -301,21 +301,20 @@ def _controlled(algorithm: Algorithm, state: TrainState, metrics):
   return controller, trust_region, found
 
 
-def make_iteration_fn(
-  algorithm: Algorithm, policy, value_model, reference, sample, score, gold=None, *, rehearse=None
+def make_scored_update_fn(
+  algorithm: Algorithm, policy, value_model, reference, score, gold=None, *, rehearse=None
 ):
-  """Returns iteration(state, frozen, prompts, prompt_mask, rows, pretraining) -> (state, metrics).
+  """Returns update(state, frozen, rollout, rows, pretraining) -> (state, metrics).
 
-  This is the whole iteration as one pure function, for scores that are computed on the device by
-  `score(frozen, rollout, rows) -> [B]`. It samples from `prompts` [B, P]; `rows [B]` int32 says
-  which of all prompts those of the rollout are that is trained on. If `gold(rollout, rows) -> [B]`
-  is given it is measured, and nothing is trained on it. `rehearse` is that of `make_update_fn`.
+  It is what `make_update_after_sampling_fn` returns, with scores that are computed on the device by
+  `score(frozen, rollout, rows) -> [B]`; `rows [B]` int32 says which of all prompts those of the
+  rollout are that is trained on. If `gold(rollout, rows) -> [B]` is given it is measured, and
+  nothing is trained on it. `rehearse` is that of `make_update_fn`.
   """
   after_sampling = make_after_sampling_fn(algorithm, policy)
   update = make_update_fn(algorithm, policy, value_model, reference, rehearse)
 
-  def iteration(state, frozen, prompts, prompt_mask, rows, pretraining=None):
-    rollout = sample_rollout(sample, state, frozen, prompts, prompt_mask)
+  def scored_update(state, frozen, rollout, rows, pretraining=None):
     state, rollout = after_sampling(state, frozen, rollout)
     scores = score(frozen, rollout, rows)
     # A reward model never abstains: an infinite score ends the run, as NaN does elsewhere.
@@ -324,6 +323,23 @@ def make_iteration_fn(
     if gold is not None:
       metrics["gold/mean"] = (gold(rollout, rows).sum(), jnp.float32(len(rows)))
     return state, metrics
+
+  return scored_update
+
+
+def make_iteration_fn(
+  algorithm: Algorithm, policy, value_model, reference, sample, *scores, **more
+):
+  """Returns iteration(state, frozen, prompts, prompt_mask, rows, pretraining) -> (state, metrics).
+
+  This is the whole iteration as one pure function: it samples from `prompts` [B, P], and does what
+  `make_scored_update_fn` returns, which has the other arguments.
+  """
+  update = make_scored_update_fn(algorithm, policy, value_model, reference, *scores, **more)
+
+  def iteration(state, frozen, prompts, prompt_mask, rows, pretraining=None):
+    rollout = sample_rollout(sample, state, frozen, prompts, prompt_mask)
+    return update(state, frozen, rollout, rows, pretraining)
 
   return iteration
 

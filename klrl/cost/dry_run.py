@@ -260,6 +260,7 @@ def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
   shape = rollout.finished.shape
   by_rows = parallel.by_rows(mesh, members=len(shape) > 1)
   scores = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_rows)
+  scores = scores if setup.task.rewards else rows
   update, _ = _report("update", made["update"], mesh, state, frozen, rollout, scores, texts)
   return [sampling, update]
 
