@@ -124,7 +124,7 @@ CASES = {
     "sft_iterations": Case(9),
     "reward_model_iterations": Case(9),
     "init_seed": Case(1),
-    "task": Case("tree"),
+    "task": Case("tree", {"num_prompts": 2, "completions_per_prompt": 8, "n": "1,2"}),
     "seed": Case(1, OWN_POLICY),
     "policy": Case("other", OWN_POLICY),
     "prompts": Case("other.jsonl", OWN_POLICY),
@@ -399,7 +399,7 @@ def base_record(experiment, settings: frozenset) -> list[str]:
     (name, field)
     for name in EXPERIMENTS
     for field in fields_of(name)
-    # They are in fingerprints_test.py, compilation_test.py and reward_functions_test.py.
+    # They are in fingerprints_test.py, compilation_test.py and reward_patience_test.py.
     if field
     not in ("accept_changed_inputs", "compilation_cache", "reward_timeout", "reward_retries")
   ],

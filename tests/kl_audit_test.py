@@ -226,7 +226,7 @@ def test_af12_objective_at_the_end_on_the_tree(facts, rows):
 def test_af04_gradients_on_a_choice(facts):
   inputs, expected = facts["AF04"]["inputs"], facts["AF04"]["expected"]
   tree = oracle.make_tree(4, 1)
-  for name, key in (
+  names = (
     (VERL + "kl", "k1_loss"),
     (VERL + "mse", "k2_loss"),
     (VERL + "k3+", "k2_loss"),
@@ -234,11 +234,16 @@ def test_af04_gradients_on_a_choice(facts):
     (VERL + "low_var_kl", "k3_loss"),
     (IN_ADVANCE + "low_var_kl", "k3_reward"),
     (ALPACA, "clamp_reward"),
-  ):
-    with jax.enable_x64(True):
-      logits, ref = (jnp.log(jnp.asarray(inputs[x]))[None] for x in ("pi", "ref"))
-      found = oracle.expected_gradient(tree, _peer(name).surrogate, logits, ref)
-    np.testing.assert_allclose(found[0], expected[key], atol=1e-6, err_msg=name)
+  )
+
+  @jax.jit
+  def gradients(logits, ref):
+    return [oracle.expected_gradient(tree, _peer(name).surrogate, logits, ref) for name, _ in names]
+
+  with jax.enable_x64(True):
+    found = gradients(*(jnp.log(jnp.asarray(inputs[x]))[None] for x in ("pi", "ref")))
+  for (name, key), gradient in zip(names, found, strict=True):
+    np.testing.assert_allclose(gradient[0], expected[key], atol=1e-6, err_msg=name)
 
 
 def test_af07_the_reward_holds_the_kl_of_the_policy_that_drew(facts):

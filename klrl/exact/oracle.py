@@ -366,6 +366,7 @@ def fixed_points(
   scores,
   *,
   beta,
+  start: jax.Array | None = None,
   natural: bool = True,
   num_steps: int = 3000,
   step_size: float = 0.2,
@@ -392,6 +393,7 @@ def fixed_points(
     ref_logits: [S, V], finite.
     scores: [N].
     beta: positive scalar, may be traced.
+    start: [K, S, V], where to go on from, such as an earlier end; None is ref.
     natural: False is the plain gradient.
     num_steps: the number of steps.
     step_size: 1 is the natural step that solves a bandit with the gradient of KL(pi || ref) at
@@ -418,8 +420,9 @@ def fixed_points(
     logits += jnp.clip(step_size / beta * direction, -1.0, 1.0)
     return jnp.maximum(logits - logits.max(axis=-1, keepdims=True), -max_gap)
 
-  start = ops.vocab_log_probs(ref_logits)
-  return jax.lax.fori_loop(0, num_steps, step, jnp.stack([start] * len(surrogates)))
+  if start is None:
+    start = jnp.stack([ops.vocab_log_probs(ref_logits)] * len(surrogates))
+  return jax.lax.fori_loop(0, num_steps, step, start)
 
 
 def fixed_point(tree: Tree, surrogate: Surrogate, ref_logits, scores, **options) -> jax.Array:
