@@ -250,7 +250,8 @@ def make_step_fn(
       return None
     num_texts = len(task.pretraining.tokens)
     rows = data.batch_rows(data_seed + 1, iteration, algorithm.batch_size, num_texts)
-    return parallel.put(data.take(task.pretraining, rows), rows_sharding)
+    texts = jax.tree.map(lambda x: x[rows], task.pretraining)
+    return parallel.put(texts, rows_sharding)
 
   def compiled(shapes):
     """Yields the programs of the first iteration, each when it is compiled."""
