@@ -2,9 +2,8 @@
 
 import os
 import pathlib
-import subprocess
-import sys
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,13 +226,9 @@ def test_members_are_put_on_every_core_and_what_is_no_member_on_one(
   sweep = ["-m", "experiments.sweep", "--sweep=beta=1", "--mesh=sweep=5000"]
   inherited = {name: x for name, x in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
   outputs = [
-    subprocess.run(
-      [sys.executable, *arguments],
-      cwd=tmp_path,
-      env=inherited | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment,
-      capture_output=True,
-      text=True,
-    ).stdout
+    forked.Process(
+      arguments, tmp_path, inherited | {"JAX_PLATFORMS": "cpu"} | environment
+    ).finished()[1]
     for arguments in (["-c", mesh], sweep)
   ]
   assert outputs[0].split() == [str(on_data), str(num_devices)]

@@ -8,11 +8,10 @@ import json
 import os
 import pathlib
 import re
-import subprocess
-import sys
 from typing import NamedTuple
 
 import chex
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -311,7 +310,7 @@ def figures_of(folder):
 
 
 def test_a_sweep_leaves_what_its_single_runs_leave_and_grows(caplog, capsys):
-  grid = "beta,learning_rate=0.1:1e-3,0.5:1e-3,0.5:1e30"
+  grid = "beta,learning_rate,temperature=0.1:1e-3:2,0.5:1e-3:2,0.5:1e30:0.5"
   config = make_config(sweep=grid)
   with jax.log_compiles():
     workdir = experiment.main(config)
@@ -319,9 +318,10 @@ def test_a_sweep_leaves_what_its_single_runs_leave_and_grows(caplog, capsys):
   assert compiled.count("Compiling jit(iteration)") == 1
   out = capsys.readouterr().out
   assert "3 members, 0 of them finished before; 3 to run in 1 compiled program" in out
-  assert "learning_rate=1e+30,seed=0 was not finite at iteration 1" in out.replace("\n", "")
+  assert "temperature=0.5,seed=0 was not finite at iteration 1" in out.replace("\n", "")
   good, bad = (
-    workdir / "members" / f"beta=0.5,learning_rate={x},seed=0" for x in ("0.001", "1e+30")
+    workdir / "members" / f"beta=0.5,learning_rate={x},seed=0"
+    for x in ("0.001,temperature=2", "1e+30,temperature=0.5")
   )
   single = ppo.main(dataclasses.replace(experiment.members_of(config)[1].config, workdir="single"))
   assert figures_of(good) == figures_of(single)
@@ -333,6 +333,8 @@ def test_a_sweep_leaves_what_its_single_runs_leave_and_grows(caplog, capsys):
   lines = read_lines(bad / "metrics.jsonl")
   assert len(lines) == NUM_ITERATIONS
   assert {x for line in lines for name, x in line.items() if name != "iteration"} == {None}
+  # Each is judged at its own temperature.
+  assert figures_of(bad)["entropy_before"] < 0.8 * figures_of(good)["entropy_before"]
 
   found = json.loads((workdir / "frontier.json").read_text())
   assert [record["values"]["beta"] for record in found["members"]] == [0.1, 0.5, 0.5]
@@ -345,7 +347,7 @@ def test_a_sweep_leaves_what_its_single_runs_leave_and_grows(caplog, capsys):
   assert any(record["pareto"] for record in found["members"][:2])
 
   before = {path: path.stat().st_mtime_ns for path in (workdir / "members").glob("*/summary.json")}
-  grown = experiment.main(dataclasses.replace(config, sweep=grid + ",0.9:1e-3"))
+  grown = experiment.main(dataclasses.replace(config, sweep=grid + ",0.9:1e-3:2"))
   assert grown == workdir and len(before) == 3
   assert before == {path: path.stat().st_mtime_ns for path in before}
   assert "4 members, 3 of them finished before; 1 to run" in capsys.readouterr().out
@@ -353,28 +355,16 @@ def test_a_sweep_leaves_what_its_single_runs_leave_and_grows(caplog, capsys):
   assert not list(workdir.glob("groups/*/checkpoints"))
 
 
-def test_each_member_is_judged_at_its_own_temperature():
-  config = make_config("reinforce", sweep="temperature=0.5,2", num_iterations=1, kl_every=0)
-  members = experiment.main(config) / "members"
-  entropies = [
-    figures_of(members / f"temperature={temperature},seed=0")["entropy_before"]
-    for temperature in (0.5, 2)
-  ]
-  assert entropies[0] < 0.8 * entropies[1]
-
-
 def test_an_interrupted_sweep_goes_on_bit_for_bit_on_other_devices(monkeypatch, request, tmp_path):
   if BIT_FOR_BIT not in os.environ:  # In a process of its own, which compiles as a run does.
-    command = [sys.executable, "-m", "pytest", "-n0", f"{__file__}::{request.node.name}"]
+    command = ["-m", "pytest", "-n0", f"{__file__}::{request.node.name}"]
     inherited = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST")}
     own = inherited | {BIT_FOR_BIT: "1", "XLA_FLAGS": ""}
     # What goes on where it began compiles nothing anew.
     own |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
     own |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    root = pathlib.Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, env=own, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.startswith("."), done.stdout  # It ran.
+    status, said = forked.Process(command, ROOT, own).finished()
+    assert status == 0 and said.startswith("."), said  # It ran.
     return
   settings = {
     "mesh": "",
@@ -558,7 +548,7 @@ def test_best_of_n_is_of_what_all_members_start_with(tmp_path):
 
 
 def test_a_sweep_draws_best_of_n_and_refuses_another_in_its_place(capsys):
-  config = make_config(sweep="beta=0.2", best_of_n=True)
+  config = make_config("reinforce", sweep="beta=0.2", best_of_n=True, num_iterations=1)
   workdir = experiment.main(config)
   path = workdir / "best_of_n" / "best_of_n.json"
   found = json.loads(path.read_text())
@@ -579,10 +569,8 @@ def test_a_sweep_draws_best_of_n_and_refuses_another_in_its_place(capsys):
 def test_the_command_line_has_the_flags_of_the_experiment(tmp_path):
   (tmp_path / "some.flags").write_text("--experiment=grpo\n--group_size=4\n")
   command = ["--flagfile=" + str(tmp_path / "some.flags"), "--sweep=betta=1", "--seeds=2"]
-  done = subprocess.run(
-    [sys.executable, "-m", "experiments.sweep", *command],
-    cwd=ROOT, capture_output=True, text=True,
-  )  # fmt: skip
-  assert done.returncode == 1, done.stderr
-  said = done.stdout.replace("\n", " ")
+  process = forked.Process(["-m", "experiments.sweep", *command], ROOT, dict(os.environ))
+  status, said = process.finished()
+  said = said.replace("\n", " ")
+  assert status == 1, said
   assert "'betta' is no setting that members may differ in. Did you mean 'beta'?" in said
