@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from klrl.devices import parallel, processes
+from klrl.devices import free_memory, parallel, processes
 from klrl.errors import UserError, memory_message, troubles_told
 from klrl.run import checkpoint, metrics, progress, trace, trackers
 from klrl.run.checkpoint import Checkpoints
@@ -266,6 +266,7 @@ def iterate(
         trace.show(workdir / "profile", num_iterations=last_profiled - start)
       if stop or done == num_iterations or done % save_every == 0:
         checkpoints.save(done, state)
+        free_memory.give_back()
       yield from shown(done, done, state, figures)
       # The state is saved first where it is time, so that no kill in here takes it.
       if not stop and evaluate(done, state) and processes.anywhere(bool(asked_to_stop)):
