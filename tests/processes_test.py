@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -21,8 +22,6 @@ from klrl.models import policy_model, save_policy, save_scalar, scalar_model
 from klrl.tasks import arithmetic
 
 ROOT = pathlib.Path(__file__).parents[1]
-STAGES = ["experiments.reward_model", "--workdir=run", "--num_iterations=3", "--batch_size=8"]
-STAGES += ["--sft_iterations=3", "--num_preferences=200"]
 OWN = ["--workdir=run", "--policy=policy", "--prompts=prompts.jsonl", "--max_completion_len=3"]
 OWN += ["--num_iterations=3", "--batch_size=8", "--num_eval_rows=8", "--num_samples=1"]
 OWN += ["--save_every=10"]
@@ -82,7 +81,7 @@ def place(inputs, folder):
   return pathlib.Path(shutil.copytree(inputs, folder))
 
 
-def start(folder, command, *, devices=1, **environment):
+def environment_of(folder, *, devices=1, **own):
   folder.mkdir(exist_ok=True)
   inherited = {name: x for name, x in os.environ.items() if not name.startswith("JAX_")}
   common = {
@@ -93,27 +92,21 @@ def start(folder, command, *, devices=1, **environment):
     "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
-  return subprocess.Popen(
-    command,
-    cwd=folder,
-    env=inherited | common | environment,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
+  return inherited | common | own
+
+
+def start(folder, command, **own):
+  return forked.Process(command, folder, environment_of(folder, **own))
 
 
 def finished(process, status=0):
-  try:
-    output, _ = process.communicate(timeout=500)
-  finally:
-    process.kill()
-  assert process.returncode == status, output
+  found, output = process.finished()
+  assert found == status, output
   return output
 
 
 def one(folder, command, *, devices):
-  return finished(start(folder, [sys.executable, "-m", *command], devices=devices))
+  return finished(start(folder, ["-m", *command], devices=devices))
 
 
 def free_port():
@@ -127,11 +120,13 @@ def two(folder, command, *, status=0, folders=None, **settings):
   address = f"127.0.0.1:{free_port()}"
   several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
   started = [
-    start(own, [sys.executable, *command], **several, JAX_PROCESS_ID=str(i), **settings)
+    start(own, command, **several, JAX_PROCESS_ID=str(i), **settings)
     for i, own in enumerate(folders or [folder] * 2)
   ]
+  ended = [process.finished() for process in started]
   statuses = status if isinstance(status, tuple) else (status, status)
-  return [finished(*ended) for ended in zip(started, statuses, strict=True)]
+  assert tuple(found for found, _ in ended) == statuses, ended
+  return [output for _, output in ended]
 
 
 def results(folder):
@@ -159,17 +154,6 @@ def assert_same_results(found, expected, *, abs=1e-4):
     assert found[file] == pytest.approx(figures, abs=abs), file
 
 
-def test_two_processes_equal_one(tmp_path):
-  printed = two(tmp_path / "two", ["-m", *STAGES])
-  assert "model in" in printed[0] and "model in" not in printed[1]
-  one(tmp_path / "one", STAGES, devices=2)
-  found, expected = (
-    json.loads((tmp_path / name / "run" / "summary.json").read_text()) for name in ("two", "one")
-  )
-  assert expected["device"] == found["device"]
-  assert_same_results(results(tmp_path / "two"), results(tmp_path / "one"))
-
-
 def test_a_sweep_that_one_process_interrupts_goes_on_in_both_and_equals_one(inputs, tmp_path):
   """Three members on four places of two devices each; rewards of the host's and a model's."""
   folder = place(inputs, tmp_path / "two")
@@ -189,12 +173,17 @@ def test_a_sweep_that_one_process_interrupts_goes_on_in_both_and_equals_one(inpu
 
 # One start of Python for all.
 SEVERAL = """
-from experiments import dpo, evaluate, grpo
+from experiments import dpo, evaluate, grpo, reward_model
 from klrl.devices import processes
 from klrl.run.progress import console
+from klrl.tasks import arithmetic
 
 processes.connect()
 console.quiet = not processes.is_writer()
+many = arithmetic.demonstrations
+arithmetic.demonstrations = lambda seed, num, **settings: many(seed, 200, **settings)
+few = {"num_iterations": 3, "sft_iterations": 3, "batch_size": 8, "num_preferences": 200}
+reward_model.main(reward_model.Config(**few, workdir="run/stages"))
 judged = {"num_eval_rows": 8, "num_samples": 1, "max_completion_len": 3, "policy": "policy"}
 run = judged | {"num_iterations": 2, "batch_size": 8, "learning_rate": 1e-2, "eval_every": 0}
 own = {"prompts": "prompts.jsonl", "reward": "reward.py:sevens"}
@@ -205,10 +194,15 @@ evaluate.main(evaluate.Config(**judged, **own, workdir="run/evaluate"))
 """
 
 
-def test_groups_scored_by_two_processes_pairs_and_a_judge_equal_those_of_one(inputs, tmp_path):
+def test_stages_groups_pairs_and_a_judge_of_two_processes_equal_those_of_one(inputs, tmp_path):
   folder, alone = place(inputs, tmp_path / "two"), place(inputs, tmp_path / "one")
-  two(folder, ["-c", SEVERAL])
-  finished(start(alone, [sys.executable, "-c", SEVERAL], devices=2))
+  printed = two(folder, ["-c", SEVERAL])
+  finished(start(alone, ["-c", SEVERAL], devices=2))
+  assert "model in" in printed[0] and "model in" not in printed[1]
+  found, expected = (
+    json.loads((where / "run/stages/summary.json").read_text()) for where in (folder, alone)
+  )
+  assert expected["device"] == found["device"]
   assert_same_results(results(folder), results(alone), abs=1e-5)
   # Each process is asked for its own half of the rows.
   halves, whole = (
@@ -227,7 +221,17 @@ def test_open_mpi_needs_no_flag(inputs, tmp_path):
   allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
   allowed |= {"OMPI_MCA_rmaps_base_oversubscribe": "1"}
   allowed |= {"OMPI_MCA_hwloc_base_binding_policy": "none"}
-  printed = finished(start(folder, command, **allowed))
+  done = subprocess.run(
+    command,
+    cwd=folder,
+    env=environment_of(folder, **allowed),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    timeout=500,
+  )
+  printed = done.stdout
+  assert done.returncode == 0, printed
   assert printed.count("Report:") == 1
   assert json.loads((folder / "run" / "summary.json").read_text())["device"] == "2 x cpu"
   alone = place(inputs, tmp_path / "one")
@@ -237,7 +241,7 @@ def test_open_mpi_needs_no_flag(inputs, tmp_path):
 
 def test_open_mpi_that_jax_does_not_see_is_refused(tmp_path):
   code = "from klrl.devices import processes; processes.connect()"
-  process = start(tmp_path, [sys.executable, "-c", code], OMPI_COMM_WORLD_SIZE="2")
+  process = start(tmp_path, ["-c", code], OMPI_COMM_WORLD_SIZE="2")
   assert "mpirun -x JAX_COORDINATOR_ADDRESS=HOST:PORT" in finished(process, 1)
 
 
@@ -273,7 +277,7 @@ processes.connect()
 def test_a_process_that_nobody_joins_says_so_and_ends_with_a_message(tmp_path, index):
   process = start(
     tmp_path,
-    [sys.executable, "-c", MISSED],
+    ["-c", MISSED],
     JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{free_port()}",
     JAX_NUM_PROCESSES="2",
     JAX_PROCESS_ID=str(index),
@@ -293,7 +297,7 @@ def test_a_port_that_is_taken_is_told_at_once(tmp_path):
     told = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
     told["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{taken.getsockname()[1]}"
     code = "from klrl.devices import processes; processes.connect()"
-    printed = finished(start(tmp_path, [sys.executable, "-c", code], **told), 1)
+    printed = finished(start(tmp_path, ["-c", code], **told), 1)
   assert "UserError: The port of 127.0.0.1:" in printed and "is taken on this host" in printed
 
 
@@ -431,7 +435,7 @@ def test_a_damaged_checkpoint_is_left_by_both_processes_and_one_goes_on(tmp_path
     *("2", "4", "4.damaged")
   ]
   # One process with one device goes on.
-  text = finished(start(tmp_path, [sys.executable, "-c", SAVED], ITERATIONS="5"))
+  text = finished(start(tmp_path, ["-c", SAVED], ITERATIONS="5"))
   assert "start 4" in text and "ends with [5.0, 12.0]" in text
 
 
