@@ -93,12 +93,7 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
 
   def compute(_):
     compared = [run_figures(directory) for directory in filter(None, config.compare.split(","))]
-    settings = config.rl_config()
-    sources = settings.sources()
-    inputs.check_inputs(sources)
-    models = inputs.load_models(sources, **training.model_directories(settings))
-    task = inputs.load_task(sources, models)
-    prompts = first_prompts(task.held_out, config.num_prompts)
+    models, task, prompts = loaded(config)
     scores, gold = draw_pool(config, models, task, prompts)
     exact = None
     if config.num_enumerated and enumerable(models, task):
@@ -147,6 +142,16 @@ def run_figures(directory: str) -> dict:
     **{name: summary.get(f"{name}_after") for name in ("score", "gold")},
     **{f"{name}_stderr": summary.get(f"{name}_after_stderr") for name in ("score", "gold")},
   }
+
+
+def loaded(config: Config) -> tuple[inputs.Models, inputs.Task, data.Prompts]:
+  """Returns what is drawn from and scored by, after the stages, and the held-out prompts."""
+  settings = config.rl_config()
+  sources = settings.sources()
+  inputs.check_inputs(sources)
+  models = inputs.load_models(sources, **training.model_directories(settings))
+  task = inputs.load_task(sources, models)
+  return models, task, first_prompts(task.held_out, config.num_prompts)
 
 
 def first_prompts(prompts: data.Prompts, num: int) -> data.Prompts:
@@ -234,8 +239,8 @@ def _chance_below(size: int, n: int) -> np.ndarray:
   return np.array([math.comb(k, n) / math.comb(size, n) for k in range(size + 1)])
 
 
-def best_of_pool(scores: np.ndarray, gold: np.ndarray | None, n: int) -> dict:
-  """Returns the figures of best-of-n, means over prompts, from pools [P, N] of scores.
+def best_of_prompts(scores: np.ndarray, gold: np.ndarray | None, n: int) -> dict:
+  """Returns the figures of best-of-n at each prompt, [P] each, from pools [P, N] of scores.
 
   `kl` is that of best-of-n to a draw from the pool, which approaches that to the policy as N grows.
   """
@@ -246,14 +251,18 @@ def best_of_pool(scores: np.ndarray, gold: np.ndarray | None, n: int) -> dict:
       lambda x: ops.exact_kl(jnp.log(bandits.best_of_n(uniform, x, float(n))), jnp.log(uniform)),
       jnp.asarray(scores, jnp.float64),
     )
-  per_prompt = {
+  return {
     "score": (weights * scores).sum(axis=1),
     "gold": None if gold is None else (weights * gold).sum(axis=1),
     "win_rate": win_rate(scores, n),
     "kl": np.asarray(kls),
   }
+
+
+def best_of_pool(scores: np.ndarray, gold: np.ndarray | None, n: int) -> dict:
+  """Returns the means of `best_of_prompts` over prompts, with their standard errors."""
   found = {"n": n, "kl_bound": float(bandits.best_of_n_kl_bound(float(n)))}
-  for name, x in per_prompt.items():
+  for name, x in best_of_prompts(scores, gold, n).items():
     found[name] = None if x is None else float(x.mean())
     found[f"{name}_stderr"] = None if x is None else float(x.std(ddof=1) / np.sqrt(len(x)))
   return found
@@ -283,7 +292,9 @@ def frontier_of_pool(scores: np.ndarray, gold: np.ndarray | None, n: int) -> dic
 def bandit_figures(sizes: list[int]) -> list[dict]:
   """Returns exact figures for four choices of probability 0.4 to 0.1 and score 0 to 3.
 
-  `best_score` is the most that any policy of the same KL has.
+  `best_score` is the most that any policy of the same KL has; `tv_reward` and `tv_quantile` are the
+  total variations between best-of-n and the best policies for the rewards that BOND and variational
+  best-of-n take.
   """
   with jax.enable_x64(True):
     ref, scores = jnp.array([0.4, 0.3, 0.2, 0.1]), jnp.arange(4.0)
@@ -292,6 +303,15 @@ def bandit_figures(sizes: list[int]) -> list[dict]:
       probs = bandits.best_of_n(ref, scores, float(n))
       kl = ops.exact_kl(jnp.log(probs), jnp.log(ref))
       best = bandits.optimal_within(ref, scores, max_kl=kl)[0] if n > 1 else ref
+      # RL at beta 1 leads to best-of-n by its log-ratio, and by the quantile where nothing ties.
+      rewards = {
+        "reward": ops.best_of_n_reward(scores, ref, float(n)),
+        "quantile": (n - 1) * jnp.log(jnp.cumsum(ref)),
+      }
+      distances = {
+        f"tv_{name}": float(jnp.abs(jax.nn.softmax(jnp.log(ref) + reward) - probs).sum() / 2)
+        for name, reward in rewards.items()
+      }
       rows.append(
         {
           "n": n,
@@ -300,6 +320,7 @@ def bandit_figures(sizes: list[int]) -> list[dict]:
           "kl_bound": float(bandits.best_of_n_kl_bound(float(n))),
           "score": float(probs @ scores),
           "best_score": float(best @ scores),
+          **distances,
         }
       )
   return rows

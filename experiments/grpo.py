@@ -20,8 +20,12 @@ import pathlib
 
 from experiments.settings import common, rl, training
 from experiments.settings.common import again, setting
+from klrl import inputs
 from klrl.algorithm import Algorithm, Hypers, advantage_rules
+from klrl.algorithm.objective import KLPenalty
 from klrl.errors import UserError
+
+_RATIO_IN_REWARD = KLPenalty("reward", "k1", "none", "sequence")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,19 @@ class Config(rl.SurrogateConfig):
   group_size: int = setting(8, "completions of each prompt", minimum=1)
   advantage: str = setting(
     "group_relative", "the advantage of a completion", choices=tuple(advantage_rules.RULES)
+  )
+  best_of: float = setting(
+    4.0,
+    "n of best-of-n, which the policy is to become, at --beta=1",
+    minimum=1.0,
+    read_when=("advantage", ("best_of_n",)),
+  )
+  forward_share: float = setting(
+    0.0,
+    "share of KL(best-of-n || pi) in what is minimised; the rest is KL(pi || best-of-n)",
+    minimum=0.0,
+    maximum=1.0,
+    read_when=("advantage", ("best_of_n",)),
   )
   whiten_advantages: bool = setting(
     False,
@@ -64,6 +81,12 @@ class Config(rl.SurrogateConfig):
       )
     if self.advantage == "batch_mean" and self.batch_size < 2:
       raise UserError("--batch_size=1: the baseline is the mean of the rest of the batch.")
+    if self.advantage == "best_of_n" and (self.penalty() != _RATIO_IN_REWARD or not self.beta):
+      raise UserError(
+        "--advantage=best_of_n reads the ratio to the reference from the KL in the reward: give "
+        "--kl_placement=reward --kl_estimator=k1 --kl_correction=none --kl_credit=sequence and a "
+        "positive --beta, without --kl_divergence or --kl_weight."
+      )
     if self.kl_refresh == "minibatch" and self.advantage != "returns":
       raise UserError(
         f"--kl_refresh=minibatch needs an advantage per token; {self.advantage} compares whole "
@@ -80,7 +103,14 @@ class Config(rl.SurrogateConfig):
     )
 
   def hypers(self) -> Hypers:
-    return super().hypers()._replace(overlong_buffer=self.overlong_buffer)
+    names = ("overlong_buffer", "best_of", "forward_share")
+    return super().hypers()._replace(**{name: getattr(self, name) for name in names})
+
+  def sources(self) -> inputs.Sources:
+    # The best policy that is enumerated is that of the scores themselves.
+    sources = super().sources()
+    known = sources.enumerated and self.advantage != "best_of_n"
+    return dataclasses.replace(sources, enumerated=known)
 
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:

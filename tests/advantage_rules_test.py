@@ -15,6 +15,7 @@ from klrl.algorithm.advantage_rules import RULES
 from klrl.algorithm.objective import KLPenalty
 from klrl.algorithm.terms import Experience
 from klrl.errors import UserError
+from klrl.exact import bandits
 from klrl.models import DecoderConfig, policy_model
 from klrl.sampling import Rollout
 
@@ -48,6 +49,7 @@ def test_the_baseline_that_reinforce_shows_is_the_one_of_the_table():
     ("leave_one_out", [1.0, -1.0, -1.0, 1.0]),
     ("group_centred", [0.5, -0.5, -0.5, 0.5]),
     ("group_relative", np.array([1.0, -1.0, -1.0, 1.0]) * 0.5 / (np.sqrt(0.5) + 1e-4)),
+    ("best_of_n", [0.0, 0.0, 0.0, 0.0]),  # of one
   ],
 )
 def test_every_rule_gives_one_number_to_all_tokens_of_a_completion(name, firsts):
@@ -150,7 +152,7 @@ def test_a_preset_is_a_configuration_that_the_learner_takes(path):
 def test_presets_have_the_penalties_of_their_papers():
   penalties = {path.stem: config_of_preset(path).penalty() for path in PRESETS}
   assert str(penalties["deepseekmath"]) == "loss/k3/none/token"
-  assert penalties["rloo"] == penalties["reinforce_plus_plus"] == K1
+  assert penalties["rloo"] == penalties["reinforce_plus_plus"] == penalties["bond"] == K1
   assert {str(penalties[name]) for name in ("dr_grpo", "dapo", "gspo", "cispo")} == {"none"}
 
 
@@ -175,8 +177,67 @@ def test_critic_free_experiments_have_no_value_model_and_ppo_has_one():
       },
       "needs an advantage per token",
     ),
+    ({"advantage": "best_of_n"}, "reads the ratio to the reference from the KL in the reward"),
+    ({"best_of": 2.0}, "nothing reads it with --advantage=group_relative"),
   ],
 )
 def test_settings_without_a_meaning_are_refused(settings, message):
   with pytest.raises(UserError, match=message):
     grpo.Config(**settings)
+
+
+REF = np.array([0.02, 0.3, 0.08, 0.25, 0.05, 0.2, 0.1], np.float32)
+PLACES = np.array([6.0, 0.0, 4.0, 1.0, 5.0, 3.0, 3.0], np.float32)  # two are equal
+
+
+@jax.jit
+def followed(best_of, beta, forward_share):
+  """Returns the policy [N] that the rule best_of_n leads to, from groups of completions."""
+  num_groups, size = 2, 1024
+  algorithm = Algorithm(batch_size=num_groups * size, num_iterations=1, group_size=size, penalty=K1)
+  hypers = Hypers(best_of=best_of, forward_share=forward_share)
+  mask = jnp.ones((algorithm.batch_size, 1), bool)
+
+  def step(logits, inputs):
+    key, rate = inputs
+    log_probs = jax.nn.log_softmax(logits)
+    rows = jax.random.categorical(key, log_probs, shape=(len(mask),))
+    kl = (log_probs - np.log(REF))[rows][:, None]
+    x = Experience(jnp.asarray(PLACES)[rows], kl, jnp.zeros_like(kl), mask, beta)
+    advantages = RULES["best_of_n"](x, algorithm, hypers).advantages[:, 0]
+    # A step of the natural gradient: the mean advantage of each choice.
+    total, count = (jnp.zeros(len(REF)).at[rows].add(y) for y in (advantages, 1.0))
+    return logits + rate * total / jnp.maximum(count, 1), log_probs
+
+  steps = jax.random.split(jax.random.key(0), 60), jnp.linspace(0.4, 0.05, 60)
+  return jnp.exp(jax.lax.scan(step, jnp.log(REF), steps)[1][-20:]).mean(axis=0)
+
+
+@pytest.mark.parametrize("forward_share", [0.0, 0.5, 1.0])
+def test_the_rule_best_of_n_leads_to_best_of_n(forward_share):
+  expected = bandits.best_of_n(REF, PLACES, 3.0)
+  found = followed(3.0, 1.0, forward_share)
+  assert np.abs(found - expected).sum() / 2 < 0.01
+  assert np.abs(REF - expected).sum() / 2 > 0.2
+
+
+def test_at_another_beta_the_rule_best_of_n_leads_to_a_tilt_of_its_reward():
+  reward = np.log(bandits.best_of_n(REF, PLACES, 3.0) / REF)
+  expected = jax.nn.softmax(np.log(REF) + reward / 2)
+  for share in (0.0, 1.0):
+    assert np.abs(followed(3.0, 2.0, share) - expected).sum() / 2 < 0.01
+
+
+def test_a_completion_without_a_score_changes_nothing_in_the_rule_best_of_n():
+  algorithm = Algorithm(batch_size=4, num_iterations=1, group_size=4, penalty=K1)
+  hypers = Hypers(best_of=4.0, forward_share=0.5)
+  mask = jnp.array([[True], [True], [True], [False]])
+  advantages = [
+    RULES["best_of_n"](
+      Experience(jnp.array([1.0, 0.0, 2.0, odd]), KL[:, :1], KL[:, :1], mask, 1.0),
+      algorithm,
+      hypers,
+    ).advantages[:3]
+    for odd in (-5.0, 5.0)
+  ]
+  np.testing.assert_array_equal(*advantages)

@@ -111,6 +111,8 @@ def test_af14_four_choices():
   assert four["kl_bound"] == pytest.approx(0.636294, abs=1e-6)
   assert four["score"] == pytest.approx(2.0782, abs=1e-9) and four["score"] < four["best_score"]
   assert first["score"] == first["best_score"] == pytest.approx(1.0)
+  # BOND's reward leads to best-of-n; the quantile alone does so only where nothing ties.
+  assert four["tv_reward"] < 1e-6 and first["tv_quantile"] < 1e-12 < 0.05 < four["tv_quantile"]
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,7 @@ LOSS_K1 = {
 LOSS_K3 = LOSS_K1 | {"kl_estimator": "k3", "kl_correction": "token"}
 LOSS_EXACT = LOSS_K1 | {"kl_estimator": "exact"}
 REWARD_K1 = {"kl_placement": "reward", "kl_estimator": "k1", "kl_correction": "none"}
+BOND = REWARD_K1 | {"advantage": "best_of_n", "kl_credit": "sequence"}
 BOTH_K2 = {
   "kl_placement": "both",
   "kl_estimator": "k2",
@@ -245,6 +246,8 @@ CASES = {
     **SURROGATE,
     "advantage": Case("leave_one_out"),
     "group_size": Case(2),
+    "best_of": Case(2.0, BOND),
+    "forward_share": Case(0.5, BOND),
     "oversampling": Case(2),
     "overlong_buffer": Case(1),
     "whiten_advantages": Case(True, {"advantage": "returns"}),

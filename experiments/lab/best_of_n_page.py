@@ -8,6 +8,7 @@ from klrl.report.plots import INK, SERIES, plot
 from klrl.report.sweep_answer import apart
 
 BANDIT_COLUMNS = ("n", "probabilities", "KL", "KL at most", "score", "best score at this KL")
+BANDIT_COLUMNS += ("distance\nby its reward", "distance\nby the quantile")
 X_LABEL = f"{find(KL).title}, {find(KL).unit}"
 EXACT_COLUMNS = ("n", "KL", "KL at most", "score", "best score at this KL", "gold")
 RUN_COLUMNS = ("run", "KL", "score", "score\nof best of n", "gold", "gold\nof best of n")
@@ -104,6 +105,12 @@ def report(results: dict) -> str:
       "is that of ref · exp(score/β)/Z with β chosen to have it."
     ),
     table(BANDIT_COLUMNS, [_bandit_cells(row) for row in results["bandit"]]),
+    note(
+      "The last two columns: RL at β = 1 makes best-of-n of the policy, if the reward is the log "
+      "of their ratio. Shown is the total variation between best-of-n and the best policy for that "
+      "reward (BOND, 2024), and for n \u2212 1 times the log of the score\u2019s quantile "
+      "(variational best-of-n, 2024), which is the same where no scores tie."
+    ),
   )  # fmt: skip
 
 
@@ -182,7 +189,8 @@ def _laws(laws: dict) -> str:
 def _bandit_cells(row: dict) -> tuple[str, ...]:
   probs = ", ".join(f"{p:.3f}" for p in row["probs"])
   figures = (row[name] for name in ("kl", "kl_bound", "score", "best_score"))
-  return str(row["n"]), probs, *(digits(x) for x in figures)
+  distances = (digits(round(row[name], 9)) for name in ("tv_reward", "tv_quantile"))
+  return str(row["n"]), probs, *(digits(x) for x in figures), *distances
 
 
 def _draw_pool(axes, rows: list[dict], compared: list[dict], name: str) -> None:

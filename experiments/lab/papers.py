@@ -297,6 +297,16 @@ def _over_optimisation(results: dict) -> Finding:
   )
 
 
+def _distilled_best_of_n(results: dict) -> Finding:
+  rows = [row for row in results["bandit"] if row["n"] > 1]
+  exact, plain = (max(row[f"tv_{name}"] for row in rows) for name in ("reward", "quantile"))
+  return Finding(
+    exact < 0.01,
+    f"with four completions its best policy is {_percent(exact)} of total variation from "
+    f"best-of-n, and up to {_percent(plain)} without the term for ties",
+  )
+
+
 def _closed_form(summary: dict) -> Finding:
   before, after = summary["gold_before"], summary["gold_after"]
   return Finding(
@@ -472,6 +482,17 @@ PAPERS = {
     "As the KL grows, the gold score rises and then falls while the reward model's goes on rising.",
     "best_of_n",
     _over_optimisation,
+  ),
+  "bond_2024": Paper(
+    "Pier Giuseppe Sessa and others, BOND: Aligning LLMs with Best-of-N Distillation, 2024, "
+    "2407.14622",
+    "Best-of-n is the best policy for the reward log of best-of-n over the reference at beta 1, "
+    "which is n - 1 times the log of the score's quantile and a term for ties.",
+    "best_of_n",
+    _distilled_best_of_n,
+    "The quantile alone (Amini and others, Variational Best-of-N Alignment, 2024, 2407.06057) is "
+    "exact where nothing ties. `experiments.grpo --flagfile=experiments/presets/bond.flags` trains "
+    "it.",
   ),
   "rafailov_2023": Paper(
     "Rafael Rafailov and others, Direct Preference Optimization, 2023, 2305.18290",

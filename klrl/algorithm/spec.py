@@ -36,6 +36,8 @@ class Hypers(NamedTuple):
   jsd_weight: jax.Array | float = 0.5  # share of the reference in the Jensen-Shannon mixture
   kl_weight_power: jax.Array | float = 1.0  # of the weights of the KL's terms by token
   kl_alpha: jax.Array | float = 0.5  # of the alpha-divergence; 0 is KL(pi || ref), 1 KL(ref || pi)
+  best_of: jax.Array | float = 1.0  # draws, the best of which the rule `best_of_n` imitates
+  forward_share: jax.Array | float = 0.0  # of KL(best-of-n || policy) in that rule
   gamma: jax.Array | float = 1.0  # discount per token
   gae_lambda: jax.Array | float = 1.0
   clip_eps_low: jax.Array | float = 1.0  # the ratio may fall to 1 - this

@@ -33,6 +33,7 @@ Rewards, advantages and returns (`klrl.ops.shaping`, `klrl.ops.advantages`):
     group_relative          (score - mean) / deviation of the completions of a prompt
     group_centred           score - mean
     leave_one_out           score - mean of the others
+    best_of_n_reward        log of the ratio of best-of-n to the reference
     whiten, mean_and_std    mean 0 and variance 1 over all real tokens
 
 Losses per token (`klrl.ops.losses`):
@@ -83,6 +84,7 @@ The examples in the docstrings begin after `import jax`, `import jax.numpy as jn
 `from klrl import ops`, and show three digits.
 """
 
+from klrl.ops.advantages import best_of_n_reward as best_of_n_reward
 from klrl.ops.advantages import discounted_returns as discounted_returns
 from klrl.ops.advantages import gae as gae
 from klrl.ops.advantages import group_centred as group_centred

@@ -14,7 +14,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from klrl.ops.masking import deviation, masked_var, mean_and_deviations, zero_padding
+from klrl.ops.masking import (
+  at_least_float32,
+  deviation,
+  divide,
+  masked_var,
+  mean_and_deviations,
+  zero_padding,
+)
 
 # Under the root, as in the code that published whitening for RLHF (see `whiten`).
 WHITEN_EPS = 1e-8
@@ -180,6 +187,33 @@ def leave_one_out(scores: jax.Array, mask: jax.Array | None = None) -> jax.Array
   mask = jnp.ones(scores.shape, bool) if mask is None else mask
   num = mask.sum(axis=-1, keepdims=True, dtype=scores.dtype)
   return group_centred(scores, mask) * (num / jnp.maximum(1, num - 1))
+
+
+def best_of_n_reward(scores: jax.Array, weights: jax.Array, n: jax.Array | float) -> jax.Array:
+  """Returns [..., G] log(best-of-n / reference), the reward whose best policy is best-of-n.
+
+  With beta 1, that is: the maximum of E[reward] - KL(pi || reference). Where no two scores tie it
+  is about (n - 1) log F + log n, with F the reference's chance to score no more; of equal scores
+  the mean of that over their part of the ranks is meant. Pier Giuseppe Sessa et al., "BOND:
+  Aligning LLMs with Best-of-N Distillation", 2024, theorem 2; Afra Amini, Tim Vieira and Ryan
+  Cotterell, "Variational Best-of-N Alignment", 2024, which leaves ties out.
+
+  >>> print(ops.best_of_n_reward(jnp.array([0.0, 1.0]), jnp.array([0.5, 0.5]), 2))  # 1/4 and 3/4
+  [-0.693  0.405]
+
+  Args:
+    scores: [..., G].
+    weights: [..., G] probabilities of the reference, or weights that stand for them; they sum to 1.
+    n: at least 1, may be traced and fractional.
+  """
+  weights = at_least_float32(weights)
+  row, column = scores[..., None, :], scores[..., None]
+  upto, tied = ((weights[..., None, :] * x).sum(axis=-1) for x in (row <= column, row == column))
+  # (upto^n - below^n) / tied, in a form that keeps its digits where few tie or all do.
+  share = jnp.clip(divide(tied, upto), 0.0, 1.0)
+  gained = -jnp.expm1(n * jnp.log1p(-share))
+  upto = jnp.maximum(upto, jnp.finfo(upto.dtype).tiny)
+  return (n - 1) * jnp.log(upto) + jnp.log(jnp.where(share > 0, divide(gained, share), n))
 
 
 def mean_and_std(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
