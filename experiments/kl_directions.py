@@ -2,8 +2,9 @@
 
     python -m experiments.kl_directions
 
-Three exact studies of one choice among few: which moves KL(new||old) and KL(old||new) permit, how
-large the first can be when the second is known, and that to second order they are one. Then PPO on
+Exact studies of one choice among few: which moves KL(new||old) and KL(old||new) permit, how large
+the first can be when the second is known, that to second order they are one, that a local KL sets
+the pace and not the end, and what value targets of a late rollout are those of. Then PPO on
 the embedded task with a KL to the reference (global), a KL to the policy that sampled (local, in
 either direction), both, and none; and KL in the reward against KL as a loss of its own, when a
 rollout is used for 1, 4 and 16 passes. About eight minutes on 2 CPU cores, stages included. WORKDIR
@@ -30,6 +31,7 @@ from experiments.settings import common
 from experiments.settings.common import setting
 from klrl import ops, schema
 from klrl.errors import UserError
+from klrl.exact import bandits, oracle
 from klrl.figures import KL
 from klrl.run import progress
 from klrl.run.metrics import read_lines
@@ -37,6 +39,7 @@ from klrl.run.summary import read_summary
 from klrl.run.workdir import create_workdir
 
 DIRECTIONS = ("kl_old_new", "kl_new_old")
+ETAS, NUM_STEPS = (0.25, 1.0, 4.0), 21  # of the study of pace
 # Changes to PPO's defaults.
 ANCHORS = {
   "none": {"kl_placement": "none", "trust_region": "none"},
@@ -153,8 +156,60 @@ def second_order(probs, direction, eps) -> SecondOrder:
   )
 
 
+def pace() -> dict:
+  """Returns KL(pi || optimum) over the steps of a policy that both a global and a local KL hold.
+
+  There are four choices, beta is 1, and each step is the best one, `bandits.mirror_step`. `eta` is
+  one over the coefficient of the local KL; `kl` has [steps] for each.
+  """
+  ref, scores = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1])), jnp.arange(4.0)
+  optimum = jax.nn.log_softmax(ref + scores)
+
+  def path(eta):
+    def step(log_probs, _):
+      after = bandits.mirror_step(ref, log_probs, scores, beta=1.0, eta=eta)
+      return after, ops.exact_kl(log_probs, optimum)
+
+    return jax.lax.scan(step, ref, length=NUM_STEPS)[1]
+
+  return {"eta": list(ETAS), "kl": [path(eta) for eta in ETAS]}
+
+
+def late_values() -> dict:
+  """Returns the expected value target of the first token, on completions of an older policy.
+
+  GAE's is the value of the older policy, whatever the present one is. V-trace's is corrected to the
+  present one, `exact` without a cap of the ratios and `capped` at 1 as published. The policies are
+  random ones on a tree, ever farther apart: `kl` is KL(pi || old), nats, and `value` what pi has.
+  """
+  tree, rng = oracle.make_tree(3, 3), np.random.default_rng(0)
+  shape = len(tree.depths), tree.vocab_size
+  old, direction = jnp.asarray(rng.standard_normal((2, *shape)))
+  scores = jnp.asarray(rng.standard_normal(len(tree.tokens)))
+  rewards = jnp.zeros(tree.tokens.shape).at[:, -1].set(scores)
+  values, drawn = jnp.zeros_like(rewards), jnp.exp(oracle.log_probs(tree, old))
+
+  def of(size):
+    logits = old + size * direction
+    log_probs, old_log_probs = (oracle.token_log_probs(tree, x) for x in (logits, old))
+
+    def target(**more):
+      of_tokens = (log_probs, old_log_probs, rewards, values, tree.mask)
+      return drawn @ ops.vtrace(*of_tokens, gamma=1.0, **more)[1][:, 0]
+
+    return {
+      "kl": oracle.sequence_kl(tree, logits, old),
+      "value": oracle.expected_score(tree, logits, scores),
+      "gae": drawn @ ops.gae(rewards, values, tree.mask, gamma=1.0, gae_lambda=1.0)[1][:, 0],
+      "capped": target(),
+      "exact": target(max_ratio=jnp.inf),
+    }
+
+  return jax.lax.map(of, jnp.linspace(0.0, 2.0, 21))
+
+
 def exact_studies() -> dict:
-  """Returns the figures of the three studies without sampling, plain numbers."""
+  """Returns the figures of the studies without sampling, plain numbers."""
   with jax.enable_x64(True):
     radii = jnp.geomspace(1e-3, 1.0, 31)
     moves = {
@@ -170,6 +225,8 @@ def exact_studies() -> dict:
     eps = jnp.geomspace(1e-3, 3.0, 31)
     agreement = jax.vmap(lambda e: second_order([0.5, 0.3, 0.2], [1.0, -2.0, 0.5], e))(eps)
     figures = {
+      "pace": pace(),
+      "late": late_values(),
       "moves": {"radius": radii, **moves},
       "bounds": {
         "p_min": old,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from klrl import ops
 from klrl.algorithm import kl_terms, objective
 from klrl.exact import bandits, oracle
 
@@ -125,6 +126,14 @@ def test_best_of_n():
   np.testing.assert_allclose(tied, [0.973 * 5 / 7, 0.027, 0.973 * 2 / 7])
 
 
+@pytest.mark.parametrize("n", [1.0, 2.5, 64.0])
+def test_the_reward_of_best_of_n_is_the_log_of_its_ratio(n):
+  for probs, scores in (REF, SCORES), (np.array([0.5, 0.3, 0.2]), np.array([1.0, 0.0, 1.0])):
+    expected = np.log(bandits.best_of_n(probs, scores, n) / probs)
+    found = ops.best_of_n_reward(np.stack([scores, scores]), np.stack([probs, probs]), n)
+    np.testing.assert_allclose(found, [expected, expected], rtol=1e-6, atol=1e-9)
+
+
 def test_best_of_n_kl_bound():
   bound = bandits.best_of_n_kl_bound(np.array([1.0, 4.0, 16.0, 1000.0]))
   np.testing.assert_allclose(bound, [0.0, 0.636294361, 1.835088722, 5.908755279], atol=1e-9)
@@ -146,12 +155,6 @@ def test_a_gold_law_is_found_again_from_its_points(name):
   distances = np.linspace(0.0, 3.0, 7)
   gains = bandits.GOLD_LAWS[name].score(distances, 0.5, 0.25)
   np.testing.assert_allclose(bandits.fitted_gold_law(name, distances, gains), (0.5, 0.25))
-
-
-def test_standardised_scores():
-  x = bandits.standardised(REF, SCORES)
-  np.testing.assert_allclose([(REF * x).sum(), (REF * x**2).sum()], [0, 1], atol=1e-12)
-  np.testing.assert_array_equal(bandits.standardised(REF, np.ones(4)), np.zeros(4))
 
 
 def test_mirror_steps_contract_to_the_optimum_under_the_global_kl():

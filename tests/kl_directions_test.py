@@ -48,6 +48,21 @@ def test_both_directions_agree_to_second_order_and_differ_in_the_third():
   assert abs(large.old_new - large.new_old) > 0.1
 
 
+def test_a_local_kl_sets_the_pace_and_not_the_end():
+  found = kl_directions.pace()
+  kls = np.array(found["kl"])
+  assert np.all(np.diff(kls[:, :5]) < 0) and np.all(np.diff(kls[:, 5], axis=0) < 0)
+  assert np.all(kls[1:, -1] < 1e-9)
+
+
+def test_a_target_of_a_late_rollout_is_the_value_of_one_policy_or_the_other():
+  found = {name: np.asarray(x) for name, x in kl_directions.late_values().items()}
+  np.testing.assert_allclose(found["exact"], found["value"], rtol=1e-9)
+  np.testing.assert_allclose(found["gae"], found["value"][0], rtol=1e-9)
+  assert abs(found["value"][-1] - found["gae"][-1]) > 0.1
+  assert not np.allclose(found["capped"][1:], found["gae"][1:], rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["trpo_2015", "sason_verdu_2016"])
 def test_what_papers_say_of_the_directions_is_found(name):
   agrees, figure = papers.PAPERS[name].found(kl_directions.exact_studies())
@@ -81,4 +96,4 @@ def test_page_is_made_of_figures_alone_and_escapes_names():
   ]
   text = report(results)
   assert "<none>" not in text and "&lt;none&gt;" in text
-  assert "<script" not in text and text.count("<svg") == 10
+  assert "<script" not in text and text.count("<svg") == 12

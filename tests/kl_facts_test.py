@@ -635,7 +635,8 @@ def _multipliers(advantages, group_size, ps):
 def _standardised_reward(terms):
   """The loss of GRPO with an infinite group on the binary bandit, whose choice 1 succeeds."""
   probs = jax.lax.stop_gradient(jnp.exp(terms.log_probs[:, 0]))
-  return _reward(bandits.standardised(probs, jnp.arange(2.0)), terms)
+  centred = jnp.arange(2.0) - probs[1]
+  return _reward(centred / jnp.sqrt((probs * centred**2).sum()), terms)
 
 
 def _plain_reward(terms):

@@ -9,6 +9,7 @@ from klrl.report.plots import INK, PAGE_COLOURS, SERIES, plot
 NAMES = {"kl_old_new": "KL(old‖new)", "kl_new_old": "KL(new‖old)"}
 JUDGED = "score", "gold", KL, "objective", "entropy"
 COLUMNS = "", "Score", "Gold", "KL(π‖ref)", "Score \u2212 β KL", "Entropy"
+_LEAST = 1e-12  # nats that a picture shows
 _CSS = {"-": "solid", "--": "dashed"}
 # Colour and style of each run of the study of anchors, in its order.
 ANCHOR_STYLES = (
@@ -29,7 +30,7 @@ def report(results: dict) -> str:
   rare = moves["rare, raised"]
   middle = int(np.argmin(np.abs(np.array(moves["radius"]) - 0.05)))
   reach = {name: rare[name][middle] for name in NAMES}
-  last = -1
+  last, pace, late = -1, results["pace"], results["late"]
   return page(
     "Two directions and two anchors of KL",
     element("h1", "Two directions and two anchors of KL"),
@@ -90,6 +91,35 @@ def report(results: dict) -> str:
         "size of the move in logits", xscale="log",
       ),
       NAMES.values(),
+    ),
+    element("h2", "The anchor: where a policy is bound for, and how fast"),
+    paragraph(
+      "Four choices, the best step each time under β = 1 times the KL to the reference and 1/η "
+      "times the KL to the policy before. Whatever η is, the end is the best policy for β; the "
+      "local KL multiplies the log-ratio to it by (1/η) / (β + 1/η) in each step."
+    ),
+    figure(
+      "KL(π‖best policy)", "nats",
+      _lines(
+        np.arange(len(pace["kl"][0])),
+        {str(eta): np.maximum(kl, _LEAST) for eta, kl in zip(*pace.values(), strict=True)},
+        "step", yscale="log",
+      ),
+      [f"η = {eta:g}" for eta in pace["eta"]],
+    ),
+    element("h2", "Whose value a late rollout teaches"),
+    paragraph(
+      "The expected value target of the first token on a tree, on completions of an older policy. "
+      "Generalised advantage estimation (λ = 1) gives the older policy\u2019s, however far the "
+      "present one has gone. V-trace is right where ratios have no cap; with the published cap of "
+      "1 it is between the two, and pays with that for a bounded variance."
+    ),
+    figure(
+      "Target of the first token", "reward",
+      _lines(
+        late["kl"], {x: late[x] for x in ("value", "gae", "capped", "exact")}, "KL(π‖old), nats"
+      ),
+      ("value of the present policy", "GAE", "V-trace, cap 1", "V-trace, no cap"),
     ),
     element("h2", "PPO with each anchor"),
     paragraph(

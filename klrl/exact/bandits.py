@@ -219,16 +219,6 @@ def fitted_gold_law(law: str, distances, gains) -> tuple[jax.Array, jax.Array]:
   return alpha, slope
 
 
-def standardised(probs, scores) -> jax.Array:
-  """Returns [N] (score - mean) / std under `probs`, and 0 if nothing varies.
-
-  It is the limit of `ops.group_relative` as the group grows.
-  """
-  _, centred = ops.mean_and_deviations(scores)
-  centred = centred - (probs * centred).sum()
-  return ops.divide(centred, jnp.sqrt((probs * centred**2).sum()))
-
-
 def mirror_step(ref_log_probs, log_probs, scores, *, beta, eta) -> jax.Array:
   """Returns [N] log-probs of the maximum of E[score] - beta KL(. || ref) - KL(. || pi) / eta.
 
