@@ -1,12 +1,12 @@
 """Whole experiments at tiny size: what they leave behind, and how they say no."""
 
+import functools
 import json
 import os
 import pathlib
-import subprocess
-import sys
 import textwrap
 
+import forked
 import jax
 import pytest
 
@@ -34,13 +34,21 @@ TINY = {
 }
 
 
+def few(make, seed, num, **settings):
+  return make(seed, min(num, 300), **settings)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, compiled_once):
   """The folder in which one embedded run has finished; every test of this file works in it."""
   directory = tmp_path_factory.mktemp("experiments")
   before = pathlib.Path.cwd()
   os.chdir(directory)
-  ppo.main(ppo.Config(**TINY, **STAGES, workdir="embedded"))
+  with pytest.MonkeyPatch.context() as patch:
+    # The stages make 110 000 examples, and judge a tenth of them before and after.
+    for name in ("demonstrations", "preferences"):
+      patch.setattr(arithmetic, name, functools.partial(few, getattr(arithmetic, name)))
+    ppo.main(ppo.Config(**TINY, **STAGES, workdir="embedded"))
   yield directory
   os.chdir(before)
 
@@ -348,16 +356,9 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
   ],
 )
 def test_command_line_says_no_without_a_traceback(tmp_path, arguments, message):
-  done = subprocess.run(
-    [sys.executable, "-m", "experiments.ppo", *arguments],
-    cwd=tmp_path,
-    env={**os.environ, "PYTHONPATH": str(ROOT)},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  output = done.stdout + done.stderr
-  assert done.returncode == 1, output
+  process = forked.Process(["-m", "experiments.ppo", *arguments], tmp_path, dict(os.environ))
+  status, output = process.finished()
+  assert status == 1, output
   assert message in output
   assert "Traceback" not in output
   assert not list(tmp_path.iterdir())
