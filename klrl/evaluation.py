@@ -13,7 +13,7 @@ from klrl.algorithm.distributions import log_probs_and_entropy_of, over_vocabula
 from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.sampling import Rollout
-from klrl.tasks.data import decode_continuation
+from klrl.tasks.data import decode_continuation, token_ids
 from klrl.tasks.verifier import Verifier, majority, pass_at_k, right
 
 
@@ -194,17 +194,15 @@ def samples(
 ) -> list[dict[str, Any]]:
   """Returns the records for `samples.jsonl`: the first `num` rows, token by token."""
   rollout = jax.device_get(evaluation.rollout)
-  prompt_len = rollout.prompt_mask.shape[1]
+  prompts_ids, completions_ids = token_ids(rollout)
   records = []
   for i in range(min(num, len(texts))):
-    prompt = rollout.tokens[i, :prompt_len][rollout.prompt_mask[i]].tolist()
-    mask = rollout.completion_mask[i]
-    ids = rollout.tokens[i, prompt_len:][mask].tolist()
+    prompt, ids, chosen = prompts_ids[i], completions_ids[i], rollout.completion_mask[i]
     pieces = [
       decode_continuation(tokenizer, prompt + ids[:t], ids[t : t + 1]) or tokenizer.name(ids[t])
       for t in range(len(ids))
     ]
-    kl = None if evaluation.kl_exact is None else np.asarray(evaluation.kl_exact[i])[mask].tolist()
+    kl = None if evaluation.kl_exact is None else evaluation.kl_exact[i]
     records.append(
       {
         "when": when,
@@ -213,13 +211,19 @@ def samples(
         "prompt": prompts[i] if isinstance(prompts[i], str) else tokenizer.decode_marked(prompt),
         "completion": texts[i],
         "tokens": pieces,
-        "kl_ref": kl,
-        "log_prob": np.asarray(evaluation.log_probs[i])[mask].tolist(),
+        "kl_ref": None if kl is None else _of_chosen(kl, chosen)[: len(ids)],
+        "log_prob": _of_chosen(evaluation.log_probs[i], chosen)[: len(ids)],
         "score": None if scores is None or np.isnan(scores[i]) else float(scores[i]),
         "gold": None if gold is None else float(gold[i]),
       }
     )
   return records
+
+
+def _of_chosen(per_token, chosen) -> list[float | None]:
+  """Returns the numbers of tokens [T], None where none was chosen (bool [T])."""
+  numbers = zip(np.asarray(per_token).tolist(), chosen.tolist(), strict=True)
+  return [x if is_chosen else None for x, is_chosen in numbers]
 
 
 def distinct_n(texts: list[str], n: int) -> float | None:

@@ -80,6 +80,8 @@ class Sources:
   """A file of texts; "" where there are none, and where the reference writes them."""
   max_prompt_len: int = 0
   max_completion_len: int = 0
+  prefill: str = ""
+  """What every completion begins with, given and not learnt."""
   enumerated: bool = False
   """Whether all completions are, beside what the objective is worth at its best."""
   lora_rank: int = 0
@@ -122,6 +124,7 @@ class Task(NamedTuple):
   rewards: list[rewards.Reward]  # if empty, the reward model scores on the device
   verifier: Verifier | None
   pretraining: Texts | None  # mixed into the loss
+  prefill: tuple[int, ...] = ()  # tokens with which every completion begins
   exact: Any = None  # a `tree.Exact` where all completions are enumerated
 
 
@@ -426,6 +429,17 @@ def load_start(
 
 
 @processes.together
+def _prefill(text: str, tokenizer: TokenizerInfo, max_completion_len: int) -> tuple[int, ...]:
+  """Returns the tokens of what completions begin with."""
+  ids = tuple(tokenizer.encode_bare([text])[0].ids) if text else ()
+  if len(ids) >= max_completion_len:
+    raise UserError(
+      f"--prefill={text} has {len(ids)} tokens, which leaves nothing of --max_completion_len="
+      f"{max_completion_len} to the policy."
+    )
+  return ids
+
+
 def load_task(sources: Sources, models: Models) -> Task:
   """Returns the embedded task, or the prompts and the reward, that are named.
 
@@ -459,6 +473,7 @@ def load_task(sources: Sources, models: Models) -> Task:
       f"--max_completion_len={max_completion_len} leaves no room for a prompt: the smallest "
       f"context of the models holds {context} tokens."
     )
+  prefill = _prefill(sources.prefill, models.tokenizer, max_completion_len)
   training, held_out = (
     data.encode_prompts(part, models.tokenizer, max_prompt_len=context - max_completion_len)
     for part in parts
@@ -496,6 +511,7 @@ def load_task(sources: Sources, models: Models) -> Task:
     weighted,
     verifier,
     pretraining or None,
+    prefill,
     embedded.exact(models.policy, models.reference, unread.read(models.reference_params))
     if embedded and sources.enumerated
     else None,

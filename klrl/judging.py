@@ -13,7 +13,7 @@ While a policy trains, the judge draws one completion for each of fewer rows, an
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from klrl.algorithm import completions
 from klrl.devices import parallel
 from klrl.models import Policy, ScalarModel, TokenizerInfo
 from klrl.run import progress
-from klrl.sampling import make_greedy_fn, make_sample_fn
+from klrl.sampling import beginning_with, make_greedy_fn, make_sample_fn
 from klrl.tasks import data, reward_calls, rewards
 from klrl.tasks.verifier import Verifier, right
 
@@ -59,13 +59,19 @@ class Programs(NamedTuple):
 
 
 def make_judge_programs(
-  mesh, policy: Policy, reference: Policy | None, tokenizer: TokenizerInfo, max_completion_len: int
+  mesh,
+  policy: Policy,
+  reference: Policy | None,
+  tokenizer: TokenizerInfo,
+  max_completion_len: int,
+  prefill: Sequence[int] = (),
 ) -> Programs:
   """Returns the programs of a judge; arguments as in `make_judge`."""
   limits = {
     "max_completion_len": max_completion_len,
     "eos_id": tokenizer.eos_ids,
     "pad_id": tokenizer.pad_id,
+    "given": beginning_with(prefill),
   }
 
   def jit(fn):
@@ -99,6 +105,7 @@ def make_judge(
   score: Callable | None,
   verifier: Verifier | None,
   num_interim_rows: int,
+  prefill: Sequence[int] = (),
 ) -> Judge:
   """Returns the judge of a run; everything is compiled once.
 
@@ -122,6 +129,7 @@ def make_judge(
     score: score(rollout, texts, records) -> [B], or None. There may be fewer texts than rows.
     verifier: of the task, or None.
     num_interim_rows: of `evaluate`, at most `num_eval_rows`.
+    prefill: tokens with which every completion begins.
   """
   progress.console.print("Compiling what judges the policy on held-out prompts ...")
   # The noise is the same each time, and never that of training.
@@ -132,7 +140,7 @@ def make_judge(
   # Both draws have the same number of rows, so that one compiled function serves both.
   repeated = np.repeat(np.arange(min(num_prompts, max(1, config.num_eval_rows // k))), k)
   padded = np.resize(repeated, max(len(repeated), len(rows)))
-  programs = make_judge_programs(mesh, policy, reference, tokenizer, max_completion_len)
+  programs = make_judge_programs(mesh, policy, reference, tokenizer, max_completion_len, prefill)
 
   def prompts_of(rows):
     return parallel.put((held_out.tokens[rows], held_out.mask[rows]), parallel.replicated(mesh))

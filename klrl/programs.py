@@ -19,7 +19,7 @@ from klrl.devices import parallel, processes
 from klrl.inputs import Models, Task
 from klrl.models import Policy, ScalarModel, TokenizerInfo, join
 from klrl.run import pending, progress
-from klrl.sampling import Rollout, make_sample_fn
+from klrl.sampling import Rollout, beginning_with, make_sample_fn
 from klrl.tasks import data, reward_calls, rewards, verifier
 
 _SLOW_REWARD_SHARE = 0.5
@@ -61,6 +61,7 @@ def _sample_fn(setup: Setup, policy: Policy) -> Callable[..., Rollout]:
     pad_id=setup.models.tokenizer.pad_id,
     group_size=setup.algorithm.group_size,
     sampler_mesh=setup.config.sampler_mesh,
+    given=beginning_with(setup.task.prefill),
   )
 
 

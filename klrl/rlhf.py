@@ -127,6 +127,7 @@ def make_judge(setup: Setup) -> judging.Judge:
     score=score,
     verifier=task.verifier,
     num_interim_rows=config.interim_rows(),
+    prefill=task.prefill,
   )
 
   def policy_of(params):

@@ -30,10 +30,11 @@ class Rollout(NamedTuple):
 
   tokens: [B, P+T] int32, prompt then completion.
   prompt_mask: [B, P] bool.
-  completion_mask: [B, T] bool, True through the EOS, inclusive.
+  completion_mask: [B, T] bool, True at the tokens that were drawn, EOS included. It has holes where
+    tokens were given (`given` of `make_sample_fn`); those are read like all others.
   finished: [B] bool, whether an EOS was drawn.
-  old_log_probs: [B, T] log-prob of each token by the trainer; 0 in the padding.
-  sampler_log_probs: [B, T] log-prob under the distribution drawn from; 0 in the padding.
+  old_log_probs: [B, T] log-prob of each token by the trainer; 0 where none was drawn.
+  sampler_log_probs: [B, T] log-prob under the distribution drawn from; 0 where none was drawn.
   """
 
   tokens: Array
@@ -42,6 +43,29 @@ class Rollout(NamedTuple):
   finished: Array
   old_log_probs: Array
   sampler_log_probs: Array
+
+
+# given(completions [B, T], t) -> (tokens [B], bool [B]): what stands at place t in place of a drawn
+# token, and in which rows; the completions are known before t. It is traced, and may depend on what
+# was written: it is where an environment or a prefilled beginning of the answer has its say.
+Given = Callable[[Array, Array], tuple[Array, Array]]
+
+
+def beginning_with(ids: Sequence[int]) -> Given | None:
+  """Returns what gives every completion its first tokens; None if there are none.
+
+  The completions of a rollout begin with `ids`, and their mask with as many holes.
+  """
+  if not ids:
+    return None
+  tokens = jnp.asarray(ids, jnp.int32)
+
+  def given(completions, t):
+    shape = completions.shape[:1]
+    first = tokens[jnp.minimum(t, len(ids) - 1)]
+    return jnp.broadcast_to(first, shape), jnp.broadcast_to(t < len(ids), shape)
+
+  return given
 
 
 def top_k_logits(logits: Array, k: int) -> Array:
@@ -81,6 +105,7 @@ def make_sample_fn(
   top_p: float = 1.0,
   group_size: int = 1,
   sampler_mesh: str = "auto",
+  given: Given | None = None,
 ) -> Callable[..., Rollout]:
   """Returns `sample(params, prompts [B, P], prompt_mask [B, P], key, *, temperature) -> Rollout`.
 
@@ -96,9 +121,11 @@ def make_sample_fn(
   each device has all of them during the rollout, gathered once; with `split` they stay where they
   are, and rows move to them (`parallel.weights_stay`). `auto` is `split` where a step of all rows
   of `fsdp` sends less than the weights take to read, see `_weights_stay`.
+
+  A token that is `given` takes the place of the one that was drawn, and ends nothing.
   """
   generate = _make_generate_fn(
-    policy, max_completion_len, eos_id, pad_id, group_size, sampler_mesh=sampler_mesh
+    policy, max_completion_len, eos_id, pad_id, group_size, sampler_mesh=sampler_mesh, given=given
   )
 
   def sample(params, prompts, prompt_mask, key, *, temperature):
@@ -116,14 +143,19 @@ def make_sample_fn(
 
 
 def make_greedy_fn(
-  policy: Policy, *, max_completion_len: int, eos_id: int | Sequence[int] | None, pad_id: int
+  policy: Policy,
+  *,
+  max_completion_len: int,
+  eos_id: int | Sequence[int] | None,
+  pad_id: int,
+  given: Given | None = None,
 ) -> Callable[..., Rollout]:
   """Returns `greedy(params, prompts [B, P], prompt_mask [B, P]) -> Rollout` of most likely tokens.
 
   `old_log_probs` are those of the policy at temperature 1; `sampler_log_probs` are 0, because
-  nothing is drawn.
+  nothing is drawn. `given` is as in `make_sample_fn`.
   """
-  generate = _make_generate_fn(policy, max_completion_len, eos_id, pad_id)
+  generate = _make_generate_fn(policy, max_completion_len, eos_id, pad_id, given=given)
 
   def greedy(params, prompts, prompt_mask):
     def draw(logits, t):
@@ -180,7 +212,7 @@ def _weights_stay(sampler_mesh: str, num_rows: int, config) -> bool:
 
 
 def _make_generate_fn(
-  policy, max_completion_len, eos_id, pad_id, group_size=1, sampler_mesh="auto"
+  policy, max_completion_len, eos_id, pad_id, group_size=1, sampler_mesh="auto", given=None
 ):
   eos_ids = np.array([] if eos_id is None else eos_id, np.int32).reshape(-1)
 
@@ -209,7 +241,10 @@ def _make_generate_fn(
         logits = logits_of(parallel.rows_together(hidden), unembedding)
         logits = parallel.rows_apart(parallel.rows_together(logits))
       tokens, log_probs, sampler_log_probs = draw(logits, state.t)
-      alive = ~state.finished
+      alive = chosen = ~state.finished
+      if given is not None:
+        others, are_given = given(state.tokens, state.t)
+        tokens, chosen = jnp.where(are_given, others, tokens), alive & ~are_given
       tokens = jnp.where(alive, tokens, pad_id).astype(jnp.int32)
 
       def write(buffer, column):
@@ -218,11 +253,11 @@ def _make_generate_fn(
       return _State(
         t=state.t + 1,
         last=tokens,
-        finished=state.finished | jnp.isin(tokens, eos_ids),
+        finished=state.finished | (chosen & jnp.isin(tokens, eos_ids)),
         tokens=write(state.tokens, tokens),
-        mask=write(state.mask, alive),
-        log_probs=write(state.log_probs, jnp.where(alive, log_probs, 0)),
-        sampler_log_probs=write(state.sampler_log_probs, jnp.where(alive, sampler_log_probs, 0)),
+        mask=write(state.mask, chosen),
+        log_probs=write(state.log_probs, jnp.where(chosen, log_probs, 0)),
+        sampler_log_probs=write(state.sampler_log_probs, jnp.where(chosen, sampler_log_probs, 0)),
       )
 
     # As many neighbouring rows share what was read of their prompt as one device has together.

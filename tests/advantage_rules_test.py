@@ -70,6 +70,51 @@ def test_later_kl_is_charged_to_the_token_before_it_and_credit_token_to_its_own(
   np.testing.assert_allclose(own[0], [0.5 - 0.5 * 0.1, 0.5 - 0.5 * 0.2], rtol=1e-6)
 
 
+# Completions of two turns, with the output of a tool between them.
+WITH_TOOL = jnp.array([True, True, False, False, True, True])
+
+
+def advantages_of(config, kl, mask, *, gamma=0.5, values=0.0):
+  """Returns the advantages of a completion with score 1, by PPO's rule or that of `config`."""
+  x = Experience(jnp.ones(1), kl[None], jnp.full((1, len(kl)), values), mask[None], 1.0)
+  algorithm = Algorithm(batch_size=1, num_iterations=1, penalty=config)
+  return [
+    np.asarray(rule(x, algorithm, Hypers(gamma=gamma, gae_lambda=1.0)).advantages[0])
+    for rule in (RULES["returns"], ppo.advantages)
+  ]
+
+
+def test_the_kl_of_a_tools_tokens_is_in_no_return():
+  """As in slime#1370, where it was added to that of every token before."""
+  kl = jnp.array([1.0, 1.0, 100.0, jnp.nan, 1.0, 1.0])
+  for found in advantages_of(K1, kl, WITH_TOOL, gamma=1.0):
+    np.testing.assert_allclose(found[WITH_TOOL], [-3.0, -2.0, -1.0, 0.0])
+
+
+def test_a_return_goes_on_across_a_tools_tokens_and_is_not_discounted_there():
+  """As in verl#6376, where each of them counted as the end of the completion."""
+  for found in advantages_of(NONE, jnp.zeros(6), WITH_TOOL):
+    np.testing.assert_allclose(found[WITH_TOOL], [0.125, 0.25, 0.5, 1.0])
+
+
+def test_a_tools_tokens_change_no_advantage():
+  """As in verl#7278, where the turns before them lost the score."""
+  kl = jnp.array([0.1, 0.2, 9.0, 9.0, 0.3, 0.4])
+  for penalty in (K1, KLPenalty("both", "exact"), KLPenalty("reward", "k1", "none", "token")):
+    compact = advantages_of(penalty, kl[WITH_TOOL], jnp.ones(4, bool), values=0.7)
+    for found, expected in zip(
+      advantages_of(penalty, kl, WITH_TOOL, values=0.7), compact, strict=True
+    ):
+      np.testing.assert_allclose(found[WITH_TOOL], expected, rtol=1e-6)
+
+
+def test_a_score_is_at_the_last_token_of_the_policy_though_a_tool_has_the_last_word():
+  """As in miles#1827, where a discount of 0 lost it, and values of a tool's tokens were read."""
+  mask = jnp.array([True, False, True, False, False])
+  for found in advantages_of(NONE, jnp.zeros(5), mask, gamma=0.0):
+    np.testing.assert_allclose(found[mask], [0.0, 1.0])
+
+
 def test_group_deviation_is_the_mean_of_what_divides_the_scores():
   found = advantage_rules.group_deviation(SCORES, jnp.ones(SCORES.shape, bool), 2)
   np.testing.assert_allclose(found, np.sqrt(0.5), rtol=1e-6)
@@ -93,6 +138,10 @@ def test_scores_pay_for_length_and_for_a_missing_end():
   np.testing.assert_allclose(shaped(overlong_buffer=2.0), SCORES - np.array([0, 0.5, 1, 1]))
   np.testing.assert_allclose(shaped(missing_eos_penalty=0.3), SCORES - np.array([0, 0, 0, 0.3]))
   np.testing.assert_allclose(shaped(length_penalty=0.1), SCORES - 0.1 * np.array([1, 3, 4, 4]))
+  # What was given is not the policy's length, and brings the limit nearer.
+  rollout = rollout._replace(completion_mask=rollout.completion_mask.at[1, 0].set(False))
+  np.testing.assert_allclose(shaped(length_penalty=0.1), SCORES - 0.1 * np.array([1, 2, 4, 4]))
+  np.testing.assert_allclose(shaped(overlong_buffer=2.0), SCORES - np.array([0, 0.5, 1, 1]))
 
 
 def test_groups_of_equal_scores_give_way_to_others():

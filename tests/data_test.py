@@ -249,6 +249,9 @@ def test_padding_that_is_an_eos_hides_no_eos():
   completion_mask = np.array([[True, True, False]])
   rollout = Rollout(np.array([[1, 5, 2, 2]]), np.ones((1, 1), bool), completion_mask, *[None] * 3)
   assert data.token_ids(rollout) == ([[1]], [[5, 2]])
+  # A text has what was given before the last choice, and nothing behind it.
+  chosen = np.array([[False, True, False]])
+  assert data.token_ids(rollout._replace(completion_mask=chosen)) == ([[1]], [[5, 2]])
   assert data.completion_texts(tokenizer, rollout) == ["2"]
 
 

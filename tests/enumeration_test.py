@@ -1,4 +1,8 @@
-"""The real learner, decoder and sampler against exact sums over all completions of a small tree."""
+"""The real learner, decoder and sampler against exact sums over all completions of a small tree.
+
+Some tokens are given: the models read them, no policy chooses them, and masks have holes there. To
+the exact sums they are tokens of probability 1.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -20,8 +24,12 @@ from klrl.sampling import Rollout, make_sample_fn
 
 TREE = oracle.make_tree(3, 3, eos_id=2)
 PROMPT = np.array([1])
+# After 0 a 1 is given, in the middle of a completion, and after 10 a 0, at its end.
+GIVEN = np.array([-1, 1, -1, -1, -1, 0, -1])
+CHOSEN = TREE.mask & (GIVEN[TREE.states] < 0)
+POSSIBLE = (CHOSEN | (TREE.tokens == GIVEN[TREE.states]) | ~TREE.mask).all(axis=1)
 # How often a rollout holds each completion; no policy draws in these proportions.
-COUNTS = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9])
+COUNTS = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]) * POSSIBLE
 ROWS = np.repeat(np.arange(len(COUNTS)), COUNTS)
 # Longer completions pay, so that a step makes long prefixes likelier and a cap on weights bites.
 SCORES = np.sin(1.0 + np.arange(len(COUNTS))) + 3.0 * TREE.mask.sum(axis=1)
@@ -60,13 +68,16 @@ def models(dtype) -> Models:
   return Models(policy, scalar_model(config), params, ref_params)
 
 
-def decoder_logits(params):
-  return oracle.decoder_logits(models("float64").policy, params, TREE, PROMPT)
+def decoder_logits(params, dtype="float64"):
+  """Returns the logits of the decoder where it chooses, and of what is given elsewhere."""
+  logits = oracle.decoder_logits(models(dtype).policy, params, TREE, PROMPT)
+  certain = jnp.where(np.arange(3) == GIVEN[:, None], 0.0, -jnp.inf)
+  return jnp.where(GIVEN[:, None] < 0, logits, certain)
 
 
 def make_rollout() -> Rollout:
-  """Returns completion n of the tree COUNTS[n] times, with garbage in the padding."""
-  mask = TREE.mask[ROWS]
+  """Returns completion n of the tree COUNTS[n] times, with garbage where nothing is chosen."""
+  mask = CHOSEN[ROWS]
   log_probs = oracle.token_log_probs(TREE, decoder_logits(models("float64").params))[ROWS]
   log_probs = jnp.where(mask, log_probs, jnp.nan)
   return Rollout(
@@ -191,14 +202,15 @@ def whitened(penalty, refresh):
   """Returns the surrogate of score and penalty, both divided by the advantages' deviation."""
 
   def advantages(terms):
-    kl = kl_terms.reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl)
+    arguments = terms.log_probs, terms.ref_log_probs, terms.mask, terms.exact_kl
+    kl = kl_terms.reward_kl(penalty, *arguments)
     values = jnp.zeros_like(terms.log_probs)
     x = Experience(SCORES, kl, values, terms.mask, BETA)
     return ppo.advantages(x, make_config(penalty, refresh).algorithm(), Hypers()).advantages
 
   def f(terms):
     old = terms._replace(log_probs=terms.old_log_probs, exact_kl=terms.old_exact_kl)
-    mean, std = ops.mean_and_std(advantages(old)[ROWS], terms.mask[ROWS])
+    mean, std = ops.mean_and_std(advantages(old)[ROWS], CHOSEN[ROWS])
     credited = advantages(terms if refresh == "minibatch" else old)
     loss = ops.reinforce_loss(
       jnp.exp(terms.log_probs - terms.old_log_probs), (credited - mean) / std, terms.mask
@@ -227,24 +239,37 @@ def test_whitening_divides_score_and_penalty_alike(penalty, refresh):
 def test_the_sampler_draws_what_the_decoder_says():
   num_samples = 2**16
   policy, _, params, _ = models("float32")
-  sample = make_sample_fn(policy, max_completion_len=TREE.horizon, eos_id=TREE.eos_id, pad_id=0)
+
+  def given(completions, t):
+    after_0 = (t == 1) & (completions[:, 0] == 0)
+    after_10 = (t == 2) & (completions[:, 0] == 1) & (completions[:, 1] == 0)
+    return jnp.where(after_0, 1, 0), after_0 | after_10
+
+  sample = make_sample_fn(
+    policy, max_completion_len=TREE.horizon, eos_id=TREE.eos_id, pad_id=0, given=given
+  )
   prompts = jnp.tile(PROMPT, (num_samples, 1))
   rollout = jax.jit(sample)(
     params, prompts, jnp.ones(prompts.shape, bool), jax.random.key(7), temperature=1.0
   )
   # Digits to the base 4, 0 for the padding, tell completions apart.
   digits = 4 ** np.arange(TREE.horizon)
-  known = np.where(TREE.mask, TREE.tokens + 1, 0) @ digits
+  known = np.where(CHOSEN, TREE.tokens + 1, 0) @ digits
+  known[~POSSIBLE] = -1 - np.flatnonzero(~POSSIBLE)
   drawn = np.where(rollout.completion_mask, completions.completion_tokens(rollout) + 1, 0) @ digits
   order = np.argsort(known)
   rows = order[np.searchsorted(known[order], drawn)]
   np.testing.assert_array_equal(known[rows], drawn)
 
-  logits = oracle.decoder_logits(policy, params, TREE, PROMPT)
+  logits = decoder_logits(params, "float32")
   probs = np.exp(oracle.log_probs(TREE, logits))
   counts = np.bincount(rows, minlength=len(known))
   stderr = np.sqrt(num_samples * probs * (1 - probs))
   assert np.all(np.abs(counts - num_samples * probs) < 5 * stderr), counts / num_samples - probs
-  assert probs.max() > 5 * probs.min()
+  assert probs.max() > 5 * probs[POSSIBLE].min()
+  # What is given is there to be read.
+  read = np.asarray(completions.attention_mask(rollout))[:, 1:]
+  tokens = np.asarray(completions.completion_tokens(rollout))
+  np.testing.assert_array_equal(tokens[read], TREE.tokens[rows][read])
   expected = np.asarray(oracle.token_log_probs(TREE, logits))[rows]
   np.testing.assert_allclose(rollout.old_log_probs, expected, atol=2e-5)

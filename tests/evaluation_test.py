@@ -258,6 +258,12 @@ def test_samples_show_each_real_token_of_the_first_rows():
     "after", evaluate(with_reference=False), scores, None, texts, prompts, TOKENIZER, 1
   )
   assert record["kl_ref"] is None and record["gold"] is None
+  chosen = np.array(found.rollout.completion_mask)
+  chosen[0, 0] = False  # a token that was given is shown, without numbers
+  with_hole = found._replace(rollout=found.rollout._replace(completion_mask=chosen))
+  (record,) = evaluation.samples("a", with_hole, scores, gold, texts, prompts, TOKENIZER, 1)
+  assert record["tokens"] == records[0]["tokens"]
+  assert record["kl_ref"] == [None, *records[0]["kl_ref"][1:]]
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260K model is not there")

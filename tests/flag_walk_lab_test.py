@@ -367,8 +367,8 @@ replacements = {
 }
 
 
-def make_fake_sample_fn(policy, *, max_completion_len, eos_id, pad_id):
-  del eos_id, pad_id
+def make_fake_sample_fn(policy, *, max_completion_len, eos_id, pad_id, given=None):
+  del eos_id, pad_id, given
   return fake_sampler(policy.config.vocab_size, max_completion_len)
 
 

@@ -168,6 +168,7 @@ RL = {
   "pretrain_data": Case("reference", PRETRAINED),
   "ptx_coef": Case(0.25, PRETRAINED),
   "ptx_divergence": Case("jensen_shannon", PRETRAINED),
+  "prefill": Case("1"),
   "temperature": Case(0.5),
   "missing_eos_penalty": Case(1.0),
   "length_penalty": Case(1.0),
@@ -417,10 +418,12 @@ def traced_once(make_decoder, config):
   return made._replace(init=init, hidden=jax.jit(made.hidden, static_argnums=4))
 
 
-def make_fake_sample_fn(policy, *, max_completion_len, eos_id, pad_id, group_size, sampler_mesh):
+def make_fake_sample_fn(
+  policy, *, max_completion_len, eos_id, pad_id, group_size, sampler_mesh, given
+):
   """Returns a sampler that compiles fast and draws any token, by the key alone.
 
-  Its log-probs tell how it would lay out weights.
+  Its log-probs tell how it would lay out weights, and its mask whether the first token is given.
   """
   del eos_id, pad_id, group_size
 
@@ -431,7 +434,8 @@ def make_fake_sample_fn(policy, *, max_completion_len, eos_id, pad_id, group_siz
     tokens = jnp.concatenate([prompts, drawn], axis=1)
     told = jnp.full(shape, SAMPLER_MESHES.index(sampler_mesh), policy.config.dtype)
     finished = jnp.ones(len(prompts), bool)
-    return Rollout(tokens, mask, jnp.ones(shape, bool), finished, told, told)
+    chosen = jnp.ones(shape, bool).at[:, 0].set(given is None)
+    return Rollout(tokens, mask, chosen, finished, told, told)
 
   return sample
 
@@ -566,7 +570,8 @@ def judgement_of(run: Run):
   (config, *_, tokenizer, held_out), more = run.judge
   names = ["seed", "num_eval_rows", "eval_completions", "num_samples"]
   prompts = [record["prompt"] for record in held_out.records]
-  told = more["max_completion_len"], more["num_interim_rows"], tokenizer.eos_ids
+  told = (more[name] for name in ("max_completion_len", "num_interim_rows", "prefill"))
+  told = *told, tokenizer.eos_ids
   return [getattr(config, name) for name in names], prompts, told
 
 

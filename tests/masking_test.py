@@ -45,6 +45,13 @@ class MaskingTest(chex.TestCase):
   def test_first_true_index_is_the_row_length_where_there_is_none(self):
     np.testing.assert_array_equal(jax.jit(ops.first_true_index)(MASK), [0, 1, 3])
 
+  def test_a_hole_is_before_the_last_token_and_the_next_one_is_behind_it(self):
+    np.testing.assert_array_equal(ops.until_last(MASK), [[1, 1, 1], [1, 1, 0], [0, 0, 0]])
+    found = jax.jit(ops.at_next)(X, MASK)
+    np.testing.assert_array_equal(found, [[3, 3, 0], [5, 0, 0], [0, 0, 0]])
+    gradient = jax.grad(lambda x: ops.at_next(x, MASK).sum())(X)
+    np.testing.assert_array_equal(gradient, [[0, 0, 2], [0, 1, 0], [0, 0, 0]])
+
   def test_variance_matches_numpy_on_the_removed_tokens(self):
     x = jax.random.normal(jax.random.key(0), (4, 9)) + 1000.0
     mask = jax.random.bernoulli(jax.random.key(1), 0.6, x.shape)

@@ -27,10 +27,14 @@ from klrl.run.summary import write_summary
 
 TREES = {
   "bandit": oracle.make_tree(4, 1),
-  "no_eos": oracle.make_tree(2, 4),
+  "given": oracle.make_tree(2, 4),
   "short": oracle.make_tree(3, 2, eos_id=0),
   "tree_a": oracle.make_tree(3, 3, eos_id=2),
 }
+# Tokens that no policy chooses, by the prefix before them: after 0 come a 1 and a 0, after 11 a 1,
+# and 100 ends with a 0, all of which are holes of a mask.
+GIVEN = np.full(len(TREES["given"].depths), -1)
+GIVEN[[1, 4, 6, 11]] = 1, 0, 1, 0
 # A loss term reads no --kl_refresh.
 CELLS = [(penalty, "iteration") for penalty in objective.DEFINED]
 CELLS += [(penalty, "minibatch") for penalty in objective.DEFINED if penalty.in_reward]
@@ -43,15 +47,37 @@ PRODUCT = [
 ]
 
 
+def with_holes(f, chosen):
+  """Returns `f` of terms whose mask is `chosen`, with garbage that carries gradient in the holes.
+
+  A policy gives a token that it does not choose some probability, and this is nobody's affair.
+  """
+
+  def of_chosen(terms):
+    garbage = terms.log_probs.sum(axis=-1, keepdims=True) - 2.0
+    fields = {
+      name: jnp.where(terms.mask & ~chosen, (1 + i) * garbage, x)
+      for i, (name, x) in enumerate(terms._asdict().items())
+      if x is not None and name != "mask"
+    }
+    return f(terms._replace(**fields, mask=terms.mask & chosen))
+
+  return of_chosen
+
+
 @functools.cache
 def enumerated(name):
   """Returns f(logits, old, ref) -> (values [cells], KL, gradients [cells, S, V], targets by name).
 
   All cells are one program: the gradient of cell k is that of a surrogate with weight on k alone.
+  To the targets a given token is one of probability 1, and to the cells a hole of the mask.
   """
   tree = TREES[name]
-  surrogates = [kl_terms.surrogate(penalty, kl_refresh=refresh) for penalty, refresh in CELLS]
-  estimates = [kl_terms.estimate(penalty, kl_refresh=refresh) for penalty, refresh in CELLS]
+  chosen = tree.mask & (GIVEN[tree.states] < 0) if name == "given" else tree.mask
+  surrogates, estimates = (
+    [with_holes(make(penalty, kl_refresh=refresh), chosen) for penalty, refresh in CELLS]
+    for make in (kl_terms.surrogate, kl_terms.estimate)
+  )
 
   @jax.jit
   def f(logits, old_logits, ref_logits):
@@ -95,7 +121,13 @@ def enumerated(name):
 def policies(name, seed, scale, drift):
   """Returns random (logits, old logits, reference logits), [S, V] each."""
   noise = np.random.default_rng(seed).normal(size=(3, *TREES[name].children.shape))
-  return scale * noise[0], scale * noise[0] + drift * noise[1], scale * noise[2]
+  logits = scale * noise[0], scale * noise[0] + drift * noise[1], scale * noise[2]
+  if name == "given":
+    states = np.flatnonzero(GIVEN >= 0)
+    for x in logits:
+      x[states] = -np.inf
+      x[states, GIVEN[states]] = 0.0
+  return logits
 
 
 def tree_a():
@@ -341,8 +373,10 @@ def test_a_weight_is_told_and_the_divergence_of_whole_completions_has_none():
   with pytest.raises(UserError, match=told):
     ppo.Config(kl_divergence="forward", kl_weight="certainty")
   hypers = Hypers(kl_weight_power=0.5)
-  weights = kl_terms.token_weights(refused, None, 4, hypers)
-  np.testing.assert_allclose(weights, [1, 2**-0.5, 3**-0.5, 0.5], rtol=1e-6)
+  mask = jnp.array([False, True, True, False, True, True])  # what was given has no position
+  weights = kl_terms.token_weights(refused, None, mask, hypers)
+  np.testing.assert_allclose(weights[mask], [1, 2**-0.5, 3**-0.5, 0.5], rtol=1e-6)
+  assert np.isfinite(weights).all()
 
 
 @pytest.mark.parametrize("divergence", objective.DIVERGENCES)
@@ -437,6 +471,11 @@ def test_the_warning_of_an_allowed_penalty_is_in_the_report(tmp_path):
 MASK = np.arange(4) < np.array([4, 2, 3])[:, None]
 
 
+# Where columns of given tokens are put between others.
+HOLES = [0, 2, 2, 4, 4]
+CHOSEN = np.delete(np.arange(4 + len(HOLES)), np.array(HOLES) + np.arange(len(HOLES)))
+
+
 def some_terms(padding, *, extra=0, dtype=np.float32):
   """Returns TokenTerms of three completions with `padding` after each, `extra` columns of it."""
   noise = np.random.default_rng(0).normal(size=(5, *MASK.shape))
@@ -462,7 +501,8 @@ def all_of(penalty, terms):
     outputs += [kl_terms.kl_loss(penalty, terms, prefix_cap=1.5)]
     outputs += [kl_terms.prefix_cap_effect(penalty, terms, prefix_cap=1.5)[1]]
   if penalty.in_reward:
-    kl = kl_terms.reward_kl(penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl)
+    arguments = terms.log_probs, terms.ref_log_probs, terms.mask, terms.exact_kl
+    kl = kl_terms.reward_kl(penalty, *arguments, kl_terms.slope_of(penalty))
     x = Experience(zeros[:, 0] + 1.0, kl, zeros, terms.mask, 0.5)
     outputs += ppo.advantages(x, AlgorithmOf(penalty), Hypers(gamma=0.9, gae_lambda=0.8))
 
@@ -473,20 +513,28 @@ def all_of(penalty, terms):
   return *outputs, *jax.grad(total, argnums=(0, 1))(terms.log_probs, terms.exact_kl)
 
 
-@pytest.mark.parametrize("penalty", objective.DEFINED, ids=str)
-def test_nothing_in_the_padding_and_no_length_of_it_reaches_a_penalty(penalty):
+@pytest.mark.parametrize(
+  "penalty",
+  [*objective.DEFINED, KLPenalty(divergence="forward")],
+  ids=str,
+)
+def test_nothing_in_padding_or_holes_and_no_length_of_them_reaches_a_penalty(penalty):
   clean = all_of(penalty, some_terms(0.0))
-  for other in (some_terms(np.nan), some_terms(np.nan, extra=3)):
+  padded = some_terms(np.nan, extra=1)
+  given = jax.tree.map(
+    lambda x: jnp.insert(x, np.array(HOLES), False if x.dtype == bool else np.nan, axis=1), padded
+  )
+  for other, columns in ((padded, np.arange(4)), (given, CHOSEN)):
     for x, expected in zip(all_of(penalty, other), clean, strict=True):
-      np.testing.assert_allclose(x[:, :4], expected, rtol=1e-6, atol=1e-7)
+      np.testing.assert_allclose(x[:, columns], expected, rtol=1e-6, atol=1e-7)
       assert not np.any(np.where(other.mask, 0.0, x))
 
 
 @pytest.mark.parametrize("penalty", [x for x in objective.DEFINED if x.in_reward], ids=str)
 def test_what_is_taken_off_the_reward_carries_no_gradient(penalty):
   terms = some_terms(0.0)
-  gradients = jax.grad(lambda *x: kl_terms.reward_kl(penalty, *x).sum(), argnums=(0, 1, 2))(
-    terms.log_probs, terms.ref_log_probs, terms.exact_kl
+  gradients = jax.grad(lambda *x: kl_terms.reward_kl(penalty, *x).sum(), argnums=(0, 1, 3))(
+    terms.log_probs, terms.ref_log_probs, terms.mask, terms.exact_kl
   )
   np.testing.assert_array_equal(gradients, np.zeros((3, *MASK.shape)))
 
@@ -554,7 +602,7 @@ def test_the_cap_bounds_the_weight_of_a_prefix_and_not_the_credit_for_later_kl()
 def test_advantages_of_each_placement_and_credit(penalty, expected):
   kl, mask = jnp.array([1.0, 2.0, 4.0, 1e9]), jnp.arange(4) < 3
   log_probs = jnp.zeros(4)
-  estimate = kl if penalty.in_reward else kl_terms.reward_kl(penalty, log_probs, log_probs)
+  estimate = kl if penalty.in_reward else kl_terms.reward_kl(penalty, log_probs, log_probs, mask)
   x = Experience(jnp.float32(8.0), estimate, log_probs, mask, 0.1)
   advantages, _ = ppo.advantages(x, AlgorithmOf(penalty), Hypers(gamma=0.5))
   np.testing.assert_allclose(advantages, [*expected, 0], rtol=1e-6)

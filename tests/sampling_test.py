@@ -18,6 +18,7 @@ from klrl.models import add_lora, hf, join, load_tokenizer
 from klrl.models.decoder import DecoderConfig, Policy, policy_model
 from klrl.models.uniform import uniform_policy
 from klrl.sampling import (
+  beginning_with,
   make_greedy_fn,
   make_sample_fn,
   top_k_logits,
@@ -122,6 +123,15 @@ def test_each_row_ends_at_its_own_eos():
   np.testing.assert_array_equal(rollout.finished, [True, True, False, True])
   assert np.all(np.asarray(rollout.old_log_probs)[np.asarray(rollout.completion_mask)] < 0)
   assert np.all(np.asarray(rollout.old_log_probs)[~np.asarray(rollout.completion_mask)] == 0)
+
+
+def test_a_given_beginning_is_read_and_not_drawn_and_ends_nothing():
+  settings = {"max_completion_len": 5, "eos_id": 6, "pad_id": 0, "given": beginning_with([6, 3])}
+  rollout, *_ = count_up([[4], [9]], **settings)
+  np.testing.assert_array_equal(completions(rollout), [[6, 3, 4, 5, 6]] * 2)
+  np.testing.assert_array_equal(rollout.completion_mask, [[False] * 2 + [True] * 3] * 2)
+  assert np.all(rollout.finished) and beginning_with([]) is None
+  np.testing.assert_array_equal(np.asarray(rollout.old_log_probs) == 0, ~rollout.completion_mask)
 
 
 def test_no_eos_id_means_full_length_even_through_padding_ids():

@@ -65,6 +65,7 @@ def test_what_the_machine_lacks_is_told_before_anything_runs(tmp_path, monkeypat
   [
     (ppo, {"max_completion_len": 2}, "the embedded task needs 3"),
     (ppo, {"max_completion_len": 40}, "leaves no room for a prompt"),
+    (ppo, {"prefill": "1234"}, "prefill=1234 has 4 tokens, which leaves nothing"),
     (ppo, {"pretrain_data": "nowhere.txt", "ptx_coef": 0.1}, r"no file nowhere\.txt"),
     (ppo, {"reward": "nowhere.py:f"}, "no such Python file"),
     (ppo, {"reward": f"{__file__}:takes_no_answer"}, "unexpected keyword argument 'answer'"),

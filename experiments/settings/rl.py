@@ -56,6 +56,9 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
     "model to train: its directory, its name on the Hugging Face hub, or adapters of PEFT; "
     "default: the embedded SFT stage",
   )
+  prefill: str = setting(
+    "", "text with which every completion begins; rewards read it, and nothing is learnt from it"
+  )
   temperature: float = setting(1.0, "of sampling, and of every log-prob", minimum=1e-3)
   missing_eos_penalty: float = setting(
     0.0, "taken off the score of a completion that was cut off at the limit", minimum=0.0
@@ -183,6 +186,7 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
       stop_tokens=self.stop_tokens,
       max_prompt_len=self.max_prompt_len,
       max_completion_len=self.max_completion_len,
+      prefill=self.prefill,
       lora_rank=self.lora_rank,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
@@ -333,6 +337,7 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields, TextFields):
       and self.reference_update == "frozen"
       and not self.normalise_scores
       and not self.ptx_coef
+      and not self.prefill
     )
     sources = super().sources()
     return dataclasses.replace(

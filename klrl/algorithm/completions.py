@@ -4,6 +4,9 @@ A rollout holds `tokens [B, P + T]`: prompts, left-padded to P, then completions
 Completion token t is predicted at position P - 1 + t, so the functions read the T positions from
 P - 1 on and return `[B, T]`. Values in the padding are finite but have no meaning: mask them.
 
+`completion_mask` has the tokens that the policy chose. Where others stand between them, such as the
+output of a tool, the models read these too.
+
 `group_size` says that so many neighbouring rows have the same prompt. It is then computed once for
 as many of them as lie on one device. This changes neither values nor gradients.
 """
@@ -24,8 +27,12 @@ from klrl.sampling import Rollout
 
 
 def attention_mask(rollout: Rollout | Texts) -> jax.Array:
-  """Returns [B, P + T] bool, True at real tokens."""
-  return jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)
+  """Returns [B, P + T] bool, True at what is read: whatever stands before a token that was chosen.
+
+  What was given behind the last one conditions nothing, and is padding.
+  """
+  read = ops.until_last(rollout.completion_mask)
+  return jnp.concatenate([rollout.prompt_mask, read], axis=1)
 
 
 def _predicting(fn, rollout: Rollout | Texts, group_size: int) -> jax.Array:
@@ -61,7 +68,7 @@ def _in_parts(fn, rows) -> jax.Array:
 
 
 def completion_tokens(rollout: Rollout | Texts) -> jax.Array:
-  """Returns [B, T] int32, the tokens that were sampled."""
+  """Returns [B, T] int32, the tokens of the completions."""
   return rollout.tokens[:, rollout.prompt_mask.shape[1] :]
 
 
@@ -128,5 +135,5 @@ def values(value_model, params, rollout: Rollout, *, group_size: int = 1) -> jax
 
 
 def reward_model_scores(reward_model, params, rollout: Rollout) -> jax.Array:
-  """Returns [B], the reward model's output at the last real token of each row."""
+  """Returns [B], the reward model's output at the last token that was chosen in each row."""
   return reward_model.scores(params, rollout.tokens, attention_mask(rollout))

@@ -176,7 +176,13 @@ def _refreshed(
   """Returns the batch with advantages and returns by the KL of the present policy."""
   slope = kl_terms.slope_of(algorithm.penalty, context.hypers)
   kl = kl_terms.reward_kl(
-    algorithm.penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl, slope, terms.weights
+    algorithm.penalty,
+    terms.log_probs,
+    terms.ref_log_probs,
+    terms.mask,
+    terms.exact_kl,
+    slope,
+    terms.weights,
   )
   x = Experience(batch.scores, kl, batch.old_values, terms.mask, context.beta)
   advantages, returns = algorithm.advantage(x, algorithm, context.hypers)

@@ -1,8 +1,9 @@
 """Computes a KL penalty: its loss term, its cost in the reward, and the advantages that follow.
 
 Training and the ground truth of `oracle` call the same functions; `surrogate` is their sum, and
-`objective.audit` states its expected gradient. All arrays are [..., T], in nats per token; masks
-are bool, and real tokens come first.
+`objective.audit` states its expected gradient. All arrays are [..., T], in nats per token. Masks
+are bool and have the tokens that the policy chose. A token that was given to it, wherever it
+stands, has no KL and no ratio, and is no token's next one.
 """
 
 import functools
@@ -147,10 +148,10 @@ def _with_weights(x, weights, mask):
   return x if weights is None else x * jax.lax.stop_gradient(ops.zero_padding(weights, mask))
 
 
-def token_weights(penalty: KLPenalty, certainty, num_tokens: int, hypers) -> jax.Array | None:
+def token_weights(penalty: KLPenalty, certainty, mask, hypers) -> jax.Array | None:
   """Returns [..., T] the weight of each token's term, from 0 to 1; None where all are 1.
 
-      certainty ** kl_weight_power,   (1 + t) ** -kl_weight_power  of token t, from 0 on
+      certainty ** kl_weight_power,   (1 + n) ** -kl_weight_power  with n chosen tokens before
 
   Jean Vassoyan, Nathanael Beau and Roman Plaud, "Ignore the KL Penalty! Boosting Exploration on
   Critical Tokens to Enhance RL Fine-Tuning", 2025, weight by certainty, so that a policy may leave
@@ -160,13 +161,13 @@ def token_weights(penalty: KLPenalty, certainty, num_tokens: int, hypers) -> jax
     penalty: the choice.
     certainty: [..., T] 1 - entropy / log(V) of the reference, before each token; None unless the
       weight is by certainty.
-    num_tokens: T.
+    mask: [..., T] bool.
     hypers: has `kl_weight_power`.
   """
   if penalty.weight == "certainty":
     return jnp.clip(certainty, 0.0, 1.0) ** hypers.kl_weight_power
   if penalty.weight == "position":
-    return (1.0 + jnp.arange(num_tokens)) ** -hypers.kl_weight_power
+    return jnp.maximum(jnp.cumsum(mask, axis=-1), 1.0) ** -hypers.kl_weight_power
   return None
 
 
@@ -191,6 +192,7 @@ def reward_kl(
   penalty: KLPenalty,
   log_probs,
   ref_log_probs,
+  mask,
   exact_kl=None,
   slope: Callable | None = None,
   weights=None,
@@ -198,21 +200,24 @@ def reward_kl(
   """Returns [..., T] what the penalty subtracts from the reward; no gradient.
 
   It is an estimate of the KL, or f' of the ratio for another divergence, and zero unless the
-  penalty is `in_reward`.
+  penalty is `in_reward`. It is zero in the padding.
 
   Args:
     penalty: the choice.
     log_probs: [..., T] of the old policy (--kl_refresh=iteration) or of pi (minibatch).
     ref_log_probs: [..., T].
+    mask: [..., T] bool.
     exact_kl: [..., T] of the same policy, where the penalty reads it.
     slope: log_ratio -> f'(exp(log_ratio)) of another divergence, from `slope_of`.
     weights: [..., T] from `token_weights`.
   """
   if not penalty.in_reward:
     return jnp.zeros_like(log_probs)
+  # A ratio of prefixes has no factor of a token that was given.
+  log_probs, ref_log_probs = (ops.zero_padding(x, mask) for x in (log_probs, ref_log_probs))
   if penalty.estimator == "exact":
     assert exact_kl is not None
-    kl = exact_kl
+    kl = ops.zero_padding(exact_kl, mask)
   elif penalty.divergence != "reverse":
     assert slope is not None
     kl = _slopes(penalty, ops.k1(log_probs, ref_log_probs), slope)
@@ -220,7 +225,7 @@ def reward_kl(
     kl = ops.k1(log_probs, ref_log_probs)  # k2's own value is biased; its loss term is not
   else:
     kl = ops.KL_ESTIMATORS[penalty.estimator](log_probs, ref_log_probs)
-  return jax.lax.stop_gradient(kl if weights is None else kl * weights)
+  return jax.lax.stop_gradient(_with_weights(kl, weights, mask))
 
 
 def slope_of(penalty: KLPenalty, hypers: Any = SHAPE) -> Callable:
@@ -268,7 +273,7 @@ def penalised_rewards(
     through_return, charges = charges, beta * kl
   elif credits_later_kl(penalty):
     # The loss term has a token's own KL, so the reward has the KL of the next token.
-    through_return = gamma * jnp.concatenate([kl[..., 1:], jnp.zeros_like(kl[..., :1])], axis=-1)
+    through_return = gamma * ops.at_next(kl, mask)
   return ops.shaped_rewards(scores, through_return, mask, beta=beta), charges
 
 
@@ -350,16 +355,15 @@ def estimate(
   def f(terms: TokenTerms):
     if penalty.placement == "loss":
       return kl_loss(penalty, terms, prefix_cap=prefix_cap)
-    return ops.zero_padding(_reward_estimate(penalty, terms, kl_refresh, slope), terms.mask)
+    return _reward_estimate(penalty, terms, kl_refresh, slope)
 
   return f
 
 
 def _reward_estimate(penalty, terms: TokenTerms, kl_refresh, slope):
+  log_probs, exact_kl = terms.log_probs, terms.exact_kl
   if kl_refresh == "iteration":
-    return reward_kl(
-      penalty, terms.old_log_probs, terms.ref_log_probs, terms.old_exact_kl, slope, terms.weights
-    )
+    log_probs, exact_kl = terms.old_log_probs, terms.old_exact_kl
   return reward_kl(
-    penalty, terms.log_probs, terms.ref_log_probs, terms.exact_kl, slope, terms.weights
+    penalty, log_probs, terms.ref_log_probs, terms.mask, exact_kl, slope, terms.weights
   )

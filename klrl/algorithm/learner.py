@@ -102,11 +102,13 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference, rehears
   One call is one iteration after `make_after_sampling_fn`, whose rollout it takes: log-probs of the
   reference and values, advantages with the KL penalty's cost in the reward, then the inner epochs.
   `frozen` holds the parameters of the `reference` and, if adapters are trained, those of their
-  `base`. `pretraining` is a `terms.Texts` of B rows, whose loss is mixed in, or None. A completion
-  whose score is NaN has none: nothing is learnt from it, and it is in no mean of scores. The
-  function is pure and is compiled by the caller. Metrics are (sum, count) pairs.
-  `kl/ref_*`, and `objective/mean`, the mean of score - beta * k1 with the score as it was given,
-  are of all sampled completions, before scores are shaped and groups are dropped.
+  `base`. The tokens in `completion_mask` are those that the policy chose; the mask may have holes,
+  and whatever stands in them is read and not learnt from, see `completions`. `pretraining` is a
+  `terms.Texts` of B rows, whose loss is mixed in, or None. A completion whose score is NaN has
+  none: nothing is learnt from it, and it is in no mean of scores. The function is pure and is
+  compiled by the caller. Metrics are (sum, count) pairs. `kl/ref_*`, and `objective/mean`, the mean
+  of score - beta * k1 with the score as it was given, are of all sampled completions, before scores
+  are shaped and groups are dropped.
 
   Args:
     algorithm: the choices.
@@ -165,7 +167,7 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference, rehears
       )
     slope = kl_terms.slope_of(penalty, hypers)
     kl = kl_terms.reward_kl(
-      penalty, rollout.old_log_probs, ref.log_probs, ref.exact_kl, slope, ref.weights
+      penalty, rollout.old_log_probs, ref.log_probs, mask, ref.exact_kl, slope, ref.weights
     )
     experience = Experience(scores, kl, old_values, mask, beta)
     advantages, returns = algorithm.advantage(experience, algorithm, hypers)
@@ -391,8 +393,7 @@ def _measured_reference(
     certainty = None
     if penalty.weight == "certainty":
       certainty = of_reference(hidden, ops.certainty_of, [])
-    found = kl_terms.token_weights(penalty, certainty, mask.shape[1], state.hypers)
-    return found if found is None else jnp.broadcast_to(found, mask.shape)
+    return kl_terms.token_weights(penalty, certainty, mask, state.hypers)
 
   def sampled(hidden):
     log_probs = of_reference(hidden, ops.taken, [completions.completion_tokens(rollout)])

@@ -14,18 +14,20 @@ def shaped_scores(
 ) -> jax.Array:
   """Returns `scores` [B] less the penalties of length and of a missing end.
 
-  Each token costs `length_penalty`. A completion that was cut off at the limit costs
-  `missing_eos_penalty`. Over the last `overlong_buffer` tokens before the limit a penalty rises
+  Each token that the policy chose costs `length_penalty`. A completion that was cut off at the
+  limit costs `missing_eos_penalty`. Over the last `overlong_buffer` tokens before the limit, given
+  ones included, a penalty rises
   from 0 to 1 (Qiying Yu et al., "DAPO", 2025, eq. 13; a completion that does not end pays 1); with
   0 it is off. Without `max_completion_len` the limit is T of the rollout.
   """
-  lengths = rollout.completion_mask.sum(axis=-1)
+  mask = rollout.completion_mask
+  lengths = ops.until_last(mask).sum(axis=-1)
   max_completion_len = max_completion_len or rollout.completion_mask.shape[-1]
   buffer = jnp.maximum(hypers.overlong_buffer, 1.0)
   over = jnp.clip((lengths - (max_completion_len - buffer)) / buffer, 0.0, 1.0)
   over = jnp.where(hypers.overlong_buffer > 0, over, 0.0)
   unfinished = jnp.where(rollout.finished, 0.0, hypers.missing_eos_penalty)
-  return scores - over - unfinished - hypers.length_penalty * lengths
+  return scores - over - unfinished - hypers.length_penalty * mask.sum(axis=-1)
 
 
 def without_unscored(rollout: Rollout, scores) -> tuple[Rollout, jax.Array]:

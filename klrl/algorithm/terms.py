@@ -29,7 +29,8 @@ class Experience(NamedTuple):
   scores: jax.Array  # [B], before any KL; finite, and not to be read where `mask` has no token
   kl: jax.Array  # [B, T], nats, by `kl_terms.reward_kl`; zeros with a KL in the loss
   values: jax.Array  # [B, T], by the value model, before each token; zeros without one
-  mask: jax.Array  # [B, T] bool; without a token for a completion that no reward scored
+  # [B, T] bool, the tokens that the policy chose; none in a completion that no reward scored
+  mask: jax.Array
   beta: jax.Array  # scalar, reward per nat
 
   @property

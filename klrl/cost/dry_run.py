@@ -269,7 +269,9 @@ def _judge_reports(setup) -> list[dict[str, Any]]:
   """Returns the cost of the programs of the judge; in a sweep it is that of one member."""
   models, task, mesh = setup.models, setup.task, setup.mesh
   tokenizer, horizon = models.tokenizer, task.max_completion_len
-  judge = judging.make_judge_programs(mesh, models.policy, models.reference, tokenizer, horizon)
+  judge = judging.make_judge_programs(
+    mesh, models.policy, models.reference, tokenizer, horizon, task.prefill
+  )
   trained = parallel.put_once(mesh, {"policy": models.policy_params})
   params = join(setup.frozen["base"], trained)["policy"]
   shape = setup.config.num_eval_rows, task.held_out.tokens.shape[1]

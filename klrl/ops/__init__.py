@@ -79,6 +79,8 @@ Masks (`klrl.ops.masking`):
     deviation, mean_and_deviations   exactly 0 for equal numbers
     within_rounding         whether numbers are equal up to rounding
     first_true_index        where a mask begins
+    until_last              True up to the last real token
+    at_next                 x at the next real token
 
 The examples in the docstrings begin after `import jax`, `import jax.numpy as jnp` and
 `from klrl import ops`, and show three digits.
@@ -155,6 +157,7 @@ from klrl.ops.losses import sequence_mean_token_sum as sequence_mean_token_sum
 from klrl.ops.losses import token_mean as token_mean
 from klrl.ops.losses import value_loss as value_loss
 from klrl.ops.masking import at_least_float32 as at_least_float32
+from klrl.ops.masking import at_next as at_next
 from klrl.ops.masking import deviation as deviation
 from klrl.ops.masking import divide as divide
 from klrl.ops.masking import first_true_index as first_true_index
@@ -162,6 +165,7 @@ from klrl.ops.masking import masked_mean as masked_mean
 from klrl.ops.masking import masked_sum_count as masked_sum_count
 from klrl.ops.masking import masked_var as masked_var
 from klrl.ops.masking import mean_and_deviations as mean_and_deviations
+from klrl.ops.masking import until_last as until_last
 from klrl.ops.masking import within_rounding as within_rounding
 from klrl.ops.masking import zero_padding as zero_padding
 from klrl.ops.shaping import shaped_rewards as shaped_rewards

@@ -1,8 +1,9 @@
 """Masked reductions.
 
-`mask` is bool and has the shape of what it masks; True marks a real token. What stands in the
-padding, NaN included, reaches neither value nor gradient, since it is replaced before anything is
-computed from it. Reductions for a loss or a metric are kept as (sum, count) until `divide`.
+`mask` is bool and has the shape of what it masks; True marks a real token. Of a completion that is
+one which the policy chose, so that False is the padding, or a token that was given to it. What
+stands there, NaN included, reaches neither value nor gradient, since it is replaced before anything
+is computed from it. Reductions for a loss or a metric are kept as (sum, count) until `divide`.
 """
 
 import chex
@@ -154,3 +155,29 @@ def first_true_index(mask: jax.Array) -> jax.Array:
   chex.assert_type(mask, bool)
   found = jnp.argmax(mask, axis=-1).astype(jnp.int32)
   return jnp.where(mask.any(axis=-1), found, mask.shape[-1])
+
+
+def until_last(mask: jax.Array) -> jax.Array:
+  """Returns [..., T] bool, True from the start to the last True of `mask` [..., T].
+
+  >>> print(ops.until_last(jnp.array([[False, True, False, True, False], [False] * 5])))
+  [[ True  True  True  True False]
+   [False False False False False]]
+  """
+  chex.assert_type(mask, bool)
+  return jax.lax.cummax(mask.astype(jnp.int32), axis=mask.ndim - 1, reverse=True) > 0
+
+
+def at_next(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """Returns [..., T] `x` at the next real token after each place; 0 where none follows.
+
+  >>> x, mask = jnp.array([1.0, 2.0, 99.0, 4.0]), jnp.array([True, True, False, True])
+  >>> print(ops.at_next(x, mask))
+  [2. 4. 4. 0.]
+  """
+  length = mask.shape[-1]
+  here = jnp.where(mask, jnp.arange(length), length)
+  later = jax.lax.cummin(here, axis=mask.ndim - 1, reverse=True)[..., 1:]
+  later = jnp.concatenate([later, jnp.full_like(here[..., :1], length)], axis=-1)
+  ended = jnp.concatenate([zero_padding(x, mask), jnp.zeros_like(x[..., :1])], axis=-1)
+  return jnp.take_along_axis(ended, later, axis=-1)

@@ -1,10 +1,12 @@
 """Rewards per token, from a score per completion and a KL penalty per token.
 
-There is one rule: the score is given at the last real token. The mask includes the EOS, so
+There is one rule: the score is given at the last real token, which is the last that the policy
+chose. The mask includes the EOS, so
 
     finished     the last real token is the EOS;
     truncated    it is the last token that was sampled, since the length limit is terminal;
-    empty        there is no token, so the row is zero and its score is given nowhere.
+    empty        there is no token, so the row is zero and its score is given nowhere;
+    given tokens behind the last one that the policy chose get nothing.
 """
 
 import chex

@@ -174,12 +174,16 @@ def completion_texts(tokenizer: TokenizerInfo, rollout) -> list[str]:
 
 
 def token_ids(rollout) -> tuple[list[list[int]], list[list[int]]]:
-  """Returns (prompts, completions) of a rollout (host arrays) as tokens, without padding."""
-  prompt_mask, completion_mask = map(np.asarray, (rollout.prompt_mask, rollout.completion_mask))
+  """Returns (prompts, completions) of a rollout (host arrays) as tokens, without padding.
+
+  A completion goes to the last token that the policy chose, with those that were given before it.
+  """
+  prompt_mask, chosen = map(np.asarray, (rollout.prompt_mask, rollout.completion_mask))
   prompts, completions = np.split(np.asarray(rollout.tokens), [prompt_mask.shape[1]], axis=1)
+  until_last = np.logical_or.accumulate(chosen[:, ::-1], axis=1)[:, ::-1]
   return tuple(
     [row[mask].tolist() for row, mask in zip(tokens, masks, strict=True)]
-    for tokens, masks in ((prompts, prompt_mask), (completions, completion_mask))
+    for tokens, masks in ((prompts, prompt_mask), (completions, until_last))
   )
 
 

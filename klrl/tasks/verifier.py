@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from klrl import ops
 from klrl.errors import UserError
 from klrl.models import TokenizerInfo
 
@@ -53,12 +54,12 @@ def accuracy(completions, completion_mask, answers, *, pad_id: int):
   """Returns [B] float32: 1 where the completion is exactly the answer and ends there, else 0.
 
   Args:
-    completions: [B, T] int32 sampled tokens.
-    completion_mask: [B, T] bool.
+    completions: [B, T] int32 tokens.
+    completion_mask: [B, T] bool, those that the policy chose.
     answers: [B, T] int32 rows of `answer_tokens`.
     pad_id: the padding token of `answers`.
   """
-  is_answer = jnp.where(completion_mask, completions, pad_id) == answers
+  is_answer = jnp.where(ops.until_last(completion_mask), completions, pad_id) == answers
   return jnp.all(is_answer, axis=1).astype(jnp.float32)
 
 
