@@ -12,6 +12,10 @@ at the student's prefixes, which covers what the teacher may say; `jensen_shanno
 two (eq. 1 there), and so are `alpha` and `hellinger`; `chi_squared` punishes most what the teacher
 would hardly ever say.
 
+`--kl_placement=reward --kl_estimator=centred` is the estimate from the tokens taken, with the KL of
+each prefix as its baseline (Minjae Oh et al., "KL for a KL: On-Policy Distillation with Control
+Variate Baseline", 2026).
+
 Without flags the student is the embedded SFT policy and the teacher the policy of the default PPO
 run. After that run it takes about 15 s on 2 cores, and the KL falls from 0.93 to 0.03 nats.
 

@@ -142,12 +142,13 @@ def make_programs(
   if not task.rewards:
     score = make_score_fn(models.reward_model)
     gold = make_gold_fn(task.training, models.tokenizer)
+    options = {"rehearse": rehearse, "sampler": models.sampler}
     if len(widths_of_completions(setup)) == 1:
-      iterate = learner.make_iteration_fn(*parts, sample, score, gold, rehearse=rehearse)
+      iterate = learner.make_iteration_fn(*parts, sample, score, gold, **options)
       return {"iterate": jit(lifted(iterate, (0, None, None, None, None, None)))}
-    update = learner.make_scored_update_fn(*parts, score, gold, rehearse=rehearse)
+    update = learner.make_scored_update_fn(*parts, score, gold, **options)
   else:
-    update = learner.make_update_after_sampling_fn(*parts, rehearse)
+    update = learner.make_update_after_sampling_fn(*parts, rehearse, sampler=models.sampler)
 
   def rollout(state, *arguments):
     return state, learner.sample_rollout(sample, state, *arguments)

@@ -93,6 +93,14 @@ def test_absl_refuses_what_is_of_another_type(argument):
     ({"controller": "dual_ascent", "beta_max": float("inf")}, r"--beta_max=inf"),
     ({"controller": "doubling", "beta_min": 0.0}, r"--beta_min=0.0"),
     (
+      {"trust_region": "centred", "staleness": 1},
+      "--staleness=1: --trust_region=centred reads .* which a late rollout has not kept",
+    ),
+    (
+      {"trust_region": "centred", "sampler_correction": "token"},
+      "--sampler_correction=token: --trust_region=centred .* without weights",
+    ),
+    (
       {"trust_region": "kl_new_old", "trust_region_adaptive": True, "trust_region_beta": 0.0},
       "--trust_region_beta=0.0: .* from 0.0001 to 10000",
     ),

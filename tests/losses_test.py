@@ -80,6 +80,15 @@ class LossesTest(chex.TestCase):
     output = jax.jit(loss)(log_ratio - 1, -jnp.ones(4), advantages, jnp.ones(4, bool))
     np.testing.assert_allclose(output, expected, rtol=1e-6)
 
+  def test_a_centred_score_has_the_gradient_of_both_and_reads_no_padding(self):
+    x, mean, advantages, mask = _batch()
+    args = jnp.where(mask, advantages, jnp.nan), mask
+    gradients = jax.grad(lambda *x: ops.centred_policy_loss(*x, *args).sum(), argnums=(0, 1))(
+      jnp.where(mask, x, jnp.nan), jnp.where(mask, mean, -jnp.inf)
+    )
+    expected = np.where(mask, advantages, 0.0)
+    np.testing.assert_allclose(gradients, [-expected, expected], rtol=1e-6)
+
   def test_golden_values(self):
     values, old_values = jnp.array([3.0, 3.0, 0.0]), jnp.array([1.0, 1.0, 0.0])
     returns, mask = jnp.array([1.0, 5.0, 2.0]), jnp.ones(3, bool)

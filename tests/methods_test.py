@@ -94,12 +94,12 @@ def preset(name, module=grpo, **settings):
   return make_config(module, **flags | settings)
 
 
-def first_gradient(config, tree, params, rollout, scores, *, reference, ref_params):
+def first_gradient(config, tree, params, rollout, scores, *, reference, ref_params, sampler=None):
   """Returns what one update descends: Adam's first moment is a running mean of gradients."""
   policy, value_model = tables(tree)
   value_model = value_model if config.sources().has_value_model else None
   update = learner.make_update_after_sampling_fn(
-    config.algorithm(), policy, value_model, reference or policy
+    config.algorithm(), policy, value_model, reference or policy, sampler=sampler
   )
   state = learner.init_state(config.algorithm(), config.hypers(), params, jax.random.key(0))
   state, _ = update(state, {"reference": ref_params, "base": {}}, rollout, scores)
@@ -111,10 +111,18 @@ def batches_of(tree, num_rows):
 
 
 def ascent(config, *, scores=SCORES, values=VALUES, sampler=LOGITS, reference=None, tree=TREE):
-  """Returns [S, V], the mean over all batches of minus the gradient that the learner descends."""
+  """Returns [S, V], the mean over all batches of minus the gradient that the learner descends.
+
+  The sampler makes its logits, by another arithmetic, of the parameters that the policy has.
+  """
   batches = batches_of(tree, config.algorithm().samples)
   logits, ref, sampler = (x[: len(tree.depths)] for x in (LOGITS, REF, sampler))
   models = {"reference": reference, "ref_params": {} if reference else ref}
+  policy, shift = tables(tree)[0], sampler - logits
+  models["sampler"] = dataclasses.replace(
+    policy,
+    hidden=lambda params, *arguments, **named: policy.hidden(params + shift, *arguments, **named),
+  )
 
   @jax.jit
   def mean(params, scores):
@@ -266,6 +274,36 @@ def test_on_completions_of_the_reference_a_divergence_from_it_is_descended(choic
   assert_same(jnp.tensordot(weights, gradients, 1), BETA * gradient_of(objective))
 
 
+def without_baseline(trust_region):
+  return make_config(
+    grpo, batch_size=1, trust_region=trust_region, advantage="returns", **NO_KL, **SUM
+  )
+
+
+@pytest.mark.parametrize("added", [0.0, 2.0])
+def test_a_centred_score_climbs_where_its_sampler_would_whatever_is_added_to_the_scores(added):
+  expected = jax.jit(jax.grad(mean_score))(SAMPLER)
+  found = ascent(without_baseline("centred"), scores=SCORES + added, sampler=SAMPLER)
+  assert_same(found, expected)
+  plain = ascent(without_baseline("none"), scores=SCORES + added, sampler=SAMPLER)
+  assert np.linalg.norm(plain - expected) > (1 + added) * np.linalg.norm(expected)
+
+
+def test_a_centred_score_has_not_the_variance_of_a_ratio():
+  """Closed forms of one completion from another sampler, for the logits of its prefixes."""
+  probs, p, q = np.exp(oracle.log_probs(TREE, SAMPLER)), *map(jax.nn.softmax, (LOGITS, SAMPLER))
+  p, q, taken = (np.asarray(x) for x in (p[TREE.states], q[TREE.states], np.eye(3)[TREE.tokens]))
+  ratios = ((p / q) * taken).sum(axis=-1, keepdims=True)
+  gradients = {"centred": taken - q, "ratio": ratios * (taken - p), "plain": taken - p}
+  for name, x in gradients.items():
+    of_completions = np.zeros((15, 7, 3))
+    for n, t in np.argwhere(TREE.mask):
+      of_completions[n, TREE.states[n, t]] = SCORES[n] * x[n, t]
+    mean = np.tensordot(probs, of_completions, 1)
+    gradients[name] = (probs @ (of_completions**2).sum(axis=(1, 2))) - (mean**2).sum()
+  np.testing.assert_allclose(list(gradients.values()), [2.603, 25.272, 3.119], atol=1e-3)
+
+
 def test_lambda_below_one_climbs_the_score_where_the_values_are_true():
   probs, through = np.exp(oracle.log_probs(TREE, LOGITS)), np.zeros((2, len(TREE.depths)))
   for t in range(TREE.horizon):
@@ -381,11 +419,15 @@ def hellinger(logits):
       {"kl_correction": "prefix", "kl_credit": "sequence"},
       lambda x: oracle.sequence_kl(TREE, x, REF),
     ),
+    (
+      {"kl_placement": "reward", "kl_estimator": "centred"},
+      lambda x: oracle.token_kl(TREE, x, REF),
+    ),
     ({"kl_divergence": "forward"}, lambda x: oracle.token_kl(TREE, REF, x, prefix_logits=LOGITS)),
     ({"kl_divergence": "jensen_shannon", "jsd_weight": 0.25}, js),
     ({"kl_divergence": "hellinger"}, hellinger),
   ],
-  ids=["reverse", "sequence", "forward", "jensen_shannon", "hellinger"],
+  ids=["reverse", "sequence", "sampled", "forward", "jensen_shannon", "hellinger"],
 )
 def test_distillation_descends_the_divergence_it_names(settings, divergence):
   config = make_config(distill, batch_size=1, **settings, **SUM)

@@ -27,7 +27,7 @@ def test_help_has_every_flag_once_and_the_essential_ones_first(config_class):
 
 def test_help_of_a_flag_says_its_default_its_choices_and_what_reads_it():
   text = " ".join(usage.text(ppo.Config, "").split())
-  assert "--kl_estimator=k1 how the KL is estimated (k1, k2, k3, exact); read with --kl_pl" in text
+  assert "--kl_estimator=k1 how the KL is estimated (k1, k2, k3, exact, centred); read" in text
   assert "--beta_min=0.0001 smallest beta" in text
   assert "--[no]whiten_advantages subtract the mean and divide by the deviation (on by" in text
   assert "The KL penalty and its beta: --" in text

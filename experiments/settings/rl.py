@@ -422,6 +422,16 @@ class SurrogateFields:
     if self.trust_region == "regression" and not self.trust_region_beta:
       raise UserError("--trust_region=regression divides by --trust_region_beta, so it is not 0.")
     lowest, highest = ops.BETA_BOUNDS
+    if self.trust_region == "centred" and self.staleness:
+      raise UserError(
+        f"--staleness={self.staleness}: --trust_region=centred reads the distributions that the "
+        "sampler drew from, which a late rollout has not kept. Leave one of them out."
+      )
+    if self.trust_region == "centred" and self.sampler_correction != "none":
+      raise UserError(
+        f"--sampler_correction={self.sampler_correction}: --trust_region=centred takes off what "
+        "the sampler expects of the score without weights. Leave one of them out."
+      )
     if self.trust_region_adaptive and not lowest <= self.trust_region_beta <= highest:
       raise UserError(
         f"--trust_region_beta={self.trust_region_beta}: --trust_region_adaptive keeps it from "
@@ -433,6 +443,7 @@ class SurrogateFields:
       super().algorithm(),
       loss=policy_losses.without_critic(policy_losses.POLICY_LOSSES[self.trust_region]),
       adapts_trust_region=self.trust_region_adaptive,
+      reads_sampler=self.trust_region == "centred",
       num_epochs=self.num_epochs,
       num_minibatches=self.num_minibatches,
       staleness=self.staleness,

@@ -33,6 +33,7 @@ class Batch(NamedTuple):
   old_values: jax.Array  # [B, T]
   ref_log_probs: jax.Array  # [B, T]; zeros where the objective has no KL
   ref_hidden: jax.Array | None  # [B, T, D_ref], if each minibatch computes the exact KL
+  sampler_hidden: jax.Array | None  # [B, T, D], if a loss reads what the sampler expects
   sampler_weights: jax.Array  # [B, T], weights of policy loss and KL for an inexact sampler
   pretraining: Texts | None = None
   kl_weights: jax.Array | None = None  # [B, T], where the terms of the penalty have weights
@@ -48,6 +49,7 @@ class Context(NamedTuple):
   advantage_mean: jax.Array  # mean and deviation that whitened the advantages; 0 and 1 without
   advantage_std: jax.Array
   ref_unembedding: ops.Unembedding | None
+  sampler_unembedding: ops.Unembedding | None
   iteration: jax.Array
 
 
@@ -112,7 +114,9 @@ def _terms(
   groups = {"group_size": algorithm.group_size}
   hidden = completions.completion_hidden(policy, params["policy"], rollout, **groups)
   unembedding = policy.unembedding(params["policy"])
-  log_probs, entropy, exact_kl = _of_distributions(algorithm, hidden, unembedding, batch, context)
+  log_probs, entropy, exact_kl, sampler_mean = _of_distributions(
+    algorithm, hidden, unembedding, batch, context
+  )
   # Padding gets ratio 1 before anything exponentiates it.
   log_probs = jnp.where(mask, log_probs, rollout.old_log_probs)
   kl = kl_terms.TokenTerms(
@@ -140,6 +144,7 @@ def _terms(
     advantages=batch.advantages,
     entropy=entropy,
     sampler_weights=batch.sampler_weights,
+    sampler_mean=sampler_mean,
     kl_loss=kl_loss,
     # Whitening divides the advantages, so it divides the weight of the KL beside them too.
     beta=context.beta / context.advantage_std,
@@ -151,22 +156,33 @@ def _terms(
 
 
 def _of_distributions(algorithm: Algorithm, hidden, unembedding, batch: Batch, context: Context):
-  """Returns log-probs, entropy and the exact divergence of the next-token distributions, [B, T].
+  """Returns log-probs, entropy, the exact divergence and the sampler's mean log-prob, [B, T] each.
 
-  The divergence is None if no minibatch computes it. All are made in one pass over the vocabulary.
+  The last two are None if nothing reads them. All are made in one pass over the vocabulary.
   """
   hypers, tokens = context.hypers, completions.completion_tokens(batch.rollout)
-  if batch.ref_hidden is None or context.ref_unembedding is None:
+  models = {
+    "reference": (batch.ref_hidden, context.ref_unembedding),
+    "sampler": (batch.sampler_hidden, context.sampler_unembedding),
+  }
+  others = [name for name, (hidden_of_other, _) in models.items() if hidden_of_other is not None]
+  models = [(hidden, unembedding), *(models[name] for name in others)]
+  if not others:
     of_tokens = over_vocabulary(
-      log_probs_and_entropy_of, [(hidden, unembedding)], [tokens], temperature=hypers.temperature
+      log_probs_and_entropy_of, models, [tokens], temperature=hypers.temperature
     )
-    return *of_tokens, None
+    return *of_tokens, None, None
 
-  def figures(log_probs, ref_log_probs, tokens, hypers):
-    of_tokens = log_probs_and_entropy_of(log_probs, tokens)
-    return *of_tokens, algorithm.exact_divergence(log_probs, ref_log_probs, hypers)
+  def figures(log_probs, *arguments):
+    *of_others, tokens, hypers = arguments
+    of = dict(zip(others, of_others, strict=True))
+    exact = mean = None
+    if "reference" in of:
+      exact = algorithm.exact_divergence(log_probs, of["reference"], hypers)
+    if "sampler" in of:
+      mean = ops.mean_under(log_probs, of["sampler"])
+    return *log_probs_and_entropy_of(log_probs, tokens), exact, mean
 
-  models = (hidden, unembedding), (batch.ref_hidden, context.ref_unembedding)
   return over_vocabulary(figures, models, [tokens], [hypers], temperature=hypers.temperature)
 
 

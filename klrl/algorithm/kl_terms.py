@@ -221,6 +221,9 @@ def reward_kl(
   elif penalty.divergence != "reverse":
     assert slope is not None
     kl = _slopes(penalty, ops.k1(log_probs, ref_log_probs), slope)
+  elif penalty.estimator == "centred":
+    assert exact_kl is not None
+    kl = ops.k1(log_probs, ref_log_probs) - ops.zero_padding(exact_kl, mask)
   elif penalty.placement == "both" and penalty.estimator == "k2":
     kl = ops.k1(log_probs, ref_log_probs)  # k2's own value is biased; its loss term is not
   else:

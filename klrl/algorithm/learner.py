@@ -96,7 +96,9 @@ def make_after_sampling_fn(algorithm: Algorithm, policy):
   return after_sampling
 
 
-def make_update_fn(algorithm: Algorithm, policy, value_model, reference, rehearse=None):
+def make_update_fn(
+  algorithm: Algorithm, policy, value_model, reference, rehearse=None, *, sampler=None
+):
   """Returns update(state, frozen, rollout, scores [B], pretraining) -> (state, metrics).
 
   One call is one iteration after `make_after_sampling_fn`, whose rollout it takes: log-probs of the
@@ -117,6 +119,8 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference, rehears
     reference: a `models.Policy`; its architecture may differ from the policy's.
     rehearse: draws completions of the reference, as `sampling.make_sample_fn` returns it, whose
       loss is mixed in instead of `pretraining`; None if the algorithm does not rehearse.
+    sampler: the policy in the sampler's arithmetic, for a loss that reads its distributions; None
+      is the policy.
   """
   penalty = algorithm.penalty
   has_kl = penalty.placement != "none"
@@ -189,6 +193,12 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference, rehears
       hidden = completions.completion_hidden(reference, reference_params, pretraining)
       pretraining = pretraining._replace(ref_hidden=hidden)
     fresh_exact_kl = needs_exact_kl(algorithm)
+    of_sampler = None, None
+    if algorithm.reads_sampler:
+      # The distributions that it drew from: its parameters are those before this update.
+      drew, before = sampler or policy, models["policy"]
+      hidden = completions.completion_hidden(drew, before, rollout, group_size=algorithm.group_size)
+      of_sampler = hidden, drew.unembedding(before)
     batch = Batch(
       rollout,
       scores,
@@ -197,6 +207,7 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference, rehears
       old_values,
       ref.log_probs,
       ref.hidden if fresh_exact_kl else None,
+      of_sampler[0],
       weights,
       pretraining,
       ref.weights,
@@ -205,7 +216,15 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference, rehears
     if fresh_exact_kl or algorithm.text_divergence is not None:
       ref_unembedding = reference.unembedding(reference_params)
     context = Context(
-      hypers, base, beta, state.trust_region.beta, mean, std, ref_unembedding, state.iteration
+      hypers,
+      base,
+      beta,
+      state.trust_region.beta,
+      mean,
+      std,
+      ref_unembedding,
+      of_sampler[1],
+      state.iteration,
     )
     params, opt_state, epoch_metrics = inner_epochs(
       algorithm, loss_fn, state.params, state.opt_state, batch, context, epochs_key
@@ -268,14 +287,16 @@ def make_update_fn(algorithm: Algorithm, policy, value_model, reference, rehears
 
 
 def make_update_after_sampling_fn(
-  algorithm: Algorithm, policy, value_model, reference, rehearse=None
+  algorithm: Algorithm, policy, value_model, reference, rehearse=None, *, sampler=None
 ):
   """Returns what `make_update_fn` returns, for a rollout that has just been sampled.
 
   The scores are those of the rollout that is trained on, see `make_after_sampling_fn`.
   """
   after_sampling = make_after_sampling_fn(algorithm, policy)
-  update = make_update_fn(algorithm, policy, value_model, reference, rehearse)
+  update = make_update_fn(
+    algorithm, policy, value_model, reference, rehearse, sampler=sampler
+  )
 
   def update_after_sampling(state: TrainState, frozen, rollout: Rollout, *arguments):
     state, rollout = after_sampling(state, frozen, rollout)
@@ -304,17 +325,27 @@ def _controlled(algorithm: Algorithm, state: TrainState, metrics):
 
 
 def make_scored_update_fn(
-  algorithm: Algorithm, policy, value_model, reference, score, gold=None, *, rehearse=None
+  algorithm: Algorithm,
+  policy,
+  value_model,
+  reference,
+  score,
+  gold=None,
+  *,
+  rehearse=None,
+  sampler=None,
 ):
   """Returns update(state, frozen, rollout, rows, pretraining) -> (state, metrics).
 
   It is what `make_update_after_sampling_fn` returns, with scores that are computed on the device by
   `score(frozen, rollout, rows) -> [B]`; `rows [B]` int32 says which of all prompts those of the
   rollout are that is trained on. If `gold(rollout, rows) -> [B]` is given it is measured, and
-  nothing is trained on it. `rehearse` is that of `make_update_fn`.
+  nothing is trained on it. `rehearse` and `sampler` are those of `make_update_fn`.
   """
   after_sampling = make_after_sampling_fn(algorithm, policy)
-  update = make_update_fn(algorithm, policy, value_model, reference, rehearse)
+  update = make_update_fn(
+    algorithm, policy, value_model, reference, rehearse, sampler=sampler
+  )
 
   def scored_update(state, frozen, rollout, rows, pretraining=None):
     state, rollout = after_sampling(state, frozen, rollout)

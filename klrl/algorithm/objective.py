@@ -7,7 +7,8 @@
     placement   reward: stopped, subtracted from the reward, credited through the policy loss;
                 loss: a term of its own, differentiated; both: a loss term for a token's own KL and
                 a reward for the KL that its choice brings about later; none
-    estimator   k1, k2, k3 of the tokens taken, or the exact KL of the next-token distributions
+    estimator   k1, k2, k3 of the tokens taken, or the exact KL of the next-token distributions;
+                centred: k1 less its mean at that prefix, which is the exact KL
     correction  of a loss term, for tokens that an older policy drew: none, the token's importance
                 ratio, or the ratio of the whole prefix
     credit      sequence: a token answers for all later KL too, so that the target is the KL of
@@ -52,12 +53,12 @@ class KLPenalty(NamedTuple):
 
   @property
   def reads_exact_kl(self) -> bool:
-    return self.placement != "none" and self.estimator == "exact"
+    return self.placement != "none" and self.estimator in ("exact", "centred")
 
 
 NO_PENALTY = KLPenalty(placement="none")
 PLACEMENTS = ("reward", "loss", "both", "none")
-ESTIMATORS = ("k1", "k2", "k3", "exact")
+ESTIMATORS = ("k1", "k2", "k3", "exact", "centred")
 CORRECTIONS = ("none", "token", "prefix")
 CREDITS = ("sequence", "token")
 # Names as in `kl_terms.DIVERGENCES`, and what reports call them.
@@ -154,6 +155,7 @@ _P = KLPenalty
 _ROWS = {
   _P("reward", "k1", "none", "sequence"): (SEQUENCE, NO_DIVERGENCE, True, False),
   _P("reward", "k1", "none", "token"): (TOKEN, STALE_TOKEN, True, False),
+  _P("reward", "centred", "none", "token"): (TOKEN, STALE_TOKEN, False, False),
   _P("reward", "k2", "none", "sequence"): (NO_DIVERGENCE, NO_DIVERGENCE, False, False),
   _P("reward", "k2", "none", "token"): (NO_DIVERGENCE, NO_DIVERGENCE, False, False),
   _P("reward", "k3", "none", "sequence"): (SEQUENCE_LESS_FORWARD, NO_DIVERGENCE, True, False),
@@ -239,7 +241,7 @@ def audit(penalty: KLPenalty, *, kl_refresh: str = "iteration") -> Audit:
   if penalty not in rows:
     raise UserError(_undefined(penalty))
   gradient, off_policy_gradient, unbiased, off_policy_unbiased = rows[penalty]
-  if kl_refresh == "minibatch" and penalty[:4] == ("reward", "k1", "none", "token"):
+  if kl_refresh == "minibatch" and gradient == token_gradient(divergence) and penalty.in_reward:
     off_policy_gradient = token_at_old_gradient(divergence)
   asked = (f(divergence) for f in (whole_gradient, summed_gradient, token_gradient))
   verdict, instead = "refused", None
@@ -382,8 +384,12 @@ def _undefined(penalty: KLPenalty) -> str:
     why = "the audit has no row of this estimator"
   elif penalty.weight != "none":
     why = "the divergence of whole completions is no sum over tokens that a weight could multiply"
-  elif penalty.divergence != "reverse" and penalty.estimator in ("k2", "k3"):
+  elif penalty.divergence != "reverse" and penalty.estimator in ("k2", "k3", "centred"):
     why = f"{penalty.estimator} is an estimate of the reverse KL alone"
+  elif penalty.estimator == "centred" and penalty.placement == "reward":
+    why = "the mean of k1 at a prefix is a baseline of that token's KL, and of no later one"
+  elif penalty.estimator == "centred":
+    why = "its mean is 0, so that it is a cost in the reward and no loss"
   elif penalty.placement == "reward":
     why = "a reward is weighted by the policy loss's own ratio, not by a correction of the KL"
   elif penalty.placement == "both" and penalty.estimator == "k1":

@@ -92,6 +92,12 @@ def regression(terms: Terms, hypers):
   return scale * ops.reinforce_loss(terms.log_probs, weights, terms.mask), metrics
 
 
+def centred(terms: Terms, hypers):
+  """The score less what the sampler expects of it, without a ratio; `ops.centred_policy_loss`."""
+  arguments = terms.log_probs, terms.sampler_mean, terms.advantages, terms.mask
+  return ops.centred_policy_loss(*arguments), {}
+
+
 def unbounded(terms: Terms, hypers):
   """The importance-weighted surrogate, without a bound on the ratio."""
   return _surrogate(terms, jnp.zeros_like(terms.log_probs), 0.0), {}
@@ -120,6 +126,7 @@ POLICY_LOSSES = {
   "kl_mask": divergence_masked("kl"),
   "smooth": smooth,
   "regression": regression,
+  "centred": centred,
   "none": unbounded,
 }
 

@@ -134,6 +134,8 @@ class Algorithm:
   """Whether scores get mean 0 and deviation 1 over all scores so far."""
   sampler_correction: str = "none"
   """The weights that correct for an inexact sampler; see `ops.SAMPLER_CORRECTIONS`."""
+  reads_sampler: bool = False
+  """Whether a loss reads `terms.sampler_mean`, for which a sampled rollout must not be late."""
   staleness: int = 0
   """Iterations by which a rollout is late when it is trained on."""
   reference_rule: Callable | None = None

@@ -55,6 +55,7 @@ class Terms(NamedTuple):
   advantages: jax.Array
   entropy: jax.Array  # of the next-token distributions; carries gradient
   sampler_weights: jax.Array  # correct for an inexact sampler; ones if it is exact
+  sampler_mean: jax.Array | None  # of log pi under the sampler, before the token; carries gradient
   kl_loss: jax.Array | None  # the penalty's loss term times these weights; carries gradient
   beta: jax.Array  # scalar, the coefficient of `kl_loss`, in the unit of the advantages
   trust_region_beta: jax.Array  # scalar, the coefficient of a KL between old and present policy

@@ -16,7 +16,7 @@ Log-probs and entropies (`klrl.ops.log_probs`):
     vocab_log_probs, token_log_probs, entropy     from logits
     token_log_probs_from_hidden                   without holding the logits
     token_log_probs_and_entropy_from_hidden       both at once
-    taken, entropy_of, certainty_of               of log-probs over the vocabulary
+    taken, entropy_of, certainty_of, mean_under   of log-probs over the vocabulary
 
 Hidden states (`klrl.ops.logits`, `klrl.ops.vocabulary`):
 
@@ -39,6 +39,7 @@ Rewards, advantages and returns (`klrl.ops.shaping`, `klrl.ops.advantages`):
 Losses per token (`klrl.ops.losses`):
 
     reinforce_loss          the score function times the advantage
+    centred_policy_loss     the same less what the sampler expects of the score
     clipped_policy_loss     PPO; clip_fraction is 1 where it clips
     kl_penalised_policy_loss   PPO with a KL penalty in place of the clip
     gspo_loss               PPO with the ratio of the sequence
@@ -130,6 +131,7 @@ from klrl.ops.kl import weighted_estimate as weighted_estimate
 from klrl.ops.log_probs import certainty_of as certainty_of
 from klrl.ops.log_probs import entropy as entropy
 from klrl.ops.log_probs import entropy_of as entropy_of
+from klrl.ops.log_probs import mean_under as mean_under
 from klrl.ops.log_probs import taken as taken
 from klrl.ops.log_probs import token_log_probs as token_log_probs
 from klrl.ops.log_probs import (
@@ -141,6 +143,7 @@ from klrl.ops.logits import CappedUnembedding as CappedUnembedding
 from klrl.ops.logits import Unembedding as Unembedding
 from klrl.ops.logits import logits_of as logits_of
 from klrl.ops.losses import AGGREGATIONS as AGGREGATIONS
+from klrl.ops.losses import centred_policy_loss as centred_policy_loss
 from klrl.ops.losses import cispo_loss as cispo_loss
 from klrl.ops.losses import clip_fraction as clip_fraction
 from klrl.ops.losses import clipped_policy_loss as clipped_policy_loss

@@ -109,6 +109,19 @@ def certainty_of(log_probs: jax.Array) -> jax.Array:
   return 1 - entropy_of(log_probs) / jnp.log(log_probs.shape[-1])
 
 
+def mean_under(log_probs: jax.Array, sampler_log_probs: jax.Array) -> jax.Array:
+  """Returns [...] the mean of `log_probs` [..., V] over draws of a sampler with its [..., V].
+
+  It is minus the cross-entropy, nats. Gradient flows to `log_probs`, and a token that the sampler
+  never draws has none.
+
+  >>> print(ops.mean_under(*jnp.log(jnp.array([[[0.5, 0.5]], [[0.25, 0.75]]]))))
+  [-0.693]
+  """
+  probs = jax.lax.stop_gradient(jnp.exp(sampler_log_probs))
+  return (probs * jnp.where(probs > 0, log_probs, 0.0)).sum(axis=-1)
+
+
 def token_log_probs_from_hidden(
   hidden: jax.Array,
   unembedding: Unembedding,

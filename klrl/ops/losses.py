@@ -224,6 +224,31 @@ def exponential_weights(
   return jax.lax.stop_gradient(weights)
 
 
+def centred_policy_loss(
+  log_probs: jax.Array, mean_log_probs: jax.Array, advantages: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """Returns [..., T] `-(log_probs - mean_log_probs) * A`, whose score has mean 0 under the sampler.
+
+  If the sampler is not the policy, the mean score is not 0, so that a baseline of the advantages
+  has a gradient: it draws the policy to its sampler, or away from it. Here it has none. The
+  expected gradient is the covariance of advantage and score under the sampler. On-policy it is the
+  policy gradient; elsewhere it is no ratio's, and has none of a ratio's variance. Martin Marek and
+  Max Ryabinin, "Score Centering Stabilizes Off-policy Reinforcement Learning", 2026.
+
+  >>> args = jnp.array([0.5]), jnp.ones(1), jnp.ones(1, bool)
+  >>> print(ops.centred_policy_loss(jnp.array([2.0]), *args))
+  [-1.5]
+
+  Args:
+    log_probs: [..., T], of the current policy; carries gradient.
+    mean_log_probs: [..., T], `mean_under` of the sampler before each token; carries gradient.
+    advantages: [..., T].
+    mask: [..., T] bool.
+  """
+  chex.assert_equal_shape([log_probs, mean_log_probs])
+  return reinforce_loss(zero_padding(log_probs, mask) - mean_log_probs, advantages, mask)
+
+
 def dpo_loss(
   chosen_log_probs: jax.Array,
   rejected_log_probs: jax.Array,
