@@ -570,7 +570,7 @@ def judgement_of(run: Run):
   (config, *_, tokenizer, held_out), more = run.judge
   names = ["seed", "num_eval_rows", "eval_completions", "num_samples"]
   prompts = [record["prompt"] for record in held_out.records]
-  told = (more[name] for name in ("max_completion_len", "num_interim_rows", "prefill"))
+  told = (more.get(name) for name in ("max_completion_len", "num_interim_rows", "prefill"))
   told = *told, tokenizer.eos_ids
   return [getattr(config, name) for name in names], prompts, told
 

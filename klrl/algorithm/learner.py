@@ -294,9 +294,7 @@ def make_update_after_sampling_fn(
   The scores are those of the rollout that is trained on, see `make_after_sampling_fn`.
   """
   after_sampling = make_after_sampling_fn(algorithm, policy)
-  update = make_update_fn(
-    algorithm, policy, value_model, reference, rehearse, sampler=sampler
-  )
+  update = make_update_fn(algorithm, policy, value_model, reference, rehearse, sampler=sampler)
 
   def update_after_sampling(state: TrainState, frozen, rollout: Rollout, *arguments):
     state, rollout = after_sampling(state, frozen, rollout)
@@ -337,15 +335,13 @@ def make_scored_update_fn(
 ):
   """Returns update(state, frozen, rollout, rows, pretraining) -> (state, metrics).
 
-  It is what `make_update_after_sampling_fn` returns, with scores that are computed on the device by
+    It is what `make_update_after_sampling_fn` returns, with scores that are computed on the device by
   `score(frozen, rollout, rows) -> [B]`; `rows [B]` int32 says which of all prompts those of the
   rollout are that is trained on. If `gold(rollout, rows) -> [B]` is given it is measured, and
   nothing is trained on it. `rehearse` and `sampler` are those of `make_update_fn`.
   """
   after_sampling = make_after_sampling_fn(algorithm, policy)
-  update = make_update_fn(
-    algorithm, policy, value_model, reference, rehearse, sampler=sampler
-  )
+  update = make_update_fn(algorithm, policy, value_model, reference, rehearse, sampler=sampler)
 
   def scored_update(state, frozen, rollout, rows, pretraining=None):
     state, rollout = after_sampling(state, frozen, rollout)
