@@ -335,7 +335,7 @@ def make_scored_update_fn(
 ):
   """Returns update(state, frozen, rollout, rows, pretraining) -> (state, metrics).
 
-    It is what `make_update_after_sampling_fn` returns, with scores that are computed on the device by
+  It is what `make_update_after_sampling_fn` returns, with scores that are computed on the device by
   `score(frozen, rollout, rows) -> [B]`; `rows [B]` int32 says which of all prompts those of the
   rollout are that is trained on. If `gold(rollout, rows) -> [B]` is given it is measured, and
   nothing is trained on it. `rehearse` and `sampler` are those of `make_update_fn`.
