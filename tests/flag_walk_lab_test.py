@@ -27,12 +27,14 @@ from experiments import (
   kl_audit,
   kl_directions,
   kl_variance,
+  mismatch,
   mode_seeking,
   paper,
   ppo,
   reinforce,
   reward_model,
   sft,
+  sweep,
 )
 from experiments.lab import laboratory, papers
 from klrl import judging
@@ -42,7 +44,8 @@ from klrl.sampling import Rollout
 from klrl.tasks import arithmetic
 
 MODULES = (
-  kl_audit, mode_seeking, kl_directions, estimators, best_of_n, evaluate, kl_variance, paper
+  kl_audit, mode_seeking, kl_directions, estimators, best_of_n, evaluate, kl_variance, mismatch,
+  paper,
 )  # fmt: skip
 LANGUAGE = functools.cache(mode_seeking.make_language)  # as no flag changes it
 EXPERIMENTS = {module.__name__.split(".")[-1]: module for module in MODULES}
@@ -105,6 +108,7 @@ CASES = {
     "num_completions": Case(6, MEASURED),
     **chat_cases(MEASURED),
   },
+  "mismatch": {"seed": Case(1), "num_iterations": Case(9), "seeds": Case(1)},
   "kl_audit": {"seed": Case(1), "beta": Case(0.25), "num_trees": Case(3)},
   "mode_seeking": {"seed": Case(1), "num_steps": Case(9), "learning_rate": Case(0.5)},
   "kl_directions": {
@@ -346,6 +350,12 @@ def replace_in_kl_variance(patch, noted):
   patch.setattr(kl_variance, "_noise", noise)
 
 
+def replace_in_mismatch(patch, noted):
+  patch.setattr(mismatch, "create_workdir", lambda *_: None)
+  patch.setattr(sweep, "main", noted(returns=pathlib.Path("run")))
+  patch.setattr(mismatch, "of_members", noted(returns={}))
+
+
 def replace_in_paper(patch, noted):
   one = papers.Paper("someone", "something", "reinforce", lambda _: papers.Finding(True, "so"))
   patch.setattr(paper, "PAPERS", {"one": one, "two": one._replace(experiment="ppo")})
@@ -357,6 +367,7 @@ def replace_in_paper(patch, noted):
 
 replacements = {
   "kl_variance": replace_in_kl_variance,
+  "mismatch": replace_in_mismatch,
   "paper": replace_in_paper,
   "evaluate": replace_in_evaluate,
   "kl_audit": replace_in_kl_audit,
