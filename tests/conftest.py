@@ -50,7 +50,26 @@ QUICK_FILES = [
 ]
 
 
+# The longest files begin, so that no core waits for another at the end.
+LONGEST_FILES = [
+  "flag_walk",
+  "population",
+  "processes",
+  "experiments",
+  "work_shares",
+  "kl_audit",
+  "faults",
+  "dry_run",
+  "mode_seeking",
+  "tree_task",
+  "learner",
+  "learner_abilities",
+]
+
+
 def pytest_collection_modifyitems(items):
+  order = {f"{name}_test": i for i, name in enumerate(LONGEST_FILES)}
+  items.sort(key=lambda item: order.get(item.path.stem, len(order)))
   for item in items:
     if item.path.stem.removesuffix("_test") in QUICK_FILES:
       item.add_marker(pytest.mark.quick)

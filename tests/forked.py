@@ -4,6 +4,7 @@ An import of JAX takes three seconds of a core, and a fork none.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -55,6 +56,8 @@ def _run(command, folder, environment, writer) -> None:
   os.dup2(writer.fileno(), 2)
   writer.close()
   os.chdir(folder)
+  gc.freeze()  # as in conftest.py
+  gc.set_threshold(100_000, 20, 20)
   os.environ.clear()
   os.environ.update(environment)
 

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import mode_seeking
 from experiments.lab import papers
-from experiments.lab.mode_seeking_gaussian import gaussian_results, make_descent, reverse_kl
+from experiments.lab.mode_seeking_gaussian import make_descent, reverse_kl
 from experiments.lab.mode_seeking_page import CLAIMS, report
 from klrl.exact import oracle
 
@@ -26,8 +26,8 @@ def facts():
 
 
 @pytest.fixture(scope="module")
-def gaussian():
-  return gaussian_results()
+def gaussian(run):
+  return run[2]["gaussian"]
 
 
 @pytest.mark.parametrize(
