@@ -13,8 +13,7 @@ gradients, so nothing is scaled here.
 Without weights the log-probs of the sampler are those of the old policy, and the loss's own ratio
 holds the difference; with them old log-probs are computed again as they are trained.
 
-WORKDIR has mismatch.json, report.html, and the runs in `runs`, a sweep. About 10 minutes on 2
-cores, stages included.
+WORKDIR has mismatch.json, report.html, and the runs in `runs`, a sweep.
 """
 
 import dataclasses
