@@ -40,6 +40,7 @@ Losses per token (`klrl.ops.losses`):
 
     reinforce_loss          the score function times the advantage
     centred_policy_loss     the same less what the sampler expects of the score
+    exponential_weights     exp(A / temperature) of a likelihood, bounded
     clipped_policy_loss     PPO; clip_fraction is 1 where it clips
     kl_penalised_policy_loss   PPO with a KL penalty in place of the clip
     gspo_loss               PPO with the ratio of the sequence
