@@ -60,28 +60,43 @@ def product_policy(policies: Sequence[Policy], powers: Sequence[float]) -> Polic
     keys = jax.random.split(key, len(policies))
     return tuple(policy.init(own) for policy, own in zip(policies, keys, strict=True))
 
-  def prefill(params, tokens, mask, cache_len):
+  def prefill(params, tokens, mask, row_len):
     read = [
-      policy.prefill(own, tokens, mask, cache_len)
+      policy.prefill(own, tokens, mask, row_len)
       for policy, own in zip(policies, params, strict=True)
     ]
-    states, caches = zip(*read, strict=True)
-    return beside(states), caches
+    states, prompts = zip(*read, strict=True)
+    return beside(states), prompts
 
   def unstack(params):
     return tuple(policy.unstack(own) for policy, own in zip(policies, params, strict=True))
 
-  def decode(params, tokens, positions, caches, slot, cache_mask):
-    read = [
-      policy.decode(own, tokens, positions, cache, slot, cache_mask)
-      for policy, own, cache in zip(policies, params, caches, strict=True)
-    ]
-    states, caches = zip(*read, strict=True)
-    return beside(states), caches
+  def empty_cache(prompts, num_branches):
+    return tuple(
+      policy.empty_cache(own, num_branches) for policy, own in zip(policies, prompts, strict=True)
+    )
 
   def grow(caches, cache_len):
     return tuple(
       policy.grow(cache, cache_len) for policy, cache in zip(policies, caches, strict=True)
     )
 
-  return Policy(config, init, hidden, unembedding, prefill, unstack, decode, grow)
+  def decode(params, tokens, t, prompts, caches):
+    read = [
+      policy.decode(own, tokens, t, prompt, cache)
+      for policy, own, prompt, cache in zip(policies, params, prompts, caches, strict=True)
+    ]
+    states, caches = zip(*read, strict=True)
+    return beside(states), caches
+
+  return Policy(
+    config=config,
+    init=init,
+    hidden=hidden,
+    unembedding=unembedding,
+    prefill=prefill,
+    unstack=unstack,
+    empty_cache=empty_cache,
+    grow=grow,
+    decode=decode,
+  )
