@@ -4,6 +4,7 @@ An import of JAX takes three seconds of a core, and a fork none.
 """
 
 import atexit
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -11,7 +12,9 @@ import pathlib
 import runpy
 import sys
 import threading
+from multiprocessing import forkserver
 
+_ROOT = pathlib.Path(__file__).parents[1]
 _IMPORTED = ("experiments.ppo", "experiments.reinforce")
 # Variables that JAX reads when it is imported, which is before the command begins.
 _READ_AT_IMPORT = {
@@ -31,6 +34,8 @@ class Process:
   def __init__(self, command: list[str], folder: pathlib.Path, environment: dict[str, str]):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_IMPORTED))
+    with contextlib.chdir(_ROOT):  # from where the server imports them
+      forkserver.ensure_running()
     self._reader, writer = context.Pipe(duplex=False)
     self._process = context.Process(target=_run, args=(command, folder, environment, writer))
     self._process.start()
