@@ -22,6 +22,7 @@ from small_decoders import arithmetic_decoder
 
 from experiments import (
   best_of_n,
+  diversity,
   estimators,
   evaluate,
   kl_audit,
@@ -29,6 +30,7 @@ from experiments import (
   kl_variance,
   mismatch,
   mode_seeking,
+  over_optimisation,
   paper,
   ppo,
   reinforce,
@@ -45,7 +47,7 @@ from klrl.tasks import arithmetic
 
 MODULES = (
   kl_audit, mode_seeking, kl_directions, estimators, best_of_n, evaluate, kl_variance, mismatch,
-  paper,
+  paper, over_optimisation, diversity,
 )  # fmt: skip
 LANGUAGE = functools.cache(mode_seeking.make_language)  # as no flag changes it
 EXPERIMENTS = {module.__name__.split(".")[-1]: module for module in MODULES}
@@ -95,6 +97,29 @@ JUDGED = {
 }
 MEASURED = OWN_MODELS | {"prompts": "own.jsonl", "max_completion_len": 3, "num_completions": 4}
 CASES = {
+  "over_optimisation": {
+    "seed": Case(1),
+    "widths": Case("8,16"),
+    "preferences": Case("8,9"),
+    "reward_model_iterations": Case(9),
+    "sft_iterations": Case(9),
+    "num_iterations": Case(9),
+    "seeds": Case(1),
+    "n": Case("1,2"),
+    "num_prompts": Case(9),
+    "completions_per_prompt": Case(99),
+    "num_completions": Case(99),
+    "resamplings": Case(11),
+  },
+  "diversity": {
+    "seed": Case(1),
+    "gain": Case(0.5),
+    "k": Case(2),
+    "num_steps": Case(9),
+    "learning_rate": Case(0.1),
+    "num_iterations": Case(9),
+    "betas": Case("1,2"),
+  },
   "paper": {"seed": Case(1, {"name": "one"}), "name": Case("two", {"name": "one"})},
   "kl_variance": {
     "seed": Case(1, MEASURED),
@@ -356,6 +381,41 @@ def replace_in_mismatch(patch, noted):
   patch.setattr(mismatch, "of_members", noted(returns={}))
 
 
+def replace_in_over_optimisation(patch, noted):
+  def stage(name_of):
+    def main(config, *, root):
+      noted()(config)
+      return pathlib.Path(name_of(config))
+
+    return main
+
+  patch.setattr(over_optimisation, "create_workdir", lambda *_: None)
+  patch.setattr(sft, "main", stage(lambda config: f"sft-{config.width}"))
+  named = stage(lambda config: f"{config.policy.replace('/', '-')}-{config.num_preferences}")
+  patch.setattr(reward_model, "main", named)
+  patch.setattr(sweep, "main", noted(returns=pathlib.Path("run")))
+  patch.setattr(over_optimisation, "read_summary", lambda _: collections.defaultdict(float))
+  patch.setattr(over_optimisation, "read_lines", lambda _: [])
+  patch.setattr(over_optimisation, "law", noted(returns={}))
+  patch.setattr(over_optimisation, "tails", noted(returns={}))
+  patch.setattr(best_of_n, "loaded", noted(returns=()))
+  patch.setattr(best_of_n, "draw_pool", noted(returns=(np.arange(6.0).reshape(2, 3),) * 2))
+  figures = dict.fromkeys(("kl", "score", "gold"), np.arange(2.0))
+  patch.setattr(best_of_n, "best_of_prompts", noted(returns=figures))
+
+
+def replace_in_diversity(patch, noted):
+  patch.setattr(diversity, "create_workdir", lambda *_: None)
+  patch.setattr(sweep, "main", noted(returns=pathlib.Path("run")))
+  patch.setattr(diversity, "read_summary", lambda _: collections.defaultdict(float))
+  patch.setattr(diversity, "read_lines", lambda _: [])
+  language = diversity.Language(np.log([0.5, 0.25, 0.25]), np.arange(3.0), np.array([1]))
+  patch.setattr(diversity, "LANGUAGES", {"three": lambda: language})
+  best = 1.0, np.array([0.25, 0.25, 0.5])
+  patch.setattr(diversity, "equal_beta", noted(returns=best))
+  patch.setattr(diversity, "make_descent", lambda loss: noted(returns=[np.zeros(3), np.ones(3)]))
+
+
 def replace_in_paper(patch, noted):
   one = papers.Paper("someone", "something", "reinforce", lambda _: papers.Finding(True, "so"))
   patch.setattr(paper, "PAPERS", {"one": one, "two": one._replace(experiment="ppo")})
@@ -366,6 +426,8 @@ def replace_in_paper(patch, noted):
 
 
 replacements = {
+  "over_optimisation": replace_in_over_optimisation,
+  "diversity": replace_in_diversity,
   "kl_variance": replace_in_kl_variance,
   "mismatch": replace_in_mismatch,
   "paper": replace_in_paper,

@@ -19,6 +19,8 @@ RESULTS = {
   "mode_seeking": "mode_seeking.json",
   "kl_directions": "kl_directions.json",
   "best_of_n": "best_of_n.json",
+  "over_optimisation": "over_optimisation.json",
+  "diversity": "diversity.json",
 }
 SUMMARY = "summary.json"
 
@@ -297,6 +299,28 @@ def _over_optimisation(results: dict) -> Finding:
   )
 
 
+def _catastrophic(results: dict) -> Finding:
+  errors = results["tails"]["errors"]
+  light, *_, heavy = errors.values()
+  near, far = (
+    [{name: _at_kl(error, name, kl) for name in ("score", "gold")} for error in (light, heavy)]
+    for kl in (0.1, 4.0)
+  )
+  return Finding(
+    near[1]["score"] > 3 * near[0]["score"]
+    and near[1]["gold"] < near[0]["gold"] / 2
+    and far[0]["gold"] > 3 * far[1]["gold"],
+    f"0.1 nats away the best policy has a reward of {near[1]['score']:.2f} under a heavy tail and "
+    f"{near[0]['score']:.2f} under a light one, and the true score gains {near[1]['gold']:.2f} and "
+    f"{near[0]['gold']:.2f}; 4 nats away it gains {far[1]['gold']:.2f} and {far[0]['gold']:.2f}",
+  )
+
+
+def _at_kl(error: dict, name: str, kl: float) -> float:
+  best = error["best"]
+  return best[name][min(range(len(best["kl"])), key=lambda i: abs(best["kl"][i] - kl))]
+
+
 def _distilled_best_of_n(results: dict) -> Finding:
   rows = [row for row in results["bandit"] if row["n"] > 1]
   exact, plain = (max(row[f"tv_{name}"] for row in rows) for name in ("reward", "quantile"))
@@ -304,6 +328,23 @@ def _distilled_best_of_n(results: dict) -> Finding:
     exact < 0.01,
     f"with four completions its best policy is {_percent(exact)} of total variation from "
     f"best-of-n, and up to {_percent(plain)} without the term for ties",
+  )
+
+
+def _divergences(results: dict) -> Finding:
+  kept = {
+    name: {key: x["best"]["found_k"] for key, x in found["divergences"].items()}
+    for name, found in results["languages"].items()
+  }
+  return Finding(
+    all(x[name] > x["reverse"] for x in kept.values() for name in ("forward", "jensen_shannon")),
+    "at equal score "
+    + "; ".join(
+      f"{results['k']} draws of “{name}” hold {_percent(x['forward'])} of the modes under "
+      f"KL(ref || pi), {_percent(x['jensen_shannon'])} under Jensen-Shannon and "
+      f"{_percent(x['reverse'])} under KL(pi || ref)"
+      for name, x in kept.items()
+    ),
   )
 
 
@@ -483,6 +524,15 @@ PAPERS = {
     "best_of_n",
     _over_optimisation,
   ),
+  "catastrophic_goodhart_2024": Paper(
+    "Thomas Kwa, Drake Thomas and Adri\u00e0 Garriga-Alonso, Catastrophic Goodhart: regularizing "
+    "RLHF with KL divergence does not mitigate heavy-tailed reward misspecification, 2024, "
+    "2407.14503",
+    "If the reward's error has a heavy tail, some policies have a high reward at a small KL and "
+    "gain nothing; with a light tail and an independent error the best ones gain.",
+    "over_optimisation",
+    _catastrophic,
+  ),
   "bond_2024": Paper(
     "Pier Giuseppe Sessa and others, BOND: Aligning LLMs with Best-of-N Distillation, 2024, "
     "2407.14622",
@@ -493,6 +543,15 @@ PAPERS = {
     "The quantile alone (Amini and others, Variational Best-of-N Alignment, 2024, 2407.06057) is "
     "exact where nothing ties. `experiments.grpo --flagfile=experiments/presets/bond.flags` trains "
     "it.",
+  ),
+  "dph_rl_2025": Paper(
+    "Long Li and others, The Choice of Divergence: A Neglected Key to Mitigating Diversity "
+    "Collapse in Reinforcement Learning with Verifiable Reward (DPH-RL), 2025, 2509.07430",
+    "KL(ref || pi) and Jensen-Shannon keep more of what many draws find than KL(pi || ref).",
+    "diversity",
+    _divergences,
+    "What is compared here has equal score. The forward KL keeps what scores low as well, and for "
+    "an equal score that is paid by the lesser modes.",
   ),
   "rafailov_2023": Paper(
     "Rafael Rafailov and others, Direct Preference Optimization, 2023, 2305.18290",

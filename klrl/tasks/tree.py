@@ -76,6 +76,11 @@ def prompt_records(*, held_out: bool) -> list[dict[str, str]]:
   return [{"prompt": ""}] * NUM_ROWS
 
 
+def modes(seed: int = 0) -> np.ndarray:
+  """Returns [4], the rows of `TREE.tokens` that are modes of `completion_scores`, highest first."""
+  return np.random.default_rng((seed, 4)).choice(len(TREE.tokens), 4, replace=False)
+
+
 def completion_scores(seed: int = 0) -> np.ndarray:
   """Returns [N], the score of each completion of `TREE`; mean 0 and deviation 1 over all of them.
 
@@ -83,8 +88,8 @@ def completion_scores(seed: int = 0) -> np.ndarray:
   which a completion differs from a mode, and the highest of the four counts. Noise breaks ties.
   """
   rng = np.random.default_rng((seed, 4))
-  modes = TREE.tokens[rng.choice(len(TREE.tokens), 4, replace=False)]
-  distances = (TREE.tokens[:, None] != modes).sum(axis=-1)
+  rng.choice(len(TREE.tokens), 4, replace=False)  # those of `modes`; the noise comes after them
+  distances = (TREE.tokens[:, None] != TREE.tokens[modes(seed)]).sum(axis=-1)
   scores = (np.array([2.0, 1.75, 1.5, 1.25]) - distances).max(axis=1)
   scores += 0.2 * rng.standard_normal(len(scores))
   return (scores - scores.mean()) / scores.std()
