@@ -305,12 +305,20 @@ def replace_in_mode_seeking(patch, noted):
   patch.setattr(mode_seeking, "make_descent", lambda loss: noted(returns=Enough))
 
 
+def leave_pictures_out(patch, module):
+  """Reads and draws no figures that were kept, for none are."""
+  patch.setattr(module, "schema", types.SimpleNamespace(read=lambda _: {}))
+  for name in ("write_passes", "write_noise"):
+    patch.setattr(module.note_pictures, name, lambda *_: None)
+
+
 def replace_in_kl_directions(patch, noted):
   patch.setattr(kl_directions, "create_workdir", lambda *_: None)
   patch.setattr(kl_directions, "exact_studies", dict)
   patch.setattr(ppo, "main", noted(returns=pathlib.Path("run")))
   patch.setattr(kl_directions, "read_lines", lambda _: [])
   patch.setattr(kl_directions, "read_summary", lambda _: collections.defaultdict(float))
+  leave_pictures_out(patch, kl_directions)
 
 
 def replace_in_estimators(patch, noted):
@@ -373,6 +381,7 @@ def replace_in_kl_variance(patch, noted):
     return noted(returns={})(sums, list(rollout))
 
   patch.setattr(kl_variance, "_noise", noise)
+  leave_pictures_out(patch, kl_variance)
 
 
 def replace_in_mismatch(patch, noted):
