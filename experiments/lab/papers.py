@@ -299,6 +299,21 @@ def _over_optimisation(results: dict) -> Finding:
   )
 
 
+def _laws(results: dict) -> Finding:
+  models = results["models"]
+  peaks = [model["best_of_n"]["law"]["peak_kl"] for model in models]
+  found = [peak[0] for peak in peaks if peak]
+  few, many = (models[i]["rl"]["gold"] for i in (0, -1))
+  falls = [max(map(max, gold)) - sum(path[-1] for path in gold) / len(gold) for gold in (few, many)]
+  return Finding(
+    len(found) == len(models) and falls[0] > falls[1],
+    f"the law of best-of-n peaks for {len(found)} of {len(models)} reward models, at "
+    f"{min(found, default=0):.2f} to {max(found, default=0):.2f} nats; RL loses "
+    f"{100 * falls[0]:.0f} points of gold against the smallest with the fewest pairs and "
+    f"{100 * falls[1]:.0f} against the largest with the most",
+  )
+
+
 def _catastrophic(results: dict) -> Finding:
   errors = results["tails"]["errors"]
   light, *_, heavy = errors.values()
@@ -523,6 +538,15 @@ PAPERS = {
     "As the KL grows, the gold score rises and then falls while the reward model's goes on rising.",
     "best_of_n",
     _over_optimisation,
+  ),
+  "gao_laws_2022": Paper(
+    "Leo Gao, John Schulman and Jacob Hilton, Scaling Laws for Reward Model Overoptimization, "
+    "2022, 2210.10760, section 3",
+    "Over d, the square root of the KL, gold gains d (alpha - beta d) under best-of-n and "
+    "d (alpha - beta log d) under RL, and less is lost with a larger reward model or more data.",
+    "over_optimisation",
+    _laws,
+    "Against reward models this weak RL gains nothing first: gold falls from the first iterations.",
   ),
   "catastrophic_goodhart_2024": Paper(
     "Thomas Kwa, Drake Thomas and Adri\u00e0 Garriga-Alonso, Catastrophic Goodhart: regularizing "
