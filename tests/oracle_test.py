@@ -199,9 +199,9 @@ penalty, whole = KLPenalty, bandits.sequence_surrogate
 ON_POLICY = {  # relative error to the gradient of the sequence KL, trace of the covariance
   penalty("reward", "k1"): (0.0, 0.90807),
   penalty("reward", "exact"): (1.499408, 0.35284),
-  # A mean of 0 at each prefix is no bias, and need not be less variance.
-  penalty("reward", "k1", credit="token"): (0.0, 0.35626),
-  penalty("reward", "centred", credit="token"): (0.0, 0.53275),
+  # Both descend the token KL; a mean of 0 at each prefix need not be less variance.
+  penalty("reward", "k1", credit="token"): (0.692839, 0.35626),
+  penalty("reward", "centred", credit="token"): (0.692839, 0.53275),
   penalty("loss", "k3", credit="token"): (0.665463, 0.90348),
   penalty("both", "exact"): (0.0, 0.24809),
   whole("k3"): (0.813072, 4.79839),
