@@ -94,6 +94,7 @@ def regression(terms: Terms, hypers):
 
 def centred(terms: Terms, hypers):
   """The score less what the sampler expects of it, without a ratio; `ops.centred_policy_loss`."""
+  assert terms.sampler_mean is not None  # `epochs` measures it where this is the policy loss.
   arguments = terms.log_probs, terms.sampler_mean, terms.advantages, terms.mask
   return ops.centred_policy_loss(*arguments), {}
 
