@@ -654,7 +654,7 @@ def test_a_changed_flag_changes_what_the_library_is_told(experiment, field):
 def no_update():
   """Puts in place of the update what compiles fast and shows the scores."""
 
-  def make_update_fn(*_):
+  def make_update_fn(*_, **__):
     return lambda state, frozen, rollout, scores, pretraining: (state, {"score": scores.sum()})
 
   with pytest.MonkeyPatch.context() as patch:
