@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl.devices import parallel
+from klrl.devices import free_memory, parallel
 from klrl.errors import UserError
 from klrl.run import checkpoint, loop, metrics
 
@@ -55,6 +55,13 @@ def test_each_iteration_has_its_own_time_though_its_figures_are_read_later(tmp_p
   run(tmp_path, step=step, num_iterations=3, save_every=10)
   seconds = [line["seconds"] for line in metrics.read_lines(tmp_path / "timing.jsonl")]
   assert all(found >= 0.02 * (i + 1) for i, found in enumerate(seconds)), seconds
+
+
+def test_free_memory_goes_back_after_each_save(tmp_path, monkeypatch):
+  calls = []
+  monkeypatch.setattr(free_memory, "give_back", lambda: calls.append(0))
+  run(tmp_path, num_iterations=6, save_every=2)
+  assert len(calls) == 3
 
 
 def interrupting_step(at):

@@ -305,19 +305,23 @@ def test_the_only_token_with_probability_is_always_drawn(vocab_size):
 
 def test_the_completions_of_a_prompt_share_the_reading_of_it():
   policy, params = tiny()
-  num_read = []
+  num_read, shared_by = [], []
 
   def prefill(params, tokens, *arguments):
     num_read.append(len(tokens))
     return policy.prefill(params, tokens, *arguments)
 
+  def empty_cache(prompts, num_branches):
+    shared_by.append((len(prompts.mask), num_branches))
+    return policy.empty_cache(prompts, num_branches)
+
   limits = {"max_completion_len": 12, "eos_id": 3, "pad_id": 0}
-  counted = dataclasses.replace(policy, prefill=prefill)
+  counted = dataclasses.replace(policy, prefill=prefill, empty_cache=empty_cache)
   shared = jax.jit(make_sample_fn(counted, group_size=4, **limits))
   prompts, mask = np.repeat(PROMPTS, 4, axis=0), np.repeat(PROMPT_MASK, 4, axis=0)
   arguments = params, prompts, mask, jax.random.key(1)
   rollout = shared(*arguments, temperature=1.0)
-  assert num_read == [3]
+  assert num_read == [3] and shared_by == [(3, 4)]
   for x, expected in zip(rollout, sample_fn(**limits)(*arguments, temperature=1.0), strict=True):
     np.testing.assert_allclose(x, expected, atol=1e-5)
 
