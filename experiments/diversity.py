@@ -125,7 +125,7 @@ def figures_of(language: Language, probs, k: int) -> dict:
   of_modes = probs[language.modes]
   return {
     "score": float(probs @ language.scores),
-    "kl": float(probs @ (-surprise - language.ref)),
+    "kl": max(0.0, float(probs @ (-surprise - language.ref))),  # Rounding may be below 0.
     "entropy": float(probs @ surprise),
     "found_1": float(of_modes.mean()),
     "found_k": float((1 - (1 - of_modes) ** k).mean()),

@@ -127,7 +127,7 @@ def report(results: dict) -> str:
   def draw(axes):
     for dtype, colour in zip(DTYPES, SERIES, strict=False):
       # In float32 sampler and trainer differ by the order of their sums.
-      axes.plot(np.maximum(of_dtype(results, dtype)["kl"], 1e-12), color=colour, linewidth=1.5)
+      axes.plot(np.maximum(of_dtype(results, dtype)["kl"], 1e-14), color=colour, linewidth=1.5)
 
   return page(
     "A sampler of lower precision",

@@ -39,7 +39,21 @@ def rows(*pairs):
   }
 
 
+def samplers(**kls):
+  return {
+    "rows": [
+      {"sampler_dtype": dtype, "sampler_correction": correction, "kl": [0.0, kl], "gold": 0.8}
+      for dtype, kl in kls.items()
+      for correction in ("none", "token")
+    ]
+  }
+
+
 CASES = {
+  "float16_2025": (
+    samplers(float32=0.0, bfloat16=0.3, float16=0.001),
+    samplers(float32=0.0, bfloat16=0.3, float16=0.2),
+  ),
   "instruct_gpt_2022": (runs(), runs(**{"local KL(old||new)": (0.1, 0.1)})),
   "ppo_2017": (runs(), runs(none=(3.0, 0.05))),
   "gao_2022": (rows((1, 0.5), (4, 0.8), (64, 0.6)), rows((1, 0.5), (4, 0.6), (64, 0.8))),

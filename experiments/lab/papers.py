@@ -21,6 +21,7 @@ RESULTS = {
   "best_of_n": "best_of_n.json",
   "over_optimisation": "over_optimisation.json",
   "diversity": "diversity.json",
+  "mismatch": "mismatch.json",
 }
 SUMMARY = "summary.json"
 
@@ -363,6 +364,17 @@ def _divergences(results: dict) -> Finding:
   )
 
 
+def _precision(results: dict) -> Finding:
+  rows = {x["sampler_dtype"]: x for x in results["rows"] if x["sampler_correction"] == "none"}
+  brain, half = (sum(rows[x]["kl"]) / len(rows[x]["kl"]) for x in ("bfloat16", "float16"))
+  golds = ", ".join(f"{_percent(row['gold'])} with {dtype}" for dtype, row in rows.items())
+  return Finding(
+    half < brain / 10,
+    f"KL(sampler || policy) is {brain:.2g} nats per sequence with bfloat16 and {half:.2g} with "
+    f"float16; without weights for it gold accuracy ends at {golds}",
+  )
+
+
 def _closed_form(summary: dict) -> Finding:
   before, after = summary["gold_before"], summary["gold_after"]
   return Finding(
@@ -575,7 +587,14 @@ PAPERS = {
     "diversity",
     _divergences,
     "What is compared here has equal score. The forward KL keeps what scores low as well, and for "
-    "an equal score that is paid by the lesser modes.",
+    "an equal score that is paid by the lesser modes. On arithmetic pass@8 is 99% under each.",
+  ),
+  "float16_2025": Paper(
+    "Penghui Qi and others, Defeating the Training-Inference Mismatch via FP16, 2025, 2510.26788",
+    "A sampler in float16 is far closer to the policy that is trained than one in bfloat16.",
+    "mismatch",
+    _precision,
+    "At the size and length of the embedded task neither changes what is learnt.",
   ),
   "rafailov_2023": Paper(
     "Rafael Rafailov and others, Direct Preference Optimization, 2023, 2305.18290",
