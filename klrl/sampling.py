@@ -283,7 +283,7 @@ def _make_generate_fn(
         return append(state, hidden), cache
 
       with jax.named_scope(f"at_most({cache_len - filled})"):  # what `cost.hlo` counts
-        return jax.lax.while_loop(unfinished, step, (state, policy.grow(cache, cache_len)))
+        return jax.lax.while_loop(unfinished, step, (state, policy.grow(cache, cache_len - filled)))
 
     shape = (batch_size, max_completion_len)
     log_prob_dtype = jnp.promote_types(hidden.dtype, jnp.float32)

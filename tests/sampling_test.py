@@ -87,7 +87,8 @@ def counting_policy(steps, cache_lens, vocab_size=50):
     jax.debug.callback(lambda t: steps.append((len(cache), int(t))), t, ordered=True)
     return one_hot(tokens), cache
 
-  def grow(cache, cache_len):
+  def grow(cache, num_slots):
+    cache_len = len(cache) + num_slots
     jax.debug.callback(lambda: cache_lens.append(cache_len), ordered=True)
     return jnp.zeros(cache_len)
 

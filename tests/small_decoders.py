@@ -73,7 +73,7 @@ BAG = Policy(
   prefill=_prefill,
   unstack=lambda params: params,
   empty_cache=lambda totals, num_branches: jnp.repeat(totals, num_branches, axis=0),
-  grow=lambda cache, cache_len: cache,
+  grow=lambda cache, num_slots: cache,
   decode=_decode,
 )
 

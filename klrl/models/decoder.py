@@ -45,7 +45,8 @@ REMAT = {
   "full": jax.checkpoint,
 }
 # One (keys, values) pair per layer, each [G, K, g, C, H] for g rows of each of G prompts: the order
-# in which attention multiplies them, so that a decoding step transposes no cache.
+# in which attention multiplies them, so that a decoding step transposes no cache. Where rows share
+# no prompt they are [B, K, P + C, H], since a second source of keys takes longer than it saves.
 Cache = tuple[tuple[Array, Array], ...]
 
 
@@ -99,11 +100,12 @@ def policy_model(config: DecoderConfig) -> Policy:
     prompts)`, for rows that will have up to `row_len` tokens.
   * `unstack(params) -> params` with the layers in a tuple: do it once before a loop of `decode`.
     `decode` takes either form.
-  * `empty_cache(prompts, num_branches) -> cache` without slots, for rows of which `num_branches`
-    neighbours continue each prompt.
-  * `grow(cache, cache_len) -> cache` with empty slots added.
+  * `empty_cache(prompts, num_branches) -> cache` without empty slots, for rows of which
+    `num_branches` neighbours continue each prompt; with one, it begins with the prompt.
+  * `grow(cache, num_slots) -> cache` with so many empty slots added.
   * `decode(params, tokens [B], t, prompts, cache) -> (hidden [B, D], cache)`: the token at place t
-    behind the prompt, of all rows, which is written at slot t. Slots before it are read.
+    behind the prompt, of all rows, which is written at slot t behind what the cache began with.
+    What is before it is read.
 
   Gradient flows into params through `hidden` and `unembedding`.
   """
@@ -254,25 +256,31 @@ def _decoder(config):
 
   def decode(params, tokens, t, prompts, cache):
     ends, layers = split(params)
-    (num_prompts, _, num_branches, cache_len), mask = cache[0][0].shape[:4], prompts.mask
-    sight = _continued(mask, t, num_branches, cache_len)
+    mask, num_slots = prompts.mask, cache[0][0].shape[-2]
+    num_prompts, prompt_len = mask.shape
+    if shares_prompts := cache[0][0].ndim == 5:
+      sight = _continued(mask, t, cache[0][0].shape[2], num_slots)
+    else:
+      sight = _alone(mask, t, num_slots)
     tokens = parallel.rows_together(tokens[:, None])
     x = parallel.rows_together(ends.embedded(tokens, parallel.rows_together(sight.positions)))
     # The last token is never read, so a cache has one slot less than the row has tokens.
-    kinds = _of_kinds(config, sight, mask.shape[1] + cache_len + 1)
+    kinds = _of_kinds(config, sight, num_slots + 1 + (prompt_len if shares_prompts else 0))
     new_cache = []
     for i, (layer, *of_layer) in enumerate(zip(layers, prompts.keys_values, cache, strict=True)):
 
       def store(new, of_layer=of_layer):
         def written(read, buffer, column):
-          column = column.reshape(num_prompts, num_branches, *column.shape[1:]).swapaxes(1, 2)
+          if not shares_prompts:
+            return jax.lax.dynamic_update_slice_in_dim(buffer, column, prompt_len + t, axis=2)
+          column = column.reshape(num_prompts, -1, *column.shape[1:]).swapaxes(1, 2)
           return read, jax.lax.dynamic_update_slice_in_dim(buffer, column, t, axis=3)
 
         return tuple(map(written, *of_layer, new))
 
       block = nnx.merge(block_graph, layer)
       x, keys_values = block(x, *kinds[config.index_of_kind(i)], store)
-      new_cache.append(tuple(slots for _, slots in keys_values))
+      new_cache.append(tuple(x[1] if shares_prompts else x for x in keys_values))
     return ends.final_norm(x)[:, 0], tuple(new_cache)
 
   return _Decoder(init, hidden, prefill, decode)
@@ -282,8 +290,8 @@ class _Sight(NamedTuple):
   """What tokens see: everything but the window of their layer.
 
   `seen` is a mask [B, S, C], and `queries` and `keys` are the positions of both sides. Of rows with
-  branches these are a `Forked` each, and of a decoding step a `Continued`, whose own positions
-  count from the end of the prompt.
+  branches these are a `Forked` each, and of a decoding step of rows that share prompts a
+  `Continued`, whose own positions count from the end of the prompt.
   """
 
   positions: Array  # [B, S]
@@ -325,6 +333,14 @@ def _continued(mask, t, num_branches, cache_len):
     Continued(jnp.cumsum(mask, axis=1) - 1, slots),
     Continued(mask[:, None], (slots <= t)[:, None]),
   )
+
+
+def _alone(mask, t, num_slots):
+  prompt_len, slots = mask.shape[1], jnp.arange(num_slots)
+  is_written = (slots >= prompt_len) & (slots <= prompt_len + t)
+  seen = jnp.pad(mask, ((0, 0), (0, num_slots - prompt_len))) | is_written[None]
+  positions = jnp.sum(mask, axis=1, keepdims=True) + t
+  return _Sight(positions, positions, jnp.cumsum(seen, axis=1) - 1, seen[:, None])
 
 
 def _text_len(tokens, fork):
@@ -378,15 +394,17 @@ def _unstack(params):
 
 def _empty_cache(prompts, num_branches):
   def empty(x):
+    if num_branches == 1:
+      return x
     num_prompts, num_heads, _, width = x.shape
     return jnp.zeros((num_prompts, num_heads, num_branches, 0, width), x.dtype)
 
   return jax.tree.map(empty, prompts.keys_values)
 
 
-def _grow(cache, cache_len):
+def _grow(cache, num_slots):
   def pad(x):
-    return jnp.pad(x, (*[(0, 0)] * 3, (0, cache_len - x.shape[3]), (0, 0)))
+    return jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, num_slots), (0, 0)))
 
   return jax.tree.map(pad, cache)
 

@@ -76,9 +76,9 @@ def product_policy(policies: Sequence[Policy], powers: Sequence[float]) -> Polic
       policy.empty_cache(own, num_branches) for policy, own in zip(policies, prompts, strict=True)
     )
 
-  def grow(caches, cache_len):
+  def grow(caches, num_slots):
     return tuple(
-      policy.grow(cache, cache_len) for policy, cache in zip(policies, caches, strict=True)
+      policy.grow(cache, num_slots) for policy, cache in zip(policies, caches, strict=True)
     )
 
   def decode(params, tokens, t, prompts, caches):

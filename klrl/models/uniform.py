@@ -42,6 +42,6 @@ def uniform_policy(vocab_size: int, max_len: int) -> Policy:
     prefill=prefill,
     unstack=lambda params: params,
     empty_cache=lambda prompts, num_branches: (),
-    grow=lambda cache, cache_len: cache,
+    grow=lambda cache, num_slots: cache,
     decode=decode,
   )
