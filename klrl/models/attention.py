@@ -34,7 +34,7 @@ class Forked(NamedTuple):
 
 
 class Continued(NamedTuple):
-  """What is true of a decoding step: G prompts, each with g branches that get their next token."""
+  """What is true of a step of decoding: G prompts, each with g branches that get their next token."""
 
   to_prompt: Array  # [G, 1, P], from the tokens of a prompt's branches to the prompt
   own: Array  # [1, 1, C], from a token to the slots of its branch
@@ -47,10 +47,10 @@ def attend(query, key, value, seen, *, scale: float, cap: float) -> Array:
 
   Args:
     query: [B, S, N, H]; heads n R to n R + R - 1 share the key/value head n.
-    key: [B, K, C, H]; of a decoding step a pair, [G, K, P, H] and [G, K, g, C, H] with G g = B.
+    key: [B, K, C, H]; of rows that share prompts a pair, [G, K, P, H] and [G, K, g, C, H], G g = B.
     value: as `key`.
     seen: [B, S, C] bool, which keys each query sees; of rows with branches a `Forked`, and C = S;
-      of a decoding step a `Continued`, and S = 1.
+      of a decoding step of rows that share prompts a `Continued`, and S = 1.
     scale: multiplies the logits.
     cap: bounds them softly, by cap * tanh(logits / cap); 0 is no bound.
   """
