@@ -34,7 +34,7 @@ class Forked(NamedTuple):
 
 
 class Continued(NamedTuple):
-  """What is true of a step of decoding: G prompts, each with g branches that get their next token."""
+  """What is true of a decoding step: G prompts, each with g branches that get a token."""
 
   to_prompt: Array  # [G, 1, P], from the tokens of a prompt's branches to the prompt
   own: Array  # [1, 1, C], from a token to the slots of its branch
