@@ -8,6 +8,7 @@ Typst, a wheel without dependencies of its own. Everything that the note says is
 of Typst can come from it. Formulas stay as they are written; their numbers move to the margin.
 """
 
+import argparse
 import json
 import pathlib
 import re
@@ -209,4 +210,6 @@ def main(path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-  main(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "build/note.pdf"))
+  parser = argparse.ArgumentParser(description="Sets docs/note.md as a PDF.")
+  parser.add_argument("file", nargs="?", default="build/note.pdf", type=pathlib.Path)
+  main(parser.parse_args().file)
