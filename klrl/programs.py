@@ -126,6 +126,7 @@ def make_programs(
   reference = models.policy if algorithm.reference_rule else models.reference
   parts = (algorithm, models.policy, models.value_model, reference)
   rehearse = _sample_fn(setup, reference) if algorithm.rehearses else None
+  options = {"rehearse": rehearse, "sampler": models.sampler}
   _, whole = parallel.distinct(setup.frozen)
 
   def lifted(fn, in_axes):
@@ -142,13 +143,12 @@ def make_programs(
   if not task.rewards:
     score = make_score_fn(models.reward_model)
     gold = make_gold_fn(task.training, models.tokenizer)
-    options = {"rehearse": rehearse, "sampler": models.sampler}
     if len(widths_of_completions(setup)) == 1:
       iterate = learner.make_iteration_fn(*parts, sample, score, gold, **options)
       return {"iterate": jit(lifted(iterate, (0, None, None, None, None, None)))}
     update = learner.make_scored_update_fn(*parts, score, gold, **options)
   else:
-    update = learner.make_update_after_sampling_fn(*parts, rehearse, sampler=models.sampler)
+    update = learner.make_update_after_sampling_fn(*parts, **options)
 
   def rollout(state, *arguments):
     return state, learner.sample_rollout(sample, state, *arguments)

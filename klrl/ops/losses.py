@@ -246,7 +246,7 @@ def centred_policy_loss(
     mask: [..., T] bool.
   """
   chex.assert_equal_shape([log_probs, mean_log_probs])
-  return reinforce_loss(zero_padding(log_probs, mask) - mean_log_probs, advantages, mask)
+  return reinforce_loss(log_probs - mean_log_probs, advantages, mask)
 
 
 def dpo_loss(
