@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from klrl.algorithm import Algorithm, completions, learner, memory
-from klrl.devices import parallel, processes
+from klrl.devices import free_memory, parallel, processes
 from klrl.inputs import Models, Task
 from klrl.models import Policy, ScalarModel, TokenizerInfo, join
 from klrl.run import pending, progress
@@ -427,6 +427,7 @@ class _Ahead:
     for is_over in self._is_over.values():
       with contextlib.suppress(Exception):  # The call fails as well, and tells why.
         next(compiled)
+      free_memory.give_back()
       is_over.set()
 
   def wait(self, name: str) -> None:
