@@ -95,14 +95,16 @@ def noted(note):
     jax.monitoring.unregister_event_duration_listener(listener)
 
 
-def test_what_is_compiled_ahead_is_not_compiled_again():
-  compiled = []
+def test_what_is_compiled_ahead_is_not_compiled_again_and_leaves_no_memory(monkeypatch):
+  compiled, given_back = [], []
+  monkeypatch.setattr(programs.free_memory, "give_back", lambda: given_back.append(len(compiled)))
   with noted(lambda name: compiled.append((name, threading.current_thread().name))):
     step, state = run_of([Reward("own", 1.0, of_the_host)], is_ahead=True)
     step(state, 0)
-  expected = ["jit(<lambda>)", "jit(update_after_sampling)"]
+  expected = ["jit(rollout)", "jit(update_after_sampling)"]
   assert sorted(name for name, thread in compiled if thread == "compile ahead") == expected
   assert not {name for name, thread in compiled if thread != "compile ahead"} & set(expected)
+  assert len(given_back) == 2
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_what_is_compiled_ahead_is_not_compiled_again():
     (lambda: run_of([]), ["jit(iteration)"]),
     (
       lambda: run_of([Reward("own", 1.0, of_the_host)]),
-      ["jit(<lambda>)", "jit(update_after_sampling)"],
+      ["jit(rollout)", "jit(update_after_sampling)"],
     ),
     (members, ["jit(iteration)"]),
   ],

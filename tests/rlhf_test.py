@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_decoders import BAG, BAG_VALUE, arithmetic_decoder, bag_params, bag_value_params
@@ -199,13 +200,17 @@ def test_what_was_sampled_outlives_a_reward_that_fails(tmp_path, monkeypatch, ca
   (path,) = tmp_path.iterdir()
   assert path == written[1] == pending.path_of(tmp_path, 1)
   # A state that would sample something else takes no notice of it.
-  other, other_state, _ = begun(rewards, seed=1)
-  shutil.copytree(tmp_path, tmp_path / "other")
-  programs.make_step_fn(other, shardings, workdir=tmp_path / "other")(other_state, 1)
-  assert len(written) == 3 and calls[4] != calls[3]
+  for name, other in {
+    "key": state._replace(key=jax.random.key(1)),
+    "policy": state._replace(params=jax.tree.map(lambda x: 1.01 * x, state.params)),
+  }.items():
+    shutil.copytree(path.parent, tmp_path.with_name(name))
+    step = programs.make_step_fn(setup, shardings, workdir=tmp_path.with_name(name))
+    step(jax.tree.map(jnp.copy, other), 1)
+  assert len(written) == 4 and calls[4] != calls[3]
   # The next command goes on from here.
   state, _ = programs.make_step_fn(setup, shardings, workdir=tmp_path)(state, 1)
-  assert len(written) == 3 and calls[5] == calls[3] == calls[1] and not path.exists()
+  assert len(written) == 4 and calls[6] == calls[3] == calls[1] and not path.exists()
   assert "What was sampled before is scored: rollout-1.npz" in capsys.readouterr().out
   jax.tree.map(np.testing.assert_array_equal, state.params["policy"], undisturbed)
 
