@@ -74,6 +74,26 @@ def test_collectives_have_their_axes_and_what_they_send():
   assert costs_of(mesh, lambda x: x.sum(0), x).collectives == {("all-reduce", "data"): 128 * 4}
 
 
+def test_a_collective_that_a_tpu_spreads_over_other_work_is_sent_once():
+  def gathered(name, channel):
+    groups = f"channel_id={channel}, replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}"
+    return f"  %{name} = f32[16]{{0}} all-gather(%p), {groups}"
+
+  def fused(name, target):
+    call = f'  ROOT %end.{name} = f32[16]{{0}} custom-call(%g{name}), custom_call_target="{target}"'
+    head = f"%fused.{name} (p: f32[4]) -> f32[16] {{", "  %p = f32[4]{0} parameter(0)"
+    return "\n".join([*head, gathered(f"g{name}", 7), call, "}"])
+
+  steps = ("AsyncCollectiveStart", "ConcatBitcast", "AsyncCollectiveDone")
+  entry = ["ENTRY %main (p: f32[4]) -> f32[16] {", "  %p = f32[4]{0} parameter(0)"]
+  entry += [f"  %f{i} = f32[16]{{0}} fusion(%p), kind=kCustom, calls=%fused.{i}" for i in range(3)]
+  text = [fused(i, target) for i, target in enumerate(steps)]
+  text += ["\n".join([*entry, gathered("other", 8), "}"])]
+  # 16 bytes to each of 3 others: once in steps, and once alone.
+  found = hlo.costs("\n\n".join(text), {"fsdp": 4}).collectives
+  assert found == {("all-gather", "fsdp"): 2 * 3 * 16}
+
+
 @pytest.mark.parametrize(
   ("text", "groups"),
   [

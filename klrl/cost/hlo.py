@@ -136,6 +136,16 @@ class _Walk:
   def __init__(self, computations, mesh_shape):
     self._computations = computations
     self._mesh_shape = mesh_shape
+    # A TPU spreads a collective over the steps of other work. It then stands in the fusion of each
+    # step, under one channel, and is sent once, from where it starts.
+    self._starts = {
+      (name, operand)
+      for name, instructions in computations.items()
+      for instruction in instructions.values()
+      if 'custom_call_target="AsyncCollectiveStart"' in instruction.attributes
+      for operand in instruction.operands
+    }
+    self._spread = {_channel(computations[name][start]) for name, start in self._starts}
 
   def costs(self, name: str, *, fused: bool = False) -> Costs:
     """Returns the costs of a computation; a fused one moves no bytes of its own."""
@@ -211,7 +221,7 @@ class _Walk:
   def _moved(self, name: str, instruction: Instruction) -> float:
     """Returns bytes read from and written to main memory by an instruction that is not fused."""
     opcode, buffers = instruction.opcode, instruction.buffers
-    if opcode in _FREE or opcode.endswith("-done"):
+    if opcode in _FREE or opcode.endswith(("-update", "-done")):
       return 0.0
     if opcode.endswith("-start"):  # The type repeats the operands.
       buffers = buffers[len(instruction.operands) :][:1]
@@ -263,7 +273,8 @@ class _Walk:
 
   def _sent(self, name: str, instruction: Instruction) -> dict[tuple[str, str], float]:
     kind = instruction.opcode.removesuffix("-start")
-    if kind not in _SENT:
+    is_step = _channel(instruction) in self._spread and (name, instruction.name) not in self._starts
+    if kind not in _SENT or is_step:
       return {}
     if name.startswith("all-reduce-scatter"):  # how a TPU's text says it
       kind = "reduce-scatter"
@@ -355,6 +366,11 @@ def _products_per_output(instruction: Instruction, left, right) -> float:
 
 def _main(buffers: list[Buffer]) -> float:
   return sum(buffer.bytes for buffer in buffers if buffer.is_main)
+
+
+def _channel(instruction: Instruction) -> str:
+  found = re.search(r"channel_id=(\d+)", instruction.attributes)
+  return found.group(1) if found else instruction.name
 
 
 def _attribute(attributes: str, name: str) -> str:
