@@ -305,7 +305,7 @@ def bandit_figures(sizes: list[int]) -> list[dict]:
       best = bandits.optimal_within(ref, scores, max_kl=kl)[0] if n > 1 else ref
       # RL at beta 1 leads to best-of-n by its log-ratio, and by the quantile where nothing ties.
       rewards = {
-        "reward": ops.best_of_n_reward(scores, ref, float(n)),
+        "reward": bandits.best_of_n_reward(ref, scores, float(n)),
         "quantile": (n - 1) * jnp.log(jnp.cumsum(ref)),
       }
       distances = {

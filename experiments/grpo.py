@@ -107,10 +107,10 @@ class Config(rl.SurrogateConfig):
     return super().hypers()._replace(**{name: getattr(self, name) for name in names})
 
   def sources(self) -> inputs.Sources:
-    # The best policy that is enumerated is that of the scores themselves.
+    # The best of one draw is the reference, over which nothing can be gained.
     sources = super().sources()
-    known = sources.enumerated and self.advantage != "best_of_n"
-    return dataclasses.replace(sources, enumerated=known)
+    gains = self.advantage != "best_of_n" or self.best_of > 1
+    return dataclasses.replace(sources, enumerated=sources.enumerated and gains)
 
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:

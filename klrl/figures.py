@@ -58,7 +58,7 @@ JUDGED = (
   Figure("score", "Score", "per completion",
          "Mean score of the completions, by what is trained on: a model or a function."),
   Figure("objective_gap", "Gap to the best policy", "% of what it gains",
-         "How far E[score] - beta * KL is below the best, as a share of the best gain (tree)."),
+         "How far `objective` is below the best policy's, as a share of what that gains (tree)."),
   Figure("tv_to_optimum", "Distance to the best policy", "total variation",
          "Half the sum of all differences from the best policy's probabilities (tree)."),
   Figure("kl_ref_exact", "KL(π‖ref), exact", PER_SEQUENCE,
@@ -114,7 +114,8 @@ MORE = (
   Figure("exact_kl", "KL(π‖ref), by enumeration", PER_SEQUENCE,
          "KL(policy ‖ reference) over all completions (tree)."),
   Figure("objective", "Score - β KL, by enumeration", "",
-         "E[score] - beta * KL(policy ‖ reference) (tree)."),
+         "E[score] - beta * KL(policy ‖ reference); for BOND the log-ratio of best-of-n to the "
+         "reference is in the place of the score (tree)."),
   Figure("optimal_objective", "Score - β KL, of the best policy", "",
          "The most that any policy has of it (tree)."),
 )  # fmt: skip

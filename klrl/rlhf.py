@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from klrl import evaluation, judging
-from klrl.algorithm import objective
+from klrl.algorithm import advantage_rules, objective
 from klrl.algorithm.epochs import value_params
 from klrl.devices import parallel, processes
 from klrl.figures import labels
@@ -230,8 +230,12 @@ def write_results(
   found = evaluation.before_and_after(before.figures, after.figures)
   if (exact := setup.task.exact) is not None:
     temperature = setup.config.temperature
+    imitates = setup.algorithm.advantage is advantage_rules.best_of_n
     found |= exact.figures(
-      parallel.fetch(params["policy"]), beta=float(beta), temperature=temperature
+      parallel.fetch(params["policy"]),
+      beta=float(beta),
+      temperature=temperature,
+      best_of=setup.config.best_of if imitates else None,
     )
     frontier = exact.frontier(temperature=temperature)
     write_text(workdir / "optimum.json", json.dumps(frontier) + "\n")

@@ -1,5 +1,6 @@
 """Tests of the advantage rules, of what shapes scores and picks groups, and of GRPO's presets."""
 
+import itertools
 import pathlib
 
 import jax
@@ -242,8 +243,7 @@ PLACES = np.array([6.0, 0.0, 4.0, 1.0, 5.0, 3.0, 3.0], np.float32)  # two are eq
 @jax.jit
 def followed(best_of, beta, forward_share):
   """Returns the policy [N] that the rule best_of_n leads to, from groups of completions."""
-  num_groups, size = 2, 1024
-  algorithm = Algorithm(batch_size=num_groups * size, num_iterations=1, group_size=size, penalty=K1)
+  algorithm = Algorithm(batch_size=8192, num_iterations=1, group_size=128, penalty=K1)
   hypers = Hypers(best_of=best_of, forward_share=forward_share)
   mask = jnp.ones((algorithm.batch_size, 1), bool)
 
@@ -262,19 +262,39 @@ def followed(best_of, beta, forward_share):
   return jnp.exp(jax.lax.scan(step, jnp.log(REF), steps)[1][-20:]).mean(axis=0)
 
 
-@pytest.mark.parametrize("forward_share", [0.0, 0.5, 1.0])
-def test_the_rule_best_of_n_leads_to_best_of_n(forward_share):
-  expected = bandits.best_of_n(REF, PLACES, 3.0)
-  found = followed(3.0, 1.0, forward_share)
-  assert np.abs(found - expected).sum() / 2 < 0.01
-  assert np.abs(REF - expected).sum() / 2 > 0.2
+def distance(probs, others):
+  return np.abs(probs - others).sum() / 2
+
+
+@pytest.mark.parametrize(
+  ("n", "share"), [(2.0, 0.0), (4.0, 0.0), (8.0, 0.0), (4.0, 0.5), (4.0, 1.0)]
+)
+def test_the_rule_best_of_n_leads_to_best_of_n(n, share):
+  expected = bandits.best_of_n(REF, PLACES, n)
+  assert distance(followed(n, 1.0, share), expected) < 0.01
+  assert distance(REF, expected) > 0.1
+
+
+def test_the_reference_is_known_from_the_groups_other_completions_alone():
+  """As enumerated: the mean over all groups of three that a policy draws is right, ties and all."""
+  ref, scores = np.array([0.5, 0.3, 0.2]), np.array([1.0, 0.0, 1.0])
+  policy = np.array([0.2, 0.1, 0.7])
+  groups = np.array(list(itertools.product(range(3), repeat=3)))
+  chances = policy[groups].prod(axis=1, keepdims=True)
+  found = advantage_rules.reference_chances(
+    jnp.asarray(scores)[groups], jnp.log(policy / ref)[groups], jnp.ones(groups.shape, bool)
+  )
+  for i, expected in enumerate([(0.0, 0.7), (0.7, 0.3), (0.0, 0.7)]):
+    own = (groups == i) * chances
+    means = [(own * x).sum() / own.sum() for x in found]
+    np.testing.assert_allclose(means, expected, rtol=1e-5)
 
 
 def test_at_another_beta_the_rule_best_of_n_leads_to_a_tilt_of_its_reward():
   reward = np.log(bandits.best_of_n(REF, PLACES, 3.0) / REF)
   expected = jax.nn.softmax(np.log(REF) + reward / 2)
   for share in (0.0, 1.0):
-    assert np.abs(followed(3.0, 2.0, share) - expected).sum() / 2 < 0.01
+    assert distance(followed(3.0, 2.0, share), expected) < 0.01
 
 
 def test_a_completion_without_a_score_changes_nothing_in_the_rule_best_of_n():

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl import ops
 from klrl.algorithm import kl_terms, objective
 from klrl.exact import bandits, oracle
 
@@ -130,8 +129,8 @@ def test_best_of_n():
 def test_the_reward_of_best_of_n_is_the_log_of_its_ratio(n):
   for probs, scores in (REF, SCORES), (np.array([0.5, 0.3, 0.2]), np.array([1.0, 0.0, 1.0])):
     expected = np.log(bandits.best_of_n(probs, scores, n) / probs)
-    found = ops.best_of_n_reward(np.stack([scores, scores]), np.stack([probs, probs]), n)
-    np.testing.assert_allclose(found, [expected, expected], rtol=1e-6, atol=1e-9)
+    found = bandits.best_of_n_reward(probs, scores, n)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_best_of_n_kl_bound():

@@ -53,10 +53,9 @@ def _compared(relative, x: Experience, algorithm, group_size: int) -> Advantages
 def best_of_n(x: Experience, algorithm, hypers) -> Advantages:
   """Returns how much nearer a completion brings the policy to best-of-n of the reference.
 
-  The reward is `ops.best_of_n_reward`, with n = `hypers.best_of`. The reference's chances are those
-  in the group, whose completions are weighted by reference over policy; the log-ratio is read from
-  the KL in the reward. At beta 1 the total is then log(best-of-n / policy), and the rule mixes the
-  gradients of -KL(policy || best-of-n), to which each total less the mean belongs, and with the
+  The reward is `ops.best_of_n_reward`, with n = `hypers.best_of` and the chances that
+  `reference_chances` finds. At beta 1 the total is then log(best-of-n / policy), and the rule mixes
+  the gradients of -KL(policy || best-of-n), to which each total less the mean belongs, and with the
   share `hypers.forward_share` of -KL(best-of-n || policy), to which the completion's part of
   exp(total) belongs, relative to an equal part. Pier Giuseppe Sessa et al., "BOND: Aligning LLMs
   with Best-of-N Distillation", 2024, eq. 9 and 11, there with draws of the reference.
@@ -67,19 +66,40 @@ def best_of_n(x: Experience, algorithm, hypers) -> Advantages:
 
   scores, scored = groups(x.scores), groups(x.scored)
   log_ratios = groups(ops.zero_padding(x.kl, x.mask).sum(axis=-1))
-
-  def parts(logits):
-    lowest = jnp.finfo(logits.dtype).min
-    return jnp.where(scored, jax.nn.softmax(jnp.where(scored, logits, lowest)), 0.0)
-
-  reward = ops.best_of_n_reward(scores, parts(-log_ratios), hypers.best_of)
+  above, tied = reference_chances(scores, log_ratios, scored)
+  # No completion is lower than one in the group, however large the weights of those above it.
+  upto = jnp.maximum(1 - above, 1 / algorithm.group_size)
+  reward = ops.best_of_n_reward(upto, tied, hypers.best_of)
   totals = jnp.where(scored, reward - x.beta * log_ratios, 0.0)
   count = scored.sum(axis=-1, keepdims=True)
-  covering = x.beta * (count * parts(ops.divide(totals, x.beta)) - 1)
+  logits = jnp.where(scored, ops.divide(totals, x.beta), jnp.finfo(totals.dtype).min)
+  covering = x.beta * jnp.where(scored, count * jax.nn.softmax(logits) - 1, 0.0)
   share = hypers.forward_share
   advantages = (1 - share) * ops.group_centred(totals, scored) + share * covering
   advantages = jnp.broadcast_to(advantages.reshape(-1, 1), x.mask.shape)
   return Advantages(advantages, jnp.zeros_like(advantages))
+
+
+def reference_chances(scores, log_ratios, scored) -> tuple[jax.Array, jax.Array]:
+  """Returns the reference's chances [K, G] of a higher score than each, and of an equal one.
+
+  They are means over the group's other completions, weighted by reference over policy, so their
+  expectations are right. Why not the lower scores, weights that sum to 1, or all of the group? A
+  policy near best-of-n seldom draws a low score, whose weight is then large, and the logarithm of
+  so uncertain a number is biased; so is any mean that the completion itself is part of.
+
+  Args:
+    scores: [K, G].
+    log_ratios: [K, G] log(policy / reference) of whole completions, nats.
+    scored: [K, G] bool, which completions count.
+  """
+  others = scored[:, None] & ~jnp.eye(scores.shape[-1], dtype=bool)[None]
+  weights, theirs, own = jnp.exp(-log_ratios)[:, None], scores[:, None], scores[..., None]
+  above, tied = (
+    ops.masked_mean(jnp.where(which, weights, 0.0), others, axis=-1)
+    for which in (theirs > own, theirs == own)
+  )
+  return above, tied
 
 
 # These compare the completions of a prompt, so there must be several of each.

@@ -176,6 +176,21 @@ def best_of_n(probs, scores, n) -> jax.Array:
   return probs * jnp.where(tied > 0, (upto**n - below**n) / jnp.where(tied > 0, tied, 1.0), 0.0)
 
 
+def best_of_n_reward(probs, scores, n) -> jax.Array:
+  """Returns [N], the log of `best_of_n` over `probs`, with the same arguments; also for a large n.
+
+  Args:
+    probs: [N], of one draw, positive.
+    scores: [N].
+    n: at least 1, may be traced and fractional.
+  """
+  upto, tied = (
+    jnp.where(which, probs[None], 0.0).sum(axis=-1)
+    for which in (scores[None] <= scores[:, None], scores[None] == scores[:, None])
+  )
+  return ops.best_of_n_reward(upto, tied, n)
+
+
 def best_of_n_kl_bound(n) -> jax.Array:
   """Returns log(n) - (n - 1) / n, the KL of best-of-n to one draw if no two scores tie.
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from klrl.ops.masking import (
-  at_least_float32,
   deviation,
   divide,
   masked_var,
@@ -189,30 +188,26 @@ def leave_one_out(scores: jax.Array, mask: jax.Array | None = None) -> jax.Array
   return group_centred(scores, mask) * (num / jnp.maximum(1, num - 1))
 
 
-def best_of_n_reward(scores: jax.Array, weights: jax.Array, n: jax.Array | float) -> jax.Array:
-  """Returns [..., G] log(best-of-n / reference), the reward whose best policy is best-of-n.
+def best_of_n_reward(upto: jax.Array, tied: jax.Array, n: jax.Array | float) -> jax.Array:
+  """Returns [...] log(best-of-n / reference), the reward whose best policy is best-of-n.
 
   With beta 1, that is: the maximum of E[reward] - KL(pi || reference). Where no two scores tie it
-  is about (n - 1) log F + log n, with F the reference's chance to score no more; of equal scores
-  the mean of that over their part of the ranks is meant. Pier Giuseppe Sessa et al., "BOND:
-  Aligning LLMs with Best-of-N Distillation", 2024, theorem 2; Afra Amini, Tim Vieira and Ryan
-  Cotterell, "Variational Best-of-N Alignment", 2024, which leaves ties out.
+  is (n - 1) log F + log n, with F the reference's chance to score no more; of equal scores the mean
+  of F^(n - 1) over their part of the ranks is meant. Pier Giuseppe Sessa et al., "BOND: Aligning
+  LLMs with Best-of-N Distillation", 2024, theorem 2; Afra Amini, Tim Vieira and Ryan Cotterell,
+  "Variational Best-of-N Alignment", 2024, which leaves ties out.
 
-  >>> print(ops.best_of_n_reward(jnp.array([0.0, 1.0]), jnp.array([0.5, 0.5]), 2))  # 1/4 and 3/4
+  >>> print(ops.best_of_n_reward(jnp.array([0.5, 1.0]), 0.5, 2))  # 1/4 and 3/4 for a coin's 1/2
   [-0.693  0.405]
 
   Args:
-    scores: [..., G].
-    weights: [..., G] probabilities of the reference, or weights that stand for them; they sum to 1.
+    upto: [...], the reference's chance of a score that is not higher, positive.
+    tied: [...], its chance of an equal score; taken to be `upto` where it is more.
     n: at least 1, may be traced and fractional.
   """
-  weights = at_least_float32(weights)
-  row, column = scores[..., None, :], scores[..., None]
-  upto, tied = ((weights[..., None, :] * x).sum(axis=-1) for x in (row <= column, row == column))
   # (upto^n - below^n) / tied, in a form that keeps its digits where few tie or all do.
   share = jnp.clip(divide(tied, upto), 0.0, 1.0)
   gained = -jnp.expm1(n * jnp.log1p(-share))
-  upto = jnp.maximum(upto, jnp.finfo(upto.dtype).tiny)
   return (n - 1) * jnp.log(upto) + jnp.log(jnp.where(share > 0, divide(gained, share), n))
 
 

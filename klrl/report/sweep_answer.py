@@ -96,7 +96,8 @@ def exact_answer(settings) -> tuple[str, list[str]]:
   return sentence, [
     "All completions are enumerated: scores, KLs and the best policy ref · exp(score/β)/Z are "
     "exact. The gap is what a member lacks of E[score] \N{MINUS SIGN} β KL, as a share of what the "
-    "best policy gains over the reference; of several seeds the largest counts."
+    "best policy gains over the reference; of several seeds the largest counts. For a member with "
+    "--advantage=best_of_n the log of best-of-n over ref stands for the score in both."
   ]
 
 

@@ -7,7 +7,7 @@ policy at the start. The score is a table with several modes; a run sees it as a
 looks completions up, so nothing else differs from other tasks.
 
 The result of training is compared with the best policy, `ref * exp(score / beta) / Z`, by
-E[score] - beta * KL(pi || ref).
+E[score] - beta * KL(pi || ref); with best-of-n where that is what a run imitates.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from klrl.exact import oracle
+from klrl.exact import bandits, oracle
 from klrl.models import DecoderConfig, Policy, ScalarModel, TokenizerInfo, policy_model, save_policy
 
 LETTERS = "abcd"
@@ -131,18 +131,25 @@ class Exact:
   def _ref(self, temperature: float) -> np.ndarray:
     return np.asarray(self._ref_logits(self._reference_params), np.float64) / temperature
 
-  def figures(self, params, *, beta: float, temperature: float) -> dict[str, float]:
+  def figures(
+    self, params, *, beta: float, temperature: float, best_of: float | None = None
+  ) -> dict[str, float]:
     """Returns how far the policy with these parameters is from the best one at `beta`.
 
+    The reward is the score. With `best_of`, n above 1, it is the log of best-of-n over the
+    reference, by the score, so that best-of-n is the best policy at beta 1.
+
     * `exact_score`, `exact_kl`: E[score], and KL(pi || ref) in nats per sequence.
-    * `objective`, `optimal_objective`: E[score] - beta * KL, of this policy and of the best one.
+    * `objective`, `optimal_objective`: E[reward] - beta * KL, of this policy and of the best one.
     * `objective_gap`: their difference, as a share of what the best policy gains over the
       reference: 0 for the best policy, and 1 for a policy no better than the reference.
     * `tv_to_optimum`: the total variation to the best policy, 0 to 1.
     """
     logits = np.asarray(self._logits(params), np.float64) / temperature
+    ref, scores = self._ref(temperature), completion_scores()
     with jax.enable_x64(True):
-      found = _exact_figures(logits, self._ref(temperature), completion_scores(), beta)
+      rewards = scores if best_of is None else _best_of_n_reward(ref, scores, best_of)
+      found = _exact_figures(logits, ref, scores, rewards, beta)
       return {name: float(x) for name, x in found.items()}
 
   def frontier(self, *, temperature: float) -> dict[str, list[float]]:
@@ -153,24 +160,30 @@ class Exact:
 
 
 @jax.jit
-def _exact_figures(logits, ref, scores, beta):
+def _best_of_n_reward(ref, scores, n):
+  probs = jnp.exp(oracle.log_probs(TREE, ref))
+  return bandits.best_of_n_reward(probs, scores, n)
+
+
+@jax.jit
+def _exact_figures(logits, ref, scores, rewards, beta):
   probs, ref_probs = (jnp.exp(oracle.log_probs(TREE, x)) for x in (logits, ref))
   score, kl = probs @ scores, oracle.sequence_kl(TREE, logits, ref)
-  optimum = oracle.optimal_policy(TREE, ref, scores, beta=jnp.where(beta > 0, beta, 1.0))
+  optimum = oracle.optimal_policy(TREE, ref, rewards, beta=jnp.where(beta > 0, beta, 1.0))
   # Without a KL the best policy is the best completion.
   best_probs = jnp.where(
     beta > 0,
     jnp.exp(oracle.log_probs(TREE, optimum.logits)),
-    jax.nn.one_hot(scores.argmax(), len(scores)),
+    jax.nn.one_hot(rewards.argmax(), len(rewards)),
   )
-  best = jnp.where(beta > 0, optimum.values[0], scores.max())
-  objective = score - beta * kl
+  best = jnp.where(beta > 0, optimum.values[0], rewards.max())
+  objective = probs @ rewards - beta * kl
   return {
     "exact_score": score,
     "exact_kl": kl,
     "objective": objective,
     "optimal_objective": best,
-    "objective_gap": (best - objective) / (best - ref_probs @ scores),
+    "objective_gap": (best - objective) / (best - ref_probs @ rewards),
     "tv_to_optimum": jnp.abs(probs - best_probs).sum() / 2,
   }
 
