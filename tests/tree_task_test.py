@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import best_of_n, distill, reinforce, sweep
+from experiments import best_of_n, distill, grpo, reinforce, sweep
 from klrl import inputs
 from klrl.errors import UserError
-from klrl.exact import oracle
+from klrl.exact import bandits, oracle
 from klrl.models import load_policy, policy_model
 from klrl.tasks import tree
 
@@ -66,12 +66,15 @@ def test_the_start_has_gained_nothing(start):
   assert found["exact_score"] == pytest.approx(probs_of(*start[:2]) @ SCORES, abs=1e-5)
 
 
-@pytest.mark.parametrize(("beta", "temperature"), [(0.3, 1.0), (1.0, 0.5), (0.0, 1.0)])
-def test_figures_are_those_of_the_definition(start, beta, temperature):
+@pytest.mark.parametrize(
+  ("beta", "temperature", "best_of"),
+  [(0.3, 1.0, None), (1.0, 0.5, None), (0.0, 1.0, None), (1.0, 0.5, 4.0)],
+)
+def test_figures_are_those_of_the_definition(start, beta, temperature, best_of):
   """Another decoder as the policy; probabilities by softmax over whole completions."""
   policy, params, exact = start
   other = tree.fresh_policy(1)[1]
-  found = exact.figures(other, beta=beta, temperature=temperature)
+  found = exact.figures(other, beta=beta, temperature=temperature, best_of=best_of)
 
   # Compiled as a whole, as there: operation by operation float32 is rounded otherwise.
   logits_of = jax.jit(lambda params: oracle.decoder_logits(policy, params, TREE, [0]))
@@ -83,12 +86,17 @@ def test_figures_are_those_of_the_definition(start, beta, temperature):
 
   log_ref, log_pi = log_probs(params), log_probs(other)
   ref, pi = np.exp(log_ref), np.exp(log_pi)
-  best = ref * np.exp(SCORES / beta) if beta else np.eye(341)[SCORES.argmax()]
+  rewards = SCORES
+  if best_of:
+    with jax.enable_x64(True):
+      rewards = np.log(np.asarray(bandits.best_of_n(ref, SCORES, best_of))) - log_ref
+    np.testing.assert_allclose((ref * np.exp(rewards)).sum(), 1.0)
+  best = ref * np.exp(rewards / beta) if beta else np.eye(341)[SCORES.argmax()]
   best = best / best.sum()
 
   def objective(probs):
     log_ratio = np.log(np.where(probs > 0, probs, 1)) - np.where(probs > 0, log_ref, 0)
-    return probs @ SCORES - beta * (probs @ log_ratio)
+    return probs @ rewards - beta * (probs @ log_ratio)
 
   expected = {
     "exact_score": pi @ SCORES,
@@ -115,6 +123,9 @@ def test_frontier_begins_at_the_reference_and_is_concave(start):
 
 RUN = {"task": "tree", "num_iterations": 2, "batch_size": 32, "num_eval_rows": 16, "mesh": "data=1"}
 
+BOND = {"advantage": "best_of_n", "best_of": 3.0, "beta": 2.0, "kl_placement": "reward"}
+BOND |= {"kl_estimator": "k1", "kl_correction": "none", "kl_credit": "sequence"}
+
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
@@ -123,12 +134,12 @@ def workplace(tmp_path, monkeypatch):
 
 
 def test_a_run_leaves_the_exact_figures_of_its_model(workplace):
-  workdir = reinforce.main(reinforce.Config(beta=0.3, **RUN))
+  workdir = grpo.main(grpo.Config(**BOND, **RUN))
   summary = json.loads((workdir / "summary.json").read_text())
   model_config, params = load_policy(workdir / "model")
   reference = policy_model(model_config)
   exact = tree.Exact(reference, reference, tree.fresh_policy(0)[1])
-  found = exact.figures(params, beta=0.3, temperature=1.0)
+  found = exact.figures(params, beta=2.0, temperature=1.0, best_of=3.0)
   assert {name: summary[name] for name in found} == pytest.approx(found, rel=1e-6)
   assert summary["exact_kl"] > 0
   assert summary["gold_after"] is None
@@ -161,6 +172,11 @@ def test_a_moving_objective_has_no_optimum(workplace, given):
   directory = str(tree.write_policy(workplace, 0))
   models = inputs.load_models(config.sources(), policy=directory, reward_model="")
   assert inputs.load_task(config.sources(), models).exact is None
+
+
+def test_the_best_of_one_draw_gains_nothing_and_has_no_figures():
+  known = [grpo.Config(**BOND | {"best_of": n}, **RUN).sources().enumerated for n in (1.0, 1.5)]
+  assert known == [False, True]
 
 
 @pytest.mark.parametrize(
