@@ -6,7 +6,8 @@ All completions of a small language are listed, so that nothing is sampled. For 
 `objective.DEFINED`, and for the formulas of other frameworks (`kl_peers`), the expected gradient of
 what training differentiates is held against the gradients of KL(pi || ref), on samples of the
 policy itself and of an older one, and ascent is followed to where it ends. Penalties with another
-divergence are held against its gradients. What `objective.audit` claims stands beside what was
+divergence are held against its gradients, and ways to put a guide into the reference against that
+of KL(pi || ref * exp(guide) / Z). What `objective.audit` claims stands beside what was
 found. A fixed tree is joined by random ones, so that what is called exact is exact on all of them.
 WORKDIR has audit.json, report.html, and a table and a picture of what other frameworks do.
 
@@ -126,6 +127,7 @@ def make_audit(config: Config) -> dict[str, Any]:
     "num_differing": sum(not claim["agrees"] for claim in claims),
     **groups,
     "divergences": _divergences(tree, policies),
+    "guides": kl_figures.of_guides(tree, policies),
     "undefined": _undefined(),
   }
 

@@ -4,7 +4,8 @@
 
 Exact studies of one choice among few: which moves KL(new||old) and KL(old||new) permit, how large
 the first can be when the second is known, that to second order they are one, that a local KL sets
-the pace and not the end, and what value targets of a late rollout are those of. Then PPO on
+the pace and not the end, where a regression to what lies between both anchors leads, and what value
+targets of a late rollout are those of. Then PPO on
 the embedded task with a KL to the reference (global), a KL to the policy that sampled (local, in
 either direction), both, and none; and KL in the reward against KL as a loss of its own, when a
 rollout is used for 1, 4 and 16 passes. About eight minutes on 2 CPU cores, stages included. WORKDIR
@@ -40,6 +41,7 @@ from klrl.run.workdir import create_workdir
 
 DIRECTIONS = ("kl_old_new", "kl_new_old")
 ETAS, NUM_STEPS = (0.25, 1.0, 4.0), 21  # of the study of pace
+BETA, LOCAL_BETA, NUM_REGRESSIONS = 0.5, 1.5, 41  # of the study of a regression
 # Changes to PPO's defaults.
 ANCHORS = {
   "none": {"kl_placement": "none", "trust_region": "none"},
@@ -175,6 +177,58 @@ def pace() -> dict:
   return {"eta": list(ETAS), "kl": [path(eta) for eta in ETAS]}
 
 
+def regressions() -> dict:
+  """Returns where DAR's regression leads on a tree, when each iteration samples from the last end.
+
+  What both KLs lead to, with `beta` and `trust_region_beta`, is the best policy for one KL to
+  ref^w old^(1 - w) / Z, w = beta / (beta + trust_region_beta). Over the iterations, the first of
+  which samples from the reference, `between` is the largest total variation of the two; `residual`
+  the largest gradient of the regression's loss there, over that at the policy that sampled; and
+  `distance` [iterations] the total variation of the sampler and ref * exp(score / beta) / Z. Li He
+  et al., "Unifying Stable Optimization and Reference Regularization in RLHF", 2026 (DAR).
+  """
+  tree, rng = oracle.make_tree(3, 3), np.random.default_rng(0)
+  ref_logits = jnp.asarray(rng.standard_normal((len(tree.depths), tree.vocab_size)))
+  scores = jnp.asarray(rng.standard_normal(len(tree.tokens)))
+  scale = BETA + LOCAL_BETA
+  share = BETA / scale
+  ref = oracle.log_probs(tree, ref_logits)
+  optimum = jax.nn.softmax(ref + scores / BETA)
+
+  def iteration(logits, _):
+    old = oracle.log_probs(tree, logits)
+    totals = scores - BETA * (old - ref)
+    ahead = jnp.broadcast_to((totals - jnp.exp(old) @ totals)[:, None], tree.tokens.shape)
+    weights = ops.exponential_weights(ahead, temperature=scale)
+
+    def loss(logits):
+      per_token = ops.reinforce_loss(oracle.token_log_probs(tree, logits), weights, tree.mask)
+      return jnp.exp(old) @ per_token.sum(axis=1)
+
+    end = oracle.optimal_policy(tree, logits, totals, beta=scale).logits
+    between = jax.nn.softmax(share * ref + (1 - share) * old + scores / scale)
+    at_end, at_old = (jnp.linalg.norm(jax.grad(loss)(x)) for x in (end, logits))
+    return end, {
+      "between": _total_variation(jnp.exp(oracle.log_probs(tree, end)), between),
+      "residual": at_end,
+      "start": at_old,
+      "distance": _total_variation(jnp.exp(old), optimum),
+    }
+
+  found = jax.lax.scan(iteration, ref_logits, length=NUM_REGRESSIONS)[1]
+  return {
+    "beta": BETA,
+    "trust_region_beta": LOCAL_BETA,
+    "between": found["between"].max(),
+    "residual": found["residual"].max() / found["start"][0],
+    "distance": found["distance"],
+  }
+
+
+def _total_variation(probs, others):
+  return jnp.abs(probs - others).sum() / 2
+
+
 def late_values() -> dict:
   """Returns the expected value target of the first token, on completions of an older policy.
 
@@ -226,6 +280,7 @@ def exact_studies() -> dict:
     agreement = jax.vmap(lambda e: second_order([0.5, 0.3, 0.2], [1.0, -2.0, 0.5], e))(eps)
     figures = {
       "pace": pace(),
+      "regressions": regressions(),
       "late": late_values(),
       "moves": {"radius": radii, **moves},
       "bounds": {

@@ -13,12 +13,18 @@ gradients, so nothing is scaled here.
 Without weights the log-probs of the sampler are those of the old policy, and the loss's own ratio
 holds the difference; with them old log-probs are computed again as they are trained.
 
+A third way takes off what the sampler expects of each score (`--trust_region=centred`). What that
+does to gradients, beside the plain score and the ratio of each token, is enumerated on a tree of
+three tokens, for samplers ever farther from the policy.
+
 WORKDIR has mismatch.json, report.html, and the runs in `runs`, a sweep.
 """
 
 import dataclasses
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
@@ -26,8 +32,10 @@ from experiments import sweep
 from experiments.lab import laboratory
 from experiments.settings import common
 from experiments.settings.common import setting
+from klrl import ops
+from klrl.exact import oracle
 from klrl.figures import KL, digits, shown
-from klrl.report.page import element, figure, note, page, paragraph, table
+from klrl.report.page import element, figure, grid, note, page, paragraph, table
 from klrl.report.plots import SERIES, plot
 from klrl.run import progress
 from klrl.run.metrics import read_lines
@@ -38,6 +46,7 @@ DTYPES = "float32", "bfloat16", "float16"
 CORRECTIONS = "none", "token"
 COLUMNS = "sampler", "weights", "KL to the sampler", "Score", "Gold", "KL(π‖ref)"
 _JUDGED = "score", "gold", KL
+SCORES = {"plain": "plain score", "ratio": "ratio of each token", "centred": "centred score"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +79,12 @@ def main(config: Config, *, root: str = "runs") -> pathlib.Path:
       for correction in CORRECTIONS
       if (values := {"sampler_dtype": dtype, "sampler_correction": correction})
     ]
-    return {"num_iterations": config.num_iterations, "seeds": config.seeds, "rows": rows}
+    return {
+      "num_iterations": config.num_iterations,
+      "seeds": config.seeds,
+      "rows": rows,
+      "scores": scores_of_samplers(),
+    }
 
   return laboratory.conduct(config, "mismatch", "mismatch.json", compute, report, show, root=root)
 
@@ -88,6 +102,59 @@ def of_members(folders: list[pathlib.Path], values: dict) -> dict:
     stderrs = np.array([x[f"{name}_after_stderr"] for x in summaries])
     judged[f"{name}_stderr"] = np.sqrt((stderrs**2).sum()) / len(summaries)
   return {**values, "kl": np.mean(kls, axis=0).tolist(), **{k: float(x) for k, x in judged.items()}}
+
+
+def scores_of_samplers() -> dict:
+  """Returns what three policy gradients are on completions of ever farther samplers, enumerated.
+
+  `kl` [samplers] is KL(sampler || policy), nats. Each of `SCORES` has `variance`, the trace of the
+  covariance of one completion's gradient; `drift`, how far 1 that is added to all scores moves the
+  expected gradient, over the norm of the sampler's own gradient of its expected score; and `error`,
+  the distance from that gradient, over the same norm. The first sampler is the policy itself.
+  """
+  tree, rng = oracle.make_tree(3, 3, eos_id=2), np.random.default_rng(0)
+  drawn = rng.standard_normal((2, len(tree.depths), tree.vocab_size))
+  scores = rng.standard_normal(len(tree.tokens))
+
+  def of(size, policy, direction):
+    sampler = policy + size * direction
+    probs, drawn = jnp.exp(oracle.log_probs(tree, sampler)), oracle.token_log_probs(tree, sampler)
+
+    def gradients(scores):
+      """Returns {name: [N, S, V]}, the gradient that each completion gives."""
+      advantages = jnp.broadcast_to(scores[:, None], tree.tokens.shape)
+
+      def losses(logits):
+        log_probs = oracle.token_log_probs(tree, logits)
+        means = ops.mean_under(*map(ops.vocab_log_probs, (logits, sampler)))[tree.states]
+        unclipped = {"clip_eps_low": 1.0, "clip_eps_high": jnp.inf, "dual_clip": jnp.inf}
+        return {
+          "plain": ops.reinforce_loss(log_probs, advantages, tree.mask).sum(axis=1),
+          "ratio": ops.clipped_policy_loss(
+            log_probs, drawn, advantages, tree.mask, **unclipped
+          ).sum(axis=1),
+          "centred": ops.centred_policy_loss(log_probs, means, advantages, tree.mask).sum(axis=1),
+        }
+
+      return jax.jacobian(losses)(policy)
+
+    own = -jax.grad(lambda x: oracle.expected_score(tree, x, scores))(sampler)
+    size_of_own = jnp.linalg.norm(own)
+    found, constant = gradients(jnp.asarray(scores)), gradients(jnp.ones(len(scores)))
+    by_name = {}
+    for name in SCORES:
+      mean, drift = (jnp.tensordot(probs, x[name], 1) for x in (found, constant))
+      by_name[name] = {
+        "variance": probs @ (found[name] ** 2).sum(axis=(1, 2)) - (mean**2).sum(),
+        "drift": jnp.linalg.norm(drift) / size_of_own,
+        "error": jnp.linalg.norm(mean - own) / size_of_own,
+      }
+    return {"kl": oracle.sequence_kl(tree, sampler, policy), **by_name}
+
+  with jax.enable_x64(True):
+    policy, direction = map(jnp.asarray, drawn)
+    found = jax.lax.map(lambda size: of(size, policy, direction), jnp.linspace(0.0, 2.0, 21))
+  return jax.tree.map(lambda x: np.asarray(x).tolist(), found)
 
 
 def cells(row: dict) -> tuple[str, ...]:
@@ -129,6 +196,15 @@ def report(results: dict) -> str:
       # In float32 sampler and trainer differ by the order of their sums.
       axes.plot(np.maximum(of_dtype(results, dtype)["kl"], 1e-14), color=colour, linewidth=1.5)
 
+  scores = results["scores"]
+
+  def picture(name, title, unit):
+    def draw(axes):
+      for score, colour in zip(SCORES, SERIES, strict=False):
+        axes.plot(scores["kl"], scores[score][name], color=colour, linewidth=1.5)
+
+    return figure(title, unit, plot(draw, "KL(sampler \u2016 policy), nats"), SCORES.values())
+
   return page(
     "A sampler of lower precision",
     element("h1", "What does a sampler of lower precision do to a run?"),
@@ -149,6 +225,19 @@ def report(results: dict) -> str:
       "standard errors of the held-out completions. KL to the sampler by k3, the mean over all "
       "iterations; weights are those of each token, truncated at 2."
     ),
+    element("h2", "What the sampler expects of a score"),
+    paragraph(
+      "Under another sampler the score of the policy has a mean, so that whatever is added to all "
+      "rewards moves the policy. A ratio of each token mends that and has a variance of its own. "
+      "A centred score is less its mean under the sampler. Its gradient is the one that the "
+      "sampler would follow, and not the policy\u2019s."
+    ),
+    grid(
+      picture("variance", "Noise", "trace of the covariance of one completion\u2019s gradient"),
+      picture("drift", "Moved by 1 added to all scores", "of the norm of the gradient"),
+      picture("error", "From the gradient at the sampler", "of its norm"),
+    ),
+    note("Enumerated on a tree of three tokens, with random policies and scores, without a clip."),
   )
 
 

@@ -1,5 +1,7 @@
 """Tests of experiments.kl_directions; its numbers from elsewhere are in kl_facts_test.py."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from experiments import kl_directions, ppo
 from experiments.lab import papers
 from experiments.lab.kl_directions_page import report
 from klrl.errors import UserError
+
+exact_studies = functools.cache(kl_directions.exact_studies)
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +67,9 @@ def test_a_target_of_a_late_rollout_is_the_value_of_one_policy_or_the_other():
   assert not np.allclose(found["capped"][1:], found["gae"][1:], rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["trpo_2015", "sason_verdu_2016"])
+@pytest.mark.parametrize("name", ["trpo_2015", "sason_verdu_2016", "dar_2026"])
 def test_what_papers_say_of_the_directions_is_found(name):
-  agrees, figure = papers.PAPERS[name].found(kl_directions.exact_studies())
+  agrees, figure = papers.PAPERS[name].found(exact_studies())
   assert agrees and figure
 
 
@@ -87,7 +91,7 @@ def test_page_is_made_of_figures_alone_and_escapes_names():
       **more,
     }
 
-  results = {"beta": 0.5, **kl_directions.exact_studies()}
+  results = {"beta": 0.5, **exact_studies()}
   results["anchors"] = [run(f"<{name}>") for name in kl_directions.ANCHORS]
   results["epochs"] = [
     run(f"{name}, {n} epochs", num_epochs=n, penalty=name)
@@ -96,4 +100,4 @@ def test_page_is_made_of_figures_alone_and_escapes_names():
   ]
   text = report(results)
   assert "<none>" not in text and "&lt;none&gt;" in text
-  assert "<script" not in text and text.count("<svg") == 12
+  assert "<script" not in text and text.count("<svg") == 13

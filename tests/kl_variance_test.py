@@ -31,7 +31,7 @@ def test_the_ratio_of_the_prefix_is_exact_on_and_off_policy_and_the_exact_kl_has
     noise = {name: found[name]["completions"] for name in exact}
     assert min(noise, key=noise.get) == "loss/exact/prefix/sequence"
     assert max(noise, key=noise.get) == "loss/k1/prefix/sequence"
-  others = [name for name in off if "/none/" in name]
+  others = [name for name in off if name.endswith("/none/sequence")]
   assert all(tree["on_policy"][name]["error"] < 1e-9 for name in others)
   assert all(off[name]["error"] > 0.05 for name in others)
 
@@ -42,6 +42,12 @@ def test_the_two_ways_to_the_exact_gradient_are_one_on_policy(tree):
     for name in ("both/exact/none/sequence", "loss/exact/prefix/sequence")
   )
   np.testing.assert_allclose(both, prefix, rtol=1e-9)
+
+
+def test_the_kl_of_a_prefix_as_a_baseline_leaves_the_gradient_and_not_the_variance(tree):
+  k1, centred = (tree["on_policy"][name] for name in kl_variance.BASELINES)
+  np.testing.assert_allclose(k1["error"], centred["error"], rtol=1e-9)
+  assert centred["completions"] > k1["completions"]
 
 
 @pytest.fixture(scope="module")

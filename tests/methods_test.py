@@ -205,7 +205,7 @@ def test_at_the_old_policy_every_trust_region_climbs_the_score(trust_region):
   assert_same(ascent(config), gradient_of(mean_score))
 
 
-def test_regression_leads_to_the_tilt_of_a_reference_between_old_and_ref():
+def test_regression_climbs_a_likelihood_weighted_by_the_score_less_the_cost_of_the_kl():
   scale = 2.0
   settings = {"trust_region": "regression", "trust_region_beta": scale, "batch_size": 2}
   config = preset("rloo", beta=BETA, **settings)
@@ -218,17 +218,6 @@ def test_regression_leads_to_the_tilt_of_a_reference_between_old_and_ref():
     return scale * weights @ oracle.log_probs(TREE, logits)
 
   assert_same(ascent(config), gradient_of(likelihood))
-  target = oracle.optimal_policy(TREE, LOGITS, totals, beta=scale).logits
-  assert np.abs(jax.grad(likelihood)(target)).max() < 1e-9
-  w = BETA / scale
-  np.testing.assert_allclose(
-    oracle.log_probs(TREE, target),
-    jax.nn.log_softmax(w * ref + (1 - w) * old + SCORES / scale),
-    rtol=1e-9,
-  )
-  for _ in range(100):  # Each iteration samples from the policy that the one before has led to.
-    old = jax.nn.log_softmax(w * ref + (1 - w) * old + SCORES / scale)
-  np.testing.assert_allclose(old, jax.nn.log_softmax(ref + SCORES / BETA), rtol=1e-6)
 
 
 def summed(divergence, weights):
@@ -287,21 +276,6 @@ def test_a_centred_score_climbs_where_its_sampler_would_whatever_is_added_to_the
   assert_same(found, expected)
   plain = ascent(without_baseline("none"), scores=SCORES + added, sampler=SAMPLER)
   assert np.linalg.norm(plain - expected) > (1 + added) * np.linalg.norm(expected)
-
-
-def test_a_centred_score_has_not_the_variance_of_a_ratio():
-  """Closed forms of one completion from another sampler, for the logits of its prefixes."""
-  probs, p, q = np.exp(oracle.log_probs(TREE, SAMPLER)), *map(jax.nn.softmax, (LOGITS, SAMPLER))
-  p, q, taken = (np.asarray(x) for x in (p[TREE.states], q[TREE.states], np.eye(3)[TREE.tokens]))
-  ratios = ((p / q) * taken).sum(axis=-1, keepdims=True)
-  gradients = {"centred": taken - q, "ratio": ratios * (taken - p), "plain": taken - p}
-  for name, x in gradients.items():
-    of_completions = np.zeros((15, 7, 3))
-    for n, t in np.argwhere(TREE.mask):
-      of_completions[n, TREE.states[n, t]] = SCORES[n] * x[n, t]
-    mean = np.tensordot(probs, of_completions, 1)
-    gradients[name] = (probs @ (of_completions**2).sum(axis=(1, 2))) - (mean**2).sum()
-  np.testing.assert_allclose(list(gradients.values()), [2.603, 25.272, 3.119], atol=1e-3)
 
 
 def test_lambda_below_one_climbs_the_score_where_the_values_are_true():

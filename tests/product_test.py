@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from methods_test import (
   BETA,
-  LOGITS,
   REF,
   SAMPLER,
   SCORES,
@@ -108,49 +107,3 @@ def test_logits_with_a_soft_bound_are_refused():
   capped = dataclasses.replace(BAG, config=dataclasses.replace(CONFIG, logits_cap=30.0))
   with pytest.raises(UserError, match="bounds its logits softly"):
     product_policy([capped, uniform_policy(5, 8)], (0.5, 0.5))
-
-
-def whole_kl(logits, log_probs):
-  """Returns KL(pi || q) of whole completions, of which q has the `log_probs`."""
-  own = oracle.log_probs(TREE, logits)
-  return jnp.exp(own) @ (own - log_probs)
-
-
-def test_what_needs_no_reference_of_its_own_is_what_the_page_says():
-  with jax.enable_x64(True):
-    ref, old = (oracle.log_probs(TREE, x) for x in (REF, SAMPLER))
-    policies = [np.random.default_rng(seed).normal(size=REF.shape) for seed in range(3)]
-    guide = np.cos(np.arange(15.0))
-    # A guide of whole completions is a reward.
-    guided = jax.nn.log_softmax(ref + guide)
-    gaps = [
-      oracle.expected_score(TREE, x, BETA * guide)
-      - BETA * oracle.sequence_kl(TREE, x, REF)
-      + BETA * whole_kl(x, guided)
-      for x in policies
-    ]
-    np.testing.assert_allclose(gaps, gaps[0], rtol=1e-9)
-    # Two KLs are one, to what lies between.
-    scale = BETA + 0.3
-    between = jax.nn.log_softmax((BETA * ref + 0.3 * old) / scale)
-    gaps = [
-      BETA * whole_kl(x, ref) + 0.3 * whole_kl(x, old) - scale * whole_kl(x, between)
-      for x in policies
-    ]
-    np.testing.assert_allclose(gaps, gaps[0], rtol=1e-9)
-
-
-def test_a_guide_of_the_prefix_in_k3_weighs_the_forward_kl_there():
-  with jax.enable_x64(True):
-    entropy = -(jax.nn.softmax(LOGITS) * jax.nn.log_softmax(LOGITS)).sum(axis=1)
-    guide = 1 + 0.5 * entropy
-    probs, visits = jax.nn.softmax(LOGITS), oracle.visits(TREE, LOGITS)
-
-    def loss(logits):  # The expectation over the tokens of LOGITS, whose choice is not credited.
-      shaped = jax.nn.log_softmax(REF) + jnp.log(guide)[:, None]
-      return visits @ (probs * ops.k3(jax.nn.log_softmax(logits), shaped)).sum(axis=1)
-
-    def weighted(logits):
-      return visits @ (guide * ops.kl_of(*map(jax.nn.log_softmax, (REF, logits))))
-
-    assert_same(gradient_of(loss), gradient_of(weighted))

@@ -102,6 +102,7 @@ def audit_page(audit: Audit) -> str:
     *_top(audit, behaviours(audit)),
     *_own(audit),
     *_divergences(audit),
+    *_guides(audit),
     *_variants(audit),
     *_peers(audit),
     element("h2", "How it was computed"),
@@ -206,6 +207,30 @@ def _divergences(audit: Audit) -> list[Html]:
     ),
     _table(
       (PENALTY, ("verdict", _verdict), CLAIMS, *gradients, pull), audit["divergences"], words=5
+    ),
+  ]
+
+
+def _guides(audit: Audit) -> list[Html]:
+  spread = ("all trees", lambda row: f"{percent(row['lowest'])} to {percent(row['highest'])}")
+  return [
+    element("h2", "A guide in the reference"),
+    paragraph(
+      "A reference that is reshaped by a guide, ref\u2009exp(g)\u2009/\u2009Z over completions "
+      "(SAGE), is the reference itself and β\u2009g as another reward. A product that is "
+      "normalised at each prefix is another policy. And a guide that does not read the token is no "
+      "other reference: in k3 as a loss it is a weight, and the gradient is that of KL(ref‖π) "
+      f"times q at each prefix (found to {digits(audit['guides'][-1]['error_weighted'])} on all "
+      "trees)."
+    ),
+    _table(
+      (
+        ("guide", lambda row: row["name"]),
+        ("error, against\nKL(π‖ref exp(g) / Z)", lambda row: percent(row["error"])),
+        spread,
+      ),
+      audit["guides"],
+      words=1,
     ),
   ]
 

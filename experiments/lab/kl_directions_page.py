@@ -31,6 +31,7 @@ def report(results: dict) -> str:
   middle = int(np.argmin(np.abs(np.array(moves["radius"]) - 0.05)))
   reach = {name: rare[name][middle] for name in NAMES}
   last, pace, late = -1, results["pace"], results["late"]
+  regressions = results["regressions"]
   return page(
     "Two directions and two anchors of KL",
     element("h1", "Two directions and two anchors of KL"),
@@ -106,6 +107,22 @@ def report(results: dict) -> str:
         "step", yscale="log",
       ),
       [f"η = {eta:g}" for eta in pace["eta"]],
+    ),
+    element("h2", "Both anchors are one between them"),
+    paragraph(
+      "Over completions, β KL(π‖ref) and b KL(π‖old) are one KL, of weight β + b, to the policy "
+      "between ref and old in log-probs. DAR finds its best policy by a regression, in which the "
+      "likelihood of a completion has the weight exp(A / (β + b)). On a tree of three tokens, with "
+      f"β = {regressions['beta']:g} and b = {regressions['trust_region_beta']:g}, the regression "
+      "leads there. When each iteration samples from where the last one led, the end is the best "
+      "policy for β alone: the two anchors do not conflict, and the local one sets the pace."
+    ),
+    figure(
+      "From the best policy for β alone", "total variation",
+      _lines(
+        np.arange(len(regressions["distance"])),
+        {"": np.maximum(regressions["distance"], _LEAST)}, "iteration", yscale="log",
+      ),
     ),
     element("h2", "Whose value a late rollout teaches"),
     paragraph(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from klrl import ops
 from klrl.algorithm import kl_terms, objective
 from klrl.exact import bandits, oracle
 
@@ -340,6 +341,67 @@ def of_divergences(tree: oracle.Tree, policies: Policies) -> list[tuple]:
         figures.append({"gradient": gradient, "pull_of_kl": float(pulls[row])})
       found.append((penalty._replace(divergence=divergence), *figures))
   return found
+
+
+def of_guides(tree: oracle.Tree, policies: Policies) -> list[dict]:
+  """Returns what three ways to put a guide exp(g) beside the reference descend, on own samples.
+
+  Each has its `name`, and `error`, the distance of its gradient from that of
+  KL(pi || ref * exp(g) / Z) over completions, over the norm of that, on the first tree, with its
+  `lowest` and `highest` on all. In the last the guide is that of SAGE's code (Chanuk Lee et al.,
+  2026): log q, where q >= 1 grows with the entropy of the policy before a token, is added to
+  log ref in k3 as a loss. Its `error_weighted` is the distance, the greatest of all trees, from the
+  gradient of KL(ref || pi) weighted by q at each prefix.
+  """
+  of_tokens = np.cos(np.arange(len(tree.depths) * tree.vocab_size)).reshape(-1, tree.vocab_size)
+  guide = (of_tokens[tree.states, tree.tokens] * tree.mask).sum(axis=1)
+
+  def of_one(x, ref):
+    q = 1 + ops.entropy(x) / 2
+    before = (jnp.log(q)[tree.states] * tree.mask).sum(axis=1)
+    visits, probs = oracle.visits(tree, x), jax.nn.softmax(x)
+
+    def to_guided(guide):
+      log_probs = jax.nn.log_softmax(oracle.log_probs(tree, ref) + guide)
+      return jax.grad(lambda x: ops.kl_of(oracle.log_probs(tree, x), log_probs))(x)
+
+    def rewarded(x):
+      return oracle.sequence_kl(tree, x, ref) - oracle.expected_score(tree, x, guide)
+
+    def product(x):
+      return oracle.sequence_kl(tree, x, ref + of_tokens)
+
+    def shifted(x):  # The tokens are drawn, and their choice is not credited.
+      shifted_ref = ops.vocab_log_probs(ref) + jnp.log(q)[:, None]
+      return visits @ (probs * ops.k3(ops.vocab_log_probs(x), shifted_ref)).sum(axis=1)
+
+    def weighted(x):
+      return visits @ (q * ops.kl_of(ops.vocab_log_probs(ref), ops.vocab_log_probs(x)))
+
+    of_guide, of_prefixes = to_guided(guide), to_guided(before)
+    found = [jax.grad(f)(x) for f in (rewarded, product, shifted, weighted)]
+    return found, [of_guide, of_guide, of_prefixes, found[-1]]
+
+  with jax.enable_x64(True):
+    found, exact = jax.device_get(jax.jit(jax.vmap(of_one))(policies.logits, policies.ref_logits))
+  errors = [_norm(x - y) / _norm(y) for x, y in zip(found, exact, strict=True)]
+  errors.append(_norm(found[2] - found[3]) / _norm(found[3]))
+  names = (
+    "g of the completion, as a reward",
+    "g of each token, as a product at each prefix",
+    "q of each prefix, as log q beside log ref in k3 as a loss",
+  )
+  rows = [
+    {
+      "name": name,
+      "error": float(error[0]),
+      "lowest": float(error.min()),
+      "highest": float(error.max()),
+    }
+    for name, error in zip(names, errors, strict=False)
+  ]
+  rows[-1]["error_weighted"] = float(errors[-1].max())
+  return rows
 
 
 def describe_tree(tree: oracle.Tree, policies: Policies, scores, beta) -> dict:

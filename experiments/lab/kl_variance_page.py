@@ -34,6 +34,13 @@ def verdict(results: dict) -> str:
   )
 
 
+def baseline_on_decoder(results: dict) -> str:
+  """Returns what the baseline of vOPD does to the variance of the decoder, a sentence."""
+  own = results["decoder"]["on_policy"]
+  k1, centred = (own[f"reward/{name}/none/token"]["completions"] for name in ("k1", "centred"))
+  return f"On the decoder it has {digits(centred / k1)} times the variance."
+
+
 def report(results: dict) -> str:
   """Returns the page."""
   trees, decoder = results["trees"], results["decoder"]
@@ -75,6 +82,24 @@ def report(results: dict) -> str:
     ),
     element("div", *pictures, class_="curves"),
     table(columns, rows, caption=f"Trees of {longest['horizon']} tokens, and the decoder"),
+    element("h2", "k1 less its mean at each prefix"),
+    paragraph(
+      "vOPD takes the KL of the prefix off k1, which leaves the expected gradient as it is. It is "
+      "not always a good baseline: the best one weighs each token by the square of its score, "
+      "which is small for the likely tokens that make up most of the KL. "
+      + baseline_on_decoder(results)
+    ),
+    table(
+      ("tokens", "variance over\nthat of k1, median", "policies\nwith less"),
+      [
+        (
+          tree["horizon"],
+          digits(tree["baseline"]["variance"]),
+          f"{tree['baseline']['less']} of {tree['baseline']['policies']}",
+        )
+        for tree in trees
+      ],
+    ),
     note(
       f"Trees: two tokens, medians over random policies, enumerated; KL(\u03c0 \u2016 ref) is "
       f"{digits(longest['kl'])} nats at {longest['horizon']} tokens and KL(\u03c0 \u2016 old) "

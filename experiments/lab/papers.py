@@ -17,6 +17,7 @@ RESULTS = {
   "kl_audit": "audit.json",
   "estimators": "estimators.json",
   "mode_seeking": "mode_seeking.json",
+  "kl_variance": "kl_variance.json",
   "kl_directions": "kl_directions.json",
   "best_of_n": "best_of_n.json",
   "over_optimisation": "over_optimisation.json",
@@ -185,6 +186,17 @@ def _slopes(audit: dict) -> Finding:
   )
 
 
+def _guided(audit: dict) -> Finding:
+  reward, product, prefix = audit["guides"]
+  return Finding(
+    reward["highest"] < 1e-9,
+    f"with the guide times beta as a reward the gradient is that of the KL to it, on every tree; "
+    f"a product of next tokens is {_percent(product['error'])} off, and a guide of the prefix in "
+    f"k3, as in the code, {_percent(prefix['error'])}: that is KL(ref || pi), weighted by the "
+    f"guide, to {prefix['error_weighted']:.0e}",
+  )
+
+
 def _clamped(audit: dict) -> Finding:
   clamped = _row(audit, "AlpacaFarm max(k1, 0) in the reward", "peers")
   pull = clamped["on_policy"]["pull"]
@@ -276,6 +288,18 @@ def _reverse_bound(results: dict) -> Finding:
     max(ratios) <= 1 + 1e-9,
     f"KL(new || old) is {_percent(min(ratios))} to {_percent(max(ratios))} of the bound, for an "
     f"action that had the probability {x['p_min']:g}",
+  )
+
+
+def _between(results: dict) -> Finding:
+  x = results["regressions"]
+  distance, after = x["distance"], 10
+  return Finding(
+    x["between"] < 1e-9 and x["residual"] < 1e-9 and distance[-1] < distance[after] < distance[0],
+    f"both are one to {x['between']:.0e} of total variation, and the gradient of the regression is "
+    f"{x['residual']:.0e} of its first there; the best policy for KL(pi || ref) alone is "
+    f"{_percent(distance[0])} of total variation away at first, {_percent(distance[after])} after "
+    f"{after} iterations and {distance[-1]:.0e} after {len(distance) - 1}",
   )
 
 
@@ -372,6 +396,24 @@ def _precision(results: dict) -> Finding:
     half < brain / 10,
     f"KL(sampler || policy) is {brain:.2g} nats per sequence with bfloat16 and {half:.2g} with "
     f"float16; without weights for it gold accuracy ends at {golds}",
+  )
+
+
+def _centred(results: dict) -> Finding:
+  scores = results["scores"]
+  last = -1
+  variance, drift = (
+    {name: scores[name][figure][last] for name in ("centred", "ratio", "plain")}
+    for figure in ("variance", "drift")
+  )
+  return Finding(
+    max(scores["centred"]["drift"]) < 1e-9 < min(scores["plain"]["drift"][1:])
+    and variance["centred"] < variance["ratio"],
+    f"a sampler {scores['kl'][last]:.2g} nats away, and 1 added to all scores: the gradient moves "
+    f"by {_percent(drift['centred'])} of its norm with the centred score and by "
+    f"{_percent(drift['plain'])} with the plain one; the variance is {variance['centred']:.2g}, "
+    f"{variance['plain']:.2g} for the plain score and {variance['ratio']:.2g} with the ratio of "
+    "each token",
   )
 
 
@@ -480,6 +522,14 @@ PAPERS = {
     "Over a completion it is f' of the ratio of the whole; f' of each token's ratio descends the "
     "divergence at given prefixes.",
   ),
+  "sage_2026": Paper(
+    "Chanuk Lee, Minki Kang and Sung Ju Hwang, SAGE: Shaping Anchors for Guided Exploration in "
+    "RLVR of LLMs, 2026, 2605.18864",
+    "A guide reshapes the reference of the reverse KL to ref * exp(guide) / Z.",
+    "kl_audit",
+    _guided,
+    "So it needs no reference of its own, and what the code computes is no reshaped reference.",
+  ),
   "alpaca_farm_2023": Paper(
     "Yann Dubois and others, AlpacaFarm, 2023, 2305.14387, and its code",
     "max(k1, 0) of each token, taken off the reward, is a penalty on KL(pi || SFT).",
@@ -535,6 +585,16 @@ PAPERS = {
     "KL(new || old) is bounded by KL(old || new) and the least probability of the old policy.",
     "kl_directions",
     _reverse_bound,
+  ),
+  "dar_2026": Paper(
+    "Li He and others, Unifying Stable Optimization and Reference Regularization in RLHF, 2026, "
+    "2602.11523",
+    "KL(pi || ref) and KL(pi || old) are one KL to what lies between ref and old in log-probs, and "
+    "a regression finds its best policy.",
+    "kl_directions",
+    _between,
+    "The paper says that the two conflict. They do not: all iterations together lead where the "
+    "penalty alone does, and the local KL sets the pace. `--trust_region=regression` trains it.",
   ),
   "beirami_2024": Paper(
     "Ahmad Beirami and others, Theoretical guarantees on the best-of-n alignment policy, 2024, "
@@ -595,6 +655,16 @@ PAPERS = {
     "mismatch",
     _precision,
     "At the size and length of the embedded task neither changes what is learnt.",
+  ),
+  "score_centring_2026": Paper(
+    "Martin Marek and Max Ryabinin, Score Centering Stabilizes Off-policy Reinforcement Learning, "
+    "2026, 2609.20807",
+    "Under another sampler a score less what the sampler expects of it is moved by no baseline, "
+    "and needs no ratio, whose variance it does not have.",
+    "mismatch",
+    _centred,
+    "Its gradient is that of the sampler's score, and of the policy's only where the two are one; "
+    "near the sampler it saves nothing. `--trust_region=centred` trains with it.",
   ),
   "rafailov_2023": Paper(
     "Rafael Rafailov and others, Direct Preference Optimization, 2023, 2305.18290",
