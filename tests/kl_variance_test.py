@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import kl_variance, sft
-from experiments.lab import kl_variance_page
+from experiments.lab import kl_variance_page, papers
 from klrl import ops
 from klrl.algorithm import kl_terms
 from klrl.errors import UserError
@@ -45,9 +45,16 @@ def test_the_two_ways_to_the_exact_gradient_are_one_on_policy(tree):
 
 
 def test_the_kl_of_a_prefix_as_a_baseline_leaves_the_gradient_and_not_the_variance(tree):
+  decoder = {name: {"completions": 3.0} for name in kl_variance.BASELINES}
   k1, centred = (tree["on_policy"][name] for name in kl_variance.BASELINES)
   np.testing.assert_allclose(k1["error"], centred["error"], rtol=1e-9)
   assert centred["completions"] > k1["completions"]
+  results = {"trees": [tree], "decoder": {"on_policy": decoder}}
+  agrees, figure = papers.PAPERS["vopd_2026"].found(results)
+  assert not agrees and "less for 2 of 32 policies" in figure
+  tree = tree | {"baseline": {"variance": 0.9, "less": 32, "policies": 32}}
+  decoder[kl_variance.BASELINES[1]] = {"completions": 2.0}
+  assert papers.PAPERS["vopd_2026"].found(results | {"trees": [tree]}).agrees
 
 
 @pytest.fixture(scope="module")
