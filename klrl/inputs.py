@@ -32,7 +32,7 @@ from klrl.models import (
   shared_tokens,
   uniform_policy,
 )
-from klrl.run import progress
+from klrl.run import checkpoint, progress
 from klrl.tasks import data, math_answers, rewards
 from klrl.tasks.registry import TASKS
 from klrl.tasks.verifier import Verifier, answer_tokens
@@ -150,8 +150,9 @@ def check_inputs(sources: Sources) -> None:
 def factors_of(reference: str) -> list[tuple[float, str]]:
   """Returns the powers and the names of the factors of a reference, `[POWER*]NAME,...`.
 
-  A name is a model directory, `uniform`, or `start`, which is the policy at the start. One name
-  without a power is that model itself; see `product_policy` for several.
+  A name is a model directory, a checkpoint as `checkpoint.named` takes it, `uniform`, or `start`,
+  which is the policy at the start. One name without a power is that model itself; see
+  `product_policy` for several.
 
   Raises:
     UserError: a power is 0 or not finite, or a name is empty or there twice.
@@ -169,7 +170,8 @@ def factors_of(reference: str) -> list[tuple[float, str]]:
 
 def references_of(sources: Sources) -> list[str]:
   """Returns the directories of models that the reference is made of, beside the policy's."""
-  return [name for _, name in factors_of(sources.reference) if name not in (UNIFORM, START)]
+  names = (name for _, name in factors_of(sources.reference))
+  return [name for name in names if name not in (UNIFORM, START) and not checkpoint.named(name)]
 
 
 def patience_of(sources: Sources) -> rewards.Patience:
@@ -178,11 +180,15 @@ def patience_of(sources: Sources) -> rewards.Patience:
 
 
 class Loaders(NamedTuple):
-  """The functions that read a model directory; each takes its path."""
+  """The functions that read a model directory; each takes its path.
+
+  `checkpoint` takes the folder of a checkpoint and params that are like those of its policy.
+  """
 
   policy: Callable = open_policy
   scalar: Callable = open_scalar
   tokenizer: Callable = load_tokenizer
+  checkpoint: Callable = checkpoint.policy_params
 
 
 FROM_DISK = Loaders()
@@ -240,8 +246,11 @@ def load_models(
       return uniform_policy(num_tokens, base_config.max_len), {}
     if name == START:
       return policy_model(base_config), base_params
-    model_config, params = frozen(loaders.policy, name)
-    return policy_model(model_config), params
+    if folder := checkpoint.named(name):
+      saved = loaders.checkpoint(folder, params)
+      return policy_model(base_config), stored_as(saved, sources.frozen_dtype)
+    model_config, own = frozen(loaders.policy, name)
+    return policy_model(model_config), own
 
   if sources.has_reference:
     powers, names = zip(*factors, strict=True)

@@ -1,9 +1,12 @@
 """Tests of what a run reads: its models and their dtypes, chats or text, what ends a completion."""
 
+import contextlib
 import dataclasses
 import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from chat_templates import CHATML, MARKED, NUM_TOKENS, write_tokenizer
@@ -15,7 +18,7 @@ from klrl import inputs
 from klrl.devices import parallel, unread
 from klrl.errors import UserError
 from klrl.models import DecoderConfig, load_tokenizer, policy_model, save_policy
-from klrl.run import fingerprints, progress
+from klrl.run import checkpoint, fingerprints, progress
 from klrl.tasks import data
 
 TINY = DecoderConfig(
@@ -313,6 +316,54 @@ def test_a_reference_that_cannot_be_read_is_told(reference, message, tmp_path, m
   (tmp_path / "running/checkpoints/3").mkdir(parents=True)
   with pytest.raises(UserError, match=message):
     inputs.check_inputs(inputs.Sources(reference=reference))
+
+
+@pytest.fixture
+def stopped(tmp_path):
+  """The folder of a run that was stopped after two checkpoints, and the policies in them."""
+  first = jax.jit(policy_model(TINY).init)(jax.random.key(1))
+  saved = {1: first, 2: jax.tree.map(lambda x: jax.device_put(np.asarray(x) + 1), first)}
+  with contextlib.closing(checkpoint.Checkpoints(tmp_path / "run/checkpoints", keep=3)) as writer:
+    for n, params in saved.items():
+      state = {"params": {"policy": params, "value": {"x": jnp.ones(2)}}, "key": jax.random.key(n)}
+      writer.save(n, state | {"opt_state": [jnp.zeros(3)]})
+  return tmp_path / "run", saved
+
+
+def with_reference(place, reference, **settings):
+  sources = inputs.Sources(policy=str(place / "chatty"), reference=str(reference), **settings)
+  inputs.check_inputs(sources)
+  return inputs.load_models(sources, policy=sources.policy, reward_model="")
+
+
+def test_the_policy_in_a_checkpoint_is_a_reference(place, stopped):
+  run, saved = stopped
+  for name, n in ((run, 2), (run / "checkpoints/1", 1)):
+    models = with_reference(place, name)
+    jax.tree.map(np.testing.assert_array_equal, models.reference_params, saved[n])
+  both = with_reference(place, f"0.5*start,0.5*{run}", frozen_dtype="bfloat16").reference_params
+  assert {x.dtype.name for x in jax.tree.leaves(both)} == {"bfloat16"}
+  # A run whose reference has gone on is not resumed with another one.
+  before = fingerprints.digests([str(run)])
+  shutil.copytree(run / "checkpoints/1", run / "checkpoints/3")
+  assert fingerprints.differing(before, fingerprints.digests([str(run)]))
+
+
+def test_a_checkpoint_of_another_model_or_with_damage_is_no_reference(place, stopped):
+  run, saved = stopped
+  name = run / "checkpoints/1"
+  metadata = name / "_CHECKPOINT_METADATA"
+  wide = dataclasses.replace(TINY, mlp_dim=32)
+  with pytest.raises(UserError, match=r"is not like the one .* is \[.*\] there and \[.*\] here"):
+    checkpoint.policy_params(name, jax.eval_shape(policy_model(wide).init, jax.random.key(0)))
+  with pytest.raises(UserError, match=r"is absent there and \[.*trained all of it \(--lora_rank=0"):
+    checkpoint.policy_params(name, saved[1] | {"more": {"x": np.ones(2)}})
+  record = json.loads(metadata.read_text())
+  digests = record["custom_metadata"]["digests"]
+  digests.update(dict.fromkeys((x for x in digests if x.startswith("params/policy")), "0" * 16))
+  metadata.write_text(json.dumps(record))
+  with pytest.raises(UserError, match=r"checkpoint .*/1 is damaged: params/policy.* Name another"):
+    with_reference(place, name)
 
 
 def said_of_shared(run, capsys):

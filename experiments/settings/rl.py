@@ -239,8 +239,9 @@ class RLConfig(PolicyConfig, ScoreFields, StageFields, TextFields):
 
   reference: str = setting(
     "",
-    "model directory of pi_ref, a run's too; or `uniform`, the KL to which is minus the entropy up "
-    "to a constant; or a product as 0.7*start,0.3*DIR; default: `start`, the policy at the start",
+    "model directory of pi_ref, a run's too; or a checkpoint of a run that began with the same "
+    "model, as RUN/checkpoints/40; or `uniform`, the KL to which is minus the entropy up to a "
+    "constant; or a product as 0.7*start,0.3*DIR; default: `start`, the policy at the start",
   )
   reference_update: str = setting(
     "frozen",

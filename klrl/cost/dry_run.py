@@ -70,7 +70,9 @@ def _as_in_files(config):
 
 
 # Models as config.json describes them, without their weights.
-FROM_CONFIGS = inputs.Loaders(_fresh_policy, _fresh_scalar)
+FROM_CONFIGS = inputs.Loaders(
+  _fresh_policy, _fresh_scalar, checkpoint=lambda folder, params: params
+)
 
 
 @processes.together

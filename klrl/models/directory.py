@@ -85,7 +85,8 @@ def advice(path):
   if (path / "checkpoints").is_dir() or "checkpoints" in (path.name, path.parent.name):
     return (
       " Checkpoints hold the state of training. The folder of a run can be named when the run has"
-      " finished; before that, --keep_best=score leaves its best model so far in model_best."
+      " finished; before that, --keep_best=score leaves its best model so far in model_best, and"
+      " --reference takes a checkpoint that is whole."
     )
   snapshots = sorted(path.glob("snapshots/*/config.json"))
   snapshots += sorted(path.glob("models--*/snapshots/*/config.json"))

@@ -24,7 +24,7 @@ from klrl.devices import processes
 from klrl.errors import UserError, is_of_the_machine
 
 _ITEM = "default"  # Orbax's name for the only item of a checkpoint
-_METADATA = "_CHECKPOINT_METADATA"
+METADATA = "_CHECKPOINT_METADATA"
 _RECORD = {
   "iteration": schema.integer(0),
   "digests": schema.object_of(schema.text(16)),
@@ -81,6 +81,72 @@ def saved_iterations(directory: pathlib.Path) -> list[int]:
     return []
   names = [path.name for path in directory.iterdir() if path.is_dir()]
   return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True)
+
+
+def named(path: str | pathlib.Path) -> pathlib.Path | None:
+  """Returns the folder of the checkpoint that a path names, or None.
+
+  It is `path` itself, as in RUN/checkpoints/40, or the newest one of a run that has left no model.
+  """
+  path = pathlib.Path(path)
+  try:
+    if (path / METADATA).is_file():
+      return path
+    done = [] if (path / "model").is_dir() else saved_iterations(path / "checkpoints")
+    folders = (path / "checkpoints" / str(iteration) for iteration in done)
+    return next((folder for folder in folders if (folder / METADATA).is_file()), None)
+  except (OSError, ValueError):  # a name too long, a zero byte; told where a model is looked for
+    return None
+
+
+def policy_params(folder: pathlib.Path, like):
+  """Returns the params of the policy in the checkpoint in `folder`, NumPy arrays.
+
+  Args:
+    folder: as `named` returns it.
+    like: the params of a policy of the same model, of which the shapes are read.
+
+  Raises:
+    UserError: it is damaged, or its policy has parameters of other names or shapes.
+  """
+  try:
+    found = _everywhere(_policy_params)(folder.absolute(), like)
+  except Damaged as damage:
+    raise UserError(f"The checkpoint {folder} is damaged: {damage}. Name another one.") from damage
+  if isinstance(found, str):
+    raise UserError(
+      f"The policy in the checkpoint {folder} is not like the one that this run starts from: "
+      f"{found}. Name a checkpoint of a run that began with the same model and trained all of it "
+      "(--lora_rank=0)."
+    )
+  return found
+
+
+def _policy_params(folder: pathlib.Path, like):
+  """Returns the params, or, as a text, what is different."""
+  shapes, record = _shapes_and_record(folder)
+  saved = {name: text for name, text in shapes.items() if name.startswith("params/policy/")}
+  wanted = _shapes({"params": {"policy": like}})
+  for name in sorted({**saved, **wanted}):
+    there, here = (names.get(name, "absent").partition("[")[1:] for names in (saved, wanted))
+    if there != here:
+      return f"{name} is {''.join(there) or 'absent'} there and {''.join(here) or 'absent'} here"
+  tree = ocp.StandardCheckpointHandler().metadata(folder / _ITEM).tree
+  target = {"params": {"policy": tree["params"]["policy"]}}
+  target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), target)
+  found = ocp.PyTreeCheckpointHandler().restore(
+    folder / _ITEM,
+    args=ocp.args.PyTreeRestore(
+      item=target,
+      restore_args=jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), target),
+      partial_restore=True,
+    ),
+  )
+  for path, leaf in jax.tree.leaves_with_path(found):
+    a, b = _sums_on_host(leaf, 0, leaf.shape).tolist()
+    if record is None or record["digests"].get(_name(path)) != f"{a:08x}{b:08x}":
+      raise Damaged(f"{_name(path)} is not as it was saved")
+  return found["params"]["policy"]
 
 
 def restore(directory: pathlib.Path, iteration: int, state):
@@ -259,10 +325,10 @@ def _drop_leftovers() -> None:
 
 
 def _shapes_and_record(folder: pathlib.Path):
-  record = schema.check(schema.read(folder / _METADATA), {}, folder / _METADATA)
+  record = schema.check(schema.read(folder / METADATA), {}, folder / METADATA)
   record = record.get("custom_metadata") or None
   if record is not None:
-    schema.check(record, _RECORD, folder / _METADATA, required=_RECORD)
+    schema.check(record, _RECORD, folder / METADATA, required=_RECORD)
   return _shapes(ocp.StandardCheckpointHandler().metadata(folder / _ITEM).tree), record
 
 

@@ -15,7 +15,7 @@ from klrl import schema
 from klrl.errors import UserError
 from klrl.models import hub
 from klrl.models.directory import adapters_dir, model_dir
-from klrl.run import progress
+from klrl.run import checkpoint, progress
 
 FILE = "inputs.json"
 # Fields of a config that name a file or a model's directory.
@@ -117,6 +117,8 @@ def _is_there(path: str) -> bool:
 def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
   if path.exists() and not path.is_dir():
     return {path.name: path}
+  if folder := checkpoint.named(path):  # Its record holds the digests of its arrays.
+    return {f"{folder.name}/{checkpoint.METADATA}": folder / checkpoint.METADATA}
   try:
     folders = [model_dir(path), *filter(None, [adapters_dir(path)])]
   except UserError:  # It holds data, or is refused where it is loaded.
