@@ -184,8 +184,11 @@ def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts:
       jax.random.fold_in(key, rows[0]),
       temperature=config.temperature,
     )
-    texts = task.rewards and data.completion_texts(models.tokenizer, jax.device_get(rollout))
-    scores = score(rollout, texts, [prompts.records[i] for i in of])
+    records = [prompts.records[i] for i in of]
+    texts = task.rewards and data.with_prefill(
+      data.completion_texts(models.tokenizer, jax.device_get(rollout)), records
+    )
+    scores = score(rollout, texts, records)
     if np.isnan(scores).any():
       raise UserError(
         "Every reward abstained from a completion, by None; best-of-n needs a score for each."

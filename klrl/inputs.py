@@ -482,6 +482,11 @@ def load_task(sources: Sources, models: Models) -> Task:
       f"--max_completion_len={max_completion_len} leaves no room for a prompt: the smallest "
       f"context of the models holds {context} tokens."
     )
+  if sources.prefill and any(record.get(data.PREFILL) for part in parts for record in part):
+    raise UserError(
+      f"--prefill={sources.prefill} is set, and {sources.prompts} has a column {data.PREFILL}, "
+      "which begins the answer to each row. Leave one of them out."
+    )
   prefill = _prefill(sources.prefill, models.tokenizer, max_completion_len)
   training, held_out = (
     data.encode_prompts(part, models.tokenizer, max_prompt_len=context - max_completion_len)

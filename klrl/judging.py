@@ -159,12 +159,13 @@ def make_judge(
       reference_params, *prompts, noise, temperature=temperature
     )
 
-  def texts_of(rollout):
-    return data.completion_texts(tokenizer, jax.device_get(rollout))
+  def texts_of(rollout, records):
+    return data.with_prefill(data.completion_texts(tokenizer, jax.device_get(rollout)), records)
 
   def read(rollout, rows):
     """Returns texts, scores and gold scores of the first rows of a rollout."""
-    texts, records = texts_of(rollout)[: len(rows)], records_of(rows)
+    records = records_of(rows)
+    texts = texts_of(rollout, records)
     # The reward model is compiled for one shape, so it gets the whole rollout.
     scores = score and np.asarray(score(rollout, texts, records))[: len(rows)]
     return texts, scores, verifier and right(verifier, texts, records)
@@ -191,8 +192,8 @@ def make_judge(
     if verifier is not None:
       noise = jax.random.fold_in(key, 2)
       rollout = programs.sample(params, *prompts_of(padded), noise, temperature=temperature)
-      texts = texts_of(rollout)[: len(repeated)]
-      yield evaluation.repeated_figures(verifier, texts, records_of(repeated), k)
+      records = records_of(repeated)
+      yield evaluation.repeated_figures(verifier, texts_of(rollout, records), records, k)
 
   def judge(params, *, when: str) -> Judgement:
     found, read, figures = evaluated(params, rows)

@@ -383,8 +383,9 @@ def make_step_fn(
     shape = rollout.finished.shape
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), on_host)
     texts = data.completion_texts(models.tokenizer, flat)
-    sampled = time.monotonic()
     records = [task.training.records[row] for row in rows] * (len(texts) // len(rows))
+    texts = data.with_prefill(texts, records)
+    sampled = time.monotonic()
     model_scores = None
     if reads_model:
       model_scores = parallel.fetch(score(frozen, short, device_rows)).reshape(-1)

@@ -12,6 +12,7 @@ from klrl.algorithm import completions, diagnostics, gradients
 from klrl.models import DecoderConfig, policy_model, scalar_model
 from klrl.run.metrics import finalise
 from klrl.sampling import Rollout
+from klrl.tasks import data
 
 BATCH, PROMPT_LEN, MAX_COMPLETION_LEN, VOCAB, WIDTH = 4, 3, 5, 7, 16
 DECODER = DecoderConfig(
@@ -55,6 +56,49 @@ def padded_on_the_left(rollout: Rollout) -> Rollout:
   return rollout._replace(
     tokens=np.pad(rollout.tokens, ((0, 0), (2, 0)), constant_values=6),
     prompt_mask=np.pad(rollout.prompt_mask, ((0, 0), (2, 0))),
+  )
+
+
+@jax.jit
+def learnt(params, rollout):
+  """Returns log-probs [B, T], and the gradient of the sum of those that were chosen."""
+
+  def total(params):
+    log_probs = completions.log_probs(POLICY, params, rollout, temperature=TEMPERATURE)
+    return ops.zero_padding(log_probs, rollout.completion_mask).sum(), log_probs
+
+  (_, log_probs), gradient = jax.value_and_grad(total, has_aux=True)(params)
+  return log_probs, gradient
+
+
+def test_a_beginning_of_the_answer_is_the_same_in_the_prompt_and_as_a_hole():
+  prompts, beginnings, chosen = [[1, 2], [3]], [[4], [5, 6, 0]], [[2, 3], [1]]
+
+  def rollout_of(before, after, holes):
+    tokens, prompt_mask = data.pad(before, 0, left=True)
+    more, mask = data.pad(after, 0, left=False)
+    is_chosen = mask & (np.arange(mask.shape[1]) >= np.array(holes)[:, None])
+    unused = np.zeros(mask.shape, np.float32)
+    both = np.concatenate([tokens, more], axis=1)
+    return Rollout(both, prompt_mask, is_chosen, np.ones(len(both), bool), unused, unused)
+
+  params = policy_params()
+  in_prompts = [a + b for a, b in zip(prompts, beginnings, strict=True)]
+  log_probs, gradient = learnt(params, rollout_of(in_prompts, chosen, [0, 0]))
+  alone = []
+  for row in range(2):
+    width = [[0] * 2, [0] * 4]  # of the arrays, so that one program serves both
+    holes = rollout_of(
+      [prompts[row], width[0]], [beginnings[row] + chosen[row], width[1]], [len(beginnings[row]), 4]
+    )
+    found, of_row = learnt(params, holes)
+    first, num = len(beginnings[row]), len(chosen[row])
+    np.testing.assert_allclose(found[0, first : first + num], log_probs[row, :num], rtol=1e-4)
+    alone.append(of_row)
+  jax.tree.map(
+    lambda x, *rows: np.testing.assert_allclose(x, sum(rows), rtol=1e-3, atol=1e-4),
+    gradient,
+    *alone,
   )
 
 

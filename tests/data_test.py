@@ -163,6 +163,21 @@ def test_prompts_are_padded_on_the_left_and_examples_on_the_right():
   assert examples.completion_mask.dtype == prompts.mask.dtype == bool
 
 
+def test_a_column_gives_each_row_the_beginning_of_its_answer(tmp_path):
+  path = write(tmp_path / "a.jsonl", '{"prompt": "1+2=", "prefill": "03"}\n{"prompt": "4"}')
+  records = data.read_prompts(path)
+  found = data.encode_prompts(records, TOKENIZER, max_prompt_len=8)
+  whole = data.encode_prompts([{"prompt": "1+2=03"}, {"prompt": "4"}], TOKENIZER, max_prompt_len=8)
+  np.testing.assert_array_equal(found.tokens, whole.tokens)
+  np.testing.assert_array_equal(found.mask, whole.mask)
+  assert data.with_prefill(["4", "5"], [*records, records[0]]) == ["034", "5"]
+  length = int(whole.mask[0].sum())
+  assert data.short_prompts(records, TOKENIZER, max_prompt_len=length - 1) == records[1:]
+  path = write(tmp_path / "b.jsonl", '{"prompt": "1", "prefill": 3}')
+  with pytest.raises(UserError, match="line 1: prefill, with which the answer begins, is no text"):
+    data.read_prompts(path)
+
+
 def test_prompts_and_examples_that_are_too_long_are_numbered():
   records = [{"prompt": "1"}, {"prompt": "12+34="}]
   with pytest.raises(

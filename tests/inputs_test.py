@@ -318,6 +318,18 @@ def test_a_reference_that_cannot_be_read_is_told(reference, message, tmp_path, m
     inputs.check_inputs(inputs.Sources(reference=reference))
 
 
+def test_a_beginning_of_the_answer_in_the_prompts_follows_the_template_and_excludes_the_flag(
+  place, tmp_path
+):
+  rows = [{"prompt": chat[:1], "prefill": "Answer"} for chat in CHATS]
+  prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+  models, task = loaded(place, prompts=prompts)
+  row = task.training.tokens[0][task.training.mask[0]].tolist()
+  assert models.tokenizer.decode_marked(row).endswith("<|im_start|>assistant\nAnswer")
+  with pytest.raises(UserError, match=r"--prefill=So is set, and .*jsonl has a column prefill"):
+    loaded(place, prompts=prompts, prefill="So")
+
+
 @pytest.fixture
 def stopped(tmp_path):
   """The folder of a run that was stopped after two checkpoints, and the policies in them."""

@@ -146,11 +146,13 @@ def test_completions_of_one_prompt_are_drawn_apart():
     return False
 
   verifier = Verifier(answer_of, is_right)
-  judge = make_judge_fn(verifier=verifier, num_eval_rows=14)
+  prompts = PROMPTS._replace(records=[record | {"prefill": "7"} for record in PROMPTS.records])
+  judge = make_judge_fn(prompts, verifier=verifier, num_eval_rows=14)
   figures = judge(make_params(POLICY, 0), when="after").figures
   # 14 rows have room for four completions of three prompts.
   assert seen["prompt"][-12:] == [PROMPTS.records[i]["prompt"] for i in range(3) for _ in range(4)]
   assert len(seen["text"]) == 12
+  assert all(text[0] == "7" for text in seen["text"])
   assert any(len(set(seen["text"][i : i + 4])) > 1 for i in (0, 4, 8))
   assert figures["pass_at_4"] == figures["majority_at_4"] == 0
 

@@ -31,7 +31,7 @@ def step_of(monkeypatch, made, policy=BAG, rewards=(), max_completion_len=4, **s
   mask = np.arange(100) >= 100 - length[:, None]
   vocab_size = tokenizer.tokenizer.get_vocab_size()
   tokens = np.where(mask, np.arange(4000).reshape(40, 100), 0)
-  prompts = data.Prompts(tokens, mask, [{"prompt": ""}] * 40)
+  prompts = data.Prompts(tokens, mask, [{"prompt": "", "prefill": "7"}] * 40)
   params = bag_params(vocab_size, seed=0)
   models = inputs.Models(
     tokenizer, policy, params, {}, policy, policy, params, None, None, None, None
@@ -93,7 +93,10 @@ def rollout_of(prompts, mask, max_len, *, length):
 
 
 def own_reward(score):
-  return rewards.Reward("own", 1.0, lambda prompts, completions: list(map(score, completions)))
+  def scores(prompts, completions, **columns):
+    return list(map(score, completions))
+
+  return rewards.Reward("own", 1.0, scores)
 
 
 @pytest.mark.parametrize("scores", ["host", "device"])
@@ -173,9 +176,10 @@ def test_a_step_with_a_reward_on_the_host_does_not_wait_for_its_update(monkeypat
   def update(state, frozen, rollout, scores, texts):
     return state + 1, {"policy/loss": (Running(), Running())}
 
-  made = {"rollout": rollout, "update": update}
-  step, *_ = step_of(monkeypatch, made, rewards=[own_reward(len)])
+  made, read = {"rollout": rollout, "update": update}, []
+  step, *_ = step_of(monkeypatch, made, rewards=[own_reward(lambda x: read.append(x) or len(x))])
   state = 0
   for iteration in range(2):
     state, _ = step(state, iteration)
   assert state == 2
+  assert len(read) == 16 and all(text[0] == "7" for text in read)  # how the answer begins

@@ -57,7 +57,9 @@ class PolicyConfig(KLConfig, PromptFields, EvaluationFields, SftStageFields, Dry
     "default: the embedded SFT stage",
   )
   prefill: str = setting(
-    "", "text with which every completion begins; rewards read it, and nothing is learnt from it"
+    "",
+    "text with which every completion begins; rewards read it, and nothing is learnt from it; a "
+    "column `prefill` of the prompts gives one to each row",
   )
   temperature: float = setting(1.0, "of sampling, and of every log-prob", minimum=1e-3)
   missing_eos_penalty: float = setting(

@@ -17,6 +17,7 @@ from klrl.tasks.files import Row, check_columns, first_row, is_text, read_rows
 
 _NOTHING = Asking()
 _PROMPT = "{prompt}"
+PREFILL = "prefill"  # the column with the beginning of the answer
 _CHATS = ("messages", "conversations")
 # What opens the assistant's turns in HH-RLHF (Y. Bai et al., "Training a Helpful and Harmless
 # Assistant with RLHF", 2022).
@@ -83,6 +84,7 @@ def read_prompts(
   brace, and the two characters `\n` for a new line, which a shell or a file of flags cannot hold.
   Without a template, the prompt is the column `prompt`, which may be a chat, or else what the chat
   in the column `messages`, or `conversations` (ShareGPT), holds before the assistant's last turn.
+  The column `prefill`, a text, is how the answer to a row begins, where it has one.
 
   Raises:
     UserError: as `files.read_rows`; a column of the template is missing; the template names no
@@ -95,6 +97,9 @@ def read_prompts(
   all_columns = dict.fromkeys(column for row in rows for column in row.record)
   prompts = [_prompt(row, template, columns, asking) for row in rows]
   _check_kinds(prompts, rows, asking, "prompts")
+  for row in rows:
+    if not isinstance(row.record.get(PREFILL) or "", str):
+      raise UserError(f"{row.where}: {PREFILL}, with which the answer begins, is no text.")
   return [
     {**all_columns, **row.record, "prompt": prompt}
     for row, prompt in zip(rows, prompts, strict=True)

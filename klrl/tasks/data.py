@@ -20,6 +20,7 @@ from klrl.tasks.chats import Text
 from klrl.tasks.chats import is_chat as is_chat
 from klrl.tasks.columns import CHATS as CHATS
 from klrl.tasks.columns import DOCUMENTS as DOCUMENTS
+from klrl.tasks.columns import PREFILL as PREFILL
 from klrl.tasks.columns import TEXT as TEXT
 from klrl.tasks.columns import Pair as Pair
 from klrl.tasks.columns import asked as asked
@@ -60,12 +61,12 @@ class Examples(NamedTuple):
 def encode_prompts(
   records: list[dict[str, Any]], tokenizer: TokenizerInfo, *, max_prompt_len: int
 ) -> Prompts:
-  """Returns the left-padded prompts of `records` (column `prompt`).
+  """Returns the left-padded prompts of `records`: their column `prompt`, and then `prefill`.
 
   Raises:
     UserError: a prompt has no token, or more than `max_prompt_len` tokens.
   """
-  rows = encode_prompt_texts([record["prompt"] for record in records], tokenizer)
+  rows = _prompt_rows(records, tokenizer)
   for number, row in enumerate(rows, start=1):
     if not row:
       raise UserError(f"Prompt {number} is empty and the tokenizer adds no beginning-of-sequence.")
@@ -80,11 +81,28 @@ def encode_prompts(
   return Prompts(tokens, mask, records)
 
 
+def _prompt_rows(records, tokenizer: TokenizerInfo) -> list[list[int]]:
+  rows = encode_prompt_texts([record["prompt"] for record in records], tokenizer)
+  if not any(record.get(PREFILL) for record in records):
+    return rows
+  beginnings = tokenizer.encode_bare([record.get(PREFILL) or "" for record in records])
+  return [row + list(more.ids) for row, more in zip(rows, beginnings, strict=True)]
+
+
+def with_prefill(texts: Sequence[str], records: Sequence[dict[str, Any]]) -> list[str]:
+  """Returns the texts of completions, each after the `prefill` of its record, if that has one.
+
+  There may be fewer texts than records.
+  """
+  pairs = zip(texts, records, strict=False)
+  return [(record.get(PREFILL) or "") + text for text, record in pairs]
+
+
 def short_prompts(
   records: list[dict[str, Any]], tokenizer: TokenizerInfo, *, max_prompt_len: int
 ) -> list[dict[str, Any]]:
   """Returns the records whose prompt has at most `max_prompt_len` tokens; UserError if none has."""
-  encoded = encode_prompt_texts([record["prompt"] for record in records], tokenizer)
+  encoded = _prompt_rows(records, tokenizer)
   kept = [
     record for record, row in zip(records, encoded, strict=True) if len(row) <= max_prompt_len
   ]
