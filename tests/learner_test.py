@@ -271,6 +271,13 @@ def test_controller_moves_beta_by_the_measured_kl(controller, expected):
   np.testing.assert_allclose(state.controller.beta, expected, rtol=1e-5)
 
 
+def test_the_beta_of_a_budget_answers_to_the_kl_of_its_own_iteration():
+  state, figures, _ = update(make_config(kl_budget=1e-6, beta=0.1))
+  assert figures["kl/ref_k1"] > 2e-6
+  np.testing.assert_allclose(figures["controller/beta"], 0.1 * np.exp(0.8 + 4.0), rtol=1e-5)
+  assert state.controller.beta == np.float32(figures["controller/beta"])
+
+
 def test_what_takes_a_pass_of_its_own_is_measured_at_its_cadence_only():
   config = make_config(kl_placement="none", kl_every=2)
   state = make_state(config)

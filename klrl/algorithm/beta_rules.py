@@ -1,4 +1,8 @@
-"""The rules that move beta from one iteration to the next, by name; `klrl.ops` computes them."""
+"""The rules that move beta from one iteration to the next, by name; `klrl.ops` computes them.
+
+A rule that answers at once has read the KL of the completions that are then trained on with its
+beta, so that beta depends on them a little, as a baseline of the same batch does.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,6 +19,7 @@ class BetaRule(NamedTuple):
   lowest: Callable | None = None  # hypers -> the smallest beta that it ends at
   # beta at the start -> state
   start: Callable = lambda beta: ops.ControllerState(beta, jnp.int32(0))
+  at_once: bool = False  # whether beta answers in the iteration that is measured, or in the next
 
 
 def _fixed(state, kl, algorithm, hypers):
@@ -75,6 +80,7 @@ RULES = {
     _budget,
     lambda hypers: hypers.beta_min,
     ops.budget_state,
+    at_once=True,
   ),
   "linear": BetaRule(_scheduled(ops.linear_schedule)),
   "cosine": BetaRule(_scheduled(ops.cosine_schedule)),

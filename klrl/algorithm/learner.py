@@ -127,7 +127,7 @@ def make_update_fn(
   loss_fn = make_loss_fn(algorithm, policy, value_model)
 
   def update(state: TrainState, frozen, rollout: Rollout, scores, pretraining=None):
-    hypers, base, beta = state.hypers, frozen["base"], state.controller.beta
+    hypers, base = state.hypers, frozen["base"]
     models = join(base, state.params)
     metrics = diagnostics.rollout_metrics(rollout, scores)
     reference_params = frozen["reference"]
@@ -137,6 +137,9 @@ def make_update_fn(
     ref, kl_metrics = _measured_reference(
       algorithm, policy, reference, state, models["policy"], reference_params, rollout
     )
+    if has_kl and algorithm.controller.at_once:
+      state = _steered(algorithm, state, kl_metrics)
+    beta = state.controller.beta
     if has_kl:
       kl_sum, num_sequences = kl_metrics["kl/ref_k1"]
       total, num_scored = ops.masked_sum_count(scores, ~jnp.isnan(scores))
@@ -264,7 +267,9 @@ def make_update_fn(
       score_std *= advantage_rules.group_deviation(scores, experience.scored, algorithm.group_size)
     if has_kl:
       metrics["controller/effective_beta"] = (beta * score_std, 1.0)
-    controller, trust_region, controller_metrics = _controlled(algorithm, state, metrics)
+    if has_kl and not algorithm.controller.at_once:
+      state = _steered(algorithm, state, metrics)
+    trust_region, controller_metrics = _controlled(algorithm, state, metrics)
     if state.reference is not None and algorithm.reference_rule is not None:
       moved = algorithm.reference_rule(
         state.reference, params["policy"], state.iteration, algorithm, hypers
@@ -276,7 +281,6 @@ def make_update_fn(
     state = state._replace(
       params=params,
       opt_state=opt_state,
-      controller=controller,
       trust_region=trust_region,
       key=key,
       iteration=state.iteration + 1,
@@ -303,23 +307,27 @@ def make_update_after_sampling_fn(
   return update_after_sampling
 
 
+def _steered(algorithm: Algorithm, state: TrainState, metrics) -> TrainState:
+  """Returns the state with the beta that answers to the KL in `metrics`."""
+  measured = ops.divide(*metrics["kl/ref_k1"])
+  controller = algorithm.controller.step(state.controller, measured, algorithm, state.hypers)
+  return state._replace(controller=controller)
+
+
 def _controlled(algorithm: Algorithm, state: TrainState, metrics):
-  """Returns (controller, trust region, metrics) after an iteration with these `metrics`."""
-  hypers, controller, trust_region = state.hypers, state.controller, state.trust_region
+  """Returns (trust region, metrics) after an iteration with these `metrics`."""
+  hypers, trust_region = state.hypers, state.trust_region
   found = {}
-  if algorithm.penalty.placement != "none":
-    measured = ops.divide(*metrics["kl/ref_k1"])
-    controller = algorithm.controller.step(controller, measured, algorithm, hypers)
-    if algorithm.controller.lowest is not None:
-      lowest = algorithm.controller.lowest(hypers)
-      found["controller/at_bound"] = _one_if(
-        ops.at_bound(controller, minimum=lowest, maximum=hypers.beta_max)
-      )
+  if algorithm.penalty.placement != "none" and algorithm.controller.lowest is not None:
+    lowest = algorithm.controller.lowest(hypers)
+    found["controller/at_bound"] = _one_if(
+      ops.at_bound(state.controller, minimum=lowest, maximum=hypers.beta_max)
+    )
   if algorithm.adapts_trust_region:
     measured = ops.divide(*metrics["kl/old_k3"])
     trust_region = ops.doubling(trust_region, measured, target_kl=hypers.trust_region_target)
     found["controller/trust_region_at_bound"] = _one_if(ops.at_bound(trust_region))
-  return controller, trust_region, found
+  return trust_region, found
 
 
 def make_scored_update_fn(

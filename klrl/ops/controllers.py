@@ -172,31 +172,37 @@ def budget(
   measured_kl: jax.Array | float,
   *,
   target_kl: jax.Array | float,
-  step_size: jax.Array | float = 0.6,
-  gain: jax.Array | float = 3.0,
+  step_size: jax.Array | float = 0.8,
+  gain: jax.Array | float = 4.0,
   minimum: jax.Array | float = BETA_BOUNDS[0],
   maximum: jax.Array | float = BETA_BOUNDS[1],
 ) -> BudgetState:
   """Returns dual ascent in log beta that also answers to the error of the moment.
 
-      multiplier *= exp(step_size * error, at most 0.2 each way),   beta = multiplier * exp(gain *
-      error, at most 1),   error = measured / target - 1
+      multiplier *= exp(step_size * error),   beta = multiplier * exp(gain * error),
+      error = measured / target - 1, between -1 and 1
 
-  So one setting serves scores and budgets of any unit. A policy takes tens of iterations to answer,
+  So one setting serves scores and budgets of any unit. A policy takes some iterations to answer,
   and by then the multiplier alone has gone too far: it swings around the budget for ever. The
-  second factor damps this. While a run starts and has not reached its budget, the multiplier falls
-  at a fifth of the pace, or it would be far too low when that is reached. Both stay between
-  `minimum`, which is positive, and `maximum`; where the budget does not bind, beta ends at
-  `minimum`. Adam Stooke, Joshua Achiam and Pieter Abbeel, "Responsive Safety in Reinforcement
-  Learning by PID Lagrangian Methods", 2020, without the derivative, in the logarithm.
+  second factor damps this, if beta is that of the update which follows the measurement; an
+  iteration later it makes it worse. What the multiplier sums up is the error itself, so that its
+  mean over K iterations is log(last multiplier / first) / (step_size * K) wherever it is not
+  clipped. With a closer bound on it, that would be a mean of clipped errors, and KLs above a budget
+  are farther from it than those below.
+
+  While a run starts and has not reached its budget, the multiplier falls at a twentieth of the
+  pace, or it would be far too low when that is reached. Both stay between `minimum`, which is
+  positive, and `maximum`; where the budget does not bind, beta ends at `minimum`. Adam Stooke,
+  Joshua Achiam and Pieter Abbeel, "Responsive Safety in Reinforcement Learning by PID Lagrangian
+  Methods", 2020, without the derivative, in the logarithm.
 
   >>> state = ops.budget(ops.budget_state(0.5), 12.0, target_kl=6.0)
-  >>> print(state.multiplier, state.beta)  # 0.5 * exp(0.6 * 0.2), and that times exp(3)
-  0.564 11.323
+  >>> print(state.multiplier, state.beta)  # 0.5 * exp(0.8), and that times exp(4)
+  1.113 60.755
 
   Args:
     state: the state.
-    measured_kl: nats per sequence.
+    measured_kl: nats per sequence, of the policy before the update that beta is for.
     target_kl: the budget, nats per sequence, positive.
     step_size: of the multiplier.
     gain: of the second factor; best if gain / step_size is about the time that a policy takes to
@@ -204,12 +210,11 @@ def budget(
     minimum: the smallest beta, positive.
     maximum: the largest beta.
   """
-  error = jnp.minimum(measured_kl / target_kl - 1, 1.0)
+  error = jnp.clip(measured_kl / target_kl - 1, -1.0, 1.0)
   error = jnp.where(jnp.isnan(error), 0.0, error)
   reached = state.reached | (error >= 0)
-  pace = jnp.where(reached, step_size, step_size / 5)
-  multiplier = state.multiplier * jnp.exp(pace * jnp.clip(error, -0.2, 0.2))
-  multiplier = jnp.clip(multiplier, minimum, maximum)
+  pace = jnp.where(reached, step_size, step_size / 20)
+  multiplier = jnp.clip(state.multiplier * jnp.exp(pace * error), minimum, maximum)
   beta = jnp.clip(multiplier * jnp.exp(gain * error), minimum, maximum)
   dtype = state.beta.dtype
   return BudgetState(beta.astype(dtype), state.iteration + 1, multiplier.astype(dtype), reached)
