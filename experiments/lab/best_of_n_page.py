@@ -213,20 +213,25 @@ def _draw_pool(axes, rows: list[dict], compared: list[dict], name: str) -> None:
       f"n = {row['n']}", (row["kl"], scale * row[name]), xytext=(5, -9),
       textcoords="offset points", fontsize=7, color=INK,
     )  # fmt: skip
-  for run in compared:
-    if run[name] is not None:
-      bars(run["kl"], run, "s", SERIES[2], 4)
-      _label(axes, run["name"], run["kl"], scale * run[name])
+  shown_runs = [run for run in compared if run[name] is not None]
+  for run in shown_runs:
+    bars(run["kl"], run, "s", SERIES[2], 4)
+  _label(axes, [(run["name"], run["kl"], scale * run[name]) for run in shown_runs])
 
 
-def _label(axes, text: str, x: float, y: float) -> None:
-  """Writes `text` above a point, on the side that leaves it on the axes."""
+def _label(axes, points: list[tuple[str, float, float]]) -> None:
+  """Writes the text of each (text, x, y) below the curves, one below the other, with a line to it.
+
+  Runs that are compared lie near the curve and often near each other.
+  """
   left, right = axes.get_xlim()
-  side = -1 if x > left + 0.7 * (right - left) else 1
-  axes.annotate(
-    text, (x, y), xytext=(5 * side, 5), textcoords="offset points", fontsize=7,
-    color=INK, ha="left" if side > 0 else "right",
-  )  # fmt: skip
+  for i, (text, x, y) in enumerate(sorted(points, key=lambda point: -point[2])):
+    side = -1 if x > left + 0.7 * (right - left) else 1
+    axes.annotate(
+      text, (x, y), xytext=(60 * side, -40 - 11 * i), textcoords="offset points", fontsize=7,
+      color=INK, ha="left" if side > 0 else "right", va="center",
+      arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.4, "alpha": 0.6},
+    )  # fmt: skip
 
 
 def _draw_exact(axes, exact: dict) -> None:
