@@ -12,8 +12,8 @@ Overoptimization", 2022, are fitted to it, with intervals of 90% by bootstrap:
 
 Then what the tail of the reward's error decides: many completions with a true score and an
 independent error, whose tail is light or heavy, and the best policy for each KL, exactly (Thomas
-Kwa, Drake Thomas and Adria Garriga-Alonso, "Catastrophic Goodhart", 2024). About five minutes on
-2 cores after the SFT stage.
+Kwa, Drake Thomas and Adria Garriga-Alonso, "Catastrophic Goodhart", 2024). About seven minutes
+on 2 cores after the SFT stage.
 """
 
 import dataclasses
@@ -51,8 +51,8 @@ class Config(common.LabConfig):
   """Settings of the experiment."""
 
   widths: str = setting("16,64", "widths of the reward models' decoders")
-  preferences: str = setting("1000,20000", "embedded pairs that a reward model learns from")
-  reward_model_iterations: int = setting(400, "iterations of each reward model", minimum=1)
+  preferences: str = setting("4000,60000", "embedded pairs that a reward model learns from")
+  reward_model_iterations: int = setting(1000, "iterations of each reward model", minimum=1)
   sft_iterations: int = setting(700, "iterations of the SFT stage of each width", minimum=1)
   num_iterations: int = setting(120, "iterations of RL", minimum=1)
   seeds: int = setting(2, "runs of RL for each reward model", minimum=1)

@@ -6,7 +6,7 @@
 
 Without a name it lists the papers. With one it runs the command of that paper, or reads what the
 same command found before, and says whether the claim holds here, with the figure. `all` does so for
-every paper and writes WORKDIR/papers.md, which docs/papers.md holds; that takes about 40 minutes on
+every paper and writes WORKDIR/papers.md, which docs/papers.md holds; that takes about 45 minutes on
 2 cores, of which most are `experiments.kl_directions`.
 """
 

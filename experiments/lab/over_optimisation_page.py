@@ -55,7 +55,9 @@ def verdict(results: dict) -> str:
 
 
 def _interval(x: list | None) -> str:
-  return "none" if x is None else f"{digits(x[0])} ({digits(x[1])} to {digits(x[2])})"
+  if x is None:
+    return "none"
+  return f"{x[0]:.2g} ({x[1]:.2g} to {x[2]:.2g})".replace("-", "\N{MINUS SIGN}")
 
 
 def rows(results: dict) -> list[tuple[str, ...]]:

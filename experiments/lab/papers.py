@@ -344,14 +344,21 @@ def _laws(results: dict) -> Finding:
   models = results["models"]
   peaks = [model["best_of_n"]["law"]["peak_kl"] for model in models]
   found = [peak[0] for peak in peaks if peak]
-  few, many = (models[i]["rl"]["gold"] for i in (0, -1))
-  falls = [max(map(max, gold)) - sum(path[-1] for path in gold) / len(gold) for gold in (few, many)]
+  reached = [
+    [sum(each) / len(each) for each in zip(*model["rl"]["gold"], strict=True)] for model in models
+  ]
+  gains = [max(gold) - gold[0] for gold in reached]
+  falls = [max(gold) - gold[-1] for gold in reached]
+  named = (f"(width {model['width']}, {model['preferences']:,} pairs)" for model in models)
+  each = ", ".join(
+    f"{100 * gain:.0f} and {100 * fall:.0f} {name}"
+    for gain, fall, name in zip(gains, falls, named, strict=True)
+  )
   return Finding(
-    len(found) == len(models) and falls[0] > falls[1],
+    len(found) == len(models) and falls[0] > falls[-1],
     f"the law of best-of-n peaks for {len(found)} of {len(models)} reward models, at "
-    f"{min(found, default=0):.2f} to {max(found, default=0):.2f} nats; RL loses "
-    f"{100 * falls[0]:.0f} points of gold against the smallest with the fewest pairs and "
-    f"{100 * falls[1]:.0f} against the largest with the most",
+    f"{min(found, default=0):.2f} to {max(found, default=0):.2f} nats; the points of gold that RL "
+    f"gains and then loses are {each}",
   )
 
 
@@ -644,7 +651,9 @@ PAPERS = {
     "d (alpha - beta log d) under RL, and less is lost with a larger reward model or more data.",
     "over_optimisation",
     _laws,
-    "Against reward models this weak RL gains nothing first: gold falls from the first iterations.",
+    "More data helps in each case, and width only with much data. RL rises first against the "
+    "reward models with the most pairs alone, and turns only against the smaller of them; the KL "
+    "goes back and forth meanwhile, so that its law, a function of the KL, fits RL badly here.",
   ),
   "catastrophic_goodhart_2024": Paper(
     "Thomas Kwa, Drake Thomas and Adri\u00e0 Garriga-Alonso, Catastrophic Goodhart: regularizing "
