@@ -1,34 +1,44 @@
-"""Which model fits which TPU slice, from programs that are compiled for it ahead of time.
+"""Which model fits which TPU slice, from programs that are optimised for it ahead of time.
 
     python -m benchmarks.fits --only="PPO, Llama 3.1 8B"
 
-A row is an algorithm, the shape of a model and a slice. Its programs are compiled by klrl's own dry
-run, in a process of its own, with all chips on `fsdp`: neither weights nor TPUs are needed, but
-libtpu is. A row that is in the file of results is not compiled again. The judge is left out, since
-it runs a few times in a run and holds less than an update.
+A row is an algorithm, the shape of a model and a slice. Its programs are those of klrl's own dry
+run, with all chips on `fsdp`: neither weights nor TPUs are needed, but libtpu is. The judge is left
+out, since it runs a few times in a run and holds less than an update.
 
 Every iteration has 256 rows of 512 tokens of prompt and 512 of completion: completions of PPO and
-GRPO, whose groups have 8; texts of SFT; and halves of DPO's pairs. There is one gradient step, of
-parts with at most 4 rows on a chip. Activations are in bfloat16 and computed anew in the backward
-pass; trained parameters and moments are in float32, frozen parameters in bfloat16. PPO has four
-models of one shape, GRPO has a reward function on the host, and LoRA has rank 16.
+GRPO, whose groups have 8; texts of SFT; or pairs of DPO, which are two texts each. There is one
+gradient step, of parts with at most 4 texts on a chip. Activations are in bfloat16 and computed
+anew in the backward pass; trained parameters and moments are in float32, frozen parameters in
+bfloat16. PPO has four models of one shape, GRPO has a reward function on the host, and LoRA has
+rank 16.
 
-`--held` compiles nothing: it prints what parameters, moments and gradients take of each chip.
+libtpu takes seconds to optimise a program, lay out its memory and write its text, and then many
+minutes for its machine code, of which nothing here is read. So a process compiles a program until
+that text is there, and is ended. The machine code itself takes memory too, which is not counted, so
+that a row fits up to `ROOM` of the chip.
 
-The share of the memory is that of the program which takes most of it; the bound is the sum over an
-iteration's programs of the time that each takes at least. With --smallest smaller slices of the
-same chip are compiled too, as long as they fit.
+What does not fit by its models alone, is not compiled: `--held` prints what parameters, moments
+and gradients take of each chip. The share of the memory is that of the program which takes most of
+it; the bound is the sum over an iteration's programs of the time that each takes at least. A row
+that is in the file of results is not compiled again. With --smallest smaller slices of the same
+chip are compiled too: the smallest that holds the models first, until one fits.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import math
+import multiprocessing
+import os
 import pathlib
 import re
-import subprocess
-import sys
 import tempfile
+import time
+from unittest import mock
 
+import jax
 import tokenizers
 
 from benchmarks import results
@@ -84,7 +94,8 @@ SMALLER = {
   "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8"),
 }
 BOUNDS = ("compute", "memory", "interconnect", "at_least")
-_BYTES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+DEVICES = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}  # as JAX calls them
+ROOM = 0.95
 
 
 def name_of(algorithm: str, shape: str, topology: str) -> str:
@@ -119,22 +130,25 @@ def held(algorithm: str, shape: dict, topology: str) -> float:
   return num_parameters(shape) * (16 * trained + 2 * frozen) / num_chips(topology)
 
 
+def share_held(algorithm: str, shape: str, topology: str) -> float:
+  """Returns which share of a chip's memory `held` is."""
+  memory = MEMORY[topology.partition(":")[0]] * 2**30
+  return held(algorithm, SHAPES[shape], topology) / memory
+
+
 def table_of_held() -> str:
   """Returns the table of what the models of each row take of a chip, in Markdown."""
   head = ["algorithm", "model", *SLICES, *(f"fewest chips of {chip}" for chip in MEMORY)]
   lines = [head, ["---"] * len(head)]
   for algorithm in ALGORITHMS:
-    for name, shape in SHAPES.items():
+    for name in SHAPES:
       cells = [algorithm, name]
       for topology in SLICES:
-        share = held(algorithm, shape, topology) / MEMORY[topology.partition(":")[0]] / 2**30
+        share = share_held(algorithm, name, topology)
         cells.append(f"{share:.0%}" if share <= 1 else f"**{share:.0%}**")
-      for chip, memory in MEMORY.items():
-        fitting = [
-          f"{chip}:{size}"
-          for size in SMALLER[chip]
-          if held(algorithm, shape, f"{chip}:{size}") <= memory * 2**30
-        ]
+      for chip in MEMORY:
+        slices = [f"{chip}:{size}" for size in SMALLER[chip]]
+        fitting = [each for each in slices if share_held(algorithm, name, each) <= 1]
         cells.append(str(num_chips(fitting[0])) if fitting else "more")
       lines.append(cells)
   return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
@@ -144,10 +158,7 @@ def write_inputs(folder: pathlib.Path, shape: dict) -> None:
   """Writes a model directory without weights, prompts, texts, pairs and a reward function."""
   fields = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, "hidden_act": "silu"}
   (folder / "config.json").write_text(json.dumps(shape | fields | {"torch_dtype": "bfloat16"}))
-  words = {f"w{i}": i for i in range(shape["vocab_size"])}
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w2"))
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-  tokenizer.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer.json").write_text(_tokenizer(shape["vocab_size"]))
 
   def lines(name, record):
     records = [record(f"w{i + 3}") for i in range(20)]
@@ -167,26 +178,35 @@ def write_inputs(folder: pathlib.Path, shape: dict) -> None:
   (folder / "reward.py").write_text(reward)
 
 
-def reports_of(algorithm: str, folder: pathlib.Path, topology: str, mesh: str) -> list[dict]:
-  """Returns the reports of a dry run of an iteration; `topology` "" is the devices of this machine.
+@functools.cache
+def _tokenizer(vocab_size: int) -> str:
+  words = {f"w{i}": i for i in range(vocab_size)}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w2"))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  return tokenizer.to_str()
 
-  Raises:
-    UserError: it does not fit.
-  """
+
+def programs_of(algorithm: str) -> tuple[str, ...]:
+  """Returns the names of the programs of an iteration."""
+  return ("step",) if algorithm in ("SFT", "DPO") else ("rollout", "update")
+
+
+def dry_run_of(algorithm: str, folder: pathlib.Path, topology: str, mesh: str) -> list[dict]:
+  """Returns the reports of a dry run of an iteration; `topology` "" is this machine's devices."""
   from experiments import dpo, grpo, ppo, sft
   from experiments.settings import training
   from klrl.cost import dry_run
 
   pairs = algorithm == "DPO"
-  num_rows = NUM_ROWS // 2 if pairs else NUM_ROWS
+  num_texts = NUM_ROWS * 2 if pairs else NUM_ROWS
   size = int(mesh.partition("=")[2])
   shared = {
     "policy": str(folder),
     "mesh": mesh,
     "dry_run": True,
     "topology": topology,
-    "batch_size": num_rows,
-    "accumulation": max(1, NUM_ROWS // (size * ROWS_OF_PART)),
+    "batch_size": NUM_ROWS,
+    "accumulation": max(1, num_texts // (size * ROWS_OF_PART)),
     "dtype": "bfloat16",
     "remat": "full",
     "workdir": str(folder / "run"),
@@ -210,85 +230,169 @@ def reports_of(algorithm: str, folder: pathlib.Path, topology: str, mesh: str) -
   return dry_run.of_iteration(config, *training.shapes_of_inputs(config))
 
 
-def figures_of(reports: list[dict]) -> dict:
-  """Returns the figures of a row from the reports of its programs."""
-  memory = max((report["memory"] for report in reports), key=lambda memory: memory["total"])
-  whole = memory["of"] or float("inf")  # Nobody knows what a CPU has, nor how fast it is.
-  figures = {
-    "fits": int(memory["total"] <= whole),
-    "memory, GiB": round(memory["total"] / 2**30, 2),
-    "share": round(memory["total"] / whole, 3),
-  }
-  times = [report["seconds"] for report in reports if report["seconds"]]
-  for bound in BOUNDS:
-    figures[f"{bound}, s"] = round(sum(seconds[bound] for seconds in times), 3)
-  for found in (found for report in reports for found in report["collectives"]):
-    name = f"over {found['axes']}, GB"
-    figures[name] = round(figures.get(name, 0.0) + found["bytes"] / 1e9, 2)
-  return figures | {"compiled in, s": sum(report["compile_seconds"] for report in reports)}
+def lowered_of(algorithm: str, folder: pathlib.Path, topology: str, mesh: str, program: str):
+  """Returns (a program of an iteration as it is given to the compiler, bytes held beside it).
+
+  The others are not compiled. What a rollout makes is laid out by rows.
+  """
+  from klrl.cost import dry_run
+  from klrl.devices import parallel
+
+  found = None
+
+  def report(name, fn, mesh, *arguments, **named):
+    nonlocal found
+    if name == program:
+      found = fn.lower(*arguments, **named)
+    by_rows, whole = parallel.by_rows(mesh), parallel.replicated(mesh)
+
+    def laid_out(x):
+      return x.update(sharding=by_rows if x.ndim and x.shape[0] % mesh.size == 0 else whole)
+
+    made = jax.tree.map(laid_out, jax.eval_shape(fn, *arguments, **named))
+    nothing = {"flops": 0.0, "bytes": 0.0, "collectives": [], "unknown_loops": 0, "seconds": None}
+    names = {"program": name, "device": "", "num_devices": mesh.size, "mesh": dict(mesh.shape)}
+    return names | nothing | {"memory": {"total": 0, "of": None}}, made
+
+  with mock.patch.object(dry_run, "_report", report):
+    reports = dry_run_of(algorithm, folder, topology, mesh)
+  return found, reports[-1]["memory"]["total"]
 
 
-def figures_of_message(message: str, topology: str) -> dict:
-  """Returns the figures of a row that the compiler refuses, or cannot show, from what is said."""
-  refused = re.search(r"does not fit.*?Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message)
-  hidden = re.search(r"fits: it takes ([\d.]+) GiB", message)
-  if refused:
-    used, unit, of, unit_of = refused.groups()
-    used, of = float(used) * _BYTES[unit] / 2**30, float(of) * _BYTES[unit_of] / 2**30
-  elif hidden:
-    used, of = float(hidden[1]), MEMORY[topology.partition(":")[0]]
-  else:
-    raise SystemExit(message)
-  return {"fits": int(not refused), "memory, GiB": round(used, 2), "share": round(used / of, 3)}
+def costs_of(text: str, memory: float, mesh: str) -> dict[str, float]:
+  """Returns the costs of a program on a chip, by name, in bytes and floating-point operations."""
+  from klrl.cost import hlo
+
+  axis, _, size = mesh.partition("=")
+  found = hlo.costs(text, {axis: int(size)})
+  costs = {"memory": memory, "flops": float(found.flops), "bytes": float(found.bytes)}
+  for (_, axes), sent in found.collectives.items():
+    costs[f"over {axes}"] = costs.get(f"over {axes}", 0.0) + float(sent)
+  return costs
 
 
-def compile_row(algorithm: str, shape: str, topology: str) -> dict:
-  """Returns the figures of a row, in this process."""
-  from klrl.errors import UserError
+def figures_of(programs: list[dict[str, float]], topology: str) -> dict:
+  """Returns the figures of a row from the costs of its programs."""
+  from klrl.cost import dry_run
 
+  name = topology.partition(":")[0]
+  chip = dry_run.CHIPS[DEVICES[name]]
+  memory = max(costs["memory"] for costs in programs)
+  share = memory / chip.memory
+  figures = {"fits": int(share <= ROOM), "memory, GiB": memory / 2**30, "share": share}
+  sent = {}
+  for costs in programs:
+    over = {axes: x for axes, x in costs.items() if axes.startswith("over ")}
+    sent |= {axes: sent.get(axes, 0.0) + x for axes, x in over.items()}
+    seconds = {
+      "compute": costs["flops"] / chip.flops,
+      "memory": costs["bytes"] / chip.bandwidth,
+      "interconnect": sum(over.values()) / chip.links,
+    }
+    for bound, x in (seconds | {"at_least": max(seconds.values())}).items():
+      figures[f"{bound}, s"] = figures.get(f"{bound}, s", 0.0) + x
+  figures |= {f"{axes}, GB": x / 1e9 for axes, x in sent.items()}
+  return {name: float(f"{x:.4g}") if name != "fits" else x for name, x in figures.items()}
+
+
+def optimised(
+  algorithm: str, shape: dict, topology: str, program: str, seconds: float
+) -> dict[str, float] | None:
+  """Returns `costs_of` a program, or None where its text takes longer or the compiler fails."""
+  mesh = f"fsdp={num_chips(topology)}"
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
-    write_inputs(folder, SHAPES[shape])
+    write_inputs(folder, shape)
+    arguments = algorithm, folder, topology, mesh, program
+    process = _processes().Process(target=_compile, args=arguments)
+    process.start()
+    until, text, is_alive = time.monotonic() + seconds, None, True
     try:
-      reports = reports_of(algorithm, folder, topology, f"fsdp={num_chips(topology)}")
-    except UserError as error:
-      return figures_of_message(str(error), topology)
-    return figures_of(reports)
+      while text is None and is_alive and time.monotonic() < until:
+        process.join(0.1)
+        is_alive = process.is_alive()
+        text = _text_in(folder)
+    finally:
+      process.kill()
+      process.join()
+    if text is None:
+      print((folder / "log").read_text()[-1000:], flush=True)
+      return None
+    assigned = next(folder.glob("text/module_0000.*buffer-assignment.txt")).read_text()
+    memory = memory_of(assigned) + int((folder / "beside").read_text())
+    return costs_of(text, memory, mesh)
 
 
-def in_own_process(algorithm: str, shape: str, topology: str, seconds: float) -> dict | None:
-  """Returns the figures of a row, or None where compilation takes longer or fails."""
-  row = ["--row", algorithm, shape, topology]
-  try:
-    done = subprocess.run(
-      [sys.executable, "-m", "benchmarks.fits", *row],
-      capture_output=True,
-      text=True,
-      timeout=seconds,
-    )
-  except subprocess.TimeoutExpired:
-    return None
-  if done.returncode:
-    print(done.stderr[-2000:], file=sys.stderr)
-    return None
-  return json.loads(done.stdout.splitlines()[-1])
+def memory_of(assigned: str) -> int:
+  """Returns the bytes of main memory that a program takes, from libtpu's list of its buffers.
+
+  Those of other memories have a colour. What is local to a thread is a view of another buffer.
+  """
+  sizes = re.findall(r"^allocation \d+: size (\d+), page \d+, (?!thread-local)", assigned, re.M)
+  return sum(map(int, sizes))
 
 
-def smaller_than(topology: str) -> list[str]:
-  """Returns the smaller slices of the same chip, the largest first."""
+def _text_in(folder: pathlib.Path) -> str | None:
+  """Returns the text of the optimised program in `folder` once all of it is there."""
+  for path in folder.glob("text/module_0000.*.after_optimizations_after_buffer_assignment.txt"):
+    text = path.read_text()
+    # The computation that runs is the last one.
+    if re.search(r"^ENTRY.*^}\s*\Z", text, re.DOTALL | re.MULTILINE):
+      return text
+  return None
+
+
+@functools.cache
+def _processes():
+  """Returns what starts processes that have imported JAX, and in which it has no device yet."""
+  processes = multiprocessing.get_context("forkserver")
+  processes.set_forkserver_preload(
+    [f"experiments.{name}" for name in ("dpo", "grpo", "ppo", "sft")]
+  )
+  return processes
+
+
+def _compile(algorithm, folder, topology, mesh, program) -> None:
+  """Compiles a program in this process, which may be ended once its text is in `folder`."""
+  with open(folder / "log", "w") as log:
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+  lowered, beside = lowered_of(algorithm, folder, topology, mesh, program)
+  (folder / "beside").write_text(str(beside))
+  lowered.compile(compiler_options={"xla_dump_to": str(folder / "text")})
+
+
+def row_of(algorithm: str, shape: str, topology: str, seconds: float) -> dict | None:
+  """Returns the figures of a row, or None where a program of it is not optimised."""
+  programs = []
+  for program in programs_of(algorithm):
+    costs = optimised(algorithm, SHAPES[shape], topology, program, seconds)
+    if costs is None:
+      return None
+    programs.append(costs)
+  return figures_of(programs, topology)
+
+
+def candidates(algorithm: str, shape: str, topology: str) -> list[str]:
+  """Returns the slices of the chip up to `topology` that hold the models, the smallest first."""
   chip, _, size = topology.partition(":")
   sizes = SMALLER[chip]
-  return [f"{chip}:{each}" for each in reversed(sizes[: sizes.index(size)])]
+  slices = [f"{chip}:{each}" for each in sizes[: sizes.index(size) + 1]]
+  return [each for each in slices if share_held(algorithm, shape, each) <= ROOM]
 
 
 def smallest(rows: dict, algorithm: str, shape: str, topology: str) -> str:
-  """Returns the smallest slice of the chip that is known to fit, and "" where none is known."""
-  fitting = [
-    each
-    for each in (topology, *smaller_than(topology))
-    if rows.get(name_of(algorithm, shape, each), {}).get("fits")
-  ]
-  return fitting[-1] if fitting else ""
+  """Returns the smallest slice of the chip that is known to fit, and "" where none is known.
+
+  Where a smaller one that holds the models was not compiled, it is "at most" that.
+  """
+  known = None
+  for each in candidates(algorithm, shape, topology):
+    row = rows.get(name_of(algorithm, shape, each))
+    if row and row["fits"]:
+      return each if known is None else f"at most {each}"
+    known = known if row else each  # A smaller one of which nothing is known.
+  return ""
 
 
 def table(rows: dict) -> str:
@@ -296,19 +400,19 @@ def table(rows: dict) -> str:
   head = ("algorithm", "model", "slice", "fits", "memory", "an iteration, at least", "bounded by")
   head += ("sent by a chip", "smallest that fits")
   lines = [head, ["---"] * len(head)]
-  for name, row in rows.items():
-    algorithm, shape, topology = name.split(", ")
-    if topology not in SLICES:
-      continue
-    seconds = bound = ""
-    if "at_least, s" in row:
-      seconds = f"{row['at_least, s']:.3g} s"
+  for key in itertools.product(ALGORITHMS, SHAPES, SLICES):
+    row, held_alone = rows.get(name_of(*key)), share_held(*key)
+    if held_alone > ROOM:
+      lines.append([*key, "no", f"{held_alone:.0%} by the models alone", "", "", "", ""])
+    elif row is None:
+      lines.append([*key, "not compiled", "", "", "", "", ""])
+    else:
       bound = max(BOUNDS[:-1], key=lambda bound: row[f"{bound}, s"])
-    sent = [(key, x) for key, x in row.items() if key.startswith("over ")]
-    sent = ", ".join(f"{x:.3g} GB {key.removesuffix(', GB')}" for key, x in sent)
-    fits = "yes" if row["fits"] else "no"
-    cells = (algorithm, shape, topology, fits, f"{row['share']:.0%}", seconds, bound, sent)
-    lines.append([*cells, smallest(rows, algorithm, shape, topology)])
+      sent = [(name, x) for name, x in row.items() if name.startswith("over ")]
+      sent = ", ".join(f"{x:.3g} GB {name.removesuffix(', GB')}" for name, x in sent)
+      seconds = f"{row['at_least, s']:.3g} s"
+      cells = "yes" if row["fits"] else "no", f"{row['share']:.0%}", seconds, bound, sent
+      lines.append([*key, *cells, smallest(rows, *key)])
   return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
@@ -318,41 +422,31 @@ def main() -> None:
   parser.add_argument("--only", default="", help="rows whose name has this text, or one of A|B")
   parser.add_argument("--held", action="store_true", help="only what models and moments take")
   parser.add_argument("--smallest", action="store_true", help="smaller slices too")
-  parser.add_argument("--timeout", type=float, default=3600, help="seconds for a row")
-  parser.add_argument("--row", nargs=3, help="compile this row alone, and print its figures")
+  parser.add_argument("--timeout", type=float, default=3600, help="seconds for a program")
   args = parser.parse_args()
   if args.held:
     print(table_of_held())
     return
-  if args.row:
-    print(json.dumps(compile_row(*args.row)))
-    return
   rows = results.load()["fits"]["figures"] if FILE.exists() else {}
 
-  def row_of(*key):
-    name = name_of(*key)
+  def add(name, make):
     if name not in rows:
-      figures = in_own_process(*key, args.timeout)
+      figures = make()
       print(f"{name}: {figures or 'not compiled'}", flush=True)
       if figures is None:
-        return None
+        return False
       rows[name] = figures
       results.record("fits", dict(sorted(rows.items())))
-    return rows[name]
+    return rows[name].get("fits", 0)
 
-  wanted = [
-    (algorithm, shape, topology)
-    for algorithm in ALGORITHMS
-    for shape in SHAPES
-    for topology in SLICES
-    if re.search(args.only, name_of(algorithm, shape, topology))
-  ]
-  for algorithm, shape, topology in wanted:
-    row = row_of(algorithm, shape, topology)
-    for smaller in smaller_than(topology) if args.smallest else ():
-      if not (row and row["fits"]):
+  for key in itertools.product(ALGORITHMS, SHAPES, SLICES):
+    if share_held(*key) > ROOM or not re.search(args.only, name_of(*key)):
+      continue
+    fits = add(name_of(*key), functools.partial(row_of, *key, args.timeout))
+    for each in candidates(*key)[:-1] if args.smallest and fits else ():
+      smaller = *key[:2], each
+      if add(name_of(*smaller), functools.partial(row_of, *smaller, args.timeout)):
         break
-      row = row_of(algorithm, shape, smaller)
   print(table(rows))
 
 
