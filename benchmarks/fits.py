@@ -299,6 +299,8 @@ def optimised(
   algorithm: str, shape: dict, topology: str, program: str, seconds: float
 ) -> dict[str, float] | None:
   """Returns `costs_of` a program, or None where its text takes longer or the compiler fails."""
+  from klrl.cost import hlo
+
   mesh = f"fsdp={num_chips(topology)}"
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
@@ -311,7 +313,7 @@ def optimised(
       while text is None and is_alive and time.monotonic() < until:
         process.join(0.1)
         is_alive = process.is_alive()
-        text = _text_in(folder)
+        text = hlo.dumped(folder / "text")
     finally:
       process.kill()
       process.join()
@@ -330,16 +332,6 @@ def memory_of(assigned: str) -> int:
   """
   sizes = re.findall(r"^allocation \d+: size (\d+), page \d+, (?!thread-local)", assigned, re.M)
   return sum(map(int, sizes))
-
-
-def _text_in(folder: pathlib.Path) -> str | None:
-  """Returns the text of the optimised program in `folder` once all of it is there."""
-  for path in folder.glob("text/module_0000.*.after_optimizations_after_buffer_assignment.txt"):
-    text = path.read_text()
-    # The computation that runs is the last one.
-    if re.search(r"^ENTRY.*^}\s*\Z", text, re.DOTALL | re.MULTILINE):
-      return text
-  return None
 
 
 @functools.cache

@@ -193,17 +193,6 @@ def test_the_reference_of_dpo_is_held_beside_a_step(toy_shape, tmp_path):
   assert costs["memory"] > beside and costs["flops"] > 0 and costs["over fsdp"] > 0
 
 
-def test_a_text_is_read_once_all_of_it_is_there(tmp_path):
-  (tmp_path / "text").mkdir()
-  name = "text/module_0000.jit_step.after_optimizations_after_buffer_assignment.txt"
-  whole = "HloModule m\n\n%f (x: f32[]) -> f32[] {\n}\n\nENTRY %main (x: f32[]) -> f32[] {\n}\n\n"
-  assert fits._text_in(tmp_path) is None
-  (tmp_path / name).write_text(whole[:-4])
-  assert fits._text_in(tmp_path) is None
-  (tmp_path / name).write_text(whole)
-  assert fits._text_in(tmp_path) == whole
-
-
 def test_the_memory_of_a_program_is_that_of_its_main_buffers():
   assigned = """BufferAssignment:
 allocation 0: size 512, page 0, thread-local:

@@ -176,10 +176,21 @@ def test_a_program_that_the_compiler_cannot_show_is_said_to_fit():
     def as_text(self):
       raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nand what led to it")
 
-  compiled = types.SimpleNamespace(compile=Compiled)
+  compiled = types.SimpleNamespace(compile=lambda compiler_options: Compiled())
   program = types.SimpleNamespace(lower=lambda: compiled)
   with pytest.raises(UserError, match=r"`update` fits: it takes 0.01 GiB.*RET_CHECK failure$"):
     dry_run._report("update", program, parallel.make_mesh(""))
+
+
+def test_the_text_that_a_compiler_writes_is_read_once_all_of_it_is_there(tmp_path):
+  path = tmp_path / "module_0000.jit_step.after_optimizations_after_buffer_assignment.txt"
+  (tmp_path / path.name.replace("0000", "0044")).write_text("ENTRY %part () -> () {\n}\n")
+  whole = "HloModule m\n\n%f () -> () {\n}\n\nENTRY %main () -> () {\n}\n\n"
+  assert hlo.dumped(tmp_path) is None
+  path.write_text(whole.removesuffix("}\n\n"))
+  assert hlo.dumped(tmp_path) is None
+  path.write_text(whole)
+  assert hlo.dumped(tmp_path) == whole
 
 
 def test_no_collective_of_a_sweep_crosses_members(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -301,19 +302,23 @@ def _report(name: str, program, mesh, *arguments, **named) -> tuple[dict[str, An
   that nothing is faster.
   """
   began = time.monotonic()
-  try:
-    compiled = program.lower(*arguments, **named).compile()
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    # The first lines say how much memory is used, and the others what uses it.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    raise UserError(
-      f"The program `{name}` does not fit on a device: {' '.join(lines[:2])} Use --lora_rank, "
-      "--remat=full, --accumulation, --dtype=bfloat16, a smaller --batch_size, or --mesh with more "
-      "devices on fsdp."
-    ) from error
-  seconds = time.monotonic() - began
+  lowered = program.lower(*arguments, **named)
+  with tempfile.TemporaryDirectory() as folder:
+    is_tpu = mesh.devices.flat[0].platform == "tpu"
+    try:
+      compiled = lowered.compile(compiler_options={"xla_dump_to": folder} if is_tpu else None)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      # The first lines say how much memory is used, and the others what uses it.
+      lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+      raise UserError(
+        f"The program `{name}` does not fit on a device: {' '.join(lines[:2])} Use --lora_rank, "
+        "--remat=full, --accumulation, --dtype=bfloat16, a smaller --batch_size, or --mesh with "
+        "more devices on fsdp."
+      ) from error
+    seconds = time.monotonic() - began
+    text = hlo.dumped(pathlib.Path(folder))
   memory = compiled.memory_analysis()
   used = {
     "arguments": memory.argument_size_in_bytes,
@@ -322,8 +327,9 @@ def _report(name: str, program, mesh, *arguments, **named) -> tuple[dict[str, An
     "program": memory.generated_code_size_in_bytes,
   }
   try:
-    text = compiled.as_text()
-  except jax.errors.JaxRuntimeError as error:  # libtpu 0.0.51 does so for some large programs.
+    # JAX cannot read some programs of libtpu 0.0.51, whose own text can be read.
+    text = text or compiled.as_text()
+  except jax.errors.JaxRuntimeError as error:
     raise UserError(
       f"The program `{name}` fits: it takes {sum(used.values()) / _GIB:.2f} GiB of each device. "
       "But the compiler cannot show it, so its work and its traffic are unknown: "
