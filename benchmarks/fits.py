@@ -272,16 +272,17 @@ def costs_of(text: str, memory: float, mesh: str) -> dict[str, float]:
 
 
 def figures_of(programs: list[dict[str, float]], topology: str) -> dict:
-  """Returns the figures of a row from the costs of its programs."""
+  """Returns the figures of a row from the costs of its programs; of a refused one the memory."""
   from klrl.cost import dry_run
 
   name = topology.partition(":")[0]
   chip = dry_run.CHIPS[DEVICES[name]]
   memory = max(costs["memory"] for costs in programs)
   share = memory / chip.memory
-  figures = {"fits": int(share <= ROOM), "memory, GiB": memory / 2**30, "share": share}
+  is_known = all("flops" in costs for costs in programs)
+  figures = {"fits": int(is_known and share <= ROOM), "memory, GiB": memory / 2**30, "share": share}
   sent = {}
-  for costs in programs:
+  for costs in programs if is_known else ():
     over = {axes: x for axes, x in costs.items() if axes.startswith("over ")}
     sent |= {axes: sent.get(axes, 0.0) + x for axes, x in over.items()}
     seconds = {
@@ -318,11 +319,23 @@ def optimised(
       process.kill()
       process.join()
     if text is None:
-      print((folder / "log").read_text()[-1000:], flush=True)
+      log = (folder / "log").read_text()
+      if memory := refused(log):
+        return {"memory": memory}
+      print(log[-1000:], flush=True)
       return None
     assigned = next(folder.glob("text/module_0000.*buffer-assignment.txt")).read_text()
     memory = memory_of(assigned) + int((folder / "beside").read_text())
     return costs_of(text, memory, mesh)
+
+
+def refused(log: str) -> float | None:
+  """Returns the bytes that the compiler asks for where it says that a chip has too few of them.
+
+  They are those of intermediate values alone.
+  """
+  found = re.search(r"HLO temporaries \(([\d.]+)G\) exceeds", log)
+  return float(found[1]) * 2**30 if found else None
 
 
 def memory_of(assigned: str) -> int:
@@ -398,6 +411,8 @@ def table(rows: dict) -> str:
       lines.append([*key, "no", f"{held_alone:.0%} by the models alone", "", "", "", ""])
     elif row is None:
       lines.append([*key, "not compiled", "", "", "", "", ""])
+    elif "at_least, s" not in row:
+      lines.append([*key, "no", f"more than {row['share']:.0%}", "", "", "", ""])
     else:
       bound = max(BOUNDS[:-1], key=lambda bound: row[f"{bound}, s"])
       sent = [(name, x) for name, x in row.items() if name.startswith("over ")]

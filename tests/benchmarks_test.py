@@ -215,6 +215,18 @@ def test_a_row_has_the_largest_memory_and_the_time_of_all_programs():
   assert not fits.figures_of([full], "v5e:4x4")["fits"]
 
 
+def test_a_program_that_the_compiler_refuses_has_the_memory_that_it_asks_for():
+  message = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+    "required for HLO temporaries (20.00G) exceeds available HBM (15.75G). HLO module: jit_step"
+  )
+  assert fits.refused("some other failure") is None
+  found = fits.figures_of([{"memory": fits.refused(message)}], "v5e:16x16")
+  assert found == {"fits": 0, "memory, GiB": 20, "share": 1.25}
+  row = {"DPO, Qwen 3 32B, v5e:16x16": found}
+  assert "| DPO | Qwen 3 32B | v5e:16x16 | no | more than 125% |  |  |  |  |" in fits.table(row)
+
+
 def test_what_models_take_of_a_chip_needs_no_compiler(tmp_path):
   for name, number in (("Llama 3.1 8B", 8.03e9), ("Qwen 3 32B", 32.8e9), ("Llama 3.2 1B", 1.236e9)):
     assert fits.num_parameters(fits.SHAPES[name]) == pytest.approx(number, rel=0.002)
