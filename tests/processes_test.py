@@ -1,4 +1,4 @@
-"""Two real processes give what one with as many devices gives, stop together and fail together."""
+"""Several real processes give what one with as many devices gives, stop together and fail together."""
 
 import json
 import os
@@ -115,18 +115,22 @@ def free_port():
     return free.getsockname()[1]
 
 
-def two(folder, command, *, status=0, folders=None, **settings):
-  """Returns what each of two processes printed; `status` is that of both, or of each."""
+def several(folders, command, *, status=0, **settings):
+  """Returns what a process in each folder printed; `status` is that of all, or of each."""
   address = f"127.0.0.1:{free_port()}"
-  several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+  told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(folders))}
   started = [
-    start(own, command, **several, JAX_PROCESS_ID=str(i), **settings)
-    for i, own in enumerate(folders or [folder] * 2)
+    start(folder, command, **told, JAX_PROCESS_ID=str(i), **settings)
+    for i, folder in enumerate(folders)
   ]
   ended = [process.finished() for process in started]
-  statuses = status if isinstance(status, tuple) else (status, status)
+  statuses = status if isinstance(status, tuple) else (status,) * len(folders)
   assert tuple(found for found, _ in ended) == statuses, ended
   return [output for _, output in ended]
+
+
+def two(folder, command, **settings):
+  return several([folder] * 2, command, **settings)
 
 
 def results(folder):
@@ -169,6 +173,22 @@ def test_a_sweep_that_one_process_interrupts_goes_on_in_both_and_equals_one(inpu
   expected = results(tmp_path / "one")
   assert len(expected) == 1 + 3 * 4 + 1 + 1  # the frontier, members, their group, best-of-n
   assert_same_results(results(folder), expected)
+
+
+def test_four_processes_that_are_stopped_go_on_as_two_and_equal_one(inputs, tmp_path):
+  command = ["experiments.grpo", *OWN, *HOST, "--group_size=2", "--eval_every=0"]
+  folder = place(inputs, tmp_path / "four")
+  printed = several([folder] * 4, ["-m", *command], status=130, AT_CALL="3")
+  assert "Stopped after iteration 2 of 3" in printed[0] and not any(
+    "Stopped" in x for x in printed[1:]
+  )
+  printed = two(folder, ["-m", *command], devices=2)
+  assert "Report:" in printed[0] and "Report:" not in printed[1]
+  one(place(inputs, tmp_path / "one"), command, devices=4)
+  assert_same_results(results(folder), results(tmp_path / "one"), abs=1e-5)
+  # Each of the four is asked for its own quarter of the rows.
+  asked = [list(map(int, path.read_text().split())) for path in sorted(folder.glob("calls*"))]
+  assert len(asked) == 4 and asked[2] == asked[3] == [2] * len(asked[2])
 
 
 # One start of Python for all.
@@ -377,7 +397,7 @@ for attempt in tries:
 
 def test_what_fails_in_one_process_fails_in_both(tmp_path):
   folders = [tmp_path / name for name in "ab"]
-  printed = two(None, ["-c", ALONE], folders=folders)
+  printed = several(folders, ["-c", ALONE])
   printed = [[line for line in text.splitlines() if "Gloo" not in line] for text in printed]
   same = ["UserError refused"] * 2
   after = [
