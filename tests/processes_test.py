@@ -1,4 +1,4 @@
-"""Several real processes give what one with as many devices gives, stop together and fail together."""
+"""Several processes give what one with as many devices gives, stop together and fail together."""
 
 import json
 import os
