@@ -111,7 +111,8 @@ def make_programs(
   `rollout(state, frozen, prompts, prompt_mask) -> rollout` and `update(state, frozen, rollout,
   rows, pretraining) -> (state, metrics)`, which is compiled for each width. If the host scores,
   `update` takes the scores in place of the rows. Where such rollouts are trained on late, it takes
-  the new one, and the scores of the one that `waiting(state, frozen) -> rollout` returns. `frozen`
+  the new one, and the scores of the one that `waiting(state, frozen) -> rollout` returns.
+  `drawn_by(state, frozen)` is a number of the state, another one for every other rollout. `frozen`
   are the distinct arrays of `setup.frozen`.
 
   Args:
@@ -157,6 +158,11 @@ def make_programs(
     del frozen
     return state, memory.waiting(state.replay, state.iteration)
 
+  def drawn_by(state, frozen):
+    del frozen
+    # Moments and the value model take no part in it, and are most of the state.
+    return state, _sum_of_words((state.params["policy"], state.hypers, state.key, state.iteration))
+
   def of_state(fn, in_axes):
     with_state = lifted(fn, in_axes)
 
@@ -169,6 +175,7 @@ def make_programs(
   return {
     "rollout": of_state(rollout, (0, None, None, None)),
     "waiting": of_state(waiting, (0, None)),
+    "drawn_by": of_state(drawn_by, (0, None)),
     "update": jit(lifted(update, (0, None, 0, 0 if task.rewards else None, None))),
   }
 
@@ -325,7 +332,7 @@ def make_step_fn(
   reads_model = any(reward.fn is None for reward in task.rewards)
   notice_slow, notice_unscored = _said_once(_slow_reward), _said_once(_unscored)
   before = None  # of the last iteration: when it began, its reward's seconds, its completions
-  mark_of = _make_mark_fn(setup)
+  mark_of = _make_mark_fn(setup, lambda state: programs["drawn_by"](state, distinct))
   in_files = pending.iterations(workdir) if workdir else set()
   late = {}  # of the iterations before: rollouts that wait, and the same where fetching is quick
   gathered = jax.jit(lambda rollout: rollout, out_shardings=parallel.replicated(mesh))
@@ -441,7 +448,7 @@ class _Ahead:
       self._is_over[name].wait()
 
 
-def _make_mark_fn(setup: Setup) -> Callable:
+def _make_mark_fn(setup: Setup, drawn_by: Callable) -> Callable:
   """Returns mark(state, rows) -> text, which is another for every other rollout of a state."""
   models, task = setup.models, setup.task
   words = jax.jit(_sum_of_words)
@@ -453,11 +460,8 @@ def _make_mark_fn(setup: Setup) -> Callable:
     return int(words(setup.frozen["base"])) if setup.frozen["base"] else 0
 
   def mark(state, rows):
-    # Moments and the value model take no part in it, and are most of the state.
-    drawn_by = state.params["policy"], state.hypers, state.key, state.iteration
-    told = hashlib.blake2b(
-      repr((Rollout._fields, settings, of_frozen(), int(words(drawn_by)))).encode()
-    )
+    of_state = parallel.fetch(drawn_by(state)).tolist()
+    told = hashlib.blake2b(repr((Rollout._fields, settings, of_frozen(), of_state)).encode())
     for x in (task.training.tokens, task.training.mask):
       told.update(np.ascontiguousarray(x[rows]))
     return told.hexdigest()
