@@ -673,8 +673,8 @@ PAPERS = {
     _distilled_best_of_n,
     "The quantile alone (Amini and others, Variational Best-of-N Alignment, 2024, 2407.06057) is "
     "exact where nothing ties. `experiments.grpo --flagfile=experiments/presets/bond_tree.flags` "
-    "is trained on a language of 341 completions to a total variation of 0.006 or 0.013 from "
-    "best-of-4, by seed, and `bond.flags` on the embedded task.",
+    "is trained on a language of 341 completions to a total variation of 0.006 from best-of-4, and "
+    "with another seed or twice as long to 0.007 to 0.013; `bond.flags` on the embedded task.",
   ),
   "dph_rl_2025": Paper(
     "Long Li and others, The Choice of Divergence: A Neglected Key to Mitigating Diversity "
