@@ -312,7 +312,7 @@ def bandit_figures(sizes: list[int]) -> list[dict]:
         "quantile": (n - 1) * jnp.log(jnp.cumsum(ref)),
       }
       distances = {
-        f"tv_{name}": float(jnp.abs(jax.nn.softmax(jnp.log(ref) + reward) - probs).sum() / 2)
+        f"tv_{name}": float(bandits.total_variation(jax.nn.softmax(jnp.log(ref) + reward), probs))
         for name, reward in rewards.items()
       }
       rows.append(

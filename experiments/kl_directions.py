@@ -209,10 +209,10 @@ def regressions() -> dict:
     between = jax.nn.softmax(share * ref + (1 - share) * old + scores / scale)
     at_end, at_old = (jnp.linalg.norm(jax.grad(loss)(x)) for x in (end, logits))
     return end, {
-      "between": _total_variation(jnp.exp(oracle.log_probs(tree, end)), between),
+      "between": bandits.total_variation(jnp.exp(oracle.log_probs(tree, end)), between),
       "residual": at_end,
       "start": at_old,
-      "distance": _total_variation(jnp.exp(old), optimum),
+      "distance": bandits.total_variation(jnp.exp(old), optimum),
     }
 
   found = jax.lax.scan(iteration, ref_logits, length=NUM_REGRESSIONS)[1]
@@ -223,10 +223,6 @@ def regressions() -> dict:
     "residual": found["residual"].max() / found["start"][0],
     "distance": found["distance"],
   }
-
-
-def _total_variation(probs, others):
-  return jnp.abs(probs - others).sum() / 2
 
 
 def late_values() -> dict:

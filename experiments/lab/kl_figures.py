@@ -176,7 +176,7 @@ def ends(tree: oracle.Tree, surrogates, ref_logits, scores, beta) -> list[dict]:
 
 
 def _total_variation(p, q) -> float:
-  return float(np.abs(np.asarray(p) - np.asarray(q)).sum() / 2)
+  return float(bandits.total_variation(np.asarray(p), np.asarray(q)))
 
 
 def ends_on_bandit(surrogates) -> list[dict]:

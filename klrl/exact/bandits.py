@@ -191,6 +191,16 @@ def best_of_n_reward(probs, scores, n) -> jax.Array:
   return ops.best_of_n_reward(upto, tied, n)
 
 
+def total_variation(probs, others):
+  """Returns the total variation of two distributions, between 0 and 1.
+
+  Args:
+    probs: [N], of NumPy or JAX.
+    others: [N].
+  """
+  return abs(probs - others).sum() / 2
+
+
 def best_of_n_kl_bound(n) -> jax.Array:
   """Returns log(n) - (n - 1) / n, the KL of best-of-n to one draw if no two scores tie.
 

@@ -184,7 +184,7 @@ def _exact_figures(logits, ref, scores, rewards, beta):
     "objective": objective,
     "optimal_objective": best,
     "objective_gap": (best - objective) / (best - ref_probs @ rewards),
-    "tv_to_optimum": jnp.abs(probs - best_probs).sum() / 2,
+    "tv_to_optimum": bandits.total_variation(probs, best_probs),
   }
 
 
