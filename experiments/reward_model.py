@@ -17,6 +17,7 @@ held-out labels, where the noise allows 95%.
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import NamedTuple
 
@@ -96,13 +97,11 @@ class Config(common.RunConfig, common.ChatFields):
 
 
 class Pairs(NamedTuple):
-  """Chosen and rejected texts, [N, S] each, and the margins that the data give, [N]."""
+  """Two texts of one prompt each, the chosen one first."""
 
-  chosen: np.ndarray
-  chosen_mask: np.ndarray
-  rejected: np.ndarray
-  rejected_mask: np.ndarray
-  margins: np.ndarray
+  tokens: np.ndarray  # [N, 2, S] int32
+  mask: np.ndarray  # [N, 2, S] bool, real tokens
+  margins: np.ndarray  # [N] float32, by how much the data prefer the chosen one
 
 
 def main(config: Config, *, root: str = "runs") -> pathlib.Path:
@@ -128,19 +127,15 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
     rank=config.lora_rank,
   )
   reward_model = scalar_model(model_config)
-  score = jax.jit(reward_model.scores)
+  score = jax.jit(functools.partial(scores_of_pairs, reward_model))
 
   def calibration(params):
     parts = [
-      data.take(held_out, slice(i, i + config.batch_size))
-      for i in range(0, len(held_out.chosen), config.batch_size)
+      score(params, data.take(held_out, slice(i, i + config.batch_size)))
+      for i in range(0, len(held_out.tokens), config.batch_size)
     ]
-    differences = [
-      score(params, part.chosen, part.chosen_mask)
-      - score(params, part.rejected, part.rejected_mask)
-      for part in parts
-    ]
-    return {"held_out_calibration_error": calibration_error(np.concatenate(differences))}
+    chosen, rejected = np.concatenate(parts).T
+    return {"held_out_calibration_error": calibration_error(chosen - rejected)}
 
   summary = train(
     config,
@@ -215,6 +210,12 @@ def preference_loss(chosen, rejected, margins, *, margin, label_smoothing, centr
   )
 
 
+def scores_of_pairs(reward_model, params, pairs: Pairs) -> jax.Array:
+  """Returns [N, 2], the scores of both texts; carries gradient to `params`."""
+  tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (pairs.tokens, pairs.mask))
+  return reward_model.scores(params, tokens, mask).reshape(-1, 2)
+
+
 def make_preference_fn(reward_model):
   """Returns loss(params, pairs, **coefficients of `preference_loss`) -> (weights, metrics).
 
@@ -223,13 +224,7 @@ def make_preference_fn(reward_model):
   """
 
   def loss_fn(params, batch: Pairs, **coefficients):
-    # One forward pass over both halves; widths are equal by construction.
-    scores = reward_model.scores(
-      params,
-      jnp.concatenate([batch.chosen, batch.rejected]),
-      jnp.concatenate([batch.chosen_mask, batch.rejected_mask]),
-    )
-    chosen, rejected = jnp.split(scores, 2)
+    chosen, rejected = scores_of_pairs(reward_model, params, batch).T
     count = jnp.float32(chosen.shape[0])
     total = preference_loss(chosen, rejected, batch.margins, **coefficients).sum()
     return {"loss/total": 1.0}, {
@@ -282,15 +277,14 @@ def _pairs(config: Config, tokenizer, context: int) -> tuple[Pairs, Pairs]:
   else:
     data.check_lengths(chosen, max_len)
     data.check_lengths(rejected, max_len)
-  both = data.examples_of([*chosen, *rejected], tokenizer.pad_id)
-  (chosen_tokens, rejected_tokens), (chosen_mask, rejected_mask) = (
-    np.split(array, 2) for array in (both.tokens, both.mask)
-  )
+  both = [text.tokens for pair in zip(chosen, rejected, strict=True) for text in pair]
+  padded = data.pad(both, tokenizer.pad_id, left=False)
+  tokens, mask = (x.reshape(len(pairs), 2, -1) for x in padded)
   margins = np.array([pair.margin for pair in pairs], np.float32)
   rows = data.split_indices(len(pairs), config.data_seed)
   if config.data:
     data.warn_of_shared_prompts(*([pairs[i].prompt for i in part] for part in rows))
-  arrays = Pairs(chosen_tokens, chosen_mask, rejected_tokens, rejected_mask, margins)
+  arrays = Pairs(tokens, mask, margins)
   return tuple(data.take(arrays, part) for part in rows)
 
 

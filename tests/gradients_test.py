@@ -87,6 +87,8 @@ def test_a_cpu_takes_parts_that_have_enough_tokens_and_whole_groups(
   tokens = jax.ShapeDtypeStruct((64, int(rows_of_parts * TOKENS_PER_PART) // 64), jnp.int32)
   batch = {"scores": jax.ShapeDtypeStruct((64,), jnp.float32), "tokens": tokens}
   assert enough_parts(batch, num_parts, group_size=group_size) == expected
+  pairs = {"tokens": tokens.update(shape=(64, 2, tokens.shape[1] // 2)), "each": jnp.zeros((64, 2))}
+  assert enough_parts(pairs, num_parts, group_size=group_size) == expected
   mesh = parallel.make_mesh("data=2")
   on_mesh = parallel.on_mesh(mesh, enough_parts)
   assert on_mesh(batch, num_parts) == max(num_parts, 2 if rows_of_parts > 2 else 1)

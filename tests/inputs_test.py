@@ -171,10 +171,10 @@ def test_pairs_of_chats_are_told_apart_and_judged_by_their_prompts(place, monkey
   training, held_out = reward_model._pairs(
     reward_model.Config(policy=config.policy, data=config.data), start.tokenizer, 256
   )
-  for tokens, mask in zip(training.rejected, training.rejected_mask, strict=True):
+  for tokens, mask in zip(training.tokens[:, 1], training.mask[:, 1], strict=True):
     # It is scored at the token that ends the turn, as a completion is.
     assert start.tokenizer.name(tokens[mask][-1]) == "<|im_end|>"
-  assert len(held_out.chosen) == 1
+  assert len(held_out.tokens) == 1
 
 
 def test_a_model_that_learns_a_template_is_saved_with_it_and_with_what_ends_its_turns(

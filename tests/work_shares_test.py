@@ -131,7 +131,7 @@ def supervised_flops(spec, num_rows):
   margins = jax.ShapeDtypeStruct((num_rows,), np.float32, sharding=tokens.sharding)
   policy, scalar = policy_model(DECODER), scalar_model(DECODER)
   examples = data.Examples(tokens, mask, mask, tokens)
-  pairs = reward_model.Pairs(tokens, mask, tokens, mask, margins)
+  pairs = reward_model.Pairs(*(x.update(shape=(num_rows, 2, 16)) for x in (tokens, mask)), margins)
   of_pairs = {"margin": 0.0, "label_smoothing": 0.0, "centring_coef": 0.0}
   runs = {
     "sft": (sft.Config(), policy.init, sft.make_cross_entropy_fn(policy), examples, {}),

@@ -5,6 +5,7 @@ and its completion, are right-padded, and end with the tokenizer's end-of-sequen
 and `columns` read the texts.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -241,11 +242,11 @@ def batch_rows(seed: int, iteration: int, batch_size: int, num_rows: int) -> np.
   Each epoch takes the rows in a fresh random order, without gaps between epochs. The result depends
   on the arguments alone, so a resumed run needs no saved cursor.
   """
-  position = iteration * batch_size + np.arange(batch_size)
-  epochs = position // num_rows
-  orders = {
-    epoch: np.random.default_rng((seed, epoch)).permutation(num_rows) for epoch in set(epochs)
-  }
-  return np.array(
-    [orders[epoch][p % num_rows] for epoch, p in zip(epochs, position, strict=True)], np.int32
-  )
+  epochs, places = np.divmod(iteration * batch_size + np.arange(batch_size), num_rows)
+  orders = [_order_of_epoch(seed, int(epoch), num_rows) for epoch in np.unique(epochs)]
+  return np.stack(orders)[epochs - epochs[0], places]
+
+
+@functools.lru_cache(maxsize=8)  # Every iteration of an epoch asks for it.
+def _order_of_epoch(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+  return np.random.default_rng((seed, epoch)).permutation(num_rows).astype(np.int32)

@@ -51,7 +51,8 @@ def encode_texts(texts: Sequence[tuple[Text, Text]], tokenizer: TokenizerInfo) -
     num_prompt_tokens = sum(end <= len(prompt) for end in ends)
     is_closed = ids[num_prompt_tokens:][-1:] and ids[-1] in tokenizer.eos_ids
     ids = ids if is_closed else [*ids, tokenizer.eos_id]
-    encoded.append(Encoded(ids, [i >= num_prompt_tokens for i in range(len(ids))]))
+    in_completion = [False] * num_prompt_tokens + [True] * (len(ids) - num_prompt_tokens)
+    encoded.append(Encoded(ids, in_completion))
   _warn_of_other_tokens([prompt for prompt, _ in texts], encoded, tokenizer.encode_batch)
   return encoded
 
@@ -142,11 +143,11 @@ def all_chats(texts: Sequence[Text], what: str) -> bool:
 
 def _warn_of_other_tokens(prompts: Sequence[str], encoded: Sequence[Encoded], encode) -> None:
   """Warns if some of the first prompts have other tokens alone than before their completions."""
+  asked = ((prompt, text) for prompt, text in zip(prompts, encoded, strict=True) if prompt)
   pairs = [
     (prompt, text.tokens[: text.in_completion.index(True)])
-    for prompt, text in zip(prompts, encoded, strict=True)
-    if prompt
-  ][:_NUM_CHECKED]
+    for prompt, text in itertools.islice(asked, _NUM_CHECKED)
+  ]
   alone = encode(prompt for prompt, _ in pairs)
   other = [prompt for (prompt, ids), found in zip(pairs, alone, strict=True) if found.ids != ids]
   if other:
