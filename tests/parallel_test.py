@@ -125,10 +125,13 @@ def test_tensor_splits_heads_hidden_units_and_vocabulary():
   assert found["unembedding"] == (None, "tensor")
 
 
-def test_fsdp_splits_the_largest_axis_that_divides():
+def test_fsdp_splits_what_tensor_would_and_else_the_largest_axis_that_divides():
   found = specs("fsdp=4", params())
-  assert found["decoder/layers/mlp/gate/kernel"] == (None, None, "fsdp")  # [4, 8, 12]
-  assert found["decoder/layers/mlp/down/kernel"] == (None, "fsdp", None)  # [4, 12, 8]
+  opening, closing = (None, None, "fsdp"), (None, "fsdp", None)
+  for name in ("attention/query", "attention/key", "attention/value", "mlp/gate", "mlp/up"):
+    assert found[f"decoder/layers/{name}/kernel"] == opening, name
+  for name in ("attention/output", "mlp/down"):
+    assert found[f"decoder/layers/{name}/kernel"] == closing, name
   # 10 does not divide by 4, so the width does the splitting.
   assert found["decoder/embed/embedding"] == (None, "fsdp")
   assert found["unembedding"] == ("fsdp", None)
@@ -191,7 +194,7 @@ def test_own_arrays_survive_the_donation_of_those_they_were_made_of():
   assert theirs["a"].is_deleted()
   np.testing.assert_array_equal(own["a"], np.arange(8.0).reshape(4, 2))
   assert own["a"].sharding == parallel.state_shardings(mesh, own)["a"]
-  assert {shard.data.shape for shard in own["a"].addressable_shards} == {(2, 2)}
+  assert {shard.data.shape for shard in own["a"].addressable_shards} == {(4, 1)}
 
 
 def test_rows_are_split_by_the_mesh_in_scope_alone():

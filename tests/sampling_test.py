@@ -329,9 +329,9 @@ def test_the_completions_of_a_prompt_share_the_reading_of_it():
 
 @functools.cache
 def adapted(width):
-  """Returns a policy with adapters, and its params."""
+  """Returns a policy with adapters, and its params; four devices do not divide its vocabulary."""
   config = DecoderConfig(
-    vocab_size=512,
+    vocab_size=510,
     width=width,
     num_layers=1,
     num_heads=width // 16,
@@ -346,7 +346,7 @@ def adapted(width):
 
 
 def rollout_on(spec, sampler_mesh, width, num_rows):
-  """Returns (a rollout of 129 tokens on a mesh, the bytes of all-gather that a device sends)."""
+  """Returns (a rollout of 129 tokens on a mesh, the bytes that a device sends by kind)."""
   policy, params = adapted(width)
   sample = make_sample_fn(
     policy, max_completion_len=129, eos_id=None, pad_id=0, group_size=2, sampler_mesh=sampler_mesh
@@ -359,32 +359,42 @@ def rollout_on(spec, sampler_mesh, width, num_rows):
   arguments = params, *prompts, jax.random.key(2)
   compiled = sample.lower(*arguments).compile()
   sent = hlo.costs(compiled.as_text(), dict(mesh.shape)).collectives
-  gathered = sum(size for (kind, _), size in sent.items() if kind == "all-gather")
-  return jax.device_get(compiled(*arguments)), gathered
+  sent = {kind: size for (kind, _), size in sent.items()}  # There is one axis.
+  return jax.device_get(compiled(*arguments)), sent
 
 
-# Of 4 quarters of the weights, each device sends its own to three others if they are gathered once.
-# The compiler of CPUs moves few rows to weights by itself, but not as few bytes.
-@pytest.mark.parametrize(
-  ("sampler_mesh", "width", "num_rows", "share"),
-  [("gathered", 128, 64, 0.76), ("split", 512, 4, 0.3)],
-)
-def test_no_weight_is_gathered_twice_in_a_rollout(sampler_mesh, width, num_rows, share):
-  alone, _ = rollout_on("data=1", "auto", width, num_rows)
-  found, gathered = rollout_on("fsdp=4", sampler_mesh, width, num_rows)
+def assert_alike(found, alone):
   np.testing.assert_array_equal(found.tokens, alone.tokens)
-  np.testing.assert_allclose(found.old_log_probs, alone.old_log_probs, atol=1e-4)
-  weights = sum(leaf.nbytes for leaf in jax.tree.leaves(adapted(width)[1]))
-  assert gathered < share * weights
+  np.testing.assert_allclose(found.old_log_probs, alone.old_log_probs, atol=5e-4)
+
+
+def test_weights_are_gathered_once_for_a_rollout():
+  alone, _ = rollout_on("data=1", "auto", 128, 64)
+  found, sent = rollout_on("fsdp=4", "gathered", 128, 64)
+  assert_alike(found, alone)
+  weights = sum(leaf.nbytes for leaf in jax.tree.leaves(adapted(128)[1]))
+  # Of four quarters each device sends its own to three others.
+  assert sent["all-gather"] < 0.76 * weights
+
+
+def test_of_rows_that_move_to_weights_a_layer_sends_two_sums():
+  width, num_rows, num_steps = 512, 4, 128
+  alone, _ = rollout_on("data=1", "auto", width, num_rows)
+  found, sent = rollout_on("fsdp=4", "split", width, num_rows)
+  assert_alike(found, alone)
+  # A ring of four sends 3/4 of its numbers to sum them and as many to tell the sums. A step has the
+  # sums behind attention and behind the MLP of its one layer, and embeddings.
+  step = 3 * 2 * 0.75 * num_rows * width * 4
+  assert num_steps * step <= sum(sent.values()) < 1.2 * num_steps * step
 
 
 @pytest.mark.parametrize(
   ("spec", "num_rows", "stay"),
   [
     ("data=4", 8, False),
-    ("fsdp=4", 256, True),
-    ("fsdp=4", 257, False),
-    ("fsdp=2,data=2", 512, True),
+    ("fsdp=4", 384, True),
+    ("fsdp=4", 385, False),
+    ("fsdp=2,data=2", 768, True),
   ],
 )
 def test_weights_stay_where_rows_are_smaller(spec, num_rows, stay):

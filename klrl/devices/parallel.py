@@ -4,10 +4,11 @@ One mesh with the axes `sweep`, `data`, `fsdp` and `tensor`. Programs are plain 
 global arrays whose `NamedSharding` says where they live; that is what `pjit` became.
 
 * `data`: rows of a batch.
-* `fsdp`: rows of a batch, and the largest axis of every parameter that the devices divide.
 * `tensor`: heads and hidden units. These are the output axis of the projections that open a block,
   the input axis of those that close it, and the vocabulary; of the two factors of an adapter, the
-  one that has such an axis is split.
+  one that has such an axis is split (M. Shoeybi et al., "Megatron-LM", 2019, section 3).
+* `fsdp`: rows of a batch, and of every parameter the same axis as `tensor`. Where that is taken, or
+  the devices do not divide it, it is the largest axis that they do.
 * `sweep`: members of a sweep; nothing in a single run.
 
 The arrays of a sweep have a leading axis of members. Programs split it over `sweep` by hand, so
@@ -355,12 +356,30 @@ def rows_of_fsdp(num_rows: int) -> int:
 
 def gather_weights(params):
   """Returns `params` whole on each device of `fsdp`, split over `tensor` as they were."""
+  return _gathered(params, lambda names: True)
+
+
+def gather_for_rows(params):
+  """Returns `params` as rows move to them: whole are those factors of adapters that have the width.
+
+  The others have heads or hidden units, by which all else of a layer is split. What these make of
+  split rows would be sent, and they are small.
+  """
+  return _gathered(
+    params, lambda names: "lora" in names and ("lora_b" in names) == _is_closing(names)
+  )
+
+
+def _gathered(params, is_gathered):
   if not splits_weights():
     return params
   mesh = jax.sharding.get_abstract_mesh()
 
   def whole(path, leaf):
-    spec = _partition_spec(mesh, _names(path), leaf.shape)
+    names = _names(path)
+    if not is_gathered(names):
+      return leaf
+    spec = _partition_spec(mesh, names, leaf.shape)
     spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
     return jax.lax.with_sharding_constraint(leaf, spec)
 
@@ -387,20 +406,31 @@ def weights_stay(stay: bool) -> Iterator[None]:
 
 
 def rows_together(x):
-  """Returns x [rows, ...] with all rows on each device of `fsdp`, where `weights_stay`."""
-  return _with_rows_over(x, [axis for axis in _axes_of_rows() if axis != "fsdp"])
+  """Returns x [rows, ...] with all rows, and all of each, on every device of `fsdp`.
+
+  This and the next two do nothing unless `weights_stay`.
+  """
+  return _with_rows_over(x, _axes_but_fsdp(), None)
+
+
+def rows_at_weights(x):
+  """Returns x [rows, ...] with all rows on each device of `fsdp`, and of each what weights make."""
+  return _with_rows_over(x, _axes_but_fsdp(), PartitionSpec.UNCONSTRAINED)
 
 
 def rows_apart(x):
-  """Returns x [rows, ...] with its own rows on each device of `fsdp`, where `weights_stay`."""
-  return _with_rows_over(x, _axes_of_rows())
+  """Returns x [rows, ...] with its own rows on each device of `fsdp`."""
+  return _with_rows_over(x, _axes_of_rows(), PartitionSpec.UNCONSTRAINED)
 
 
-def _with_rows_over(x, axes):
+def _axes_but_fsdp() -> tuple[str, ...]:
+  return tuple(axis for axis in _axes_of_rows() if axis != "fsdp")
+
+
+def _with_rows_over(x, axes, others):
   if not _weights_stay.get():
     return x
-  others = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(tuple(axes), *others))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *(others,) * (x.ndim - 1)))
 
 
 def split_vocabulary(tree):
@@ -583,6 +613,10 @@ def _names(path) -> list[str]:
   return [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
 
 
+def _is_closing(names) -> bool:
+  return any(name in _CLOSING for name in names)
+
+
 def _partition_spec(mesh, names, shape) -> PartitionSpec:
   if "replay" in names:  # Not parameters.
     return PartitionSpec(None, ("data", "fsdp"))
@@ -590,10 +624,10 @@ def _partition_spec(mesh, names, shape) -> PartitionSpec:
   # A stacked layer axis is scanned over, never split.
   axes = list(range(1 if "layers" in names else 0, len(shape)))
   if len(axes) >= 2:
-    closing = any(name in _CLOSING for name in names)
-    tensor_axis = len(shape) - (2 if closing else 1)
+    # Heads, hidden units or the vocabulary.
+    inner = len(shape) - (2 if _is_closing(names) else 1)
     if "embedding" in names:  # [vocabulary, width]
-      tensor_axis = len(shape) - 2
+      inner = len(shape) - 2
     if "lora" in names:  # [in, rank] and [rank, out]: the rank is too small to split.
       del axes[0 if "lora_b" in names else 1]
 
@@ -601,11 +635,12 @@ def _partition_spec(mesh, names, shape) -> PartitionSpec:
       size = mesh.shape[name]
       return size > 1 and shape[axis] % size == 0
 
-    if tensor_axis in axes and divides("tensor", tensor_axis):
-      spec[tensor_axis] = "tensor"
+    if inner in axes and divides("tensor", inner):
+      spec[inner] = "tensor"
     free = [axis for axis in axes if spec[axis] is None and divides("fsdp", axis)]
     if free:
-      spec[max(free, key=lambda axis: shape[axis])] = "fsdp"
+      axis = inner if inner in free else max(free, key=lambda axis: shape[axis])
+      spec[axis] = "fsdp"
   return PartitionSpec(*spec)
 
 

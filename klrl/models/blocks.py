@@ -184,8 +184,8 @@ class PlainLinear(nnx.Linear):
 
 
 def _of_rows(product, x):
-  rows = parallel.rows_together(x.reshape(-1, x.shape[-1]))
-  return parallel.rows_together(product(rows)).reshape(*x.shape[:-1], -1)
+  rows = parallel.rows_at_weights(x.reshape(-1, x.shape[-1]))
+  return parallel.rows_at_weights(product(rows)).reshape(*x.shape[:-1], -1)
 
 
 def _linear(config, fan_in, fan_out, rngs, *, use_bias=False, residual=False):
