@@ -6,6 +6,9 @@ XLA's after all of its passes, in which loops, collectives and the memory of eve
 often a loop runs is read from its condition, or, where that depends on the data, from a scope named
 `at_most(N)`.
 
+What a kernel reads and computes is not in the text: that of attention (`models/kernel.py`) is known
+by its name, and how many of its blocks are computed by a scope named `blocks(NUMBERxLENGTH)`.
+
 Counted are the floating-point operations of matrix products, two for each multiply-add; the bytes
 that instructions read from and write to the device's main memory; and the bytes that collectives
 send, taking each for a ring (R. Rabenseifner, "Optimization of Collective Reduction Operations",
@@ -38,6 +41,8 @@ _FREE = (
 )
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+# The products of each block of pairs of tokens in the parts of a kernel of attention.
+_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 
 
@@ -122,7 +127,7 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
   """Returns ({computation: {name: instruction}}, the name of the one that runs)."""
   computations: dict[str, dict[str, Instruction]] = {}
   entry = ""
-  for line in text.splitlines():
+  for line in re.sub(r"kernel_metadata=\{\n.*\n\}", "", text).splitlines():
     line = re.sub(r"/\*.*?\*/", "", line).strip()
     left, equals, right = line.partition(" = ")
     if line.endswith("{") and "->" in line and (not equals or "(" in left):
@@ -223,6 +228,10 @@ class _Walk:
     return [self._computations[name][operand].buffers for operand in instruction.operands]
 
   def _flops(self, name: str, instruction: Instruction) -> float:
+    if kernel := _kernel(instruction):
+      part, num_blocks, block = kernel
+      *heads, _, width = self._operands(name, instruction)[2][0].dims
+      return 2.0 * _PRODUCTS[part] * num_blocks * block**2 * width * math.prod(heads)
     if instruction.opcode not in ("dot", "convolution"):
       return 0.0
     (left,), (right,) = self._operands(name, instruction)
@@ -244,6 +253,8 @@ class _Walk:
     written, read = _main(buffers), [_main(operand) for operand in operands]
     if opcode == "fusion":
       return self._moved_by_fusion(instruction, read, written)
+    if kernel := _kernel(instruction):
+      return written + _read_by_kernel(*kernel, [x[0] for x in operands])
     if opcode in ("dynamic-slice", "slice", "gather"):
       return min(read[0], written) + written
     if opcode == "dynamic-update-slice":
@@ -377,6 +388,35 @@ def _products_per_output(instruction: Instruction, left, right) -> float:
     real = (starts % base == 0) & (starts >= 0) & (starts < num_in * base)
     products *= real.sum() / num_out
   return products
+
+
+def _kernel(instruction: Instruction) -> tuple[str, int, int] | None:
+  """Returns (part, number of blocks for a head, tokens of a block) of a kernel of attention."""
+  name = re.match(r"splash_mha_(fwd|dq|dkv)", instruction.name)
+  if instruction.opcode != "custom-call" or name is None:
+    return None
+  blocks = re.search(r"blocks\((\d+)x(\d+)\)", instruction.attributes)
+  return name.group(1), *map(int, blocks.groups())
+
+
+def _read_by_kernel(part: str, num_blocks: int, block: int, operands: list[Buffer]) -> float:
+  """Returns bytes: each head reads one side of its pairs for each block, and the other side once.
+
+  The operands are two small tables, queries, keys, values, what masks both sides, and more of the
+  queries: arrays [..., tokens, n] or [..., n, tokens].
+  """
+  *heads, num_tokens, _ = operands[2].dims
+  of_keys = (3, 4, 6)
+  total = 0.0
+  for position, buffer in enumerate(operands):
+    is_streamed = (position in of_keys) == (part != "dkv")
+    times = num_blocks * block / num_tokens if is_streamed else 1.0
+    matrix = buffer.bytes * math.prod(buffer.dims[-2:]) / math.prod(buffer.dims)
+    # The gradient of keys and values adds up queries of all heads while it holds their block.
+    is_once = position < 2 or (part == "dkv" and position in of_keys)
+    size = buffer.bytes if is_once else math.prod(heads) * matrix * times
+    total += size if buffer.is_main else 0.0
+  return total
 
 
 def _main(buffers: list[Buffer]) -> float:

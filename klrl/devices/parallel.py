@@ -343,6 +343,35 @@ def rows_per_device(num_rows: int) -> int:
   return 1 if rest else rows
 
 
+def divides_rows(num_rows: int) -> bool:
+  """Returns whether `split_rows` gives each device as many of `num_rows` rows as every other."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return num_rows % math.prod(mesh.shape[axis] for axis in _axes_of_rows()) == 0
+
+
+def for_own_rows_and_heads(fn: Callable, *, num_heads: int) -> Callable:
+  """Returns fn(heads, rows), computed by each device for what is its own, without any other.
+
+  `heads` and the result are trees of arrays [rows, heads, ...], and `rows` is one of arrays
+  [rows, ...]. Rows are split as by `split_rows`, and must be divided by the devices. Heads are
+  split over `tensor` if it divides `num_heads`, the fewest that an array has. A kernel, which no
+  compiler can split, has to be called so.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return fn
+  rows = _axes_of_rows()
+  size = mesh.shape["tensor"]
+  heads = PartitionSpec(rows, "tensor" if num_heads % size == 0 else None)
+  return jax.shard_map(
+    fn,
+    in_specs=(heads, PartitionSpec(rows)),
+    out_specs=heads,
+    axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+    check_vma=False,
+  )
+
+
 def splits_weights() -> bool:
   """Returns whether the mesh in scope splits weights over `fsdp`."""
   return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
@@ -459,10 +488,15 @@ def _axes_of_vocabulary() -> tuple[str, ...]:
   return ("fsdp", "tensor") if splits_weights() else ()
 
 
-def compiles_for_cpu() -> bool:
-  """Returns whether what is traced is for a CPU: that of the mesh in scope, or of the default."""
+def platform() -> str:
+  """Returns for what a traced program is: the platform of the mesh in scope, or the default."""
   device = jax.sharding.get_abstract_mesh().abstract_device
-  return (device.platform if device else jax.default_backend()) == "cpu"
+  return device.platform if device else jax.default_backend()
+
+
+def compiles_for_cpu() -> bool:
+  """Returns whether what is traced is for a CPU."""
+  return platform() == "cpu"
 
 
 def _axes_of_rows() -> tuple[str, ...]:

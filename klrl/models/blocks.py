@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from klrl.devices import parallel
-from klrl.models.attention import attend
+from klrl.models import attention, kernel
 from klrl.models.heads import Head
 from klrl.models.rotations import Rotation, rotate
 
@@ -265,6 +265,7 @@ class Attention(nnx.Module):
       query, key = rotate(query, *rotation), rotate(key, *rotation)
     key, value = key.swapaxes(1, 2), heads(self.value(x)).swapaxes(1, 2)
     key, value = store((key, value))
+    attend = kernel.attend if isinstance(seen, kernel.Places) else attention.attend
     y = attend(query, key, value, seen, scale=self.scale, cap=self.cap)
     return self.output(y), (key, value)
 
@@ -297,8 +298,9 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
   """One residual layer.
 
-  `seen` says which keys each token sees, see `attend`. `store` receives the new (keys, values)
-  [B, K, S, H] and returns those to attend over; the block returns them beside its output.
+  `seen` says which keys each token sees, see `attention.attend` and `kernel.Places`. `store`
+  receives the new (keys, values) [B, K, S, H] and returns those to attend over; the block returns
+  them beside its output.
   """
 
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):

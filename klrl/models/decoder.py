@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 
 from klrl.devices import parallel
-from klrl.models import heads
+from klrl.models import heads, kernel
 from klrl.models.attention import Continued, Forked
 from klrl.models.blocks import INIT, Block, DecoderConfig, Ends
 from klrl.models.rotations import cos_sin
@@ -224,6 +224,13 @@ def _decoder(config):
     ends, layers = split(params)
     sight = _causal(mask, segment_ids) if fork is None else _forked(mask, fork)
     kinds = _of_kinds(config, sight, row_len or _text_len(tokens, fork))
+    has_windows = any(0 < kind.window < _text_len(tokens, fork) for kind in config.kinds)
+    if kernel.reads(*tokens.shape, has_windows=has_windows):
+
+      def places(seen):
+        return kernel.places(mask, segment_ids, fork, seen if has_windows else None)
+
+      kinds = [(rotation, places(seen)) for rotation, seen in kinds]
     positions = sight.positions
 
     def step(x, layer_and_kind):
@@ -351,10 +358,10 @@ def _text_len(tokens, fork):
 
 
 def _of_kinds(config, sight, row_len):
-  """Returns (rotation, what is seen) of each kind of layer. A window counts real tokens."""
+  """Returns (rotation, what is seen) of each kind of layer."""
   kinds = []
   for kind in config.kinds:
-    rotation, seen = None, sight.seen
+    rotation = None
     if kind.rotation:
       rotation = cos_sin(
         kind.rotation,
@@ -363,14 +370,17 @@ def _of_kinds(config, sight, row_len):
         dtype=config.dtype,
         row_len=row_len,
       )
-    if kind.window:
-
-      def within(seen, queries, keys, window=kind.window):
-        return seen & (queries[..., :, None] - keys[..., None, :] < window)
-
-      seen = jax.tree.map(within, seen, sight.queries, sight.keys)
-    kinds.append((rotation, seen))
+    kinds.append((rotation, _seen_within(sight, kind.window) if kind.window else sight.seen))
   return kinds
+
+
+def _seen_within(sight, window):
+  """Returns what is seen in a layer with a window, which counts real tokens."""
+
+  def within(seen, queries, keys):
+    return seen & (queries[..., :, None] - keys[..., None, :] < window)
+
+  return jax.tree.map(within, sight.seen, sight.queries, sight.keys)
 
 
 def _with_rotations(kinds):
