@@ -13,10 +13,8 @@ anew in the backward pass; trained parameters and moments are in float32, frozen
 bfloat16. PPO has four models of one shape, GRPO has a reward function on the host, and LoRA has
 rank 16.
 
-libtpu takes seconds to optimise a program, lay out its memory and write its text, and then many
-minutes for its machine code, of which nothing here is read. So a process compiles a program until
-that text is there, and is ended. The machine code itself takes memory too, which is not counted, so
-that a row fits up to `ROOM` of the chip.
+Programs are optimised and not compiled to machine code (`klrl.cost.ahead`), which takes memory too
+and is not counted, so that a row fits up to `ROOM` of the chip.
 
 What does not fit by its models alone, is not compiled: `--held` prints what parameters, moments
 and gradients take of each chip. The share of the memory is that of the program which takes most of
@@ -30,18 +28,14 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import pathlib
 import re
 import tempfile
-import time
-from unittest import mock
 
-import jax
 import tokenizers
 
 from benchmarks import results
+from klrl.errors import UserError
 
 FILE = pathlib.Path(__file__).parent / "results" / "fits.json"
 NUM_ROWS, ROWS_OF_PART = 256, 4
@@ -94,7 +88,6 @@ SMALLER = {
   "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8"),
 }
 BOUNDS = ("compute", "memory", "interconnect", "at_least")
-DEVICES = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}  # as JAX calls them
 ROOM = 0.95
 
 
@@ -186,11 +179,6 @@ def _tokenizer(vocab_size: int) -> str:
   return tokenizer.to_str()
 
 
-def programs_of(algorithm: str) -> tuple[str, ...]:
-  """Returns the names of the programs of an iteration."""
-  return ("step",) if algorithm in ("SFT", "DPO") else ("rollout", "update")
-
-
 def dry_run_of(algorithm: str, folder: pathlib.Path, topology: str, mesh: str) -> list[dict]:
   """Returns the reports of a dry run of an iteration; `topology` "" is this machine's devices."""
   from experiments import dpo, grpo, ppo, sft
@@ -230,152 +218,45 @@ def dry_run_of(algorithm: str, folder: pathlib.Path, topology: str, mesh: str) -
   return dry_run.of_iteration(config, *training.shapes_of_inputs(config))
 
 
-def lowered_of(algorithm: str, folder: pathlib.Path, topology: str, mesh: str, program: str):
-  """Returns (a program of an iteration as it is given to the compiler, bytes held beside it).
-
-  The others are not compiled. What a rollout makes is laid out by rows.
-  """
-  from klrl.cost import dry_run
-  from klrl.devices import parallel
-
-  found = None
-
-  def report(name, fn, mesh, *arguments, **named):
-    nonlocal found
-    if name == program:
-      found = fn.lower(*arguments, **named)
-    by_rows, whole = parallel.by_rows(mesh), parallel.replicated(mesh)
-
-    def laid_out(x):
-      return x.update(sharding=by_rows if x.ndim and x.shape[0] % mesh.size == 0 else whole)
-
-    made = jax.tree.map(laid_out, jax.eval_shape(fn, *arguments, **named))
-    nothing = {"flops": 0.0, "bytes": 0.0, "collectives": [], "unknown_loops": 0, "seconds": None}
-    names = {"program": name, "device": "", "num_devices": mesh.size, "mesh": dict(mesh.shape)}
-    return names | nothing | {"memory": {"total": 0, "of": None}}, made
-
-  with mock.patch.object(dry_run, "_report", report):
-    reports = dry_run_of(algorithm, folder, topology, mesh)
-  return found, reports[-1]["memory"]["total"]
-
-
-def costs_of(text: str, memory: float, mesh: str) -> dict[str, float]:
-  """Returns the costs of a program on a chip, by name, in bytes and floating-point operations."""
-  from klrl.cost import hlo
-
-  axis, _, size = mesh.partition("=")
-  found = hlo.costs(text, {axis: int(size)})
-  costs = {"memory": memory, "flops": float(found.flops), "bytes": float(found.bytes)}
-  for (_, axes), sent in found.collectives.items():
-    costs[f"over {axes}"] = costs.get(f"over {axes}", 0.0) + float(sent)
-  return costs
-
-
-def figures_of(programs: list[dict[str, float]], topology: str) -> dict:
-  """Returns the figures of a row from the costs of its programs; of a refused one the memory."""
-  from klrl.cost import dry_run
-
-  name = topology.partition(":")[0]
-  chip = dry_run.CHIPS[DEVICES[name]]
-  memory = max(costs["memory"] for costs in programs)
-  share = memory / chip.memory
-  is_known = all("flops" in costs for costs in programs)
+def figures_of(reports: list[dict], topology: str) -> dict:
+  """Returns the figures of a row from those of its programs; of a refused one the memory."""
+  memory = max(report["memory"]["total"] for report in reports)
+  share = memory / 2**30 / MEMORY[topology.partition(":")[0]]
+  is_known = all("flops" in report for report in reports)
   figures = {"fits": int(is_known and share <= ROOM), "memory, GiB": memory / 2**30, "share": share}
-  sent = {}
-  for costs in programs if is_known else ():
-    over = {axes: x for axes, x in costs.items() if axes.startswith("over ")}
-    sent |= {axes: sent.get(axes, 0.0) + x for axes, x in over.items()}
-    seconds = {
-      "compute": costs["flops"] / chip.flops,
-      "memory": costs["bytes"] / chip.bandwidth,
-      "interconnect": sum(over.values()) / chip.links,
-    }
-    for bound, x in (seconds | {"at_least": max(seconds.values())}).items():
-      figures[f"{bound}, s"] = figures.get(f"{bound}, s", 0.0) + x
-  figures |= {f"{axes}, GB": x / 1e9 for axes, x in sent.items()}
+  for report in reports if is_known else ():
+    for bound in BOUNDS:
+      figures[f"{bound}, s"] = figures.get(f"{bound}, s", 0.0) + report["seconds"][bound]
+  for report in reports if is_known else ():
+    for sent in report["collectives"]:
+      over = f"over {sent['axes']}, GB"
+      figures[over] = figures.get(over, 0.0) + sent["bytes"] / 1e9
   return {name: float(f"{x:.4g}") if name != "fits" else x for name, x in figures.items()}
 
 
-def optimised(
-  algorithm: str, shape: dict, topology: str, program: str, seconds: float
-) -> dict[str, float] | None:
-  """Returns `costs_of` a program, or None where its text takes longer or the compiler fails."""
-  from klrl.cost import hlo
-
-  mesh = f"fsdp={num_chips(topology)}"
-  with tempfile.TemporaryDirectory() as folder:
-    folder = pathlib.Path(folder)
-    write_inputs(folder, shape)
-    arguments = algorithm, folder, topology, mesh, program
-    process = _processes().Process(target=_compile, args=arguments)
-    process.start()
-    until, text, is_alive = time.monotonic() + seconds, None, True
-    try:
-      while text is None and is_alive and time.monotonic() < until:
-        process.join(0.1)
-        is_alive = process.is_alive()
-        text = hlo.dumped(folder / "text")
-    finally:
-      process.kill()
-      process.join()
-    if text is None:
-      log = (folder / "log").read_text()
-      if memory := refused(log):
-        return {"memory": memory}
-      print(log[-1000:], flush=True)
-      return None
-    assigned = next(folder.glob("text/module_0000.*buffer-assignment.txt")).read_text()
-    memory = memory_of(assigned) + int((folder / "beside").read_text())
-    return costs_of(text, memory, mesh)
-
-
-def refused(log: str) -> float | None:
+def refused(message: str) -> float | None:
   """Returns the bytes that the compiler asks for where it says that a chip has too few of them.
 
   They are those of intermediate values alone.
   """
-  found = re.search(r"HLO temporaries \(([\d.]+)G\) exceeds", log)
+  found = re.search(r"HLO temporaries \(([\d.]+)G\) exceeds", message)
   return float(found[1]) * 2**30 if found else None
 
 
-def memory_of(assigned: str) -> int:
-  """Returns the bytes of main memory that a program takes, from libtpu's list of its buffers.
-
-  Those of other memories have a colour. What is local to a thread is a view of another buffer.
-  """
-  sizes = re.findall(r"^allocation \d+: size (\d+), page \d+, (?!thread-local)", assigned, re.M)
-  return sum(map(int, sizes))
-
-
-@functools.cache
-def _processes():
-  """Returns what starts processes that have imported JAX, and in which it has no device yet."""
-  processes = multiprocessing.get_context("forkserver")
-  processes.set_forkserver_preload(
-    [f"experiments.{name}" for name in ("dpo", "grpo", "ppo", "sft")]
-  )
-  return processes
-
-
-def _compile(algorithm, folder, topology, mesh, program) -> None:
-  """Compiles a program in this process, which may be ended once its text is in `folder`."""
-  with open(folder / "log", "w") as log:
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-  lowered, beside = lowered_of(algorithm, folder, topology, mesh, program)
-  (folder / "beside").write_text(str(beside))
-  lowered.compile(compiler_options={"xla_dump_to": str(folder / "text")})
-
-
-def row_of(algorithm: str, shape: str, topology: str, seconds: float) -> dict | None:
+def row_of(algorithm: str, shape: str, topology: str) -> dict | None:
   """Returns the figures of a row, or None where a program of it is not optimised."""
-  programs = []
-  for program in programs_of(algorithm):
-    costs = optimised(algorithm, SHAPES[shape], topology, program, seconds)
-    if costs is None:
-      return None
-    programs.append(costs)
-  return figures_of(programs, topology)
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    write_inputs(folder, SHAPES[shape])
+    try:
+      reports = dry_run_of(algorithm, folder, topology, f"fsdp={num_chips(topology)}")
+    except UserError as error:
+      memory = refused(str(error))
+      if memory is None:
+        print(error, flush=True)
+        return None
+      reports = [{"memory": {"total": memory}}]
+  return figures_of(reports, topology)
 
 
 def candidates(algorithm: str, shape: str, topology: str) -> list[str]:
@@ -429,7 +310,6 @@ def main() -> None:
   parser.add_argument("--only", default="", help="rows whose name has this text, or one of A|B")
   parser.add_argument("--held", action="store_true", help="only what models and moments take")
   parser.add_argument("--smallest", action="store_true", help="smaller slices too")
-  parser.add_argument("--timeout", type=float, default=3600, help="seconds for a program")
   args = parser.parse_args()
   if args.held:
     print(table_of_held())
@@ -449,10 +329,10 @@ def main() -> None:
   for key in itertools.product(ALGORITHMS, SHAPES, SLICES):
     if share_held(*key) > ROOM or not re.search(args.only, name_of(*key)):
       continue
-    fits = add(name_of(*key), functools.partial(row_of, *key, args.timeout))
+    fits = add(name_of(*key), functools.partial(row_of, *key))
     for each in candidates(*key)[:-1] if args.smallest and fits else ():
       smaller = *key[:2], each
-      if add(name_of(*smaller), functools.partial(row_of, *smaller, args.timeout)):
+      if add(name_of(*smaller), functools.partial(row_of, *smaller)):
         break
   print(table(rows))
 

@@ -173,45 +173,38 @@ def toy_shape(monkeypatch):
   return shape | {"num_hidden_layers": 1}
 
 
-def costs_on_this_machine(algorithm, shape, program, folder):
+def reports_on_this_machine(algorithm, shape, folder):
   fits.write_inputs(folder, shape)
-  lowered, beside = fits.lowered_of(algorithm, folder, "", "fsdp=2", program)
-  compiled = lowered.compile()
-  memory = compiled.memory_analysis().argument_size_in_bytes + beside
-  return fits.costs_of(compiled.as_text(), memory, "fsdp=2"), beside
+  return fits.dry_run_of(algorithm, folder, "", "fsdp=2")
 
 
-def test_a_rollout_is_compiled_without_the_update(toy_shape, tmp_path):
-  costs, beside = costs_on_this_machine("GRPO with LoRA", toy_shape, "rollout", tmp_path)
-  assert not beside and costs["memory"] > 2 * fits.num_parameters(toy_shape) / 2
-  assert costs["flops"] > 0 and costs["bytes"] > 0 and costs["over fsdp"] > 0
+def test_an_iteration_is_costed_without_the_judge(toy_shape, tmp_path):
+  rollout, update = reports_on_this_machine("GRPO with LoRA", toy_shape, tmp_path)
+  assert (rollout["program"], update["program"]) == ("rollout", "update")
+  for report in (rollout, update):
+    assert report["memory"]["arguments"] > 2 * fits.num_parameters(toy_shape) / 2
+    assert report["flops"] > 0 and {sent["axes"] for sent in report["collectives"]} == {"fsdp"}
 
 
 def test_the_reference_of_dpo_is_held_beside_a_step(toy_shape, tmp_path):
-  costs, beside = costs_on_this_machine("DPO", toy_shape, "step", tmp_path)
-  assert beside == pytest.approx(2 * fits.num_parameters(toy_shape) / 2, rel=0.05)
-  assert costs["memory"] > beside and costs["flops"] > 0 and costs["over fsdp"] > 0
+  (step,) = reports_on_this_machine("DPO", toy_shape, tmp_path)
+  expected = 2 * fits.num_parameters(toy_shape) / 2
+  assert step["memory"]["beside"] == pytest.approx(expected, rel=0.05)
 
 
-def test_the_memory_of_a_program_is_that_of_its_main_buffers():
-  assigned = """BufferAssignment:
-allocation 0: size 512, page 0, thread-local:
- value: <5 x @0> (size=512,offset=0): bf16[]
-allocation 1: size 32, page 0, parameter 1, shape |bf16[16]| at ShapeIndex {}:
-allocation 2: size 8, page 0, output shape is |bf16[4]|, maybe-live-out:
-allocation 3: size 4096, color 1, page 0, preallocated-temp:
-allocation 4: size 64, page 0, preallocated-temp:
-"""
-  assert fits.memory_of(assigned) == 32 + 8 + 64
+def report_of(memory, seconds, sent):
+  bounds = dict(zip(fits.BOUNDS, (*seconds, max(seconds)), strict=True))
+  collectives = [{"kind": "all-reduce", "axes": "fsdp", "bytes": x} for x in sent]
+  return {"memory": {"total": memory}, "flops": 1.0, "seconds": bounds, "collectives": collectives}
 
 
 def test_a_row_has_the_largest_memory_and_the_time_of_all_programs():
-  rollout = {"memory": 2 * 2**30, "flops": 197e12, "bytes": 819e9 * 2, "over fsdp": 1e9}
-  update = {"memory": 8 * 2**30, "flops": 197e13, "bytes": 0.0, "over fsdp": 2e9}
+  rollout = report_of(2 * 2**30, (1.0, 2.0, 0.5), [1e9])
+  update = report_of(8 * 2**30, (10.0, 0.0, 1.0), [0.5e9, 1.5e9])
   found = fits.figures_of([rollout, update], "v5e:4x4")
   assert found["memory, GiB"] == 8 and found["share"] == 0.5 and found["fits"]
-  assert found["at_least, s"] == 12 and found["over fsdp, GB"] == 3
-  full = update | {"memory": 15.5 * 2**30}  # The machine code has to fit too.
+  assert found["at_least, s"] == 12 and found["compute, s"] == 11 and found["over fsdp, GB"] == 3
+  full = report_of(15.5 * 2**30, (1.0, 1.0, 1.0), [])  # The machine code has to fit too.
   assert not fits.figures_of([full], "v5e:4x4")["fits"]
 
 
@@ -221,7 +214,7 @@ def test_a_program_that_the_compiler_refuses_has_the_memory_that_it_asks_for():
     "required for HLO temporaries (20.00G) exceeds available HBM (15.75G). HLO module: jit_step"
   )
   assert fits.refused("some other failure") is None
-  found = fits.figures_of([{"memory": fits.refused(message)}], "v5e:16x16")
+  found = fits.figures_of([{"memory": {"total": fits.refused(message)}}], "v5e:16x16")
   assert found == {"fits": 0, "memory, GiB": 20, "share": 1.25}
   row = {"DPO, Qwen 3 32B, v5e:16x16": found}
   assert "| DPO | Qwen 3 32B | v5e:16x16 | no | more than 125% |  |  |  |  |" in fits.table(row)

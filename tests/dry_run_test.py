@@ -1,9 +1,13 @@
 """Tests of dry runs: what a compiled program's text is read as, and what no sweep may do."""
 
+import importlib.util
 import json
 import math
+import os
+import pathlib
 import types
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +18,7 @@ from small_decoders import arithmetic_decoder
 from experiments import dpo, ppo, sft, sweep
 from experiments.settings import training
 from experiments.sweep import config_class
-from klrl.cost import dry_run, hlo
+from klrl.cost import ahead, dry_run, hlo
 from klrl.devices import parallel, processes
 from klrl.errors import UserError
 from klrl.models import policy_model, save_policy
@@ -179,18 +183,83 @@ def test_a_program_that_the_compiler_cannot_show_is_said_to_fit():
   compiled = types.SimpleNamespace(compile=lambda compiler_options: Compiled())
   program = types.SimpleNamespace(lower=lambda: compiled)
   with pytest.raises(UserError, match=r"`update` fits: it takes 0.01 GiB.*RET_CHECK failure$"):
-    dry_run._report("update", program, parallel.make_mesh(""))
+    dry_run._report("update", program, (parallel.make_mesh(""), ""))
+
+
+@pytest.mark.parametrize(
+  ("said", "message"),
+  [
+    ("RESOURCE_EXHAUSTED: 20G exceed 16G.\nSee a page.\nAnd more", "`update` does not fit on a "),
+    ("A log\nINTERNAL: none", "The compiler fails at the program `update`: INTERNAL: none$"),
+  ],
+)
+def test_what_the_compiler_says_is_one_message(said, message, monkeypatch):
+  def refuse(lowered, topology):
+    raise jax.errors.JaxRuntimeError(said)
+
+  monkeypatch.setattr(ahead, "optimised", refuse)
+  program = types.SimpleNamespace(lower=lambda: None)
+  with pytest.raises(UserError, match=message):
+    dry_run._report("update", program, (parallel.make_mesh(""), "v5e:2x2"))
 
 
 def test_the_text_that_a_compiler_writes_is_read_once_all_of_it_is_there(tmp_path):
   path = tmp_path / "module_0000.jit_step.after_optimizations_after_buffer_assignment.txt"
   (tmp_path / path.name.replace("0000", "0044")).write_text("ENTRY %part () -> () {\n}\n")
   whole = "HloModule m\n\n%f () -> () {\n}\n\nENTRY %main () -> () {\n}\n\n"
-  assert hlo.dumped(tmp_path) is None
+  assert ahead.dumped(tmp_path) is None
   path.write_text(whole.removesuffix("}\n\n"))
-  assert hlo.dumped(tmp_path) is None
+  assert ahead.dumped(tmp_path) is None
   path.write_text(whole)
-  assert hlo.dumped(tmp_path) == whole
+  assert ahead.dumped(tmp_path) == whole
+
+
+def test_the_memory_of_a_program_is_that_of_its_main_buffers():
+  assigned = """BufferAssignment:
+allocation 0: size 512, page 0, thread-local:
+ value: <5 x @0> (size=512,offset=0): bf16[]
+allocation 1: size 32, page 0, parameter 1, shape |bf16[16]| at ShapeIndex {}:
+allocation 2: size 16, page 0, parameter 0, shape |bf16[8]| at ShapeIndex {}, maybe-live-out:
+allocation 3: size 8, page 0, output shape is |bf16[4]|, maybe-live-out:
+allocation 4: size 4096, color 1, page 0, preallocated-temp:
+allocation 5: size 64, page 0, preallocated-temp:
+"""
+  assert ahead.memory_of(assigned) == {"arguments": 48, "temporaries": 64, "outputs": 8}
+
+
+OF_A_TPU = """
+import json, jax, jax.numpy as jnp
+from klrl.cost import ahead, hlo
+from klrl.devices import parallel
+mesh = parallel.make_mesh("fsdp=16", parallel.topology_devices("v5e:4x4"))
+def matrix(size, *axes):
+  sharding = jax.NamedSharding(mesh, jax.P(*axes))
+  return jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=sharding)
+def program(x, w):
+  return jax.lax.fori_loop(0, 7, lambda i, x: jnp.tanh(x @ w), x)
+lowered = jax.jit(program).lower(matrix(1024, "fsdp"), matrix(1024))
+text, memory = ahead.optimised(lowered, "v5e:4x4")
+print(hlo.costs(text, {"fsdp": 16}).flops)
+print(json.dumps(memory))
+try:
+  ahead.optimised(jax.jit(program).lower(matrix(2**18, "fsdp"), matrix(2**18)), "v5e:4x4")
+except jax.errors.JaxRuntimeError as error:
+  print(str(error).splitlines()[0])
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the compiler for TPUs")
+def test_a_program_for_tpus_is_read_before_it_is_machine_code():
+  # The compiler for TPUs knows no flags of CPUs.
+  environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+  root = pathlib.Path(__file__).parents[1]
+  status, said = forked.Process(["-c", OF_A_TPU], root, environment).finished()
+  assert status == 0, said[-3000:]
+  flops, memory, refused = said.splitlines()[-3:]
+  assert float(flops) == 7 * 2 * 64 * 1024**2
+  # 64 rows of one matrix, and all of the other.
+  assert json.loads(memory)["arguments"] == 4 * (64 + 1024) * 1024
+  assert refused.startswith("RESOURCE_EXHAUSTED")
 
 
 def test_no_collective_of_a_sweep_crosses_members(tmp_path, monkeypatch):

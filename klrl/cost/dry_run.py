@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from klrl import inputs, judging, population, programs, supervised
-from klrl.cost import hlo
+from klrl.cost import ahead, hlo
 from klrl.devices import parallel, processes
 from klrl.devices.unread import stored_as
 from klrl.errors import UserError
@@ -211,7 +211,7 @@ def of_supervised(
     ),
     training,
   )
-  report, _ = _report("step", step, mesh, placed(state), placed(frozen), batch)
+  report = _report("step", step, (mesh, config.topology), placed(state), placed(frozen), batch)
   held = sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     for x in jax.tree.leaves(placed(beside or {}))
@@ -243,7 +243,7 @@ def _state(setup: programs.Setup):
 
 def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
   algorithm, mesh, training = setup.algorithm, setup.mesh, setup.task.training
-  by_rows = parallel.by_rows(mesh)
+  on, by_rows = (mesh, setup.config.topology), parallel.by_rows(mesh)
 
   def shape_of(array, sharding, *leading):
     shape = (*leading, *array.shape[len(leading) :])
@@ -257,14 +257,15 @@ def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
   texts = jax.tree.map(lambda x: shape_of(x, by_rows, num_texts), setup.task.pretraining)
   made = make()
   if "iterate" in made:
-    report, _ = _report("iterate", made["iterate"], mesh, state, frozen, *prompts, rows, texts)
-    return [report]
-  sampling, rollout = _report("rollout", made["rollout"], mesh, state, frozen, *prompts)
+    return [_report("iterate", made["iterate"], on, state, frozen, *prompts, rows, texts)]
+  sampling = _report("rollout", made["rollout"], on, state, frozen, *prompts)
+  rollout = jax.eval_shape(made["rollout"], state, frozen, *prompts)
   shape = rollout.finished.shape
   by_rows = parallel.by_rows(mesh, members=len(shape) > 1)
+  rollout = jax.tree.map(lambda x: x.update(sharding=by_rows), rollout)
   scores = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_rows)
   scores = scores if setup.task.rewards else rows
-  update, _ = _report("update", made["update"], mesh, state, frozen, rollout, scores, texts)
+  update = _report("update", made["update"], on, state, frozen, rollout, scores, texts)
   return [sampling, update]
 
 
@@ -283,58 +284,39 @@ def _judge_reports(setup) -> list[dict[str, Any]]:
     for dtype in (jnp.int32, jnp.bool_)
   )
   key = jax.eval_shape(lambda: jax.random.key(0))
-  temperature = setup.config.temperature
-  draw, rollout = _report(
-    "judge_draw", judge.sample, mesh, params, prompts, mask, key, temperature=temperature
-  )
+  on, options = (mesh, setup.config.topology), {"temperature": setup.config.temperature}
+  draw = _report("judge_draw", judge.sample, on, params, prompts, mask, key, **options)
+  rollout = jax.eval_shape(judge.sample, params, prompts, mask, key, **options)
+  rollout = jax.tree.map(lambda x: x.update(sharding=parallel.replicated(mesh)), rollout)
   reference = setup.frozen["reference"]
-  evaluate, _ = _report(
-    "judge_evaluate", judge.evaluate, mesh, params, reference, rollout, temperature=temperature
-  )
+  evaluate = _report("judge_evaluate", judge.evaluate, on, params, reference, rollout, **options)
   return [draw, evaluate]
 
 
-def _report(name: str, program, mesh, *arguments, **named) -> tuple[dict[str, Any], Any]:
-  """Returns (what `program` costs one device in one run, the shapes that it returns).
+def _report(name: str, program, on, *arguments, **named) -> dict[str, Any]:
+  """Returns what `program` costs one device in one run.
 
   Bytes, floating-point operations and seconds. Time is that of a roofline: the work at the chip's
   peak in bfloat16, its memory's traffic and what it sends, each at full rate and all at once, so
-  that nothing is faster.
+  that nothing is faster. `on` is (mesh, name of the TPU slice whose devices it has, or "").
   """
+  mesh, topology = on
+  progress.console.print(f"{name}: compiling ...")
   began = time.monotonic()
   lowered = program.lower(*arguments, **named)
-  with tempfile.TemporaryDirectory() as folder:
-    is_tpu = mesh.devices.flat[0].platform == "tpu"
-    try:
-      compiled = lowered.compile(compiler_options={"xla_dump_to": folder} if is_tpu else None)
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      # The first lines say how much memory is used, and the others what uses it.
-      lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-      raise UserError(
-        f"The program `{name}` does not fit on a device: {' '.join(lines[:2])} Use --lora_rank, "
-        "--remat=full, --accumulation, --dtype=bfloat16, a smaller --batch_size, or --mesh with "
-        "more devices on fsdp."
-      ) from error
-    seconds = time.monotonic() - began
-    text = hlo.dumped(pathlib.Path(folder))
-  memory = compiled.memory_analysis()
-  used = {
-    "arguments": memory.argument_size_in_bytes,
-    "temporaries": memory.temp_size_in_bytes,
-    "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    "program": memory.generated_code_size_in_bytes,
-  }
   try:
-    # JAX cannot read some programs of libtpu 0.0.51, whose own text can be read.
-    text = text or compiled.as_text()
+    text, used = ahead.optimised(lowered, topology) if topology else _compiled(name, lowered, mesh)
   except jax.errors.JaxRuntimeError as error:
+    # The first lines say how much memory is used, and the others what uses it.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise UserError(f"The compiler fails at the program `{name}`: {lines[-1][:500]}") from error
     raise UserError(
-      f"The program `{name}` fits: it takes {sum(used.values()) / _GIB:.2f} GiB of each device. "
-      "But the compiler cannot show it, so its work and its traffic are unknown: "
-      f"{str(error).partition(chr(10))[0][:200]}"
+      f"The program `{name}` does not fit on a device: {' '.join(lines[:2])} Use --lora_rank, "
+      "--remat=full, --accumulation, --dtype=bfloat16, a smaller --batch_size, or --mesh with "
+      "more devices on fsdp."
     ) from error
+  seconds = time.monotonic() - began
   found = hlo.costs(text, dict(mesh.shape))
   kind = mesh.devices.flat[0].device_kind
   chip = CHIPS.get(kind)
@@ -361,10 +343,34 @@ def _report(name: str, program, mesh, *arguments, **named) -> tuple[dict[str, An
       "interconnect": sum(found.collectives.values()) / chip.links,
     }
     report["seconds"] = {**parts, "at_least": max(parts.values())}
-  made = jax.eval_shape(program, *arguments, **named)
-  return report, jax.tree.map(
-    lambda x, sharding: x.update(sharding=sharding), made, compiled.output_shardings
-  )
+  return report
+
+
+def _compiled(name: str, lowered, mesh) -> tuple[str, dict[str, int]]:
+  """Returns what `ahead.optimised` does, of a program that is compiled for this machine's devices.
+
+  Its machine code is counted too.
+  """
+  is_tpu = mesh.devices.flat[0].platform == "tpu"
+  with tempfile.TemporaryDirectory() as folder:
+    compiled = lowered.compile(compiler_options={"xla_dump_to": folder} if is_tpu else None)
+    text = ahead.dumped(pathlib.Path(folder))
+  memory = compiled.memory_analysis()
+  used = {
+    "arguments": memory.argument_size_in_bytes,
+    "temporaries": memory.temp_size_in_bytes,
+    "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    "program": memory.generated_code_size_in_bytes,
+  }
+  try:
+    # JAX cannot read some programs of libtpu 0.0.51, whose own text can be read.
+    return text or compiled.as_text(), used
+  except jax.errors.JaxRuntimeError as error:
+    raise UserError(
+      f"The program `{name}` fits: it takes {sum(used.values()) / _GIB:.2f} GiB of each device. "
+      "But the compiler cannot show it, so its work and its traffic are unknown: "
+      f"{str(error).partition(chr(10))[0][:200]}"
+    ) from error
 
 
 def tell(workdir: pathlib.Path, reports: list[dict[str, Any]]) -> pathlib.Path:

@@ -17,7 +17,6 @@ a reduce-scatter and an all-to-all n (g - 1) / g, a permutation n.
 """
 
 import math
-import pathlib
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -86,20 +85,6 @@ def costs(text: str, mesh_shape: dict[str, int]) -> Costs:
   """
   computations, entry = _parse(text)
   return _Walk(computations, mesh_shape).costs(entry)
-
-
-def dumped(folder: pathlib.Path) -> str | None:
-  """Returns the text that libtpu writes where `xla_dump_to` is `folder`, None until all is there.
-
-  It is that of the optimised program, written before its machine code is made. Other modules in the
-  folder are parts of the first.
-  """
-  for path in folder.glob("module_0000.*.after_optimizations_after_buffer_assignment.txt"):
-    text = path.read_text()
-    # The computation that runs is the last one.
-    if re.search(r"^ENTRY.*^}\s*\Z", text, re.DOTALL | re.MULTILINE):
-      return text
-  return None
 
 
 def _balanced(text: str, start: int) -> int:
