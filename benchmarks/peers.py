@@ -30,7 +30,7 @@ from rich.table import Table
 
 from benchmarks import results
 from benchmarks.contenders import workload
-from klrl.devices import large_pages
+from klrl.devices import tunables
 
 HERE = pathlib.Path(__file__).parent / "contenders"
 QUIET = 0.15  # cores that other processes take
@@ -85,7 +85,7 @@ def run(command: list[str], *, is_ours: bool) -> dict:
   environment.pop("PYTHONPATH", None)
   if is_ours:
     # A program of klrl's begins with these by itself.
-    environment |= large_pages.variables() | {"PYTHONPATH": str(HERE.parents[1])}
+    environment |= tunables.variables() | {"PYTHONPATH": str(HERE.parents[1])}
   done = subprocess.run(command, env=environment, capture_output=True, text=True)
   if done.returncode:
     raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")

@@ -15,6 +15,7 @@ figures of the parts that were run into benchmarks/results. Everything takes abo
 
 import argparse
 import collections
+import os
 import pathlib
 import random
 import re
@@ -25,6 +26,7 @@ import time
 
 from benchmarks import faults, results
 from benchmarks.faults import Fault
+from klrl.devices import tunables
 from klrl.run import metrics
 
 PPO = {
@@ -181,6 +183,7 @@ def main():
   parser.add_argument("--seed", type=int, default=0, help="of what is random")
   parser.add_argument("--record", action="store_true", help="write benchmarks/results")
   args = parser.parse_args()
+  os.environ |= tunables.variables()  # as a command of klrl's does
   with tempfile.TemporaryDirectory() as folder:
     soak = Soak(pathlib.Path(folder), args.seed)
     for name in args.parts.split(","):

@@ -35,7 +35,6 @@ QUICK_FILES = [
   "importance",
   "imports",
   "kl",
-  "large_pages",
   "layering",
   "log_probs",
   "losses",
@@ -46,6 +45,7 @@ QUICK_FILES = [
   "rewards",
   "schema",
   "sweep_flags",
+  "tunables",
   "variants",
 ]
 

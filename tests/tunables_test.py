@@ -1,4 +1,4 @@
-"""A program begins once more with large pages, and is the same process with the same arguments."""
+"""A program begins once more with tunables, and is the same process with the same arguments."""
 
 import os
 import pathlib
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from klrl.devices import large_pages
+from klrl.devices import tunables
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = """
@@ -22,56 +22,50 @@ class Restarted(Exception):
 
 
 @pytest.fixture
-def machine(monkeypatch, tmp_path):
-  """A Linux that gives large pages to those who ask, and what a program is begun anew with."""
-  setting, begun = tmp_path / "enabled", []
-  setting.write_text("always [madvise] never\n")
+def begun(monkeypatch):
+  """What a program is begun anew with, on a Linux with three cores."""
+  begun = []
 
   def execve(*arguments):
     begun.extend(arguments)
     raise Restarted
 
-  monkeypatch.setattr(large_pages, "_SETTING", setting)
   monkeypatch.setattr(os, "execve", execve)
   monkeypatch.setattr(sys, "platform", "linux")
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 3}, raising=False)
   monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "experiments.ppo", "--workdir=a b"])
   monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-  return setting, begun
+  return begun
 
 
-def test_the_second_start_has_the_same_command_and_large_pages(machine):
+def test_the_second_start_has_the_same_command_and_the_tunables(begun):
   with pytest.raises(Restarted):
-    large_pages.restart_with()
-  path, command, environment = machine[1]
+    tunables.begin_anew()
+  path, command, environment = begun
   assert path == sys.executable
   assert command == [sys.executable, "-m", "experiments.ppo", "--workdir=a b"]
-  assert environment == os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-
-
-@pytest.mark.parametrize("text", ["[always] madvise never\n", "always madvise [never]\n", None])
-def test_where_asking_changes_nothing_there_is_one_start(machine, text):
-  machine[0].unlink() if text is None else machine[0].write_text(text)
-  large_pages.restart_with()
+  value = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=3"
+  assert environment == os.environ | {"GLIBC_TUNABLES": value}
 
 
 @pytest.mark.parametrize("value", ["", "glibc.malloc.arena_max=1"])
-def test_what_the_user_has_set_stays(machine, monkeypatch, value):
+def test_what_the_user_has_set_stays(begun, monkeypatch, value):
   monkeypatch.setenv("GLIBC_TUNABLES", value)
-  large_pages.restart_with()
+  tunables.begin_anew()
 
 
-def test_other_systems_and_a_start_that_fails_go_on(machine, monkeypatch):
+def test_other_systems_and_a_start_that_fails_go_on(begun, monkeypatch):
   def refuse(*_):
     raise PermissionError
 
   monkeypatch.setattr(os, "execve", refuse)
-  large_pages.restart_with()
+  tunables.begin_anew()
   monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("no Linux"))
   monkeypatch.setattr(sys, "platform", "darwin")
-  large_pages.restart_with()
+  tunables.begin_anew()
 
 
-@pytest.mark.skipif(not large_pages.variables(), reason="nobody has to ask on this machine")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such library")
 def test_a_program_is_begun_anew_and_an_import_is_not(tmp_path):
   (tmp_path / "experiments").mkdir()
   package = (ROOT / "experiments/__init__.py").read_text()
@@ -79,6 +73,8 @@ def test_a_program_is_begun_anew_and_an_import_is_not(tmp_path):
   (tmp_path / "experiments/own.py").write_text(PROGRAM)
   environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
   environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+
+  value = f"glibc.malloc.hugetlb=1:glibc.malloc.arena_max={len(os.sched_getaffinity(0))}"
 
   def start(*command):
     process = subprocess.Popen(
@@ -92,5 +88,5 @@ def test_a_program_is_begun_anew_and_an_import_is_not(tmp_path):
     assert not process.returncode
     return int(printed[0]) == process.pid, printed[1], printed[2].strip()
 
-  assert start("-m", "experiments.own") == (True, "glibc.malloc.hugetlb=1", "['a b']")
+  assert start("-m", "experiments.own") == (True, value, "['a b']")
   assert start(str(tmp_path / "experiments/own.py")) == (True, "None", "['a b']")
