@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import math
 import pathlib
 import threading
 import time
@@ -19,12 +20,14 @@ from klrl.devices import free_memory, parallel, processes
 from klrl.inputs import Models, Task
 from klrl.models import Policy, ScalarModel, TokenizerInfo, join
 from klrl.run import pending, progress
-from klrl.sampling import Rollout, beginning_with, make_sample_fn
+from klrl.sampling import Packing, Rollout, beginning_with, make_sample_fn
 from klrl.tasks import data, reward_calls, rewards, verifier
 
 _SLOW_REWARD_SHARE = 0.5
 _FEWEST_COLUMNS = 32
 _MOST_UPDATES = 3  # for each width of prompts; an update is the largest program
+_SHARES = 0.25, 0.375, 0.5, 0.75  # of the rows of a rollout, into which its texts are packed
+_SAVED = 0.15  # the least share of the tokens for which another update is compiled
 
 
 class Setup(NamedTuple):
@@ -112,8 +115,9 @@ def make_programs(
   rows, pretraining) -> (state, metrics)`, which is compiled for each width. If the host scores,
   `update` takes the scores in place of the rows. Where such rollouts are trained on late, it takes
   the new one, and the scores of the one that `waiting(state, frozen) -> rollout` returns.
-  `drawn_by(state, frozen)` is a number of the state, another one for every other rollout. `frozen`
-  are the distinct arrays of `setup.frozen`.
+  `drawn_by(state, frozen)` is a number of the state, another one for every other rollout.
+  `fitting(state, frozen, rollout)` says with which of `packings_of(setup)` a rollout may be updated
+  on. `frozen` are the distinct arrays of `setup.frozen`.
 
   Args:
     setup: of the run.
@@ -163,6 +167,10 @@ def make_programs(
     # Moments and the value model take no part in it, and are most of the state.
     return state, _sum_of_words((state.params["policy"], state.hypers, state.key, state.iteration))
 
+  def fitting(state, frozen, rollout):
+    del frozen
+    return state, learner.fitting(algorithm, state, rollout, packings_of(setup))
+
   def of_state(fn, in_axes):
     with_state = lifted(fn, in_axes)
 
@@ -176,6 +184,7 @@ def make_programs(
     "rollout": of_state(rollout, (0, None, None, None)),
     "waiting": of_state(waiting, (0, None)),
     "drawn_by": of_state(drawn_by, (0, None)),
+    "fitting": of_state(fitting, (0, None, 0)),
     "update": jit(lifted(update, (0, None, 0, 0 if task.rewards else None, None))),
   }
 
@@ -207,6 +216,19 @@ def widths_of_completions(setup: Setup) -> list[int]:
   """Returns how many columns of completions an update may read, see `widths_below`."""
   widest = setup.task.max_completion_len
   return [widest] if _has_fixed_width(setup) else widths_below(widest)[:_MOST_UPDATES]
+
+
+def packings_of(setup: Setup) -> list[Packing]:
+  """Returns how an update may pack a rollout of the whole width, beginning with the fewest rows.
+
+  None where all rollouts have one width. And which of the groups that were drawn are kept is not
+  known before the update.
+  """
+  if len(widths_of_completions(setup)) == 1 or setup.algorithm.oversampling > 1:
+    return []
+  # What reads long rows on a TPU knows no texts that continue the same prompt, see `models.kernel`.
+  is_known = setup.mesh.devices.flat[0].platform != "tpu"
+  return [Packing(share, setup.algorithm.group_size if is_known else 1) for share in _SHARES]
 
 
 def _narrowest(widths: list[int], mask: np.ndarray) -> int:
@@ -301,23 +323,40 @@ def make_step_fn(
     return step
 
   shortened = jax.jit(completions.shortened, static_argnums=1)
+  packings = packings_of(setup)
 
-  def without_padding(rollout, is_used):
-    """Returns the rollout in the fewest columns that hold what is True in `is_used` [..., T]."""
-    width = _narrowest(of_completions, is_used)
-    return rollout if width == task.max_completion_len else shortened(rollout, width)
+  def without_padding(state, rollout, is_used, num_tokens):
+    """Returns the rollout as an update reads it with the least padding.
+
+    It is in the fewest columns that hold what is True in `is_used` [..., T], or, where that saves
+    enough, in all of them but packed. All of its completions have `num_tokens`.
+    """
+    width, widest = _narrowest(of_completions, is_used), task.max_completion_len
+    num_rows, prompt_len = rollout.finished.size, rollout.prompt_mask.shape[-1]
+    on_device = parallel.on_mesh(mesh, parallel.rows_per_device)(algorithm.batch_size)
+    plain = prompt_len / math.gcd(algorithm.group_size, on_device) + width
+    # Fewer rows cannot hold the tokens, and more save too little.
+    least, most = num_tokens / num_rows, (1 - _SAVED) * plain
+    if any(least <= packing.share * (prompt_len + widest) <= most for packing in packings):
+      fits = parallel.fetch(programs["fitting"](state, distinct, rollout))
+      fits = fits.reshape(-1, len(packings)).all(axis=0)
+      for packing, fit in zip(packings, fits, strict=True):
+        if fit and packing.share * (prompt_len + widest) <= most:
+          return rollout._replace(packing=packing)
+    return rollout if width == widest else shortened(rollout, width)
 
   if not task.rewards:
 
     @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def used_columns(mask):
-      return mask.any(axis=range(mask.ndim - 1))
+      return mask.any(axis=range(mask.ndim - 1)), mask.sum()
 
     def step_in_two(state, iteration):
       rows = rows_of(iteration)
       ahead.wait("rollout")
       rollout = programs["rollout"](state, distinct, *prompts_of(rows))
-      new = without_padding(rollout, parallel.fetch(used_columns(rollout.completion_mask)))
+      used = parallel.fetch(used_columns(rollout.completion_mask))
+      new = without_padding(state, rollout, *used)
       if new is rollout:  # A short one has a program of its own.
         ahead.wait("update")
       rows = parallel.put(rows, rows_sharding)
@@ -351,7 +390,8 @@ def make_step_fn(
     mark = path and mark_of(state, rows)
     on_host = parallel.fetch(rollout)
     if path:
-      pending.keep(path, mark, on_host._asdict())
+      arrays = {name: x for name, x in on_host._asdict().items() if x is not None}
+      pending.keep(path, mark, arrays)
     return rollout, on_host
 
   def sampled_while_another_waits(state, iteration, trained):
@@ -379,7 +419,8 @@ def make_step_fn(
     path = workdir and trained == iteration and pending.path_of(workdir, iteration)
     if trained == iteration:
       rollout, on_host = sampled_or_kept(path, state, rows, in_file=iteration in in_files)
-      new = short = without_padding(rollout, on_host.completion_mask)
+      chosen = on_host.completion_mask
+      new = short = without_padding(state, rollout, chosen, chosen.sum())
     else:
       new, rollout, on_host = sampled_while_another_waits(state, iteration, trained)
       short = rollout
@@ -401,6 +442,8 @@ def make_step_fn(
       task.rewards, records, texts, model_scores, ids, unit=algorithm.group_size
     )
     scored = time.monotonic()
+    if np.isnan(scores).any() and new.packing is not None:
+      new = rollout  # What no reward scored has no place in its row.
     notice_unscored(scores, iteration)
     if new is rollout:  # A short one has a program of its own.
       ahead.wait("update")

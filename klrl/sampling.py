@@ -9,6 +9,7 @@ logits / temperature over the whole vocabulary. `sampler_log_probs` are those of
 from which the tokens were drawn: the same, unless top-k or top-p cut it.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -25,6 +26,19 @@ Array = jax.Array
 SAMPLER_MESHES = ("auto", "gathered", "split")
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Packing:
+  """Says that models read a rollout in this share of its rows, with several texts in a row."""
+
+  share: float
+  group_size: int = 1  # neighbouring rows that have the same prompt
+
+  def of(self, number: int) -> int:
+    """Returns this share of a number of rows or tokens, rounded up."""
+    return math.ceil(self.share * number)
+
+
 class Rollout(NamedTuple):
   """A batch of completions.
 
@@ -35,6 +49,7 @@ class Rollout(NamedTuple):
   finished: [B] bool, whether an EOS was drawn.
   old_log_probs: [B, T] log-prob of each token by the trainer; 0 where none was drawn.
   sampler_log_probs: [B, T] log-prob under the distribution drawn from; 0 where none was drawn.
+  packing: how models read it, which is compiled in; None is each text in a row of its own.
   """
 
   tokens: Array
@@ -43,6 +58,7 @@ class Rollout(NamedTuple):
   finished: Array
   old_log_probs: Array
   sampler_log_probs: Array
+  packing: Packing | None = None
 
 
 # given(completions [B, T], t) -> (tokens [B], bool [B]): what stands at place t in place of a drawn

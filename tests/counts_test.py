@@ -12,6 +12,7 @@ from small_decoders import BAG, BAG_VALUE, bag_params, bag_value_params
 
 from experiments import grpo, sweep
 from klrl import inputs, population, programs, sampling
+from klrl.algorithm import completions
 from klrl.devices import parallel
 from klrl.tasks import arithmetic, data
 from klrl.tasks.rewards import Reward
@@ -43,13 +44,28 @@ def run_of(rewards, *, is_ahead=False):
   return programs.make_step_fn(setup, shardings, ahead_of=state if is_ahead else None), state
 
 
-def test_an_update_of_short_completions_is_that_of_the_whole_width(monkeypatch):
+@pytest.mark.parametrize(
+  ("batch_size", "ends", "expected"),
+  [(12, 1 / 2, "jit(shortened)"), (24, 1 / 3, "jit(fitting)")],
+  ids=["all are short", "some are short"],
+)
+def test_an_update_of_short_completions_is_that_of_the_whole_width(
+  batch_size, ends, expected, monkeypatch
+):
   monkeypatch.setattr(programs, "_FEWEST_COLUMNS", 4)
-  setup, compiled, found = setup_of(grpo.Config(**SETTINGS), [], max_completion_len=16), [], []
-  # Half of the tokens end a completion.
+  config = grpo.Config(**SETTINGS | {"batch_size": batch_size})
+  setup, compiled, found = setup_of(config, [], max_completion_len=16), [], []
+  # A share of the tokens ends a completion.
   size = setup.models.tokenizer.tokenizer.get_vocab_size()
-  limits = {"max_completion_len": 16, "eos_id": range(size // 2), "pad_id": 0}
+  limits = {"max_completion_len": 16, "eos_id": range(int(ends * size)), "pad_id": 0}
   setup = setup._replace(sample=sampling.make_sample_fn(BAG, **limits))
+  packings, packed = set(), completions._packed
+
+  def noting_packed(fn, rollout, *columns):
+    packings.add(rollout.packing)
+    return packed(fn, rollout, *columns)
+
+  monkeypatch.setattr(completions, "_packed", noting_packed)
   for _ in range(2):
     state = programs.init_run(setup)
     with noted(compiled.append):
@@ -57,8 +73,9 @@ def test_an_update_of_short_completions_is_that_of_the_whole_width(monkeypatch):
       state, pairs = step(state, 0)
     found.append(jax.device_get((state.params, pairs)))
     monkeypatch.setattr(programs, "widths_of_completions", lambda setup: [16])
-  assert {"jit(shortened)", "jit(scored_update)", "jit(iteration)"} <= set(compiled)
-  chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
+  assert {expected, "jit(scored_update)", "jit(iteration)"} <= set(compiled)
+  assert len(packings) == (expected == "jit(fitting)")
+  chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def members():

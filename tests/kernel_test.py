@@ -13,7 +13,7 @@ import pytest
 from klrl.cost import hlo
 from klrl.devices import parallel
 from klrl.models import attention, decoder, kernel
-from klrl.models.attention import Fork
+from klrl.models.attention import Fork, Packed
 from klrl.models.blocks import DecoderConfig, LayerKind
 
 CASES = {
@@ -40,11 +40,12 @@ def both_ways(dtype, *, width, holes=False, texts=False, window=0, fork=None, ca
     mask[0, 130:170], mask[1, 7] = False, False
   segment_ids = jnp.asarray(np.where(mask, np.arange(LEN) // 250, 0)) if texts else None
   mask = jnp.asarray(mask)
-  sight = decoder._causal(mask, segment_ids) if fork is None else decoder._forked(mask, fork)
+  fork = Packed(segment_ids) if texts else fork
+  sight = decoder._forked(mask, fork) if isinstance(fork, Fork) else decoder._causal(mask, fork)
   seen = sight.seen
   if window:
     seen = decoder._seen_within(sight, window)
-  by_places = kernel.places(mask, segment_ids, fork, seen if window else None)
+  by_places = kernel.places(mask, fork, seen if window else None)
   rng = np.random.default_rng(0)
   shapes = [(ROWS, LEN, HEADS, width), *[(ROWS, KV_HEADS, LEN, width)] * 2]
   arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]

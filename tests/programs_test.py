@@ -111,7 +111,10 @@ def test_the_padding_of_completions_that_are_short_is_not_trained_on(scores, mon
   def sampled(state, frozen, prompts, mask):
     return rollout_of(prompts, mask, 256, length=length_of())
 
-  made = {"rollout": sampled, "update": update}
+  def fitting(state, frozen, rollout):
+    return jnp.zeros(4, bool)
+
+  made = {"rollout": sampled, "update": update, "fitting": fitting}
   own = [own_reward(len)] if scores == "host" else []
   step, *_ = step_of(monkeypatch, made, rewards=own, max_completion_len=256)
   for iteration in range(5):
@@ -121,6 +124,63 @@ def test_the_padding_of_completions_that_are_short_is_not_trained_on(scores, mon
     prompt_len = rollout.prompt_mask.shape[1]
     for x in (rollout.completion_mask, rollout.tokens[:, prompt_len:], -rollout.old_log_probs):
       np.testing.assert_array_equal(x.sum(axis=1), [3] * 7 + [length])
+
+
+@pytest.mark.parametrize("scores", ["host", "device"])
+def test_texts_are_packed_where_they_fit_and_it_saves_tokens(scores, monkeypatch):
+  given, asked = [], []
+  # A prompt of 50 tokens is shared by two: a plain row has 25 + 256, a packed one 50 + 256.
+  cases = {  # (longest completion, what fits): what is expected
+    (256, (True, True, True, True)): 0.25,
+    (256, (False, False, True, True)): 0.5,
+    (256, (False, False, False, True)): 0.75,
+    (256, (False, False, False, False)): None,
+    (128, (False, True, True, True)): 0.375,  # 0.375 * 306 is much less than 25 + 128,
+    (128, (False, False, True, True)): None,  # and 0.5 * 306 is not.
+    (64, (True, True, True, True)): None,  # Narrow rows are as good.
+  }
+  turns = iter(cases)
+
+  def sampled(state, frozen, prompts, mask):
+    state.append(next(turns))
+    return rollout_of(prompts, mask, 256, length=state[-1][0])
+
+  def fitting(state, frozen, rollout):
+    asked.append(state[-1])
+    return jnp.array(state[-1][1])
+
+  def update(state, frozen, rollout, scores_or_rows, texts):
+    given.append(rollout)
+    return state, {}
+
+  made = {"rollout": sampled, "update": update, "fitting": fitting}
+  own = [own_reward(len)] if scores == "host" else []
+  step, *_ = step_of(monkeypatch, made, rewards=own, max_completion_len=256)
+  monkeypatch.setattr(programs, "prompt_rows", lambda *_, **__: np.arange(8, 16))  # of 50 tokens
+  for _ in cases:
+    step([], 0)
+  found = [rollout.packing and rollout.packing.share for rollout in given]
+  assert found == list(cases.values())
+  assert [case[0] for case in asked] == [256] * 4 + [128] * 2  # No other might save enough.
+  widths = [rollout.completion_mask.shape[1] for rollout in given]
+  assert widths == [256, 256, 256, 256, 256, 128, 64]
+
+
+def test_what_no_reward_scored_is_not_packed(monkeypatch):
+  given = []
+
+  def update(state, frozen, rollout, scores, texts):
+    given.append(rollout.packing)
+    return state, {}
+
+  def sampled(state, frozen, prompts, mask):
+    return rollout_of(prompts, mask, 256, length=256)
+
+  made = {"rollout": sampled, "update": update, "fitting": lambda *_: jnp.ones(4, bool)}
+  for own in (len, lambda text: None):
+    step, *_ = step_of(monkeypatch, made, rewards=[own_reward(own)], max_completion_len=256)
+    step(None, 0)
+  assert given == [programs.Packing(0.25, 2), None]
 
 
 def test_late_rollouts_are_scored_while_the_next_are_drawn(monkeypatch):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from klrl.models import DecoderConfig
+from klrl.models.attention import Packed
 from klrl.models.decoder import Policy, ScalarModel
 from klrl.tasks import arithmetic
 
@@ -48,8 +49,18 @@ def with_branches(fn):
 
 
 @with_branches
-def _hidden(params, tokens, mask):
+def _hidden_of_texts(params, tokens, mask):
   return jnp.tanh(jnp.cumsum(_embedded(params, tokens, mask), axis=1))
+
+
+def _hidden(params, tokens, mask, segment_ids=None, fork=None):
+  if not isinstance(fork, Packed):
+    return _hidden_of_texts(params, tokens, mask, segment_ids, fork)
+  texts = fork.text[:, None]
+  seen = fork.text[..., None] == texts
+  if fork.prompt is not None:
+    seen |= fork.prompt[..., None] == texts
+  return jnp.tanh(jnp.tril(seen) @ _embedded(params, tokens, mask))
 
 
 def _prefill(params, tokens, mask, row_len):

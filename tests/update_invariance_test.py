@@ -1,5 +1,5 @@
-"""What an update may not depend on: parts, the order of rows, padding, devices, and whether what
-stands before the first choice is called prompt or completion.
+"""What an update may not depend on: parts, the order of rows, padding, devices, how many rows texts
+share, and whether what stands before the first choice is called prompt or completion.
 
 One update of the learner in float64, off-policy, on completions of 1 to 5 tokens: the gradient is
 read from Adam's first moment. Between them the cases have every aggregation and kind of loss.
@@ -22,7 +22,7 @@ from klrl import ops
 from klrl.algorithm import learner
 from klrl.algorithm.terms import texts_of
 from klrl.devices import parallel
-from klrl.sampling import Rollout
+from klrl.sampling import Packing, Rollout
 
 BATCH, GROUP_SIZE, PROMPT_LEN, MAX_LEN, VOCAB = 8, 4, 3, 5, 5
 PADDING = 2
@@ -173,6 +173,14 @@ def test_parts_add_up_and_padding_and_a_given_beginning_are_nothing(name, accumu
 def test_the_order_of_rows_and_groups_is_nothing(name):
   order = np.array([6, 4, 7, 5, 2, 3, 1, 0])  # the second group first
   assert_same_update(run(name, make_batch(order=order)), whole(name))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_texts_that_share_rows_are_nothing(name):
+  rollout, *others = make_batch(padding=PADDING)
+  packing = Packing(0.75, CASES[name]().algorithm().group_size)
+  packed = rollout._replace(packing=packing), *others
+  assert_same_update(run(name, packed, accumulation=2), whole(name))
 
 
 def test_pretraining_texts_count_by_their_real_tokens_after_the_first():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from klrl import ops
-from klrl.algorithm import completions, diagnostics, kl_terms
+from klrl.algorithm import completions, diagnostics, kl_terms, shared_rows
 from klrl.algorithm.distributions import log_probs_and_entropy_of, over_vocabulary
 from klrl.algorithm.gradients import enough_parts, gradients_of
 from klrl.algorithm.optimizer import apply_gradients
@@ -168,8 +168,8 @@ def _of_distributions(algorithm: Algorithm, hidden, unembedding, batch: Batch, c
   others = [name for name, (hidden_of_other, _) in models.items() if hidden_of_other is not None]
   models = [(hidden, unembedding), *(models[name] for name in others)]
   if not others:
-    of_tokens = over_vocabulary(
-      log_probs_and_entropy_of, models, [tokens], temperature=hypers.temperature
+    of_tokens = completions.of_tokens(
+      log_probs_and_entropy_of, models, batch.rollout, [tokens], temperature=hypers.temperature
     )
     return *of_tokens, None, None
 
@@ -183,7 +183,9 @@ def _of_distributions(algorithm: Algorithm, hidden, unembedding, batch: Batch, c
       mean = ops.mean_under(log_probs, of["sampler"])
     return *log_probs_and_entropy_of(log_probs, tokens), exact, mean
 
-  return over_vocabulary(figures, models, [tokens], [hypers], temperature=hypers.temperature)
+  return completions.of_tokens(
+    figures, models, batch.rollout, [tokens], [hypers], temperature=hypers.temperature
+  )
 
 
 def _refreshed(
@@ -223,6 +225,18 @@ def _loss_of_texts(algorithm: Algorithm, policy, params, texts: Texts, context: 
   )
 
 
+def parts_of_minibatch(algorithm: Algorithm, rollout: Rollout) -> int:
+  """Returns in how many parts the gradient of a minibatch of the rollout is computed."""
+  num_rows = len(rollout.tokens) // algorithm.num_minibatches
+  minibatch = jax.eval_shape(lambda x: jax.tree.map(lambda x: x[:num_rows], x), rollout)
+  return enough_parts(
+    minibatch,
+    algorithm.accumulation,
+    group_size=algorithm.group_size,
+    share=rollout.packing.share if rollout.packing else 1.0,
+  )
+
+
 def minibatch_rows(algorithm: Algorithm, batch_size: int, num_parts: int, key) -> jax.Array:
   """Returns [num_epochs * num_minibatches, rows] int, the rows of each minibatch, in turn.
 
@@ -240,6 +254,27 @@ def minibatch_rows(algorithm: Algorithm, batch_size: int, num_parts: int, key) -
   return parts.reshape(-1, num_parts * rows_per_part)
 
 
+def dealt(minibatches, num_parts: int, rollout: Rollout, *, group_size: int) -> jax.Array:
+  """Returns [minibatches, parts, devices, rows]: `minibatch_rows`, dealt anew within a minibatch.
+
+  So each device has about as many tokens in each part, which are packed into as many rows. The
+  longest texts are dealt first, to and fro. What a device has of a group stays together.
+  """
+  parts = minibatches.reshape(len(minibatches), -1, num_parts).swapaxes(1, 2)
+  rows_per_part = parts.shape[2]
+  on_device = parallel.rows_per_device(rows_per_part)
+  together = math.gcd(group_size, on_device)
+  shape = len(parts), num_parts, rows_per_part // on_device, on_device
+  cards = parts.reshape(len(parts), -1, together)
+  of_prompts, of_completions = shared_rows.lengths(rollout)
+  lengths = (of_prompts + of_completions)[cards].sum(axis=-1)
+  longest_first = jnp.argsort(-lengths, axis=1, stable=True)
+  cards = jnp.take_along_axis(cards, longest_first[..., None], axis=1)
+  turns = cards.reshape(len(parts), on_device // together, -1, together)
+  turns = turns.at[:, 1::2].set(turns[:, 1::2, ::-1])
+  return turns.swapaxes(1, 2).reshape(shape)
+
+
 def inner_epochs(
   algorithm: Algorithm, loss_fn, params, opt_state, batch: Batch, context: Context, key
 ):
@@ -252,11 +287,11 @@ def inner_epochs(
   hypers = context.hypers
   learning_rate = hypers.learning_rate * algorithm.learning_rate_factor(context.iteration)
   batch_size = batch.scores.shape[0]
-  minibatch = jax.eval_shape(
-    lambda batch: jax.tree.map(lambda x: x[: batch_size // algorithm.num_minibatches], batch), batch
-  )
-  num_parts = enough_parts(minibatch, algorithm.accumulation, group_size=algorithm.group_size)
+  num_parts = parts_of_minibatch(algorithm, batch.rollout)
   minibatches = minibatch_rows(algorithm, batch_size, num_parts, key)
+  if (packing := batch.rollout.packing) is not None:
+    parts = dealt(minibatches, num_parts, batch.rollout, group_size=packing.group_size)
+    minibatches = parts.reshape(len(parts), num_parts, -1).swapaxes(1, 2).reshape(len(parts), -1)
 
   @jax.jit  # The shapes of its metrics are asked for too: it is traced once.
   def step(carry, rows):

@@ -36,13 +36,14 @@ def _weighted_sum(weights, metrics):
 TOKENS_PER_PART = 1024
 
 
-def enough_parts(batch, num_parts: int, *, group_size: int = 1) -> int:
+def enough_parts(batch, num_parts: int, *, group_size: int = 1, share: float = 1.0) -> int:
   """Returns the number of parts in which a gradient is best computed, a multiple of `num_parts`.
 
   On an accelerator it is `num_parts`. On a CPU there are more of them where they still have
   `TOKENS_PER_PART` tokens each. The rows of `batch` are examples, and the largest of its arrays of
-  integers has the tokens, of one text [rows, tokens] or of several [rows, texts, tokens].
-  Each device keeps what it has of a group, `group_size` neighbouring rows, in one part.
+  integers has the tokens, of one text [rows, tokens] or of several [rows, texts, tokens]; `share`
+  is that of them which is computed. Each device keeps what it has of a group, `group_size`
+  neighbouring rows, in one part.
   """
   leaves = [x for x in jax.tree.leaves(batch) if jnp.issubdtype(x.dtype, jnp.integer)]
   if not leaves or not parallel.compiles_for_cpu():
@@ -50,7 +51,8 @@ def enough_parts(batch, num_parts: int, *, group_size: int = 1) -> int:
   num_rows, row_len = leaves[0].shape[0], max(math.prod(x.shape[1:]) for x in leaves)
   on_device = parallel.rows_per_device(num_rows)
   together = math.gcd(group_size, num_rows // num_parts)
-  numbers = range(num_parts, on_device * row_len // TOKENS_PER_PART + 1, num_parts)
+  num_tokens = int(share * on_device * row_len)
+  numbers = range(num_parts, num_tokens // TOKENS_PER_PART + 1, num_parts)
   return max((n for n in numbers if on_device % (n * together) == 0), default=num_parts)
 
 

@@ -5,6 +5,7 @@
 An `Algorithm` says what an iteration does, and `Hypers` are its coefficients.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -19,14 +20,17 @@ from klrl.algorithm import (
   kl_terms,
   memory,
   preparation,
+  shared_rows,
 )
-from klrl.algorithm.distributions import over_vocabulary
 from klrl.algorithm.epochs import (
   Batch,
   Context,
+  dealt,
   inner_epochs,
   make_loss_fn,
+  minibatch_rows,
   needs_exact_kl,
+  parts_of_minibatch,
   value_params,
 )
 from klrl.algorithm.optimizer import init_optimizer
@@ -81,8 +85,7 @@ def make_after_sampling_fn(algorithm: Algorithm, policy):
   """
 
   def after_sampling(state: TrainState, frozen, rollout: Rollout):
-    key, _ = jax.random.split(state.key)
-    state = state._replace(key=key)
+    state = state._replace(key=_key_after_sampling(state.key))
     if algorithm.sampler_correction != "none":
       params = join(frozen["base"], state.params)["policy"]
       rollout = preparation.rescored(
@@ -94,6 +97,40 @@ def make_after_sampling_fn(algorithm: Algorithm, policy):
     return state._replace(replay=replay), rollout
 
   return after_sampling
+
+
+def _key_after_sampling(key):
+  return jax.random.split(key)[0]
+
+
+def _keys_of_update(key):
+  """Returns (the key that remains, that of the inner epochs)."""
+  return jax.random.split(key)
+
+
+def fitting(algorithm: Algorithm, state: TrainState, rollout: Rollout, packings) -> jax.Array:
+  """Returns [packings] bool: with which of them the rollout fits wherever an update reads it.
+
+  The state is that of `sample_rollout`. An update reads all of it at once, and the minibatches of
+  the inner epochs in their parts; on each device the texts that are there must fit.
+  """
+  assert algorithm.oversampling == 1 and not algorithm.staleness
+  _, key = _keys_of_update(_key_after_sampling(state.key))
+  (group_size,) = {each.group_size for each in packings}
+  num_rows, groups = len(rollout.tokens), {"group_size": group_size}
+  of_whole = shared_rows.need_of(rollout, shared_rows.by_device(jnp.arange(num_rows)), **groups)
+
+  @functools.cache  # On an accelerator all packings have as many parts.
+  def of_parts(num_parts):
+    minibatches = minibatch_rows(algorithm, num_rows, num_parts, key)
+    parts = dealt(minibatches, num_parts, rollout, **groups)
+    return shared_rows.need_of(rollout, parts.reshape(-1, parts.shape[-1]), **groups)
+
+  def fits(each):
+    num_parts = parts_of_minibatch(algorithm, rollout._replace(packing=each))
+    return shared_rows.fits(each, of_whole) & shared_rows.fits(each, of_parts(num_parts))
+
+  return jnp.stack([fits(each) for each in packings])
 
 
 def make_update_fn(
@@ -164,7 +201,7 @@ def make_update_fn(
       )
       metrics["rollout/informative_groups"] = (share, 1.0)
     mask = rollout.completion_mask
-    key, epochs_key = jax.random.split(state.key)
+    key, epochs_key = _keys_of_update(state.key)
     weights, sampler_metrics = preparation.corrected(rollout, algorithm.sampler_correction, hypers)
     old_values = jnp.zeros_like(rollout.old_log_probs)
     if value_model is not None:
@@ -422,7 +459,7 @@ def _measured_reference(
 
   def of_reference(hidden, fn, rows):
     models = [(hidden, reference.unembedding(reference_params))]
-    return over_vocabulary(fn, models, rows, temperature=temperature)
+    return completions.of_tokens(fn, models, rollout, rows, temperature=temperature)
 
   def weights(hidden):
     certainty = None
@@ -447,8 +484,8 @@ def _measured_reference(
       (hidden_of(policy, params), policy.unembedding(params)),
       (hidden, reference.unembedding(reference_params)),
     )
-    kl, divergence = over_vocabulary(
-      figures, models, coefficients=[state.hypers], temperature=temperature
+    kl, divergence = completions.of_tokens(
+      figures, models, rollout, coefficients=[state.hypers], temperature=temperature
     )
     return divergence, diagnostics.sequence_stats("kl/ref_exact", kl, mask)
 

@@ -25,6 +25,16 @@ class Fork(NamedTuple):
   num_branches: int  # g
 
 
+class Packed(NamedTuple):
+  """What the tokens of rows [B, S] with several texts are of; some texts continue another one.
+
+  A token sees what is before it in its row and of the text that it is of or that this continues.
+  """
+
+  text: Array  # [B, S] int32
+  prompt: Array | None = None  # [B, S] int32, the text that is continued; None: none is
+
+
 class Forked(NamedTuple):
   """What is true of pairs of tokens of a row with branches; of masks, which tokens see which."""
 

@@ -8,7 +8,7 @@ H head width, L layers. Masks are bool, True for real tokens, and may have holes
 count real tokens only, and no real position attends to padding, so padding changes no real output.
 Outputs at padding are finite and have no meaning. With `segment_ids` a row holds several texts:
 tokens attend within their own segment, and positions count from its start. With a `Fork` they have
-a common beginning, which each of them sees.
+a common beginning, which each of them sees; `Packed`, some of them may continue others.
 
 Layers are stacked on a leading axis. If there are many, or if they keep less than all (`REMAT`),
 the full forward pass scans over them. The step of one token is unrolled over a tuple of layers
@@ -28,7 +28,7 @@ from flax import nnx
 
 from klrl.devices import parallel
 from klrl.models import heads, kernel
-from klrl.models.attention import Continued, Forked
+from klrl.models.attention import Continued, Fork, Forked, Packed
 from klrl.models.blocks import INIT, Block, DecoderConfig, Ends
 from klrl.models.rotations import cos_sin
 from klrl.ops.logits import CappedUnembedding, Unembedding
@@ -92,7 +92,7 @@ def policy_model(config: DecoderConfig) -> Policy:
   * `hidden(params, tokens [B, S] int32, mask [B, S], segment_ids=None, fork=None) -> [B, S, D]`,
     the hidden state after the final norm, in `config.dtype`; `segment_ids` [B, S] int32 say which
     text of the row a token belongs to. With a `Fork` a row holds several texts that begin alike,
-    and their common beginning once.
+    and their common beginning once. In place of it there may be a `Packed`.
   * `unembedding(params) -> [D, V]` in `config.dtype`; logits are `hidden @ unembedding`, also where
     it is an `ops.CappedUnembedding`. V is `config.num_tokens` if that is given, so sampler, scorer
     and every KL see the same tokens.
@@ -120,7 +120,9 @@ def policy_model(config: DecoderConfig) -> Policy:
     return params
 
   def hidden(params, tokens, mask, segment_ids=None, fork=None):
-    return decoder.hidden(params["decoder"], tokens, mask, segment_ids, fork)
+    if segment_ids is not None:
+      fork = Packed(segment_ids)
+    return decoder.hidden(params["decoder"], tokens, mask, fork)
 
   def unembedding(params):
     # By tokens up to the end, since `ops.over_vocabulary` reads it so: nothing is then transposed.
@@ -171,7 +173,7 @@ def scalar_model(config: DecoderConfig) -> ScalarModel:
     return heads.apply(config.head, params["head"], hidden)
 
   def values(params, tokens, mask, fork=None):
-    return head(params, decoder.hidden(params["decoder"], tokens, mask, None, fork))
+    return head(params, decoder.hidden(params["decoder"], tokens, mask, fork))
 
   def scores(params, tokens, mask):
     return _at_last_real(values(params, tokens, mask), mask)
@@ -219,16 +221,16 @@ def _decoder(config):
     params["layers"] = jax.vmap(init_block)(jax.random.split(layers_key, config.num_layers))
     return params
 
-  def forward(params, tokens, mask, keep, segment_ids=None, fork=None, row_len=None):
+  def forward(params, tokens, mask, keep, fork=None, row_len=None):
     """Returns the final hidden states and `keep(keys_values)` stacked over layers."""
     ends, layers = split(params)
-    sight = _causal(mask, segment_ids) if fork is None else _forked(mask, fork)
+    sight = _forked(mask, fork) if isinstance(fork, Fork) else _causal(mask, fork)
     kinds = _of_kinds(config, sight, row_len or _text_len(tokens, fork))
     has_windows = any(0 < kind.window < _text_len(tokens, fork) for kind in config.kinds)
-    if kernel.reads(*tokens.shape, has_windows=has_windows):
+    if kernel.reads(*tokens.shape, fork, has_windows=has_windows):
 
       def places(seen):
-        return kernel.places(mask, segment_ids, fork, seen if has_windows else None)
+        return kernel.places(mask, fork, seen if has_windows else None)
 
       kinds = [(rotation, places(seen)) for rotation, seen in kinds]
     positions = sight.positions
@@ -251,8 +253,8 @@ def _decoder(config):
     x, kept = jax.lax.scan(step, x, (layers, index), unroll=unrolled)
     return ends.final_norm(x), kept
 
-  def hidden(params, tokens, mask, segment_ids=None, fork=None):
-    return forward(params, tokens, mask, lambda keys_values: None, segment_ids, fork)[0]
+  def hidden(params, tokens, mask, fork=None):
+    return forward(params, tokens, mask, lambda keys_values: None, fork)[0]
 
   def prefill(params, tokens, mask, row_len):
     x, (keys, values) = forward(
@@ -307,10 +309,12 @@ class _Sight(NamedTuple):
   seen: Any
 
 
-def _causal(mask, segment_ids=None):
+def _causal(mask, packed=None):
   seen = jnp.tri(mask.shape[1], dtype=bool)[None] & mask[:, None]
-  if segment_ids is not None:
-    seen &= segment_ids[:, :, None] == segment_ids[:, None]
+  if packed is not None:
+    texts = packed.text[:, None]
+    own = packed.text[:, :, None] == texts
+    seen &= own if packed.prompt is None else own | (packed.prompt[:, :, None] == texts)
   # A token's position is the number of tokens before it that it sees.
   positions = seen.sum(axis=-1) - 1
   return _Sight(positions, positions, positions, seen)
@@ -352,7 +356,7 @@ def _alone(mask, t, num_slots):
 
 def _text_len(tokens, fork):
   """Returns how many tokens the longest text of a row has."""
-  if fork is None:
+  if not isinstance(fork, Fork):
     return tokens.shape[1]
   return fork.prefix_len + (tokens.shape[1] - fork.prefix_len) // fork.num_branches
 

@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from klrl.devices import parallel
-from klrl.models.attention import Fork, Forked
+from klrl.models.attention import Fork, Forked, Packed
 
 Array = jax.Array
 
@@ -39,22 +39,27 @@ class Places:
   branches: tuple[int, int] | None  # (P, T) of rows with branches
 
 
-def reads(num_rows: int, row_len: int, *, has_windows: bool) -> bool:
-  """Returns whether the kernel reads rows: long ones, on a TPU, that the devices divide."""
+def reads(num_rows: int, row_len: int, fork=None, *, has_windows: bool) -> bool:
+  """Returns whether the kernel reads rows: long ones, on a TPU, that the devices divide.
+
+  It knows no texts that continue others of their row, as `fork` may say.
+  """
+  if isinstance(fork, Packed) and fork.prompt is not None:
+    return False
   has_room = row_len <= 1 << _BITS or not has_windows
   is_long = row_len >= MIN_LEN
   return is_long and has_room and parallel.platform() == "tpu" and parallel.divides_rows(num_rows)
 
 
-def places(mask, segment_ids, fork: Fork | None, seen: Array | Forked | None) -> Places:
+def places(mask, fork: Fork | Packed | None, seen: Array | Forked | None) -> Places:
   """Returns what tokens see, by places; arguments are those of the decoder.
 
   `seen` are the masks of a layer with a window, as in `attention.attend`, of which the compiler
   holds none; None is no window.
   """
-  texts = jnp.where(mask, 1 if segment_ids is None else segment_ids + 1, 0)
+  texts = jnp.where(mask, fork.text + 1 if isinstance(fork, Packed) else 1, 0)
   row_len, branches = mask.shape[1], None
-  if fork is not None:
+  if isinstance(fork, Fork):
     branches = fork.prefix_len, (row_len - fork.prefix_len) // fork.num_branches
   first = None
   if seen is not None:
