@@ -16,6 +16,7 @@ from benchmarks import (
   fits,
   gpu,
   kl_bench,
+  lengths,
   loading_bench,
   oracle_bench,
   peers,
@@ -70,6 +71,14 @@ def test_slopes_are_told_and_drawn(monkeypatch, capsys, tmp_path):
   assert line.endswith("steeper than its work: seconds")
   assert not printed[-1].endswith("seconds")  # of devices, which share a CPU
   assert (tmp_path / "slopes.png").stat().st_size > 1000
+
+
+def test_an_update_of_uneven_lengths_is_timed_packed_and_plain():
+  size = dataclasses.replace(workload.SIZES["toy"], completion_len=64)
+  found = lengths.measure("grpo", size, 1)
+  assert found["full"]["GFLOP"] == found["uneven"]["GFLOP"] >= found["packed"]["GFLOP"]
+  assert found["packed"]["share of rows"] < 1
+  assert all(min(row["seconds"]) > 0 for row in found.values())
 
 
 def test_a_slope_is_that_of_the_larger_half():
