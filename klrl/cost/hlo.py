@@ -16,6 +16,7 @@ send, taking each for a ring (R. Rabenseifner, "Optimization of Collective Reduc
 a reduce-scatter and an all-to-all n (g - 1) / g, a permutation n.
 """
 
+import functools
 import math
 import re
 from collections import Counter
@@ -249,28 +250,26 @@ class _Walk:
   def _moved_by_fusion(self, instruction, read: list[float], written: float) -> float:
     """Returns bytes, where an operand that is sliced inside is read in that slice only."""
     inside = self._computations[_attribute(instruction.attributes, "calls")]
-    users: dict[str, list[Instruction]] = {}
-    for user in inside.values():
-      for operand in user.operands:
-        users.setdefault(operand, []).append(user)
 
-    def ends(name) -> list[tuple[Instruction, str]]:
-      """Returns (user, what it uses) behind all that only renames."""
-      return [
-        end
-        for user in users.get(name, ())
-        for end in (ends(user.name) if user.opcode == "bitcast" else [(user, name)])
-      ]
+    def ends(inside, name, outside=list) -> list[tuple[Instruction, str]]:
+      """Returns (user, what it uses) behind all that only renames; `outside` what uses the root."""
+      found = outside() if inside[name].is_root else []
+      for user in inside.values():
+        for position in (i for i, operand in enumerate(user.operands) if operand == name):
+          if user.opcode == "bitcast":
+            found += ends(inside, user.name, outside)
+          elif user.opcode == "fusion":
+            nested = self._computations[_attribute(user.attributes, "calls")]
+            uses = functools.partial(ends, inside, user.name, outside)
+            found += ends(nested, _parameters(nested)[position].name, uses)
+          else:
+            found.append((user, name))
+      return found
 
     total = 0.0
-    parameters = {
-      int(re.match(r"\((\d+)\)", x.attributes).group(1)): x
-      for x in inside.values()
-      if x.opcode == "parameter"
-    }
     for position, size in enumerate(read):
       parts = []
-      for user, used in ends(parameters[position].name):
+      for user, used in ends(inside, _parameters(inside)[position].name):
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == used:
           parts.append(user.buffers[0].bytes)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == used:
@@ -373,6 +372,15 @@ def _products_per_output(instruction: Instruction, left, right) -> float:
     real = (starts % base == 0) & (starts >= 0) & (starts < num_in * base)
     products *= real.sum() / num_out
   return products
+
+
+def _parameters(computation: dict[str, Instruction]) -> dict[int, Instruction]:
+  """Returns the parameters of a computation by number."""
+  return {
+    int(re.match(r"\((\d+)\)", x.attributes).group(1)): x
+    for x in computation.values()
+    if x.opcode == "parameter"
+  }
 
 
 def _kernel(instruction: Instruction) -> tuple[str, int, int] | None:

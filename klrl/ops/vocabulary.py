@@ -82,7 +82,8 @@ def over_vocabulary(
   outputs = _chunked(
     fn,
     caps,
-    tuple(map(chunks, hidden)),
+    # Of three axes the compiler for TPUs sometimes copied all chunks for each of them.
+    tuple(chunks(x).reshape(-1, num_chunks * x.shape[-1]) for x in hidden),
     # A tied table is the transpose of one that is stored by tokens: both transposes cancel out.
     tuple(table.T for table in tables),
     tuple(map(chunks, rows)),
@@ -123,6 +124,11 @@ def _chunk(x, index):
   return jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
 
 
+def _chunk_of_hidden(x, table, index):
+  width = table.shape[1]
+  return jax.lax.dynamic_slice_in_dim(x, index * width, width, axis=1)
+
+
 def _einsum(subscripts, x, y):
   """Returns a product in the inputs' dtype, accumulated in at least float32."""
   dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
@@ -135,7 +141,7 @@ def _logits(hidden, table):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(fn, caps, hidden, tables, rows, coefficients):
-  """Returns what `fn` does, a pytree of [C, K], from `hidden` [C, K, D] of each model.
+  """Returns what `fn` does, a pytree of [C, K], from `hidden` [C, K D] of each model.
 
   The `tables` are [V, D], by tokens.
   """
@@ -144,10 +150,12 @@ def _chunked(fn, caps, hidden, tables, rows, coefficients):
 
 def _chunked_fwd(fn, caps, hidden, tables, rows, coefficients):
   def chunk(index):
-    own, own_rows = jax.tree.map(lambda x: _chunk(x, index), (hidden, rows))
+    own = tuple(_chunk_of_hidden(x, table, index) for x, table in zip(hidden, tables, strict=True))
+    own_rows = jax.tree.map(lambda x: _chunk(x, index), rows)
     return _of_products(fn, caps, own_rows)(tuple(map(_logits, own, tables)), coefficients)
 
-  outputs = jax.lax.map(chunk, jnp.arange(hidden[0].shape[1]))
+  num_chunks = hidden[0].shape[1] // tables[0].shape[1]
+  outputs = jax.lax.map(chunk, jnp.arange(num_chunks))
   return jax.tree.map(jnp.transpose, outputs), (hidden, tables, rows, coefficients)
 
 
@@ -156,9 +164,8 @@ def _chunked_bwd(fn, caps, residuals, cotangents):
 
   def chunk(sums, index):
     d_hidden, d_tables, d_coefficients = sums
-    own, own_rows, own_cotangents = jax.tree.map(
-      lambda x: _chunk(x, index), (hidden, rows, cotangents)
-    )
+    own = tuple(_chunk_of_hidden(x, table, index) for x, table in zip(hidden, tables, strict=True))
+    own_rows, own_cotangents = jax.tree.map(lambda x: _chunk(x, index), (rows, cotangents))
     products = tuple(map(_logits, own, tables))
     _, vjp = jax.vjp(_of_products(fn, caps, own_rows), products, coefficients)
     d_products, d_own = vjp(own_cotangents)
@@ -167,8 +174,8 @@ def _chunked_bwd(fn, caps, residuals, cotangents):
     # Each gradient is a sum of its own, so that the compiler can leave out of the loop those that
     # nobody asks for, products included.
     d_hidden = tuple(
-      jax.lax.dynamic_update_index_in_dim(
-        x, _einsum("cv,vd->cd", d, table).astype(x.dtype), index, 1
+      jax.lax.dynamic_update_slice_in_dim(
+        x, _einsum("cv,vd->cd", d, table).astype(x.dtype), index * table.shape[1], axis=1
       )
       for x, d, table in zip(d_hidden, d_products, tables, strict=True)
     )
@@ -180,7 +187,8 @@ def _chunked_bwd(fn, caps, residuals, cotangents):
     tuple(jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in tables),
     jax.tree.map(jnp.zeros_like, coefficients),
   )
-  sums, _ = jax.lax.scan(chunk, zeros, jnp.arange(hidden[0].shape[1]))
+  num_chunks = hidden[0].shape[1] // tables[0].shape[1]
+  sums, _ = jax.lax.scan(chunk, zeros, jnp.arange(num_chunks))
   d_hidden, d_tables, d_coefficients = sums
   d_tables = tuple(d.astype(x.dtype) for d, x in zip(d_tables, tables, strict=True))
   return d_hidden, d_tables, None, d_coefficients
