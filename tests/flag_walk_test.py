@@ -33,6 +33,7 @@ from klrl.cost import dry_run
 from klrl.devices import parallel
 from klrl.errors import UserError
 from klrl.models import decoder, policy_model, save_policy, save_scalar, scalar_model
+from klrl.models.attention import Fork
 from klrl.run import loop
 from klrl.sampling import SAMPLER_MESHES, Rollout
 from klrl.tasks import arithmetic
@@ -415,7 +416,13 @@ def traced_once(make_decoder, config):
     shapes, value = jax.eval_shape(made.init, key), jax.random.uniform(key)
     return jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), shapes)
 
-  return made._replace(init=init, hidden=jax.jit(made.hidden, static_argnums=4))
+  # A `Fork` is static, and a `Packed` has arrays.
+  traced = {True: jax.jit(made.hidden, static_argnums=3), False: jax.jit(made.hidden)}
+
+  def hidden(params, tokens, mask, fork=None):
+    return traced[isinstance(fork, Fork)](params, tokens, mask, fork)
+
+  return made._replace(init=init, hidden=hidden)
 
 
 def make_fake_sample_fn(
