@@ -56,9 +56,11 @@ def test_who_comes_second_is_told_who_holds_the_folder_and_a_killed_one_blocks_n
 
 def test_who_waits_goes_on_when_the_other_has_ended(tmp_path, holder, monkeypatch, capsys):
   monkeypatch.setattr(lock, "_SECONDS", 0.01)
-  threading.Timer(0.1, holder.communicate, ["\n"]).start()
+  timer = threading.Timer(0.1, holder.communicate, ["\n"])
+  timer.start()
   with lock.held(tmp_path / "runs/a", wait=True):
     assert holder.wait() == 0
+  timer.join()  # The fixture communicates too.
   assert f"Waiting for process {holder.pid}" in " ".join(capsys.readouterr().out.split())
 
 

@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -323,8 +324,7 @@ def test_the_completions_of_a_prompt_share_the_reading_of_it():
   arguments = params, prompts, mask, jax.random.key(1)
   rollout = shared(*arguments, temperature=1.0)
   assert num_read == [3] and shared_by == [(3, 4)]
-  for x, expected in zip(rollout, sample_fn(**limits)(*arguments, temperature=1.0), strict=True):
-    np.testing.assert_allclose(x, expected, atol=1e-5)
+  chex.assert_trees_all_close(rollout, sample_fn(**limits)(*arguments, temperature=1.0), atol=1e-5)
 
 
 @functools.cache
