@@ -16,7 +16,9 @@ On a few problems of the embedded task all completions are enumerated: score, go
 best-of-n are then exact, and so is the best score that any policy has at that KL.
 
 Without flags it draws from the embedded SFT policy and takes about a minute on 2 cores after the
-stages: gold accuracy is 95% at n = 8 and, the reward model being fooled, 86% at n = 64.
+stages. Gold accuracy rises, and falls where the reward model is fooled: 50, 95 and 86% at n = 1, 8
+and 64 with a reward model that agrees with 92% of labels, and 50, 73 and 44% with one of 86%, which
+the same command trains on another processor.
 """
 
 import dataclasses

@@ -57,6 +57,7 @@ figcaption b { font-weight: 600; }
   background: currentColor; }
 svg { display: block; width: 100%; height: auto; overflow: visible; margin-top: .25rem; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
+svg text { paint-order: stroke; stroke: var(--paper); stroke-width: 2.5; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .25rem 2rem; margin: 1.25rem 0 0;
   padding-top: 1rem; border-top: 1px solid var(--rule); }
 .pair > * { min-width: 0; }
