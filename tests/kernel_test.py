@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from klrl.cost import hlo
+from klrl.cost import hlo, program
 from klrl.devices import parallel
 from klrl.models import attention, decoder, kernel
 from klrl.models.attention import Fork, Packed
@@ -137,7 +137,7 @@ def test_no_tpu_holds_pairs_of_tokens(tmp_path):
 
 def pairs_of_tokens(text: str, num: int) -> list[str]:
   """Returns the instructions that make `num` by `num` numbers or more of each row or head."""
-  computations, _ = hlo._parse(text)
+  computations, _ = program.parse(text)
   return [
     instruction.name
     for name, instructions in computations.items()

@@ -10,13 +10,12 @@ What a kernel reads and computes is not in the text: that of attention (`models/
 by its name, and how many of its blocks are computed by a scope named `blocks(NUMBERxLENGTH)`.
 
 Counted are the floating-point operations of matrix products, two for each multiply-add; the bytes
-that instructions read from and write to the device's main memory; and the bytes that collectives
+that instructions read from and write to main memory (`traffic.py`); and the bytes that collectives
 send, taking each for a ring (R. Rabenseifner, "Optimization of Collective Reduction Operations",
 2004): of n bytes on each of g devices an all-gather sends n (g - 1), an all-reduce 2 n (g - 1) / g,
 a reduce-scatter and an all-to-all n (g - 1) / g, a permutation n.
 """
 
-import functools
 import math
 import re
 from collections import Counter
@@ -24,6 +23,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+
+from klrl.cost import program, traffic
+from klrl.cost.program import Buffer, Instruction
 
 _SENT = {
   "all-gather": lambda n, g: n * (g - 1),
@@ -34,35 +36,9 @@ _SENT = {
   "collective-permute": lambda n, g: n,
   "collective-broadcast": lambda n, g: n,
 }
-# They move nothing, or what they do is counted elsewhere.
-_FREE = (
-  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
-  *("call", "after-all", "partition-id", "replica-id", "optimization-barrier", "add-dependency"),
-)
-_BITS = {"pred": 8, "token": 0, "opaque": 0}
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 # The products of each block of pairs of tokens in the parts of a kernel of attention.
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
-
-
-class Buffer(NamedTuple):
-  """One array of a type."""
-
-  bytes: float
-  dims: tuple[int, ...]
-  is_main: bool  # in the device's main memory rather than a faster one
-
-
-class Instruction(NamedTuple):
-  """One line of a computation."""
-
-  name: str
-  opcode: str
-  buffers: list[Buffer]  # what it makes
-  operands: list[str]
-  attributes: str
-  is_root: bool
 
 
 class Costs(NamedTuple):
@@ -84,58 +60,8 @@ def costs(text: str, mesh_shape: dict[str, int]) -> Costs:
     text: `compiled.as_text()`.
     mesh_shape: {axis: size} of the mesh that it was compiled for, in order.
   """
-  computations, entry = _parse(text)
+  computations, entry = program.parse(text)
   return _Walk(computations, mesh_shape).costs(entry)
-
-
-def _balanced(text: str, start: int) -> int:
-  """Returns where the parenthesis that opens at `start` is closed, exclusive."""
-  depth = 0
-  for position in range(start, len(text)):
-    depth += {"(": 1, ")": -1}.get(text[position], 0)
-    if not depth:
-      return position + 1
-  raise ValueError(f"No closing parenthesis in {text[:200]}")
-
-
-def _buffers(text: str) -> list[Buffer]:
-  """Returns the arrays of a type such as `(bf16[2,8]{1,0:T(2,128)S(1)}, s32[])`."""
-  found = []
-  for dtype, dims, layout in _SHAPE.findall(text):
-    bits = _BITS.get(dtype) if dtype in _BITS else int(re.search(r"\d+", dtype).group())
-    sizes = tuple(int(size) for size in dims.split(",") if size)
-    is_main = not re.search(r"S\([1-9]\d*\)", layout)
-    found.append(Buffer(math.prod(sizes) * bits / 8, sizes, is_main))
-  return found
-
-
-def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-  """Returns ({computation: {name: instruction}}, the name of the one that runs)."""
-  computations: dict[str, dict[str, Instruction]] = {}
-  entry = ""
-  for line in re.sub(r"kernel_metadata=\{\n.*\n\}", "", text).splitlines():
-    line = re.sub(r"/\*.*?\*/", "", line).strip()
-    left, equals, right = line.partition(" = ")
-    if line.endswith("{") and "->" in line and (not equals or "(" in left):
-      name = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
-      current = computations.setdefault(name, {})
-      entry = name if line.startswith("ENTRY") else entry
-    elif equals and computations and re.fullmatch(r"(ROOT )?%?[\w.\-]+", left):
-      end = _balanced(right, 0) if right.startswith("(") else right.index(" ")
-      opcode, _, _ = right[end:].strip().partition("(")
-      opens = right.index("(", end)
-      closes = _balanced(right, opens)
-      name = left.removeprefix("ROOT ").lstrip("%")
-      current[name] = Instruction(
-        name,
-        opcode,
-        _buffers(right[:end]),
-        re.findall(r"%([\w.\-]+)", right[opens:closes]),
-        # What stands for a constant's operands is its value, for a parameter's its number.
-        right[opens:] if opcode in ("constant", "parameter") else right[closes:],
-        left.startswith("ROOT "),
-      )
-  return computations, entry
 
 
 class _Walk:
@@ -160,55 +86,73 @@ class _Walk:
       flops += self._flops(name, instruction)
       moved += 0 if fused else self._moved(name, instruction)
       sent.update(self._sent(name, instruction))
-      for times, found, is_unknown in self._called(instruction, fused):
+      for times, found, is_unknown in self._called(name, instruction, fused):
         flops += times * found.flops
         moved += times * found.bytes
         sent.update({key: times * n for key, n in found.collectives.items()})
         unknown += found.unknown_loops + is_unknown
     return Costs(flops, moved, dict(sent), unknown)
 
-  def _called(self, instruction, fused) -> Iterator[tuple[float, Costs, bool]]:
+  def _called(self, name, instruction, fused) -> Iterator[tuple[float, Costs, bool]]:
     """Yields (how often, costs, whether that is a guess) of what an instruction calls."""
-    attributes = instruction.attributes
     if instruction.opcode == "while":
-      body, condition = (_attribute(attributes, name) for name in ("body", "condition"))
-      times = self._trips(attributes, condition)
+      body, condition = map(instruction.attribute, ("body", "condition"))
+      times = self._trips(name, instruction)
       yield times or 1, self.costs(body, fused=fused), times is None
       yield times or 1, self.costs(condition, fused=fused), False
     elif instruction.opcode == "conditional":
-      listed = re.search(r"branch_computations=\{([^}]*)\}", attributes)
+      listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
       names = (
         re.findall(r"%?([\w.\-]+)", listed.group(1))
         if listed
-        else [_attribute(attributes, f"{which}_computation") for which in ("true", "false")]
+        else [instruction.attribute(f"{which}_computation") for which in ("true", "false")]
       )
       branches = [self.costs(branch, fused=fused) for branch in names]
       yield 1, max(branches, key=lambda found: (found.flops, found.bytes)), False
-    elif instruction.opcode == "call":
-      yield 1, self.costs(_attribute(attributes, "to_apply"), fused=fused), False
     elif instruction.opcode == "fusion":
-      yield 1, self.costs(_attribute(attributes, "calls"), fused=True), False
-    elif instruction.opcode == "async-start":
-      yield 1, self.costs(_attribute(attributes, "calls"), fused=fused), False
+      yield 1, self.costs(instruction.attribute("calls"), fused=True), False
+    elif body := self._body(name, instruction):
+      yield 1, self.costs(body, fused=fused), False
 
-  def _trips(self, attributes: str, condition: str) -> int | None:
+  def _body(self, name: str, instruction: Instruction) -> str | None:
+    """Returns the computation that an instruction is, None where it is none."""
+    if instruction.opcode in ("call", "async-start"):
+      return instruction.attribute("to_apply" if instruction.opcode == "call" else "calls")
+    if "called_computations={%" not in instruction.attributes:
+      return None
+    # A custom call may be given a function of numbers, or be work that other cores do.
+    body = instruction.attribute("called_computations")
+    taken = [
+      x.buffers[0].dims for x in self._computations[body].values() if x.opcode == "parameter"
+    ]
+    given = [x[0].dims for x in self._operands(name, instruction)]
+    return body if sorted(taken) == sorted(given) else None
+
+  def _trips(self, name: str, loop: Instruction) -> int | None:
     """Returns how often a loop runs, None where the text does not say it."""
-    known = re.search(r'known_trip_count[^\d]*"(\d+)"', attributes)
+    known = re.search(r'known_trip_count[^\d]*"(\d+)"', loop.attributes)
     if known:
       return int(known.group(1))
     # The innermost scope is of this loop only where nothing but `while` follows it.
-    name = re.search(r'op_name="([^"]*)"', attributes)
-    scope = name and re.search(r"at_most\((\d+)\)/while$", name.group(1))
+    scope = re.search(r'op_name="[^"]*at_most\((\d+)\)/while"', loop.attributes)
     if scope:
       return int(scope.group(1))
-    instructions = self._computations[condition]
-    (root,) = (x for x in instructions.values() if x.is_root)
-    if root.opcode == "compare" and "direction=LT" in root.attributes:
-      bounds = [instructions[operand] for operand in root.operands]
-      values = [re.match(r"\((\d+)\)", x.attributes) for x in bounds if x.opcode == "constant"]
-      if len(values) == 1 and values[0]:
-        return int(values[0].group(1))
-    return None
+    condition, body = (self._computations[loop.attribute(x)] for x in ("condition", "body"))
+    first = self._computations[name][loop.operands[0]]
+    last, following = program.root(condition), program.root(body)
+    if last.opcode != "compare" or "direction=LT" not in last.attributes:
+      return None
+    counter, bound = (condition[operand] for operand in last.operands)
+    if counter.opcode != "get-tuple-element" or {first.opcode, following.opcode} != {"tuple"}:
+      return None
+    place = int(counter.attribute("index"))
+    added = body[following.operands[place]]
+    steps = [program.integer(body, x) for x in added.operands] if added.opcode == "add" else []
+    start = program.integer(self._computations[name], first.operands[place])
+    end = program.integer(condition, bound.name)
+    steps = [step for step in steps if step]
+    # A loop over a collective that is passed on while it is multiplied does two steps at once.
+    return -(-(end - start) // steps[0]) if steps and None not in (start, end) else None
 
   def _operands(self, name: str, instruction: Instruction) -> list[list[Buffer]]:
     return [self._computations[name][operand].buffers for operand in instruction.operands]
@@ -230,61 +174,16 @@ class _Walk:
 
   def _moved(self, name: str, instruction: Instruction) -> float:
     """Returns bytes read from and written to main memory by an instruction that is not fused."""
-    opcode, buffers = instruction.opcode, instruction.buffers
-    if opcode in _FREE or opcode.endswith(("-update", "-done")):
-      return 0.0
-    if opcode.endswith("-start"):  # The type repeats the operands.
-      buffers = buffers[len(instruction.operands) :][:1]
-    operands = self._operands(name, instruction)
-    written, read = _main(buffers), [_main(operand) for operand in operands]
-    if opcode == "fusion":
-      return self._moved_by_fusion(instruction, read, written)
     if kernel := _kernel(instruction):
-      return written + _read_by_kernel(*kernel, [x[0] for x in operands])
-    if opcode in ("dynamic-slice", "slice", "gather"):
-      return min(read[0], written) + written
-    if opcode == "dynamic-update-slice":
-      return 2 * read[1]  # in place
-    return sum(read) + written
-
-  def _moved_by_fusion(self, instruction, read: list[float], written: float) -> float:
-    """Returns bytes, where an operand that is sliced inside is read in that slice only."""
-    inside = self._computations[_attribute(instruction.attributes, "calls")]
-
-    def ends(inside, name, outside=list) -> list[tuple[Instruction, str]]:
-      """Returns (user, what it uses) behind all that only renames; `outside` what uses the root."""
-      found = outside() if inside[name].is_root else []
-      for user in inside.values():
-        for position in (i for i, operand in enumerate(user.operands) if operand == name):
-          if user.opcode == "bitcast":
-            found += ends(inside, user.name, outside)
-          elif user.opcode == "fusion":
-            nested = self._computations[_attribute(user.attributes, "calls")]
-            uses = functools.partial(ends, inside, user.name, outside)
-            found += ends(nested, _parameters(nested)[position].name, uses)
-          else:
-            found.append((user, name))
-      return found
-
-    total = 0.0
-    for position, size in enumerate(read):
-      parts = []
-      for user, used in ends(inside, _parameters(inside)[position].name):
-        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == used:
-          parts.append(user.buffers[0].bytes)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == used:
-          parts.append(0.0)  # in place: nothing of it is read
-        else:
-          parts.append(math.inf)
-      total += min(size, sum(parts))
-    updates = [x for x in inside.values() if x.opcode == "dynamic-update-slice"]
-    in_place = sum(inside[x.operands[1]].buffers[0].bytes for x in updates)
-    return total + (min(written, in_place) if updates else written)
+      operands = [x[0] for x in self._operands(name, instruction)]
+      return program.in_main(instruction.buffers) + _read_by_kernel(*kernel, operands)
+    if self._body(name, instruction):
+      return 0.0
+    return traffic.moved(self._computations, name, instruction, self._is_step)
 
   def _sent(self, name: str, instruction: Instruction) -> dict[tuple[str, str], float]:
     kind = instruction.opcode.removesuffix("-start")
-    is_step = _channel(instruction) in self._spread and (name, instruction.name) not in self._starts
-    if kind not in _SENT or is_step:
+    if kind not in _SENT or self._is_step((name, instruction.name)):
       return {}
     if name.startswith("all-reduce-scatter"):  # how a TPU's text says it
       kind = "reduce-scatter"
@@ -292,6 +191,11 @@ class _Walk:
     operands = self._operands(name, instruction)
     given = sum(buffer.bytes for operand in operands for buffer in operand)
     return {(kind, axes): _SENT[kind](given, size)} if size > 1 else {}
+
+  def _is_step(self, value: tuple[str, str]) -> bool:
+    """Returns whether a value is made by a collective that is sent from elsewhere."""
+    name, made = value
+    return value not in self._starts and _channel(self._computations[name][made]) in self._spread
 
   def _group(self, attributes: str) -> tuple[str, int]:
     """Returns (the axes over which a collective goes, how many devices talk to each other)."""
@@ -374,15 +278,6 @@ def _products_per_output(instruction: Instruction, left, right) -> float:
   return products
 
 
-def _parameters(computation: dict[str, Instruction]) -> dict[int, Instruction]:
-  """Returns the parameters of a computation by number."""
-  return {
-    int(re.match(r"\((\d+)\)", x.attributes).group(1)): x
-    for x in computation.values()
-    if x.opcode == "parameter"
-  }
-
-
 def _kernel(instruction: Instruction) -> tuple[str, int, int] | None:
   """Returns (part, number of blocks for a head, tokens of a block) of a kernel of attention."""
   name = re.match(r"splash_mha_(fwd|dq|dkv)", instruction.name)
@@ -412,14 +307,6 @@ def _read_by_kernel(part: str, num_blocks: int, block: int, operands: list[Buffe
   return total
 
 
-def _main(buffers: list[Buffer]) -> float:
-  return sum(buffer.bytes for buffer in buffers if buffer.is_main)
-
-
 def _channel(instruction: Instruction) -> str:
   found = re.search(r"channel_id=(\d+)", instruction.attributes)
   return found.group(1) if found else instruction.name
-
-
-def _attribute(attributes: str, name: str) -> str:
-  return re.search(rf"\b{name}=%?([\w.\-]+)", attributes).group(1)
