@@ -1,8 +1,11 @@
 """Tests that memory which nothing uses goes back to the system."""
 
 import ctypes
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -33,8 +36,32 @@ def test_what_was_freed_between_used_blocks_is_given_back():
   libc.free(blocks[-1])
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc/self/smaps").exists(), reason="no Linux")
+def test_the_kernel_makes_no_large_pages_of_the_heap_again():
+  program = """
+import ctypes, re
+from klrl.devices import free_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+kept = [libc.malloc(2**16) for _ in range(100)]
+def flags():
+  heaps = open("/proc/self/smaps").read().split("[heap]")[1:]
+  return [re.search("VmFlags:(.*)", heap)[1].split() for heap in heaps]
+before = flags()
+free_memory.give_back()
+print(all("hg" in found for found in before), any("hg" in found for found in flags()))
+"""
+  environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+  said = subprocess.run(
+    [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+  ).stdout.split()
+  if said[0] == "False":
+    pytest.skip("this kernel or this C library has no large pages")
+  assert said == ["True", "False"]
+
+
 def test_nothing_happens_where_the_library_cannot(monkeypatch):
   monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-  free_memory._trim.cache_clear()
+  free_memory._library.cache_clear()
   free_memory.give_back()
-  free_memory._trim.cache_clear()
+  free_memory._library.cache_clear()
