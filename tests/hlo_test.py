@@ -164,6 +164,9 @@ def test_a_scatter_moves_what_it_adds_and_not_the_table():
       ],
       32 + 32,
     ),
+    # Whole tiles are moved: of 8 by 128 where the last axis is the inner one, or the first.
+    ("bf16[3,9,64]{2,1,0:T(8,128)(2,1)}", ["%n = f32[1]{0:S(1)} reduce(%p0)"], 3 * 16 * 128 * 2),
+    ("bf16[3,9,64]{0,1,2:T(8,128)(2,1)}", ["%n = f32[1]{0:S(1)} reduce(%p0)"], 128 * 16 * 64 * 2),
     # Nothing is written by these.
     ("f32[9]{0}", ['%a = f32[9]{0} custom-call(), custom_call_target="AllocateBuffer"'], 0),
     ("f32[9]{0}", ['%a = f32[9]{0} custom-call(%p0), custom_call_target="ConcatBitcast"'], 0),

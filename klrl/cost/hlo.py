@@ -299,10 +299,10 @@ def _read_by_kernel(part: str, num_blocks: int, block: int, operands: list[Buffe
   for position, buffer in enumerate(operands):
     is_streamed = (position in of_keys) == (part != "dkv")
     times = num_blocks * block / num_tokens if is_streamed else 1.0
-    matrix = buffer.bytes * math.prod(buffer.dims[-2:]) / math.prod(buffer.dims)
+    matrix = buffer.held * math.prod(buffer.dims[-2:]) / math.prod(buffer.dims)
     # The gradient of keys and values adds up queries of all heads while it holds their block.
     is_once = position < 2 or (part == "dkv" and position in of_keys)
-    size = buffer.bytes if is_once else math.prod(heads) * matrix * times
+    size = buffer.held if is_once else math.prod(heads) * matrix * times
     total += size if buffer.is_main else 0.0
   return total
 

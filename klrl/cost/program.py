@@ -11,7 +11,10 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 class Buffer(NamedTuple):
   """One array of a type."""
 
-  bytes: float
+  bytes: float  # of its numbers
+  held: (
+    float  # bytes that it takes: a TPU's tiles are whole, so that 64 of 128 columns take as many
+  )
   dims: tuple[int, ...]
   is_main: bool  # in the device's main memory rather than a faster one
 
@@ -90,8 +93,8 @@ def integer(computation: dict[str, Instruction], name: str) -> int | None:
 
 
 def in_main(buffers: list[Buffer]) -> float:
-  """Returns how many bytes of arrays lie in main memory."""
-  return sum(buffer.bytes for buffer in buffers if buffer.is_main)
+  """Returns how many bytes of main memory arrays take."""
+  return sum(buffer.held for buffer in buffers if buffer.is_main)
 
 
 def _balanced(text: str, start: int) -> int:
@@ -111,5 +114,17 @@ def _buffers(text: str) -> list[Buffer]:
     bits = _BITS.get(dtype) if dtype in _BITS else int(re.search(r"\d+", dtype).group())
     sizes = tuple(int(size) for size in dims.split(",") if size)
     is_main = not re.search(r"S\([1-9]\d*\)", layout)
-    found.append(Buffer(math.prod(sizes) * bits / 8, sizes, is_main))
+    num_bytes, num_held = (math.prod(x) * bits / 8 for x in (sizes, _tiled(sizes, layout)))
+    found.append(Buffer(num_bytes, num_held, sizes, is_main))
   return found
+
+
+def _tiled(sizes: tuple[int, ...], layout: str) -> list[int]:
+  """Returns the sizes up to whole tiles: `1,0:T(8,128)` are 128 along axis 1 by 8 along axis 0."""
+  tiled = list(sizes)
+  found = re.match(r"([\d,]+):.*?T\(([\d,]+)\)", layout)
+  if found:
+    order, tile = (list(map(int, group.split(","))) for group in found.groups())
+    for axis, size in zip(order, reversed(tile), strict=False):
+      tiled[axis] += -tiled[axis] % size
+  return tiled

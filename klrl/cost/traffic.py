@@ -106,7 +106,7 @@ class _Work:
 
   def _new(self, output: int) -> float:
     """Returns how many bytes of a result are new."""
-    size, updates = self._instruction.buffers[output].bytes, self._in_place(output)
+    size, updates = self._instruction.buffers[output].held, self._in_place(output)
     return size if updates is None else min(size, updates)
 
   def _in_place(self, output: int) -> float | None:
@@ -128,7 +128,7 @@ class _Work:
     return self._computations[value[0]][value[1]]
 
   def _size(self, value: Value) -> float:
-    return sum(buffer.bytes for buffer in self._at(value).buffers)
+    return sum(buffer.held for buffer in self._at(value).buffers)
 
   def _is_free(self, value: Value) -> bool:
     return self._at(value).target in _FREE_TARGETS or self._is_step(value)
