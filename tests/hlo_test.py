@@ -192,6 +192,10 @@ def test_work_of_another_thread_counts_once_and_for_what_it_is():
   wrapped = text.replace("calls=%rows", "calls=%wrapped")
   wrapped = fused("wrapped", parameters, f"ROOT %w = f32[3,16]{{1,0:S(1)}} {call}") + wrapped
   assert bytes_of(wrapped) == 4 * (3 * 16 + 3)
+  # A function of numbers that a call is given is no such work.
+  less = fused("rows", ["f32[]", "f32[]"], "ROOT %c = pred[] compare(%p0, %p1), direction=LT")
+  line = 'ROOT %k = f32[3]{0} custom-call(%p0), custom_call_target="TopK", '
+  assert bytes_of(less + program(["f32[9]{0}"], line + "called_computations={%rows}")) == 4 * 12
 
 
 LOOP = (
@@ -209,7 +213,7 @@ LOOP = (
     "condition",
     ["(s32[], f32[4,4]{1,0})"],
     "%i = s32[] get-tuple-element(%p0), index=0",
-    "%end = s32[] constant(9)",
+    "%end = s32[] constant(10)",
     "ROOT %c = pred[] compare(%i, %end), direction=LT",
   )
   + program(
