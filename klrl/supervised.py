@@ -72,9 +72,11 @@ def make_supervised_step(loss_fn, config):
 
   def step(state: SupervisedState, frozen, batch):
     gradients, metrics = gradients_of(
-      lambda params, part: loss_fn(join(frozen, params), part, **state.coefficients),
+      lambda params, part, frozen, named: loss_fn(join(frozen, params), part, **named),
       state.params,
       batch,
+      frozen,
+      state.coefficients,
       num_parts=enough_parts(batch, config.accumulation),
     )
     params, opt_state, norm = apply_gradients(

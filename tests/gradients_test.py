@@ -69,6 +69,41 @@ def test_the_devices_of_data_meet_once_for_all_parts_of_a_gradient():
   assert 4000 < sent[1] < 1.1 * sent[0], sent  # 4 bytes for each parameter, and figures
 
 
+@pytest.mark.parametrize("members_per_batch", [1, 2])
+def test_so_do_those_of_a_member_of_a_sweep(members_per_batch):
+  mesh = parallel.make_mesh("sweep=2,data=2")
+  num_members = 2 * members_per_batch
+  key = jax.random.key(1)
+  w = jax.random.normal(key, (num_members, 1000)) / 30
+  members = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("sweep"))
+  own = jax.device_put(({"w": w, "unused": w[:, :2]}, jnp.arange(1.0, num_members + 1)), members)
+  batch = jax.random.normal(key, (8, 4, 1000)), make_batch()[1]
+  placed = jax.device_put(batch, parallel.by_rows(mesh))
+
+  def loss(params, batch, scale):
+    weights, metrics = loss_fn(params, batch, "token_mean")
+    return {name: weight * scale for name, weight in weights.items()}, metrics
+
+  sent, found = [], []
+  for num_parts in (1, 2):
+
+    def fn(own, batch, num_parts=num_parts):
+      params, scale = own
+      return gradients_of(loss, params, batch, scale, num_parts=num_parts)[0]
+
+    lifted = parallel.map_members(mesh, fn, (0, None), members_per_batch=members_per_batch)
+    compiled = jax.jit(parallel.on_mesh(mesh, lifted), out_shardings=members).lower(own, placed)
+    compiled = compiled.compile()
+    collectives = hlo.costs(compiled.as_text(), dict(mesh.shape)).collectives
+    assert all(axes == "data" for _, axes in collectives)
+    sent.append(collectives["all-reduce", "data"] / members_per_batch)
+    found.append(compiled(own, placed))
+  chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
+  alone = gradients_of(loss, jax.tree.map(lambda x: x[1], own[0]), batch, own[1][1])[0]
+  chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], found[1]), alone, rtol=1e-4, atol=1e-6)
+  assert 4000 < sent[1] < 1.1 * sent[0], sent
+
+
 @pytest.mark.parametrize(
   ("rows_of_parts", "num_parts", "group_size", "expected"),
   [

@@ -297,12 +297,7 @@ def inner_epochs(
   def step(carry, rows):
     params, opt_state = carry
     minibatch = parallel.split_rows(jax.tree.map(lambda x: x[rows], batch))
-    gradients, metrics = gradients_of(
-      lambda params, part: loss_fn(params, part, context),
-      params,
-      minibatch,
-      num_parts=num_parts,
-    )
+    gradients, metrics = gradients_of(loss_fn, params, minibatch, context, num_parts=num_parts)
     stop = ops.divide(*metrics.pop("kl/old_k3")) > hypers.max_kl_old
     new_params, new_opt_state, norm = apply_gradients(
       params,

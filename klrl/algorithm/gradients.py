@@ -56,21 +56,22 @@ def enough_parts(batch, num_parts: int, *, group_size: int = 1, share: float = 1
   return max((n for n in numbers if on_device % (n * together) == 0), default=num_parts)
 
 
-def gradients_of(loss_fn: Callable, params, batch, *, num_parts: int = 1):
+def gradients_of(loss_fn: Callable, params, batch, *shared, num_parts: int = 1):
   """Returns (gradient of the loss with respect to `params`, metrics of the whole batch).
 
   The gradient is at least float32, also where a parameter is not.
 
   Args:
-    loss_fn: (params, batch) -> (weights, metrics).
+    loss_fn: (params, batch, *shared) -> (weights, metrics); of traced arrays it reads these alone.
     params: any pytree.
     batch: pytree of arrays with one row per example.
+    shared: pytrees of arrays that are the same for all examples.
     num_parts: parts that are computed one after the other; it must divide the number of rows.
       Activations need the memory of one part.
   """
 
   if num_parts == 1:
-    gradients, metrics = jax.grad(scalar(loss_fn), has_aux=True)(params, batch)
+    gradients, metrics = jax.grad(scalar(loss_fn), has_aux=True)(params, batch, *shared)
     return _at_least_float32(gradients), _as_float32(metrics)
 
   # A part has every num_parts-th row, so that the rows of each device are spread over all parts.
@@ -78,21 +79,23 @@ def gradients_of(loss_fn: Callable, params, batch, *, num_parts: int = 1):
   loss_fn = jax.jit(loss_fn)  # It is called twice, and traced once.
 
   def counts_of(part):
-    weights, metrics = loss_fn(params, parallel.split_rows(part))
+    weights, metrics = loss_fn(params, parallel.split_rows(part), *shared)
     return {name: metrics[name][1] for name in weights}
 
   # The compiler keeps only the counts of this pass.
   counts = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(counts_of, parts))
 
-  def total(params, part):
+  def total(params, part, counts, shared):
     # Otherwise every device would compute the whole part if they do not divide its rows.
-    weights, metrics = loss_fn(params, parallel.split_rows(part))
+    weights, metrics = loss_fn(params, parallel.split_rows(part), *shared)
     pairs = {name: (metrics[name][0], counts[name]) for name in weights}
     return _weighted_sum(weights, pairs), metrics
 
-  def sums_of(params, parts):
+  def sums_of(whole, parts):
+    params, *others = whole
+
     def add(sums, part):
-      gradients, metrics = jax.grad(total, has_aux=True)(params, part)
+      gradients, metrics = jax.grad(total, has_aux=True)(params, part, *others)
       return jax.tree.map(jnp.add, sums, _at_least_float32(gradients)), _as_float32(metrics)
 
     zeros = _at_least_float32(jax.tree.map(jnp.zeros_like, params))
@@ -100,7 +103,7 @@ def gradients_of(loss_fn: Callable, params, batch, *, num_parts: int = 1):
     return gradients, jax.tree.map(lambda x: x.sum(axis=0), metrics)
 
   rows_of_part = jax.tree.leaves(parts)[0].shape[1]
-  return parallel.summed_over_data(sums_of, rows_of_part)(params, parts)
+  return parallel.summed_over_data(sums_of, rows_of_part)((params, counts, shared), parts)
 
 
 def _at_least_float32(gradients):

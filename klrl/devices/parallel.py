@@ -318,11 +318,11 @@ def summed_over_data(fn: Callable, num_rows: int) -> Callable:
 
   Each device of `data` calls `fn` with its own rows of `parts`, arrays [parts, num_rows, ...], and
   with all of `whole`. So whatever `fn` sums over its parts is sent once, and not for each part.
-  Without several devices, or if they do not divide the rows, it is `fn` itself; in a sweep too,
-  where `fn` could not close over what is a member's own.
+  Without several devices, or if they do not divide the rows, it is `fn` itself. `fn` may close over
+  no array that is traced: in a sweep it would be a member's own.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if "data" not in _axes_of_rows() or mesh.manual_axes or num_rows % mesh.shape["data"]:
+  if "data" not in _axes_of_rows() or num_rows % mesh.shape["data"]:
     return fn
   return jax.shard_map(
     lambda whole, parts: jax.lax.psum(fn(whole, parts), "data"),
