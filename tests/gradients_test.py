@@ -69,6 +69,29 @@ def test_the_devices_of_data_meet_once_for_all_parts_of_a_gradient():
   assert 4000 < sent[1] < 1.1 * sent[0], sent  # 4 bytes for each parameter, and figures
 
 
+@pytest.mark.parametrize("num_parts", [1, 4])
+def test_over_data_goes_what_a_device_has_of_a_gradient(num_parts):
+  mesh = parallel.make_mesh("data=2,fsdp=2")
+  keys = jax.random.split(jax.random.key(0))
+  weights, rows = jax.random.normal(keys[0], (64, 512)), jax.random.normal(keys[1], (64, 64))
+
+  def loss(weights, x):
+    return {"loss": 1.0}, {"loss": (jnp.tanh(x @ weights).sum(), jnp.float32(len(x)))}
+
+  fn = functools.partial(gradients_of, loss, num_parts=num_parts)
+  placed = parallel.put_own(mesh, weights), jax.device_put(rows, parallel.by_rows(mesh))
+  shardings = parallel.state_shardings(mesh, weights), None
+  program = jax.jit(parallel.on_mesh(mesh, fn), out_shardings=shardings).lower(*placed).compile()
+  sent = hlo.costs(program.as_text(), dict(mesh.shape)).collectives
+  of_two = sum(num for (_, axes), num in sent.items() if axes == "data")
+  assert weights.nbytes / 2 <= of_two < 0.55 * weights.nbytes, sent
+  # The figures go over all devices.
+  assert sum(num for (_, axes), num in sent.items() if axes == "data,fsdp") < 100
+  chex.assert_trees_all_close(
+    program(*placed)[0], gradients_of(loss, weights, rows)[0], rtol=1e-4, atol=1e-5
+  )
+
+
 @pytest.mark.parametrize("members_per_batch", [1, 2])
 def test_so_do_those_of_a_member_of_a_sweep(members_per_batch):
   mesh = parallel.make_mesh("sweep=2,data=2")
