@@ -1,11 +1,13 @@
 """An iteration compiles each of its programs once, and nothing in it waits for the host."""
 
+import collections
 import contextlib
 import functools
 import threading
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_decoders import BAG, BAG_VALUE, bag_params, bag_value_params
@@ -76,6 +78,49 @@ def test_an_update_of_short_completions_is_that_of_the_whole_width(
   assert {expected, "jit(scored_update)", "jit(iteration)"} <= set(compiled)
   assert len(packings) == (expected == "jit(fitting)")
   chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_whose_lengths_change_compiles_an_update_for_few_of_them(monkeypatch):
+  """They are, for each width of prompts, three widths of completions and four packings."""
+  max_len, prompt_lens = 32, np.where(np.arange(64) % 16 == 7, 8, 3)
+  monkeypatch.setattr(programs, "_FEWEST_COLUMNS", 4)
+  config = grpo.Config(**SETTINGS | {"batch_size": 32, "group_size": 2})
+  setup, compiled = setup_of(config, [], max_len), collections.Counter()
+  drawn = setup.sample
+  mask = np.arange(8) >= 8 - prompt_lens[:, None]
+  prompts = data.Prompts(mask.astype(np.int32), mask, [{}] * len(mask))
+
+  def sample(*arguments, temperature):
+    """Draws completions of two tokens and some longer ones; how many and how long is drawn too."""
+    keys = jax.random.split(arguments[-1], 3)
+    share, longest = jax.random.uniform(keys[0]), 2 ** jax.random.randint(keys[1], (), 2, 6)
+    is_long = jax.random.uniform(keys[2], (config.batch_size,)) < share
+    lengths = jnp.where(is_long, longest, 2).at[0].set(longest)
+    chosen = jnp.arange(max_len)[None] < lengths[:, None]
+    return drawn(*arguments, temperature=temperature)._replace(completion_mask=chosen)
+
+  def make_update_fn(*parts, **options):
+    def scored_update(state, frozen, rollout, rows, pretraining):
+      state = state._replace(key=jax.random.fold_in(state.key, 1), iteration=state.iteration + 1)
+      return state, {"policy/loss": (rollout.completion_mask.sum(), 1.0)}
+
+    return scored_update
+
+  # What is compiled depends on what an update is given; the learner's own takes long.
+  monkeypatch.setattr(programs.learner, "make_scored_update_fn", make_update_fn)
+  setup = setup._replace(task=setup.task._replace(training=prompts), sample=sample)
+  state = programs.init_run(setup)
+  step = programs.make_step_fn(setup, parallel.state_shardings(setup.mesh, state))
+  with noted(lambda name: compiled.update([name])):
+    for iteration in range(100):
+      state, _ = step(state, iteration)
+  assert compiled == {
+    "jit(rollout)": 2,
+    "jit(used_columns)": 1,
+    "jit(fitting)": 2,
+    "jit(shortened)": 2 * 2,
+    "jit(scored_update)": 2 * (3 + 4),
+  }
 
 
 def members():
