@@ -1,4 +1,7 @@
-"""Tests that no device ever holds a model: bytes are counted while models are read and saved."""
+"""No device and no process ever holds a model: bytes are counted while it is read and saved."""
+
+import functools
+import tracemalloc
 
 import jax
 import ml_dtypes
@@ -6,7 +9,7 @@ import numpy as np
 import pytest
 
 from klrl.devices import parallel
-from klrl.models import DecoderConfig, hf, policy_model, save_policy
+from klrl.models import DecoderConfig, hf, policy_model, save_policy, save_scalar, scalar_model
 from klrl.tasks import arithmetic
 
 DECODER = DecoderConfig(
@@ -86,3 +89,32 @@ def test_a_block_of_a_split_axis_is_sent_without_the_rest(dtype):
   program = parallel._block_of_parts(mesh, ("fsdp", None), 0, 100)
   text = program.lower(placed, 0).compile().as_text()
   assert "all-gather" not in text and "4096" not in text
+
+
+def test_the_host_holds_a_part_of_a_model_while_it_is_read_and_saved(model, monkeypatch):
+  monkeypatch.setattr(hf, "_BLOCK_BYTES", 2**14)
+  params = jax.device_get(jax.jit(scalar_model(DECODER).init)(jax.random.key(0)))
+  save_scalar(model.with_name("scalar"), DECODER, params, arithmetic.make_tokenizer())
+  del params
+  mesh = parallel.make_mesh("fsdp=4")
+  for name, opened, save in (
+    ("old", hf.open_policy, save_policy),
+    ("scalar", hf.open_scalar, save_scalar),
+  ):
+    config, unread = opened(model.with_name(name))
+    placed, read = on_host(lambda unread=unread: parallel.put_own(mesh, unread))
+    size = sum(x.nbytes for x in jax.tree.leaves(placed))
+    assert read < size / 4
+    saving = functools.partial(save, model.with_name("new"), config, placed)
+    _, written = on_host(lambda saving=saving: saving(arithmetic.make_tokenizer()))
+    assert written < size / 4
+
+
+def on_host(fn):
+  """Returns (what fn() returns, the most bytes that Python and NumPy took in it)."""
+  tracemalloc.start()
+  try:
+    found = fn()
+    return found, tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()

@@ -231,6 +231,7 @@ OF_A_TPU = """
 import json, jax, jax.numpy as jnp
 from klrl.cost import ahead, hlo
 from klrl.devices import parallel
+from klrl.errors import UserError
 mesh = parallel.make_mesh("fsdp=16", parallel.topology_devices("v5e:4x4"))
 def matrix(size, *axes):
   sharding = jax.NamedSharding(mesh, jax.P(*axes))
@@ -241,6 +242,10 @@ lowered = jax.jit(program).lower(matrix(1024, "fsdp"), matrix(1024))
 text, memory = ahead.optimised(lowered, "v5e:4x4")
 print(hlo.costs(text, {"fsdp": 16}).flops)
 print(json.dumps(memory))
+try:
+  parallel.make_mesh("fsdp=15", list(mesh.devices.flat))
+except UserError as error:
+  print(error)
 try:
   ahead.optimised(jax.jit(program).lower(matrix(2**18, "fsdp"), matrix(2**18)), "v5e:4x4")
 except jax.errors.JaxRuntimeError as error:
@@ -255,10 +260,11 @@ def test_a_program_for_tpus_is_read_before_it_is_machine_code():
   root = pathlib.Path(__file__).parents[1]
   status, said = forked.Process(["-c", OF_A_TPU], root, environment).finished()
   assert status == 0, said[-3000:]
-  flops, memory, refused = said.splitlines()[-3:]
+  flops, memory, mesh, refused = said.splitlines()
   assert float(flops) == 7 * 2 * 64 * 1024**2
   # 64 rows of one matrix, and all of the other.
   assert json.loads(memory)["arguments"] == 4 * (64 + 1024) * 1024
+  assert mesh.startswith("--mesh=fsdp=15 cannot be laid over the links of 16 TPU chips.")
   assert refused.startswith("RESOURCE_EXHAUSTED")
 
 

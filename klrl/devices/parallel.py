@@ -128,6 +128,9 @@ def topology_devices(name: str) -> list:
   if importlib.util.find_spec("libtpu") is None:
     raise UserError("--topology needs the compiler for TPUs: pip install 'klrl[tpu]'")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no metadata server to ask.
+  # Any that libtpu knows: without them it prints errors, and then does the same.
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # Compilers do not share a TPU.
   jax.config.update("jax_platforms", "cpu")  # The constants of a program are computed here.
   try:
@@ -162,7 +165,8 @@ def make_mesh(spec: str, devices: list | None = None) -> Mesh:
   default device, "" is that device alone.
 
   Raises:
-    UserError: unknown axis, a size that is not a positive integer, or more devices than there are.
+    UserError: unknown axis, a size that is not a positive integer, more devices than there are, or
+      TPU chips that cannot be linked so.
   """
   if devices is None:
     default = jax.config.jax_default_device  # May be the name of a platform.
@@ -185,12 +189,14 @@ def make_mesh(spec: str, devices: list | None = None) -> Mesh:
     raise UserError(
       f"--mesh={spec} needs {needed} devices, JAX sees {len(devices)}. Use a smaller mesh."
     )
-  return jax.make_mesh(
-    shape,
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices[:needed],
-  )
+  axis_types = (AxisType.Auto,) * len(AXES)
+  try:
+    return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices[:needed])
+  except (AssertionError, NotImplementedError) as error:  # as JAX says it of a TPU
+    raise UserError(
+      f"--mesh={spec} cannot be laid over the links of {len(devices)} TPU chips. Use sizes whose "
+      "product is the number of chips of the slice, or of a smaller slice."
+    ) from error
 
 
 def sweep_mesh(spec: str, num_members: int, devices: list | None = None) -> Mesh:
