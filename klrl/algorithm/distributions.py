@@ -25,22 +25,35 @@ def over_vocabulary(
   *,
   temperature: jax.Array | float = 1.0,
 ) -> Any:
-  """Returns what `ops.over_vocabulary` of the same arguments does; no table is sent."""
+  """Returns what `ops.over_vocabulary` of the same arguments does; no table is sent for a chunk.
+
+  Arrays have an axis of rows first, of which each device of `data` computes its own.
+  """
   num_devices = parallel.devices_of_vocabulary()
-  if num_devices == 1:
-    return ops.over_vocabulary(fn, models, rows, coefficients, temperature=temperature)
 
   def split(*arguments):
     log_probs, others = arguments[: len(models)], arguments[len(models) :]
     return fn(*map(parallel.split_vocabulary, log_probs), *others)
 
-  models = [(hidden, parallel.split_vocabulary(table)) for hidden, table in models]
-  vocab_size = jax.tree.leaves(models[0][1])[0].shape[1]
-  # Of a chunk each device holds as many logits as one device alone would.
-  chunk_size = max(1, num_devices * LOGITS_PER_CHUNK // (vocab_size * len(models)))
-  return ops.over_vocabulary(
-    split, models, rows, coefficients, temperature=temperature, chunk_size=chunk_size
-  )
+  def of_rows(hidden_and_rows, others):
+    hidden, rows = hidden_and_rows
+    tables, temperature, coefficients = others
+    tables = parallel.split_vocabulary(tables)
+    vocab_size = jax.tree.leaves(tables)[0].shape[1]
+    # Of a chunk each device holds as many logits as one device alone would.
+    chunk_size = max(1, num_devices * LOGITS_PER_CHUNK // (vocab_size * len(models)))
+    return ops.over_vocabulary(
+      split,
+      list(zip(hidden, tables, strict=True)),
+      rows,
+      coefficients,
+      temperature=temperature,
+      chunk_size=chunk_size,
+    )
+
+  hidden, tables = zip(*models, strict=True)
+  of_rows = parallel.for_own_rows_of_vocabulary(of_rows)
+  return of_rows((hidden, tuple(rows)), (tables, temperature, tuple(coefficients)))
 
 
 def log_probs_and_entropy_of(log_probs: jax.Array, tokens: jax.Array) -> tuple:

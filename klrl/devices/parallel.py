@@ -484,6 +484,28 @@ def split_vocabulary(tree):
   return jax.tree.map(split, tree)
 
 
+def for_own_rows_of_vocabulary(fn: Callable) -> Callable:
+  """Returns fn(rows, others), computed by each group of devices that has a whole vocabulary.
+
+  A group computes for its own of the rows, and gradients of `others`, which all of them have, are
+  added up over groups once. `rows` and the result are trees of arrays [rows, ...]. Where groups do
+  not divide the rows, each computes all of them.
+  """
+  mesh, axes = jax.sharding.get_abstract_mesh(), _axes_of_rows()
+  axes = tuple(axis for axis in axes if axis not in _axes_of_vocabulary())
+  num_groups = math.prod(mesh.shape[axis] for axis in axes)
+
+  def own(rows, others):
+    if num_groups == 1 or len(jax.tree.leaves(rows)[0]) % num_groups:
+      return fn(rows, others)
+    split = PartitionSpec(axes)
+    return jax.shard_map(
+      fn, in_specs=(split, PartitionSpec()), out_specs=split, axis_names=set(axes), check_vma=False
+    )(rows, others)
+
+  return own
+
+
 def devices_of_vocabulary() -> int:
   """Returns over how many devices `split_vocabulary` splits."""
   mesh = jax.sharding.get_abstract_mesh()
