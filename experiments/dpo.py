@@ -207,6 +207,7 @@ def train_on_pairs(config: Config, workdir: pathlib.Path, start: Start) -> dict:
     start.training,
     start.held_out,
     frozen=frozen,
+    short_len=model_config.short_len,
     save=save,
     evaluate=evaluate,
     summary={

@@ -145,6 +145,7 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
     training,
     held_out,
     frozen=frozen,
+    short_len=model_config.short_len,
     save=lambda folder, params: save_scalar(
       folder, model_config, params, tokenizer, dtype=config.saved_dtype, base=directory
     ),

@@ -144,6 +144,7 @@ def _train(config: Config, workdir: pathlib.Path) -> dict:
     training,
     held_out,
     frozen=frozen,
+    short_len=model_config.short_len,
     save=lambda directory, params: save_policy(
       directory, model_config, params, tokenizer, dtype=config.saved_dtype, base=config.policy
     ),

@@ -231,7 +231,7 @@ def packings_of(setup: Setup) -> list[Packing]:
   return [Packing(share, setup.algorithm.group_size if is_known else 1) for share in _SHARES]
 
 
-def _narrowest(widths: list[int], mask: np.ndarray) -> int:
+def narrowest(widths: list[int], mask: np.ndarray) -> int:
   """Returns the least of `widths` that holds what is real in `mask` [..., T], from its start."""
   is_used = mask.reshape(-1, mask.shape[-1]).any(axis=0)
   longest = len(is_used) - np.argmax(is_used[::-1])
@@ -274,7 +274,7 @@ def make_step_fn(
 
   def prompts_of(rows):
     """Returns the prompts of `rows` and their mask, each device its own; the host has the file."""
-    width = _narrowest(of_prompts, mask[rows, ::-1])
+    width = narrowest(of_prompts, mask[rows, ::-1])
     return parallel.put((tokens[rows, -width:], mask[rows, -width:]), rows_sharding)
 
   def rows_of(iteration):
@@ -331,7 +331,7 @@ def make_step_fn(
     It is in the fewest columns that hold what is True in `is_used` [..., T], or, where that saves
     enough, in all of them but packed. All of its completions have `num_tokens`.
     """
-    width, widest = _narrowest(of_completions, is_used), task.max_completion_len
+    width, widest = narrowest(of_completions, is_used), task.max_completion_len
     num_rows, prompt_len = rollout.finished.size, rollout.prompt_mask.shape[-1]
     on_device = parallel.on_mesh(mesh, parallel.rows_per_device)(algorithm.batch_size)
     plain = prompt_len / math.gcd(algorithm.group_size, on_device) + width

@@ -23,6 +23,7 @@ from klrl.devices import parallel, processes
 from klrl.devices.unread import stored_as
 from klrl.figures import find, of_summary
 from klrl.models import join
+from klrl.programs import narrowest, widths_below
 from klrl.report.of_run import write_report
 from klrl.run import loop, progress
 from klrl.run.evaluations import Evaluations, best_figures, cadence
@@ -107,6 +108,25 @@ def make_supervised_programs(mesh, loss_fn, config, shardings) -> tuple[Callable
   return step, jax.jit(parallel.on_mesh(mesh, measure))
 
 
+def without_padding(batch: NamedTuple, short_len: int):
+  """Returns rows of examples in the fewest columns of `widths_below` that hold their tokens.
+
+  What is cut is padding at the end, False in the `mask` [..., S] of all rows; a batch without a
+  mask stays as it is. So the work of a step does not follow the longest example of the file.
+
+  Args:
+    batch: named tuple of arrays. Those of the shape of the mask have tokens in columns.
+    short_len: of the model. Rows with more columns have other rotations, and keep more.
+  """
+  mask = getattr(batch, "mask", None)
+  if mask is None:
+    return batch
+  widest = mask.shape[-1]
+  widths = [x for x in widths_below(widest) if x > short_len or widest <= short_len]
+  width = narrowest(widths, mask)
+  return type(batch)(*(x[..., :width] if x.shape == mask.shape else x for x in batch))
+
+
 def train(
   config,
   workdir: pathlib.Path,
@@ -120,6 +140,7 @@ def train(
   title: str,
   keys: Sequence[tuple[str, str]],
   frozen: dict | None = None,
+  short_len: int = 0,
   coefficients: Mapping[str, float] = MappingProxyType({}),
   more: Callable[[Any], dict[str, Any]] = lambda params: {},
   losses: Sequence[str] = (),
@@ -140,6 +161,7 @@ def train(
     title: the name that is shown while it runs.
     keys: (metric, label) of the figures that are shown.
     frozen: the parameters that are not trained, if `params` are adapters.
+    short_len: of the model's config, see `without_padding`.
     coefficients: of the loss, by name.
     more: all params -> further figures for the summary, called once at the end.
     losses: names in `summary`; the console warns if training makes one of them larger, beyond the
@@ -162,13 +184,16 @@ def train(
 
   def step(state, iteration):
     rows = data.batch_rows(config.seed, iteration, config.batch_size, len(training[0]))
-    batch = parallel.put(data.take(training, rows), parallel.by_rows(mesh))
+    batch = without_padding(data.take(training, rows), short_len)
+    batch = parallel.put(batch, parallel.by_rows(mesh))
     return train_step(state, frozen, batch)
 
   def measured(state):
     metrics = functools.partial(measure, coefficients=state.coefficients)
     params = join(frozen, state.params)
-    return held_out_metrics(metrics, params, held_out, mesh, batch_size=config.batch_size)
+    return held_out_metrics(
+      metrics, params, held_out, mesh, batch_size=config.batch_size, short_len=short_len
+    )
 
   at_start = measured(state)
   start, state = loop.restore_or_init(workdir, state, keep=config.keep)
@@ -229,7 +254,7 @@ def _before_training(summary: Mapping[str, str], at_start: dict) -> str:
   return f"before training: {', '.join(parts)}".lower()
 
 
-def held_out_metrics(metrics, params, held_out, mesh, *, batch_size: int) -> dict:
+def held_out_metrics(metrics, params, held_out, mesh, *, batch_size: int, short_len: int) -> dict:
   """Returns the (sums, counts) of `metrics(params, batch)`, [P] each, on the host.
 
   The P parts have at most `batch_size` rows, and there are about `NUM_PARTS` of them or more
@@ -238,7 +263,9 @@ def held_out_metrics(metrics, params, held_out, mesh, *, batch_size: int) -> dic
   num_rows = len(held_out[0])
   size = min(batch_size, -(-num_rows // NUM_PARTS))
   starts = range(0, num_rows, size)
-  batches = (data.take(held_out, slice(start, start + size)) for start in starts)
+  batches = (
+    without_padding(data.take(held_out, slice(start, start + size)), short_len) for start in starts
+  )
   parts = [metrics(params, parallel.put(x, parallel.replicated(mesh))) for x in batches]
   return jax.tree.map(lambda *x: np.array(x), *map(parallel.fetch, parts))
 

@@ -9,11 +9,19 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from small_decoders import arithmetic_decoder
 
 from experiments import sft
 from klrl.algorithm import optimizer
+from klrl.algorithm.gradients import scalar
+from klrl.models import policy_model
 from klrl.run.workdir import create_workdir
-from klrl.supervised import init_supervised_state, make_supervised_step, train
+from klrl.supervised import (
+  init_supervised_state,
+  make_supervised_step,
+  train,
+  without_padding,
+)
 from klrl.tasks import data
 
 START = {"a": jnp.float32(0.5), "b": jnp.float32(-0.25)}
@@ -182,3 +190,47 @@ def test_steps_are_those_of_adam_behind_clipping_for_traced_coefficients():
   # Clipping joins the parameters: it changes where they go, not only how fast.
   assert not np.allclose(found[0], found[1], rtol=0.05)
   assert len(traces) == 1
+
+
+def test_a_long_example_costs_its_own_batch_alone_and_changes_no_gradient():
+  texts = [data.Encoded([1] * 4 + [2] * i, [False] * 4 + [True] * i) for i in (3, 9, 5, 250)]
+  examples = data.examples_of(texts, pad_id=0)
+  short = data.take(examples, np.arange(3))
+  narrow = without_padding(short, short_len=0)
+  assert [x.shape for x in narrow] == [(3, 32)] * 4
+  assert without_padding(examples, short_len=0).tokens.shape == (4, 254)
+  # Rows of more columns than that have other rotations, and so have they all, or none.
+  assert without_padding(short, short_len=100).tokens.shape == (3, 127)
+  assert without_padding(short, short_len=254).tokens.shape == (3, 32)
+  policy = policy_model(arithmetic_decoder(num_heads=1, mlp_dim=8, max_len=256))
+  params = policy.init(jax.random.key(0))
+  loss = jax.jit(jax.value_and_grad(scalar(sft.make_cross_entropy_fn(policy)), has_aux=True))
+  chex.assert_trees_all_close(loss(params, narrow), loss(params, short), rtol=1e-4, atol=1e-6)
+  flops = [loss.lower(params, x).compile().cost_analysis()["flops"] for x in (narrow, short)]
+  assert flops[0] < 0.15 * flops[1]
+
+
+def test_a_run_reads_batches_without_their_padding(tmp_path):
+  config = sft.Config(num_iterations=4, batch_size=4, learning_rate=0.1)
+  texts = [data.Encoded([1] * n, [True] * n) for n in 7 * [9] + [200]]
+  training, held_out = (data.examples_of(part, pad_id=0) for part in (texts, texts[:2]))
+  create_workdir(tmp_path, "sft", config)
+  widths = []
+
+  def loss(params, batch):
+    widths.append(batch.tokens.shape[1])
+    return slope_loss(params, batch)
+
+  train(
+    config,
+    tmp_path,
+    loss,
+    START,
+    training,
+    held_out,
+    save=lambda directory, params: None,
+    summary={},
+    title="Widths",
+    keys=(),
+  )
+  assert set(widths) == {9, 50, 200}

@@ -51,7 +51,7 @@ from klrl.run import progress
 _EMBEDDING = ("decoder", "embed", "embedding")
 _UNEMBEDDING = ("unembedding",)
 _HEAD = ("head",)
-_BLOCK_BYTES = 2**24  # Each device holds a block while the tables are saved.
+_BLOCK_BYTES = 2**22  # Each device holds a block while the tables are saved.
 ADAPTERS = "adapters"  # the folder beside merged weights
 
 
