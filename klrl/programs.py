@@ -114,7 +114,7 @@ def make_programs(
   `rollout(state, frozen, prompts, prompt_mask) -> rollout` and `update(state, frozen, rollout,
   rows, pretraining) -> (state, metrics)`, which is compiled for each width. If the host scores,
   `update` takes the scores in place of the rows. Where such rollouts are trained on late, it takes
-  the new one, and the scores of the one that `waiting(state, frozen) -> rollout` returns.
+  the new one, and packing and scores of the one that `waiting(state, frozen) -> rollout` returns.
   `drawn_by(state, frozen)` is a number of the state, another one for every other rollout.
   `fitting(state, frozen, rollout)` says with which of `packings_of(setup)` a rollout may be updated
   on. `frozen` are the distinct arrays of `setup.frozen`.
@@ -221,10 +221,13 @@ def widths_of_completions(setup: Setup) -> list[int]:
 def packings_of(setup: Setup) -> list[Packing]:
   """Returns how an update may pack a rollout of the whole width, beginning with the fewest rows.
 
-  None where all rollouts have one width. And which of the groups that were drawn are kept is not
-  known before the update.
+  None where completions are short or a rotation has long divisors, or where one program draws the
+  rollouts and trains on late ones, so that nobody sees them between. And which of the groups that
+  were drawn are kept is not known before the update.
   """
-  if len(widths_of_completions(setup)) == 1 or setup.algorithm.oversampling > 1:
+  is_unseen = setup.algorithm.staleness and not setup.task.rewards
+  is_short = len(widths_below(setup.task.max_completion_len)) == 1
+  if is_unseen or is_short or _has_long_divisors(setup) or setup.algorithm.oversampling > 1:
     return []
   # What reads long rows on a TPU knows no texts that continue the same prompt, see `models.kernel`.
   is_known = setup.mesh.devices.flat[0].platform != "tpu"
@@ -243,10 +246,13 @@ def _has_fixed_width(setup: Setup) -> bool:
 
   And a rotation with long divisors would choose these by the width.
   """
+  return bool(setup.algorithm.staleness) or _has_long_divisors(setup)
+
+
+def _has_long_divisors(setup: Setup) -> bool:
   models = setup.models
   others = (models.reference, models.value_model, models.reward_model)
-  short = any(model is not None and model.config.short_len for model in (models.policy, *others))
-  return short or bool(setup.algorithm.staleness)
+  return any(model is not None and model.config.short_len for model in (models.policy, *others))
 
 
 def make_step_fn(
@@ -419,14 +425,20 @@ def make_step_fn(
     path = workdir and trained == iteration and pending.path_of(workdir, iteration)
     if trained == iteration:
       rollout, on_host = sampled_or_kept(path, state, rows, in_file=iteration in in_files)
-      chosen = on_host.completion_mask
-      new = short = without_padding(state, rollout, chosen, chosen.sum())
+      new = rollout
     else:
       new, rollout, on_host = sampled_while_another_waits(state, iteration, trained)
-      short = rollout
     if algorithm.staleness:
       # Other processes have a part of it, and later they would be asked behind the update.
       late[iteration] = new, new if processes.is_alone() else gathered(new)
+
+    def as_read():
+      """Returns the rollout that is trained on, as it is read."""
+      chosen = on_host.completion_mask
+      return without_padding(state, rollout, chosen, chosen.sum())
+
+    # While the devices draw another one, the host scores before it asks them anything.
+    read = as_read() if new is rollout else rollout
     # One call scores the rows of all members.
     shape = rollout.finished.shape
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), on_host)
@@ -436,17 +448,20 @@ def make_step_fn(
     sampled = time.monotonic()
     model_scores = None
     if reads_model:
-      model_scores = parallel.fetch(score(frozen, short, device_rows)).reshape(-1)
+      model_scores = parallel.fetch(score(frozen, read, device_rows)).reshape(-1)
     ids = reward_calls.Ids(*data.token_ids(flat))
     scores, each = rewards.shared_scores(
       task.rewards, records, texts, model_scores, ids, unit=algorithm.group_size
     )
     scored = time.monotonic()
-    if np.isnan(scores).any() and new.packing is not None:
-      new = rollout  # What no reward scored has no place in its row.
+    if new is not rollout:
+      read = as_read()
+    if np.isnan(scores).any() and read.packing is not None:
+      read = rollout  # What no reward scored has no place in its row.
     notice_unscored(scores, iteration)
-    if new is rollout:  # A short one has a program of its own.
+    if read is rollout:  # A short one has a program of its own.
       ahead.wait("update")
+    new = read if new is rollout else new._replace(packing=read.packing)
     scores = parallel.put(scores.reshape(shape), parallel.by_rows(mesh, members=len(shape) > 1))
     state, pairs = programs["update"](state, distinct, new, scores, pretraining_of(iteration))
     if path:

@@ -229,6 +229,44 @@ def test_late_rollouts_are_scored_while_the_next_are_drawn(monkeypatch):
   assert events == ["read the state", *third]
 
 
+def test_a_late_rollout_is_packed_as_it_fits_itself_once_it_is_scored(monkeypatch):
+  """A rollout shows its iteration by the length of its first row; that of 1 fits nowhere."""
+  events = []
+
+  def drawn_in(rollout):
+    return int(rollout.completion_mask[0].sum())
+
+  def rollout(state, frozen, prompts, mask):
+    events.append(f"draw {state}")
+    chosen = jnp.arange(256)[None] < jnp.where(jnp.arange(8) < 7, state, 256)[:, None]
+    return rollout_of(prompts, mask, 256, length=256)._replace(completion_mask=chosen)
+
+  def fitting(state, frozen, rollout):
+    events.append(f"ask {drawn_in(rollout)}")
+    return jnp.full(4, drawn_in(rollout) != 1)
+
+  def update(state, frozen, rollout, scores, texts):
+    share = rollout.packing and rollout.packing.share
+    events.append(f"train {drawn_in(rollout)} waits, {share}")
+    return state + 1, {}
+
+  def score(completions, **columns):
+    events.append("score")
+    return [0.0] * len(completions)
+
+  made = {"rollout": rollout, "fitting": fitting, "update": update}
+  own = [rewards.Reward("own", 1.0, score)]
+  step, *_ = step_of(monkeypatch, made, rewards=own, max_completion_len=256, staleness=1)
+  for iteration in range(4):
+    step(iteration, iteration)
+  assert events == [
+    *("draw 0", "ask 0", "score", "train 0 waits, 0.25"),
+    *("draw 1", "score", "ask 0", "train 1 waits, 0.25"),
+    *("draw 2", "score", "ask 1", "train 2 waits, None"),
+    *("draw 3", "score", "ask 2", "train 3 waits, 0.25"),
+  ]
+
+
 def test_a_step_with_a_reward_on_the_host_does_not_wait_for_its_update(monkeypatch):
   def rollout(state, frozen, prompts, mask):
     return rollout_of(prompts, mask, 4, length=4)

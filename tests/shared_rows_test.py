@@ -1,5 +1,6 @@
 """Texts that share rows are read as if each had its own, and only as many rows are computed."""
 
+import dataclasses
 import functools
 
 import chex
@@ -178,15 +179,24 @@ def test_a_minibatch_keeps_its_rows_and_each_device_has_about_as_many_tokens():
 
 
 @functools.cache
-def updated(packing):
-  """Returns (costs of a device, f(rollout) -> (state, metrics)) of an update on four devices."""
-  mesh, algorithm = parallel.make_mesh(SPEC), CONFIG.algorithm()
+def updated(packing, **settings):
+  """Returns (costs of a device, f(rollout) -> (state, metrics)) of an update on four devices.
+
+  If it trains on late rollouts, the given one has waited in its state, and the new one is long.
+  """
+  mesh, algorithm = parallel.make_mesh(SPEC), dataclasses.replace(CONFIG, **settings).algorithm()
   update = learner.make_update_after_sampling_fn(algorithm, POLICY, None, POLICY)
   own = params()["policy"]
   frozen = {"base": {}, "reference": parallel.put_once(mesh, own)}
   state = before(own, mesh)
 
   def given(rollout):
+    nonlocal state
+    if algorithm.staleness:
+      replay = jax.tree.map(lambda x: x[None], rollout)
+      state = state._replace(replay=replay, iteration=jnp.int32(1))
+      state = parallel.put(state, parallel.state_shardings(mesh, state))
+      rollout = make_rollout(1, mean=MAX_LEN)
     rows = rollout._replace(packing=packing), np.arange(BATCH, dtype=np.float32) % 7
     return state, frozen, *parallel.put(rows, parallel.by_rows(mesh))
 
@@ -219,6 +229,23 @@ def test_an_update_fits_where_it_is_said_to_and_is_the_plain_one():
         x, y = (optax.tree.get(state.opt_state, name) for state in (found, expected))
         chex.assert_trees_all_close(x, y, rtol=1e-5, atol=1e-6 * optax.tree.norm(y, ord=jnp.inf))
   assert 3 < sum(fits) < 37
+
+
+def test_a_late_rollout_is_read_in_fewer_rows_and_the_new_one_in_all():
+  plain, expected = updated(None)
+  costs, update = updated(HALF, staleness=1, sampler_correction="token")
+  state, metrics = update(make_rollout())
+  # The long one would not fit: what it got from the trainer would be no numbers.
+  assert np.isfinite(state.replay.old_log_probs).all()
+  state_of_plain, figures = expected(make_rollout())
+  for name, pair in figures.items():
+    np.testing.assert_allclose(metrics[name], pair, rtol=1e-5, atol=1e-6, err_msg=name)
+  for name in ("mu", "nu"):
+    x, y = (optax.tree.get(each.opt_state, name) for each in (state, state_of_plain))
+    chex.assert_trees_all_close(x, y, rtol=1e-5, atol=1e-6 * optax.tree.norm(y, ord=jnp.inf))
+  # The log-probs of the new one are a pass; an update of two epochs has more than six of them.
+  packed = updated(HALF)[0].flops
+  assert packed < costs.flops < packed + plain.flops / 6
 
 
 def test_a_device_computes_its_share_of_the_rows_and_sends_no_more():

@@ -81,11 +81,14 @@ def make_after_sampling_fn(algorithm: Algorithm, policy):
 
   The state that follows `sample_rollout` has a key that this has not used. Log-probs of an inexact
   sampler become the trainer's. If rollouts are trained on late, the new one waits in the state, and
-  that of iteration `memory.trained_on` comes out.
+  that of iteration `memory.trained_on` comes out: it is the one that the `packing` is of.
   """
 
   def after_sampling(state: TrainState, frozen, rollout: Rollout):
     state = state._replace(key=_key_after_sampling(state.key))
+    packing = rollout.packing
+    if state.replay is not None:
+      rollout = rollout._replace(packing=None)
     if algorithm.sampler_correction != "none":
       params = join(frozen["base"], state.params)["policy"]
       rollout = preparation.rescored(
@@ -94,7 +97,7 @@ def make_after_sampling_fn(algorithm: Algorithm, policy):
     if state.replay is None:
       return state, rollout
     replay, rollout = memory.exchanged(state.replay, rollout, state.iteration)
-    return state._replace(replay=replay), rollout
+    return state._replace(replay=replay), rollout._replace(packing=packing)
 
   return after_sampling
 
@@ -111,10 +114,11 @@ def _keys_of_update(key):
 def fitting(algorithm: Algorithm, state: TrainState, rollout: Rollout, packings) -> jax.Array:
   """Returns [packings] bool: with which of them the rollout fits wherever an update reads it.
 
-  The state is that of `sample_rollout`. An update reads all of it at once, and the minibatches of
-  the inner epochs in their parts; on each device the texts that are there must fit.
+  The state is that of `sample_rollout`, and the rollout is the one that is trained on. An update
+  reads all of it at once, and the minibatches of the inner epochs in their parts; on each device
+  the texts that are there must fit.
   """
-  assert algorithm.oversampling == 1 and not algorithm.staleness
+  assert algorithm.oversampling == 1
   _, key = _keys_of_update(_key_after_sampling(state.key))
   (group_size,) = {each.group_size for each in packings}
   num_rows, groups = len(rollout.tokens), {"group_size": group_size}
