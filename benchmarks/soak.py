@@ -48,7 +48,7 @@ LONG = PPO | {
   "batch_size": 64,
   "num_iterations": 10**6,
   "learning_rate_schedule": "constant",
-  "save_every": 50,
+  "save_every": 300,  # about ten seconds
   "eval_every": 0,
   "keep_best": "",
 }
