@@ -34,7 +34,7 @@ _RECORD = {
 _PART = 2**14  # elements
 
 # Orbax asks TensorStore how much it wrote, which nothing here reads, and TensorStore (0.1.74 to
-# 0.1.86) never frees the lists that it answers with: 60 KiB for each save.
+# 0.1.86) never frees the lists that it answers with: 20 KiB for each save.
 if utils := sys.modules.get("orbax.checkpoint._src.serialization.tensorstore_utils"):
   utils.get_tensorstore_raw_bytes = lambda direction=None: 0
 
