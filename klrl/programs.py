@@ -21,10 +21,9 @@ from klrl.inputs import Models, Task
 from klrl.models import Policy, ScalarModel, TokenizerInfo, join
 from klrl.run import pending, progress
 from klrl.sampling import Packing, Rollout, beginning_with, make_sample_fn
-from klrl.tasks import data, reward_calls, rewards, verifier
+from klrl.tasks import data, reward_calls, rewards, verifier, widths
 
 _SLOW_REWARD_SHARE = 0.5
-_FEWEST_COLUMNS = 32
 _MOST_UPDATES = 3  # for each width of prompts; an update is the largest program
 _SHARES = 0.25, 0.375, 0.5, 0.75  # of the rows of a rollout, into which its texts are packed
 _SAVED = 0.15  # the least share of the tokens for which another update is compiled
@@ -199,23 +198,10 @@ def prompt_rows(algorithm: Algorithm, iteration: int, num_prompts: int, *, seed:
   return np.repeat(rows, algorithm.group_size)
 
 
-def widths_below(widest: int) -> list[int]:
-  """Returns how many columns of padded prompts or completions a batch may read.
-
-  They are `widest`, halved again and again but not below 32. A batch reads the fewest that hold its
-  rows: so its work follows neither the longest prompt of the file nor the limit of a completion,
-  and few widths are compiled.
-  """
-  widths = [widest]
-  while (half := -(-widths[-1] // 2)) >= _FEWEST_COLUMNS:
-    widths.append(half)
-  return widths
-
-
 def widths_of_completions(setup: Setup) -> list[int]:
-  """Returns how many columns of completions an update may read, see `widths_below`."""
+  """Returns how many columns of completions an update may read, see `widths.below`."""
   widest = setup.task.max_completion_len
-  return [widest] if _has_fixed_width(setup) else widths_below(widest)[:_MOST_UPDATES]
+  return [widest] if _has_fixed_width(setup) else widths.below(widest)[:_MOST_UPDATES]
 
 
 def packings_of(setup: Setup) -> list[Packing]:
@@ -226,19 +212,12 @@ def packings_of(setup: Setup) -> list[Packing]:
   were drawn are kept is not known before the update.
   """
   is_unseen = setup.algorithm.staleness and not setup.task.rewards
-  is_short = len(widths_below(setup.task.max_completion_len)) == 1
+  is_short = len(widths.below(setup.task.max_completion_len)) == 1
   if is_unseen or is_short or _has_long_divisors(setup) or setup.algorithm.oversampling > 1:
     return []
   # What reads long rows on a TPU knows no texts that continue the same prompt, see `models.kernel`.
   is_known = setup.mesh.devices.flat[0].platform != "tpu"
   return [Packing(share, setup.algorithm.group_size if is_known else 1) for share in _SHARES]
-
-
-def narrowest(widths: list[int], mask: np.ndarray) -> int:
-  """Returns the least of `widths` that holds what is real in `mask` [..., T], from its start."""
-  is_used = mask.reshape(-1, mask.shape[-1]).any(axis=0)
-  longest = len(is_used) - np.argmax(is_used[::-1])
-  return min(width for width in widths if width >= longest)
 
 
 def _has_fixed_width(setup: Setup) -> bool:
@@ -275,12 +254,12 @@ def make_step_fn(
   distinct, _ = parallel.distinct(frozen)
   rows_sharding = parallel.by_rows(mesh)
   tokens, mask = task.training.tokens, task.training.mask
-  of_prompts = [mask.shape[1]] if _has_fixed_width(setup) else widths_below(mask.shape[1])
+  of_prompts = [mask.shape[1]] if _has_fixed_width(setup) else widths.below(mask.shape[1])
   of_completions = widths_of_completions(setup)
 
   def prompts_of(rows):
     """Returns the prompts of `rows` and their mask, each device its own; the host has the file."""
-    width = narrowest(of_prompts, mask[rows, ::-1])
+    width = widths.narrowest(of_prompts, mask[rows, ::-1])
     return parallel.put((tokens[rows, -width:], mask[rows, -width:]), rows_sharding)
 
   def rows_of(iteration):
@@ -337,7 +316,7 @@ def make_step_fn(
     It is in the fewest columns that hold what is True in `is_used` [..., T], or, where that saves
     enough, in all of them but packed. All of its completions have `num_tokens`.
     """
-    width, widest = narrowest(of_completions, is_used), task.max_completion_len
+    width, widest = widths.narrowest(of_completions, is_used), task.max_completion_len
     num_rows, prompt_len = rollout.finished.size, rollout.prompt_mask.shape[-1]
     on_device = parallel.on_mesh(mesh, parallel.rows_per_device)(algorithm.batch_size)
     plain = prompt_len / math.gcd(algorithm.group_size, on_device) + width

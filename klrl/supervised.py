@@ -23,12 +23,11 @@ from klrl.devices import parallel, processes
 from klrl.devices.unread import stored_as
 from klrl.figures import find, of_summary
 from klrl.models import join
-from klrl.programs import narrowest, widths_below
 from klrl.report.of_run import write_report
 from klrl.run import loop, progress
 from klrl.run.evaluations import Evaluations, best_figures, cadence
 from klrl.run.summary import write_summary
-from klrl.tasks import data
+from klrl.tasks import data, widths
 
 NUM_PARTS = 32  # of the held-out rows: the error of a mean over them is right to an eighth
 
@@ -108,25 +107,6 @@ def make_supervised_programs(mesh, loss_fn, config, shardings) -> tuple[Callable
   return step, jax.jit(parallel.on_mesh(mesh, measure))
 
 
-def without_padding(batch: NamedTuple, short_len: int):
-  """Returns rows of examples in the fewest columns of `widths_below` that hold their tokens.
-
-  What is cut is padding at the end, False in the `mask` [..., S] of all rows; a batch without a
-  mask stays as it is. So the work of a step does not follow the longest example of the file.
-
-  Args:
-    batch: named tuple of arrays. Those of the shape of the mask have tokens in columns.
-    short_len: of the model. Rows with more columns have other rotations, and keep more.
-  """
-  mask = getattr(batch, "mask", None)
-  if mask is None:
-    return batch
-  widest = mask.shape[-1]
-  widths = [x for x in widths_below(widest) if x > short_len or widest <= short_len]
-  width = narrowest(widths, mask)
-  return type(batch)(*(x[..., :width] if x.shape == mask.shape else x for x in batch))
-
-
 def train(
   config,
   workdir: pathlib.Path,
@@ -161,7 +141,7 @@ def train(
     title: the name that is shown while it runs.
     keys: (metric, label) of the figures that are shown.
     frozen: the parameters that are not trained, if `params` are adapters.
-    short_len: of the model's config, see `without_padding`.
+    short_len: of the model's config, see `widths.without_padding`.
     coefficients: of the loss, by name.
     more: all params -> further figures for the summary, called once at the end.
     losses: names in `summary`; the console warns if training makes one of them larger, beyond the
@@ -184,7 +164,7 @@ def train(
 
   def step(state, iteration):
     rows = data.batch_rows(config.seed, iteration, config.batch_size, len(training[0]))
-    batch = without_padding(data.take(training, rows), short_len)
+    batch = widths.without_padding(data.take(training, rows), short_len)
     batch = parallel.put(batch, parallel.by_rows(mesh))
     return train_step(state, frozen, batch)
 
@@ -264,7 +244,8 @@ def held_out_metrics(metrics, params, held_out, mesh, *, batch_size: int, short_
   size = min(batch_size, -(-num_rows // NUM_PARTS))
   starts = range(0, num_rows, size)
   batches = (
-    without_padding(data.take(held_out, slice(start, start + size)), short_len) for start in starts
+    widths.without_padding(data.take(held_out, slice(start, start + size)), short_len)
+    for start in starts
   )
   parts = [metrics(params, parallel.put(x, parallel.replicated(mesh))) for x in batches]
   return jax.tree.map(lambda *x: np.array(x), *map(parallel.fetch, parts))

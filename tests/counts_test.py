@@ -16,7 +16,7 @@ from experiments import grpo, sweep
 from klrl import inputs, population, programs, sampling
 from klrl.algorithm import completions
 from klrl.devices import parallel
-from klrl.tasks import arithmetic, data
+from klrl.tasks import arithmetic, data, widths
 from klrl.tasks.rewards import Reward
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -54,7 +54,7 @@ def run_of(rewards, *, is_ahead=False):
 def test_an_update_of_short_completions_is_that_of_the_whole_width(
   batch_size, ends, expected, monkeypatch
 ):
-  monkeypatch.setattr(programs, "_FEWEST_COLUMNS", 4)
+  monkeypatch.setattr(widths, "_FEWEST_COLUMNS", 4)
   config = grpo.Config(**SETTINGS | {"batch_size": batch_size})
   setup, compiled, found = setup_of(config, [], max_completion_len=16), [], []
   # A share of the tokens ends a completion.
@@ -83,7 +83,7 @@ def test_an_update_of_short_completions_is_that_of_the_whole_width(
 def test_a_run_whose_lengths_change_compiles_an_update_for_few_of_them(monkeypatch):
   """They are, for each width of prompts, three widths of completions and four packings."""
   max_len, prompt_lens = 32, np.where(np.arange(64) % 16 == 7, 8, 3)
-  monkeypatch.setattr(programs, "_FEWEST_COLUMNS", 4)
+  monkeypatch.setattr(widths, "_FEWEST_COLUMNS", 4)
   config = grpo.Config(**SETTINGS | {"batch_size": 32, "group_size": 2})
   setup, compiled = setup_of(config, [], max_len), collections.Counter()
   drawn = setup.sample

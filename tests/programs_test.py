@@ -13,14 +13,14 @@ from experiments import grpo
 from klrl import inputs, programs
 from klrl.devices import parallel
 from klrl.sampling import Rollout
-from klrl.tasks import arithmetic, data, rewards
+from klrl.tasks import arithmetic, data, rewards, widths
 
 
 def test_few_widths_are_compiled_and_each_is_about_half_the_one_before():
-  assert programs.widths_below(300) == [300, 150, 75, 38]
-  assert programs.widths_below(64) == [64, 32]
-  assert programs.widths_below(62) == [62]
-  assert programs.widths_below(1) == [1]
+  assert widths.below(300) == [300, 150, 75, 38]
+  assert widths.below(64) == [64, 32]
+  assert widths.below(62) == [62]
+  assert widths.below(1) == [1]
 
 
 def step_of(monkeypatch, made, policy=BAG, rewards=(), max_completion_len=4, **settings):

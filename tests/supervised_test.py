@@ -20,9 +20,8 @@ from klrl.supervised import (
   init_supervised_state,
   make_supervised_step,
   train,
-  without_padding,
 )
-from klrl.tasks import data
+from klrl.tasks import data, widths
 
 START = {"a": jnp.float32(0.5), "b": jnp.float32(-0.25)}
 
@@ -196,12 +195,12 @@ def test_a_long_example_costs_its_own_batch_alone_and_changes_no_gradient():
   texts = [data.Encoded([1] * 4 + [2] * i, [False] * 4 + [True] * i) for i in (3, 9, 5, 250)]
   examples = data.examples_of(texts, pad_id=0)
   short = data.take(examples, np.arange(3))
-  narrow = without_padding(short, short_len=0)
+  narrow = widths.without_padding(short, short_len=0)
   assert [x.shape for x in narrow] == [(3, 32)] * 4
-  assert without_padding(examples, short_len=0).tokens.shape == (4, 254)
+  assert widths.without_padding(examples, short_len=0).tokens.shape == (4, 254)
   # Rows of more columns than that have other rotations, and so have they all, or none.
-  assert without_padding(short, short_len=100).tokens.shape == (3, 127)
-  assert without_padding(short, short_len=254).tokens.shape == (3, 32)
+  assert widths.without_padding(short, short_len=100).tokens.shape == (3, 127)
+  assert widths.without_padding(short, short_len=254).tokens.shape == (3, 32)
   policy = policy_model(arithmetic_decoder(num_heads=1, mlp_dim=8, max_len=256))
   params = policy.init(jax.random.key(0))
   loss = jax.jit(jax.value_and_grad(scalar(sft.make_cross_entropy_fn(policy)), has_aux=True))
