@@ -188,6 +188,18 @@ def test_few_rows_that_happen_to_be_alike_do_not_stop_a_run():
   check(jax.tree.map(lambda x: x[alike], found))
 
 
+@pytest.mark.parametrize(("num", "stops"), [(2, False), (40, True)])
+def test_equal_rows_stop_a_run_where_so_many_would_be_rare(num, stops):
+  found = evaluate()
+  first = jax.tree.map(lambda x: np.repeat(np.asarray(x)[:1], num, axis=0), found)
+  assert np.where(first.rollout.completion_mask, first.rollout.old_log_probs, 0).sum() / num > -7
+  if stops:
+    with pytest.raises(UserError, match="inf standard errors from 0"):
+      check(first)
+  else:
+    check(first)
+
+
 @pytest.mark.parametrize("temperature", [1.5, 0.7])
 def test_draws_at_another_temperature_than_claimed_stop_the_run(temperature):
   found = evaluate(temperature=temperature)
