@@ -1,6 +1,7 @@
 """No device and no process ever holds a model: bytes are counted while it is read and saved."""
 
 import functools
+import gc
 import tracemalloc
 
 import jax
@@ -14,12 +15,12 @@ from klrl.tasks import arithmetic
 
 DECODER = DecoderConfig(
   vocab_size=256,
-  width=64,
+  width=128,
   num_layers=12,  # So that one is a small part of all.
   num_heads=4,
   num_kv_heads=4,
-  head_dim=16,
-  mlp_dim=256,
+  head_dim=32,
+  mlp_dim=512,
   max_len=32,
   tie_embeddings=False,
 )
@@ -92,7 +93,7 @@ def test_a_block_of_a_split_axis_is_sent_without_the_rest(dtype):
 
 
 def test_the_host_holds_a_part_of_a_model_while_it_is_read_and_saved(model, monkeypatch):
-  monkeypatch.setattr(hf, "_BLOCK_BYTES", 2**14)
+  monkeypatch.setattr(hf, "_BLOCK_BYTES", 2**16)
   params = jax.device_get(jax.jit(scalar_model(DECODER).init)(jax.random.key(0)))
   save_scalar(model.with_name("scalar"), DECODER, params, arithmetic.make_tokenizer())
   del params
@@ -104,14 +105,19 @@ def test_the_host_holds_a_part_of_a_model_while_it_is_read_and_saved(model, monk
     config, unread = opened(model.with_name(name))
     placed, read = on_host(lambda unread=unread: parallel.put_own(mesh, unread))
     size = sum(x.nbytes for x in jax.tree.leaves(placed))
-    assert read < size / 4
+    assert read < size / 8
     saving = functools.partial(save, model.with_name("new"), config, placed)
     _, written = on_host(lambda saving=saving: saving(arithmetic.make_tokenizer()))
-    assert written < size / 4
+    assert written < size / 8
 
 
 def on_host(fn):
-  """Returns (what fn() returns, the most bytes that Python and NumPy took in it)."""
+  """Returns (what fn() returns, the most bytes that Python and NumPy took when it ran again).
+
+  The first time compiles, and what that keeps is no part of a model.
+  """
+  fn()
+  gc.collect()
   tracemalloc.start()
   try:
     found = fn()
