@@ -11,6 +11,8 @@ import pytest
 
 from klrl.devices import parallel
 from klrl.models import DecoderConfig, hf, policy_model, save_policy, save_scalar, scalar_model
+from klrl.run import loop
+from klrl.run.checkpoint import Checkpoints
 from klrl.tasks import arithmetic
 
 DECODER = DecoderConfig(
@@ -77,6 +79,17 @@ def test_a_device_holds_its_shards_and_no_more_while_a_model_is_read_and_saved(m
   assert shards <= peak() < 1.25 * shards
   files = [directory / "model.safetensors" for directory in (model, saved)]
   assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_device_never_holds_two_states_while_a_run_goes_on(tmp_path, peak):
+  sharding = jax.NamedSharding(parallel.make_mesh("fsdp=4"), jax.P("fsdp"))
+  state = {"table": jax.device_put(np.ones((4096, 8), np.float32), sharding)}
+  checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+  checkpoints.save(5, state)
+  checkpoints.close()
+  done, restored = loop.restore_or_init(tmp_path, state, keep=1)
+  assert done == 5 and not np.any(restored["table"] - 1)
+  assert peak() < 1.25 * 4096 * 8
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])

@@ -141,6 +141,10 @@ def test_a_run_is_costed_and_leaves_one_file(tmp_path):
     assert report["flops"] > 0 and report["seconds"] is None  # Nobody knows what a CPU can do.
     axes = {axis for found in report["collectives"] for axis in found["axes"].split(",")}
     assert axes <= {"data", "fsdp"}
+  # The devices hold the models, the value model's moments too, whichever program runs.
+  held = [x["memory"]["arguments"] + x["memory"]["beside"] for x in reports]
+  assert held[1:] == pytest.approx(held[:1] * 2, rel=0.05)
+  assert reports[1]["memory"]["arguments"] < held[0] / 4
 
 
 def model_without_weights(directory):
@@ -269,7 +273,8 @@ def test_a_program_for_tpus_is_read_before_it_is_machine_code():
 
 
 def test_no_collective_of_a_sweep_crosses_members(tmp_path, monkeypatch):
-  monkeypatch.setattr(dry_run, "_judge_reports", lambda setup: [])  # The judge knows no members.
+  # The judge knows no members.
+  monkeypatch.setattr(dry_run, "_judge_reports", lambda *arguments, **named: [])
   config = config_class("grpo")(
     experiment="grpo",
     sweep="beta=0.1,0.3,1",

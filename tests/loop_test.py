@@ -327,7 +327,8 @@ def test_one_changed_bit_of_any_array_is_noticed(tmp_path):
     changed = bytearray(path.read_bytes())
     changed[at] ^= 1
     path.write_bytes(changed)
-    done, restored = loop.restore_or_init(tmp_path / "copy", state, keep=2)
+    copied = jax.tree.map(lambda x: x.copy(), state)
+    done, restored = loop.restore_or_init(tmp_path / "copy", copied, keep=2)
     named.add(done)
     for name, leaf in restored.items():
       expected, found = (

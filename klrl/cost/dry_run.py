@@ -132,24 +132,20 @@ def of_run(config, models: inputs.Models, task: inputs.Task) -> list[dict[str, A
     task: what `inputs.load_task` returned.
   """
   setup = _setup_of_run(config, models, task)
-  return [*_of_iteration(setup), *_judge_reports(setup)]
+  state, shardings = _state(setup)
+  made = programs.make_programs(setup, shardings)
+  return [*_reports(setup, state, made), *_judge_reports(setup, state.params, beside=state)]
 
 
 def of_iteration(config, models: inputs.Models, task: inputs.Task) -> list[dict[str, Any]]:
   """Returns `of_run` without the programs of the judge."""
-  return _of_iteration(_setup_of_run(config, models, task))
+  setup = _setup_of_run(config, models, task)
+  state, shardings = _state(setup)
+  return _reports(setup, state, programs.make_programs(setup, shardings))
 
 
 def _setup_of_run(config, models, task) -> programs.Setup:
   return _set_up(config, parallel.make_mesh(config.mesh, devices_of(config)), models, task)
-
-
-def _of_iteration(setup: programs.Setup) -> list[dict[str, Any]]:
-  state = _state(setup)
-  shardings = parallel.state_shardings(setup.mesh, state)
-  return _reports(
-    setup, state, shardings, functools.partial(programs.make_programs, setup, shardings)
-  )
 
 
 def of_members(
@@ -165,16 +161,14 @@ def of_members(
     return jax.ShapeDtypeStruct((num_places, *leaf.shape), leaf.dtype)
 
   diverged_at = jax.ShapeDtypeStruct((), jnp.int32)
-  state = jax.tree.map(stack, population.SweepState(_state(setup), diverged_at))
+  of_one, _ = _state(setup)
+  state = jax.tree.map(stack, population.SweepState(of_one, diverged_at))
   shardings = parallel.state_shardings(mesh, state, members=True)
-  make = functools.partial(
-    programs.make_programs,
-    setup,
-    shardings,
-    lift=functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch),
-    guard=population.guarded,
-  )
-  return [*_reports(setup, state, shardings, make), *_judge_reports(setup)]
+  state = _placed(state, shardings)
+  lift = functools.partial(parallel.map_members, mesh, members_per_batch=members_per_batch)
+  made = programs.make_programs(setup, shardings, lift=lift, guard=population.guarded)
+  # The judge gets a copy of the parameters of a member.
+  return [*_reports(setup, state, made), *_judge_reports(setup, of_one.params, beside=state)]
 
 
 def of_supervised(
@@ -199,8 +193,7 @@ def of_supervised(
     return supervised.init_supervised_state(params, config, coefficients or {})
 
   def placed(tree):
-    shardings = parallel.state_shardings(mesh, tree)
-    return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), tree, shardings)
+    return _placed(tree, parallel.state_shardings(mesh, tree))
 
   state = jax.eval_shape(init, params)
   shardings = parallel.state_shardings(mesh, state)
@@ -211,14 +204,8 @@ def of_supervised(
     ),
     training,
   )
-  report = _report("step", step, (mesh, config.topology), placed(state), placed(frozen), batch)
-  held = sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves(placed(beside or {}))
-  )
-  memory = report["memory"]
-  report["memory"] = memory | {"beside": held, "total": memory["total"] + held}
-  return [report]
+  on, beside = (mesh, config.topology), placed(beside or {})
+  return [_report("step", step, on, placed(state), placed(frozen), batch, beside=beside)]
 
 
 def devices_of(config) -> list | None:
@@ -231,17 +218,24 @@ def _set_up(config, mesh, models, task) -> programs.Setup:
   return programs.set_up(config, mesh, models, task)
 
 
+def _placed(tree, shardings):
+  return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), tree, shardings)
+
+
 def _state(setup: programs.Setup):
-  """Returns the shapes of a run's state."""
+  """Returns (shapes of a run's state on the devices, their shardings)."""
   arrays, whole = parallel.distinct(_arrays(setup.models))
 
   def init(arrays):
     return programs.init_run(setup._replace(models=setup.models._replace(**whole(arrays))))
 
-  return jax.eval_shape(init, arrays)
+  state = jax.eval_shape(init, arrays)
+  shardings = parallel.state_shardings(setup.mesh, state)
+  return _placed(state, shardings), shardings
 
 
-def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
+def _reports(setup, state, made) -> list[dict[str, Any]]:
+  """Returns the cost of the programs `made` of an iteration, whose `state` has these shapes."""
   algorithm, mesh, training = setup.algorithm, setup.mesh, setup.task.training
   on, by_rows = (mesh, setup.config.topology), parallel.by_rows(mesh)
 
@@ -249,13 +243,11 @@ def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
     shape = (*leading, *array.shape[len(leading) :])
     return jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding)
 
-  state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
   frozen, _ = parallel.distinct(setup.frozen)
   prompts = tuple(shape_of(x, by_rows, algorithm.samples) for x in (training.tokens, training.mask))
   rows = jax.ShapeDtypeStruct((algorithm.samples,), jnp.int32, sharding=by_rows)
   num_texts = algorithm.batch_size
   texts = jax.tree.map(lambda x: shape_of(x, by_rows, num_texts), setup.task.pretraining)
-  made = make()
   if "iterate" in made:
     return [_report("iterate", made["iterate"], on, state, frozen, *prompts, rows, texts)]
   sampling = _report("rollout", made["rollout"], on, state, frozen, *prompts)
@@ -269,14 +261,19 @@ def _reports(setup, state, shardings, make) -> list[dict[str, Any]]:
   return [sampling, update]
 
 
-def _judge_reports(setup) -> list[dict[str, Any]]:
-  """Returns the cost of the programs of the judge; in a sweep it is that of one member."""
+def _judge_reports(setup, trained, *, beside) -> list[dict[str, Any]]:
+  """Returns the cost of the programs of the judge; in a sweep it is that of one member.
+
+  Args:
+    setup: of the run.
+    trained: shapes of the parameters that are judged.
+    beside: shapes of the state, which the devices hold all the while.
+  """
   models, task, mesh = setup.models, setup.task, setup.mesh
   tokenizer, horizon = models.tokenizer, task.max_completion_len
   judge = judging.make_judge_programs(
     mesh, models.policy, models.reference, tokenizer, horizon, task.prefill
   )
-  trained = parallel.put_once(mesh, {"policy": models.policy_params})
   params = join(setup.frozen["base"], trained)["policy"]
   shape = setup.config.num_eval_rows, task.held_out.tokens.shape[1]
   prompts, mask = (
@@ -285,20 +282,30 @@ def _judge_reports(setup) -> list[dict[str, Any]]:
   )
   key = jax.eval_shape(lambda: jax.random.key(0))
   on, options = (mesh, setup.config.topology), {"temperature": setup.config.temperature}
-  draw = _report("judge_draw", judge.sample, on, params, prompts, mask, key, **options)
+  # It holds all of this, of which a program reads a part.
+  report = functools.partial(_report, beside=(beside, setup.frozen), **options)
+  draw = report("judge_draw", judge.sample, on, params, prompts, mask, key)
   rollout = jax.eval_shape(judge.sample, params, prompts, mask, key, **options)
   rollout = jax.tree.map(lambda x: x.update(sharding=parallel.replicated(mesh)), rollout)
   reference = setup.frozen["reference"]
-  evaluate = _report("judge_evaluate", judge.evaluate, on, params, reference, rollout, **options)
-  return [draw, evaluate]
+  return [draw, report("judge_evaluate", judge.evaluate, on, params, reference, rollout)]
 
 
-def _report(name: str, program, on, *arguments, **named) -> dict[str, Any]:
+def _report(name: str, program, on, *arguments, beside=(), **named) -> dict[str, Any]:
   """Returns what `program` costs one device in one run.
 
   Bytes, floating-point operations and seconds. Time is that of a roofline: the work at the chip's
   peak in bfloat16, its memory's traffic and what it sends, each at full rate and all at once, so
-  that nothing is faster. `on` is (mesh, name of the TPU slice whose devices it has, or "").
+  that nothing is faster.
+
+  Args:
+    name: of the program.
+    program: jitted.
+    on: (mesh, name of the TPU slice whose devices it has, or "").
+    *arguments: their shapes, with shardings.
+    beside: shapes of what the devices hold meanwhile. It is in the figures as what is not read,
+      with the arguments that the program does not read; what is an argument too counts once.
+    **named: more arguments.
   """
   mesh, topology = on
   progress.console.print(f"{name}: compiling ...")
@@ -320,6 +327,7 @@ def _report(name: str, program, on, *arguments, **named) -> dict[str, Any]:
   found = hlo.costs(text, dict(mesh.shape))
   kind = mesh.devices.flat[0].device_kind
   chip = CHIPS.get(kind)
+  used["beside"] = max(0, _bytes_held((beside, arguments)) - used["arguments"])
   report = {
     "program": name,
     "device": kind,
@@ -344,6 +352,16 @@ def _report(name: str, program, on, *arguments, **named) -> dict[str, Any]:
     }
     report["seconds"] = {**parts, "at_least": max(parts.values())}
   return report
+
+
+def _bytes_held(tree) -> int:
+  """Returns the bytes of each device in the distinct arrays of these shapes."""
+  once = {id(x): x for x in jax.tree.leaves(tree)}.values()
+  return sum(math.prod(_shard_shape(x)) * x.dtype.itemsize for x in once)
+
+
+def _shard_shape(x) -> tuple[int, ...]:
+  return x.sharding.shard_shape(x.shape) if x.sharding else x.shape
 
 
 def _compiled(name: str, lowered, mesh) -> tuple[str, dict[str, int]]:

@@ -22,6 +22,8 @@ import gc
 import importlib.util
 import math
 import os
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,6 +38,8 @@ from klrl.devices.unread import Unread, is_unread
 from klrl.errors import UserError
 
 AXES = ("sweep", "data", "fsdp", "tensor")
+
+_MOST_WAITS = 100  # for memory of the host, of a millisecond each
 
 # Projections whose input axis, not output axis, is split by `tensor`.
 _CLOSING = ("output", "down")
@@ -623,8 +627,14 @@ def _placed(leaf: Unread, sharding) -> jax.Array:
     part = leaf.read(index)
     arrays += [jax.device_put(part, device, may_alias=False) for device in devices]
     jax.block_until_ready(arrays[-len(devices) :])
+    copied = weakref.ref(part)
     del part
-    gc.collect(0)  # JAX lets go of what it has copied when Python collects garbage.
+    # JAX lets go of what it has copied when Python collects garbage, some time after it is ready.
+    for _ in range(_MOST_WAITS):
+      gc.collect(0)
+      if copied() is None:
+        break
+      time.sleep(0.001)
   return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays, dtype=leaf.dtype)
 
 

@@ -5,6 +5,7 @@ process reads and holds its own shards only, in the dtype in which they are want
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -67,7 +68,10 @@ class Unread:
     """
     index = index or (slice(None),) * self.ndim
     bounds = [part.indices(size) for part, size in zip(index, self.shape, strict=True)]
-    array = np.empty([stop - start for start, stop, _ in bounds], self.dtype)
+    shape = [stop - start for start, stop, _ in bounds]
+    # JAX on a processor keeps a well-aligned array as a buffer, which cannot be donated. This one
+    # begins one element after such a place.
+    array = np.empty(math.prod(shape) + 1, self.dtype)[1:].reshape(shape)
     for name, where, values in self.blocks(tuple(slice(*bound[:2]) for bound in bounds)):
       with np.errstate(over="ignore", invalid="ignore"):
         for dtype in self.through:

@@ -154,12 +154,17 @@ def _policy_params(folder: pathlib.Path, like):
   return found["params"]["policy"]
 
 
-def restore(directory: pathlib.Path, iteration: int, state):
-  """Returns the state that was saved after `iteration`, with the shardings of `state`.
+def restore(directory: pathlib.Path, iteration: int, like):
+  """Returns the state that was saved after `iteration`, on the devices.
+
+  Args:
+    directory: of the checkpoints.
+    iteration: as `saved_iterations` has it.
+    like: the shapes, dtypes and shardings of the state.
 
   Raises:
     Damaged: it cannot be read, or is not what was saved. All processes raise it if one does.
-    UserError: its arrays have other names or shapes than those of `state`.
+    UserError: its arrays have other names or shapes than those of `like`.
   """
   folder = directory.absolute() / str(iteration)
   shapes, record = _everywhere(_shapes_and_record)(folder)
@@ -170,14 +175,11 @@ def restore(directory: pathlib.Path, iteration: int, state):
     )
   if record["iteration"] != iteration:
     raise Damaged(f"its folder holds the one after iteration {record['iteration']}")
-  _check_shapes(directory, shapes, _shapes(jax.eval_shape(lambda: jax.tree.map(_bits, state))))
-  target = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
-  )
+  _check_shapes(directory, shapes, _shapes(jax.eval_shape(lambda state: jax.tree.map(_bits, state), like)))
   # The handler is called directly: with the manager the other processes would wait for one that
   # cannot read.
   found = _everywhere(ocp.StandardCheckpointHandler().restore)(
-    folder / _ITEM, args=ocp.args.StandardRestore(target)
+    folder / _ITEM, args=ocp.args.StandardRestore(like)
   )
   differing = [name for name, x in digests(found).items() if record["digests"].get(name) != x]
   if differing:

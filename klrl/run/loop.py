@@ -35,16 +35,23 @@ class Interrupted(Exception):
 def restore_or_init(workdir: pathlib.Path, state, *, keep: int):
   """Returns (iterations done, state) of the newest whole checkpoint in `workdir`, or (0, `state`).
 
-  A damaged checkpoint is named and set aside, and the one before is taken.
+  A damaged checkpoint is named and set aside, and the one before is taken. Where there is any, the
+  arrays of `state` are freed before one is read, so that no device holds two states.
 
   Raises:
     UserError: all checkpoints are damaged, or one is of another model. `keep` is in the message.
   """
   directory = workdir / "checkpoints"
   damages = {}
-  for done in processes.on_writer(checkpoint.saved_iterations)(directory):
+  saved = processes.on_writer(checkpoint.saved_iterations)(directory)
+  like = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+  )
+  if saved:
+    jax.tree.map(lambda leaf: leaf.delete(), state)
+  for done in saved:
     try:
-      restored = checkpoint.restore(directory, done, state)
+      restored = checkpoint.restore(directory, done, like)
     except checkpoint.Damaged as damage:
       damages[done] = f"The checkpoint after iteration {done} in {directory} is damaged: {damage}."
     else:
