@@ -169,7 +169,7 @@ def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts:
   )
   params = parallel.put_once(mesh, models.policy_params)
   score = judging.make_completion_score_fn(
-    mesh, task.rewards, models.reward_model, models.reward_params
+    mesh, task.rewards, models.reward_model, models.reward_params, rows_at_once=_CHUNK
   )
   # Several processes share arrays only in compiled programs.
   gold = programs.make_gold_fn(prompts, models.tokenizer)

@@ -181,6 +181,8 @@ def train_on_pairs(config: Config, workdir: pathlib.Path, start: Start) -> dict:
     score=start.score,
     verifier=start.verifier,
     num_interim_rows=config.interim_rows(),
+    drawn_at_once=config.drawn_at_once(),
+    read_at_once=config.read_at_once(),
   )
   before = judge(join(frozen, params), when="before")
   evaluation.step_zero_checks(before.evaluation, starts_as_reference=True, dtype=config.dtype)

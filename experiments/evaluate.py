@@ -183,6 +183,7 @@ def judgement(config: Config, sources: inputs.Sources, name: str) -> dict[str, A
   trained = parallel.put_once(mesh, {"policy": models.policy_params})
   base = parallel.put_once(mesh, models.base)
   scores = task.rewards or models.reward_model is not None
+  rows_at_once = config.eval_batch_size or config.num_eval_rows
   judge = judging.make_judge(
     config,
     mesh,
@@ -194,12 +195,18 @@ def judgement(config: Config, sources: inputs.Sources, name: str) -> dict[str, A
     max_completion_len=task.max_completion_len,
     temperature=config.temperature,
     score=judging.make_completion_score_fn(
-      mesh, task.rewards, models.reward_model, models.reward_params
+      mesh,
+      task.rewards,
+      models.reward_model,
+      models.reward_params,
+      rows_at_once=rows_at_once,
     )
     if scores
     else None,
     verifier=task.verifier,
     num_interim_rows=config.num_eval_rows,
+    drawn_at_once=rows_at_once,
+    read_at_once=rows_at_once,
   ).judge
   found = judge(join(base, trained)["policy"], when=name)
   return {

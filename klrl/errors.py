@@ -98,7 +98,8 @@ def memory_message(error: BaseException, held: str = "") -> str | None:
   size = f" ({int(number[1]) / 2**30:.1f} GiB at once)" if number else ""
   return (
     f"The memory does not hold this: {said}{size}.{held} --accumulation=K, --remat=full and "
-    "--mesh=fsdp=N over more devices need less memory for the same result. A smaller "
+    "--mesh=fsdp=N over more devices need less memory for the same result, and so does a smaller "
+    "--eval_batch_size while a policy is judged. A smaller "
     "--batch_size, shorter completions, --dtype=bfloat16 and --lora_rank need less too, but change "
     "the result. --dry_run says what a run needs."
   )

@@ -8,6 +8,8 @@ For each policy the judge draws
   as fit into the same number of rows.
 
 From the reference it draws one completion for each row, once, for the KL in the other direction.
+Models compute all of this for a part of the rows at once, so that the devices need no more memory
+than for training.
 
 While a policy trains, the judge draws one completion for each of fewer rows, and nothing else.
 """
@@ -27,6 +29,8 @@ from klrl.run import progress
 from klrl.sampling import beginning_with, make_greedy_fn, make_sample_fn
 from klrl.tasks import data, reward_calls, rewards
 from klrl.tasks.verifier import Verifier, right
+
+_PARTS = 2**16  # The noise of the parts after the first is counted from here.
 
 
 class Judgement(NamedTuple):
@@ -105,6 +109,8 @@ def make_judge(
   score: Callable | None,
   verifier: Verifier | None,
   num_interim_rows: int,
+  drawn_at_once: int,
+  read_at_once: int,
   prefill: Sequence[int] = (),
 ) -> Judge:
   """Returns the judge of a run; everything is compiled once.
@@ -126,9 +132,11 @@ def make_judge(
     held_out: the prompts.
     max_completion_len: the limit of every completion, in tokens.
     temperature: of sampling, and of every log-prob.
-    score: score(rollout, texts, records) -> [B], or None. There may be fewer texts than rows.
+    score: score(rollout, texts, records) -> [B], or None.
     verifier: of the task, or None.
     num_interim_rows: of `evaluate`, at most `num_eval_rows`.
+    drawn_at_once: completions that a model draws at once. Each such part has noise of its own.
+    read_at_once: completions that models read at once.
     prefill: tokens with which every completion begins.
   """
   progress.console.print("Compiling what judges the policy on held-out prompts ...")
@@ -137,61 +145,67 @@ def make_judge(
   num_prompts, k = len(held_out.tokens), config.eval_completions
   rows = np.arange(config.num_eval_rows) % num_prompts
   interim_rows = rows[:num_interim_rows]
-  # Both draws have the same number of rows, so that one compiled function serves both.
   repeated = np.repeat(np.arange(min(num_prompts, max(1, config.num_eval_rows // k))), k)
-  padded = np.resize(repeated, max(len(repeated), len(rows)))
   programs = make_judge_programs(mesh, policy, reference, tokenizer, max_completion_len, prefill)
 
   def prompts_of(rows):
-    return parallel.put((held_out.tokens[rows], held_out.mask[rows]), parallel.replicated(mesh))
+    return held_out.tokens[rows], held_out.mask[rows]
 
   def records_of(rows):
     return [held_out.records[row] for row in rows]
 
+  def draw(sample, params, rows, noise):
+    def of_part(first, part):
+      own = jax.random.fold_in(noise, _PARTS + first) if first else noise
+      return sample(params, *part, own, temperature=temperature)
+
+    return _in_parts(mesh, of_part, prompts_of(rows), drawn_at_once)
+
+  def read(program, *params_of_both, rollout):
+    def of_part(_, part):
+      return program(*params_of_both, part, temperature=temperature)
+
+    return _in_parts(mesh, of_part, rollout, read_at_once)
+
   @functools.cache
-  def drawn(num_rows):
-    """Returns the prompts of the first rows, and completions of the reference, if there is one."""
-    prompts = prompts_of(rows[:num_rows])
-    if reference is None:
-      return prompts, None
+  def of_reference(num_rows):
+    """Returns a completion of the reference for each of the first rows."""
     noise = jax.random.fold_in(key, 1)
-    return prompts, programs.sample_reference(
-      reference_params, *prompts, noise, temperature=temperature
-    )
+    return draw(programs.sample_reference, reference_params, rows[:num_rows], noise)
 
   def texts_of(rollout, records):
-    return data.with_prefill(data.completion_texts(tokenizer, jax.device_get(rollout)), records)
+    return data.with_prefill(data.completion_texts(tokenizer, rollout), records)
 
-  def read(rollout, rows):
-    """Returns texts, scores and gold scores of the first rows of a rollout."""
+  def scored(rollout, rows):
+    """Returns texts, scores and gold scores of a rollout."""
     records = records_of(rows)
     texts = texts_of(rollout, records)
-    # The reward model is compiled for one shape, so it gets the whole rollout.
-    scores = score and np.asarray(score(rollout, texts, records))[: len(rows)]
+    scores = score and np.asarray(score(rollout, texts, records))
     return texts, scores, verifier and right(verifier, texts, records)
 
   def evaluated(params, rows):
     """Returns an evaluation of one completion of each row, its texts and scores, and figures."""
-    prompts, of_reference = drawn(len(rows))
-    rollout = programs.sample(params, *prompts, key, temperature=temperature)
-    found = programs.evaluate(params, reference_params, rollout, temperature=temperature)
-    texts, scores, gold = read(rollout, rows)
+    rollout = draw(programs.sample, params, rows, key)
+    found = read(programs.evaluate, params, reference_params, rollout=rollout)
+    texts, scores, gold = scored(rollout, rows)
     figures = evaluation.figures(found, scores, gold, texts, rows)
     if reference is not None:
-      kl = programs.evaluate_reference(
-        reference_params, params, of_reference, temperature=temperature
-      ).kl_exact
-      figures |= evaluation.kl_figures("kl_ref_forward", kl, of_reference.completion_mask, rows)
+      rollout = of_reference(len(rows))
+      back = read(programs.evaluate_reference, reference_params, params, rollout=rollout)
+      mask = rollout.completion_mask
+      figures |= evaluation.kl_figures("kl_ref_forward", back.kl_exact, mask, rows)
     return found, (scores, gold, texts), figures
 
   def other_figures(params):
-    distinct, (prompts, _) = rows[:num_prompts], drawn(len(rows))
-    _, *found = read(programs.greedy(params, *prompts), distinct)
+    distinct = rows[:num_prompts]
+    rollout = _in_parts(
+      mesh, lambda _, part: programs.greedy(params, *part), prompts_of(distinct), drawn_at_once
+    )
+    _, *found = scored(rollout, distinct)
     for name, x in zip(("score_greedy", "gold_greedy"), found, strict=True):
       yield evaluation.mean_and_stderr(name, x, distinct)
     if verifier is not None:
-      noise = jax.random.fold_in(key, 2)
-      rollout = programs.sample(params, *prompts_of(padded), noise, temperature=temperature)
+      rollout = draw(programs.sample, params, repeated, jax.random.fold_in(key, 2))
       records = records_of(repeated)
       yield evaluation.repeated_figures(verifier, texts_of(rollout, records), records, k)
 
@@ -206,13 +220,33 @@ def make_judge(
   return Judge(judge, lambda params: evaluated(params, interim_rows)[-1])
 
 
+def _in_parts(mesh, fn: Callable, arrays, rows_at_once: int):
+  """Returns fn(first row, part) of all parts of `arrays` [B, ...], as one tree on the host.
+
+  Each part is `rows_at_once` rows, so that fn is compiled once; the last has some rows again to be
+  as many. Each device gets all of a part.
+  """
+  num_rows = len(jax.tree.leaves(arrays)[0])
+
+  def of_part(rows):
+    part = jax.tree.map(lambda x: x[rows], arrays)
+    return fn(rows[0], parallel.put(part, parallel.replicated(mesh)))
+
+  return parallel.in_chunks(of_part, num_rows, rows_at_once)
+
+
 def make_completion_score_fn(
-  mesh, weighted: list[rewards.Reward], reward_model: ScalarModel | None, reward_params
+  mesh,
+  weighted: list[rewards.Reward],
+  reward_model: ScalarModel | None,
+  reward_params,
+  *,
+  rows_at_once: int,
 ) -> Callable[..., np.ndarray]:
   """Returns score(rollout, texts, records) -> [B], the weighted sum of rewards.
 
   Without rewards it is the score of the reward model, and without that it is 0. Only the rewards
-  read the texts. The devices of `mesh` share the rows of a rollout.
+  read the texts. The devices of `mesh` share the rows of a rollout, `rows_at_once` at once.
   """
 
   def model_score(params, rollout):
@@ -227,14 +261,13 @@ def make_completion_score_fn(
   )
 
   def score(rollout, texts, records):
-    model_scores = None
+    model_scores, rollout = None, jax.device_get(rollout)
     if reads_model:
-      model_scores = parallel.fetch(model_score(reward_params, rollout))
+      model_scores = _in_parts(
+        mesh, lambda _, part: model_score(reward_params, part), rollout, rows_at_once
+      )
     if weighted:
-      # There may be fewer texts than rows.
-      model_scores = model_scores[: len(texts)] if reads_model else None
-      ids = data.token_ids(jax.device_get(rollout))
-      ids = reward_calls.Ids(*(rows[: len(texts)] for rows in ids))
+      ids = reward_calls.Ids(*data.token_ids(rollout))
       return rewards.shared_scores(weighted, records, texts, model_scores, ids)[0]
     return np.zeros(rollout.finished.shape, np.float32) if model_scores is None else model_scores
 

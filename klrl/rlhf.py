@@ -112,7 +112,11 @@ def make_judge(setup: Setup) -> judging.Judge:
   config, models, task = setup.config, setup.models, setup.task
   mesh, frozen = setup.mesh, setup.frozen
   score = judging.make_completion_score_fn(
-    mesh, task.rewards, models.reward_model, frozen["reward_model"]
+    mesh,
+    task.rewards,
+    models.reward_model,
+    frozen["reward_model"],
+    rows_at_once=config.read_at_once(),
   )
   judge, evaluate = judging.make_judge(
     config,
@@ -127,6 +131,8 @@ def make_judge(setup: Setup) -> judging.Judge:
     score=score,
     verifier=task.verifier,
     num_interim_rows=config.interim_rows(),
+    drawn_at_once=config.drawn_at_once(),
+    read_at_once=config.read_at_once(),
     prefill=task.prefill,
   )
 

@@ -187,6 +187,7 @@ CASES = {
     "reward_model": Case("other_reward_model", JUDGED | {"reward": ""}),
     "max_completion_len": Case(2, JUDGED),
     "num_eval_rows": Case(6, JUDGED),
+    "eval_batch_size": Case(3, JUDGED),
     "eval_completions": Case(2, JUDGED),
     "num_samples": Case(1, JUDGED),
     "data_seed": Case(1, JUDGED | {"held_out": True}),
@@ -353,13 +354,15 @@ def replace_in_evaluate(patch, noted):
     told = [getattr(config, name) for name in names]
     told += [str(mesh), str(policy.config.dtype), prompts.tokens, prompts.records]
     told += [more["max_completion_len"], more["temperature"], more["score"], tokenizer.eos_ids]
+    told += [more["drawn_at_once"], more["read_at_once"]]
 
     def judge(judged, *, when):
       noted(returns=Enough)(told, numbers(params), numbers(judged), when)
 
     return judging.Judge(judge, None)
 
-  def score_fn(mesh, rewards, model, params):
+  def score_fn(mesh, rewards, model, params, *, rows_at_once):
+    del rows_at_once
     return [reward.fn(["1+1="], ["27"]) for reward in rewards], numbers(params)
 
   patch.setattr(judging, "make_judge", make_judge)

@@ -96,6 +96,7 @@ CHAT = {
 EVALUATION = {
   "num_eval_rows": Case(6, EMBEDDED, "judgement"),
   "eval_completions": Case(3, EMBEDDED, "judgement"),
+  "eval_batch_size": Case(3, EMBEDDED, "judgement"),
   "num_samples": Case(1, EMBEDDED, "judgement"),
   "eval_every": Case(2, shows_in="evaluations"),
   "num_interim_rows": Case(3, shows_in="judgement"),
@@ -577,8 +578,8 @@ def judgement_of(run: Run):
   (config, *_, tokenizer, held_out), more = run.judge
   names = ["seed", "num_eval_rows", "eval_completions", "num_samples"]
   prompts = [record["prompt"] for record in held_out.records]
-  told = (more.get(name) for name in ("max_completion_len", "num_interim_rows", "prefill"))
-  told = *told, tokenizer.eos_ids
+  told = ("max_completion_len", "num_interim_rows", "drawn_at_once", "read_at_once", "prefill")
+  told = *(more.get(name) for name in told), tokenizer.eos_ids
   return [getattr(config, name) for name in names], prompts, told
 
 

@@ -56,6 +56,8 @@ def make_judge(
   score=None,
   verifier=arithmetic.VERIFIER,
   num_interim_rows=8,
+  drawn_at_once=None,
+  read_at_once=None,
   **changes,
 ):
   settings = {"seed": 0, "num_eval_rows": 16, "num_samples": 2, "eval_completions": 4, **changes}
@@ -72,6 +74,8 @@ def make_judge(
     score=score,
     verifier=verifier,
     num_interim_rows=num_interim_rows,
+    drawn_at_once=drawn_at_once or settings["num_eval_rows"],
+    read_at_once=read_at_once or settings["num_eval_rows"],
   )
 
 
@@ -84,10 +88,18 @@ def logits_of(model, seed, prompt=0):
   return oracle.decoder_logits(model, make_params(model, seed), TREE, tokens)
 
 
-@pytest.mark.parametrize(("reference", "temperature"), [(POLICY, 1.5), (NARROW, 1.0)])
-def test_both_kls_are_those_of_the_enumeration(reference, temperature):
+@pytest.mark.parametrize(
+  ("reference", "temperature", "parts"), [(POLICY, 1.5, (300, 100)), (NARROW, 1.0, (ROWS, ROWS))]
+)
+def test_both_kls_are_those_of_the_enumeration(reference, temperature, parts):
   judge = make_judge_fn(
-    COPIES, reference=reference, temperature=temperature, verifier=None, num_eval_rows=ROWS
+    COPIES,
+    reference=reference,
+    temperature=temperature,
+    verifier=None,
+    num_eval_rows=ROWS,
+    drawn_at_once=parts[0],
+    read_at_once=parts[1],
   )
   figures = judge(make_params(POLICY, 0), when="after").figures
   seed = REFERENCE_SEEDS[reference.config.width]
@@ -120,7 +132,7 @@ def test_the_most_likely_completion_is_greedy_and_wins_the_vote():
   verifier = Verifier(lambda text: text, lambda text, record: text == expected[record["prompt"]])
   judge = make_judge_fn(
     verifier=verifier,
-    score=lambda rollout, texts, records: np.arange(224.0),
+    score=lambda rollout, texts, records: np.arange(float(len(texts))),
     temperature=0.2,
     num_eval_rows=224,
     eval_completions=32,
@@ -180,6 +192,45 @@ def test_a_judge_says_the_same_each_time(judge):
   assert [sample["when"] for sample in first.samples] == ["before"] * 2
 
 
+def test_models_compute_a_part_of_the_rows_at_once_and_draw_each_anew(monkeypatch):
+  seen, scored = collections.Counter(), []
+
+  def counted(program):
+    def of_rows(*arguments, **named):
+      found = program(*arguments, **named)
+      seen[len(jax.tree.leaves(found)[0])] += 1
+      return found
+
+    return of_rows
+
+  make_programs = judging.make_judge_programs
+
+  def counting(*arguments):
+    return judging.Programs(*map(counted, make_programs(*arguments)))
+
+  monkeypatch.setattr(judging, "make_judge_programs", counting)
+
+  def score(rollout, texts, records):
+    scored.append(len(texts))
+    return np.array([len(text) for text in texts], float)
+
+  prompts = data.Prompts(*(x[:16] for x in COPIES[:3]))
+  parts, whole = (
+    make_judge_fn(prompts, score=score, drawn_at_once=drawn, read_at_once=read)(
+      make_params(POLICY, 0), when="after"
+    )
+    for drawn, read in ((6, 4), (16, 16))
+  )
+  # One completion of each row by both models, the likeliest, and four of some prompts are drawn in
+  # three parts; the first two are read in four parts. The other judge does each at once.
+  assert seen == {6: 4 * 3, 4: 2 * 4, 16: 6} and scored == [16] * 4
+  tokens = parts.evaluation.rollout.tokens
+  np.testing.assert_array_equal(tokens[:6], whole.evaluation.rollout.tokens[:6])
+  assert len(tokens) == 16 and np.any(tokens[:6] != tokens[6:12])
+  for name in ("score_greedy", "gold_greedy"):
+    assert parts.figures[name] == whole.figures[name]
+
+
 def test_while_it_trains_fewer_rows_are_drawn_with_the_same_noise():
   few = make_judge(num_eval_rows=14, num_interim_rows=7)
   figures = few.evaluate(make_params(POLICY, 0))
@@ -207,25 +258,21 @@ def test_a_completion_is_scored_by_function_else_by_model_else_0(judge):
   model = scalar_model(CONFIG)
   params = scalar_params_from(make_params(POLICY, 0))
   params["head"] = jnp.ones_like(params["head"])
+  make_score = functools.partial(judging.make_completion_score_fn, MESH, rows_at_once=5)
   texts, records = [str(i) for i in range(16)], [{"prompt": ""}] * 16
 
   def reward_fn(prompts, completions):
     return [float(text) for text in completions]
 
   own = rewards.Reward("own", 2.0, reward_fn)
-  of_function = judging.make_completion_score_fn(MESH, [own], model, params)
+  of_function = make_score([own], model, params)
   np.testing.assert_array_equal(of_function(rollout, texts, records), 2 * np.arange(16))
-  of_model = judging.make_completion_score_fn(MESH, [], model, params)(rollout, None, None)
+  of_model = make_score([], model, params)(rollout, None, None)
   mask = np.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)
   np.testing.assert_allclose(of_model, model.scores(params, rollout.tokens, mask), rtol=1e-5)
   assert np.ptp(of_model) > 0
   both = [own, rewards.Reward(rewards.MODEL, -1.0, None)]
-  of_both = judging.make_completion_score_fn(MESH, both, model, params)(rollout, texts, records)
+  of_both = make_score(both, model, params)(rollout, texts, records)
   np.testing.assert_allclose(of_both, 2 * np.arange(16) - of_model, rtol=1e-5)
-  # The greedy completions of a few prompts are fewer than the rows that they are padded to.
-  of_few = judging.make_completion_score_fn(MESH, both, model, params)(
-    rollout, texts[:5], records[:5]
-  )
-  np.testing.assert_allclose(of_few, of_both[:5], rtol=1e-5)
-  of_nothing = judging.make_completion_score_fn(MESH, [], None, None)(rollout, None, None)
+  of_nothing = make_score([], None, None)(rollout, None, None)
   np.testing.assert_array_equal(of_nothing, np.zeros(16))

@@ -167,7 +167,13 @@ def embedded_start(config) -> Start:
   models = inputs.load_models(embedded.sources(), **training.model_directories(embedded))
   task = inputs.load_task(embedded.sources(), models)
   mesh = parallel.make_mesh(config.mesh)
-  score = judging.make_completion_score_fn(mesh, None, models.reward_model, models.reward_params)
+  score = judging.make_completion_score_fn(
+    mesh,
+    None,
+    models.reward_model,
+    models.reward_params,
+    rows_at_once=config.read_at_once(),
+  )
   programs = judging.make_judge_programs(
     mesh, models.policy, None, models.tokenizer, task.max_completion_len
   )

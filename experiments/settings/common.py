@@ -319,6 +319,12 @@ class JudgeFields:
     "tasks whose answers can be checked",
     minimum=1,
   )
+  eval_batch_size: int = setting(
+    0,
+    "completions that a model draws at once where it is judged; 0: as many as --batch_size but at "
+    "least 128, and all of them in experiments.evaluate",
+    minimum=0,
+  )
   num_samples: int = setting(8, "completions shown in the report", minimum=0)
 
 
@@ -350,6 +356,14 @@ class EvaluationFields(JudgeFields):
     for name in ("num_interim_rows", "keep_best"):
       if getattr(self, name) and not self.eval_every:
         raise UserError(f"--{name} is set, but nothing reads it with --eval_every=0.")
+
+  def drawn_at_once(self) -> int:
+    """Returns how many completions a model draws at once when it is judged."""
+    return min(self.eval_batch_size or max(self.batch_size, _INTERIM_ROWS), self.num_eval_rows)
+
+  def read_at_once(self) -> int:
+    """Returns how many completions models read at once: a part, as a gradient is in parts."""
+    return -(-self.drawn_at_once() // self.accumulation)
 
   def interim_rows(self) -> int:
     """Returns how many completions an evaluation draws while the policy trains."""

@@ -275,17 +275,20 @@ def _judge_reports(setup, trained, *, beside) -> list[dict[str, Any]]:
     mesh, models.policy, models.reference, tokenizer, horizon, task.prefill
   )
   params = join(setup.frozen["base"], trained)["policy"]
-  shape = setup.config.num_eval_rows, task.held_out.tokens.shape[1]
-  prompts, mask = (
-    jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.replicated(mesh))
-    for dtype in (jnp.int32, jnp.bool_)
-  )
+  config = setup.config
+
+  def prompts(num_rows):
+    shape, sharding = (num_rows, task.held_out.tokens.shape[1]), parallel.replicated(mesh)
+    dtypes = jnp.int32, jnp.bool_
+    return [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes]
+
   key = jax.eval_shape(lambda: jax.random.key(0))
-  on, options = (mesh, setup.config.topology), {"temperature": setup.config.temperature}
+  on, options = (mesh, config.topology), {"temperature": config.temperature}
   # It holds all of this, of which a program reads a part.
   report = functools.partial(_report, beside=(beside, setup.frozen), **options)
-  draw = report("judge_draw", judge.sample, on, params, prompts, mask, key)
-  rollout = jax.eval_shape(judge.sample, params, prompts, mask, key, **options)
+  drawn, read = prompts(config.drawn_at_once()), prompts(config.read_at_once())
+  draw = report("judge_draw", judge.sample, on, params, *drawn, key)
+  rollout = jax.eval_shape(judge.sample, params, *read, key, **options)
   rollout = jax.tree.map(lambda x: x.update(sharding=parallel.replicated(mesh)), rollout)
   reference = setup.frozen["reference"]
   return [draw, report("judge_evaluate", judge.evaluate, on, params, reference, rollout)]
@@ -320,8 +323,8 @@ def _report(name: str, program, on, *arguments, beside=(), **named) -> dict[str,
       raise UserError(f"The compiler fails at the program `{name}`: {lines[-1][:500]}") from error
     raise UserError(
       f"The program `{name}` does not fit on a device: {' '.join(lines[:2])} Use --lora_rank, "
-      "--remat=full, --accumulation, --dtype=bfloat16, a smaller --batch_size, or --mesh with "
-      "more devices on fsdp."
+      "--remat=full, --accumulation, --dtype=bfloat16, a smaller --batch_size or "
+      "--eval_batch_size, or --mesh with more devices on fsdp."
     ) from error
   seconds = time.monotonic() - began
   found = hlo.costs(text, dict(mesh.shape))

@@ -175,7 +175,8 @@ def restore(directory: pathlib.Path, iteration: int, like):
     )
   if record["iteration"] != iteration:
     raise Damaged(f"its folder holds the one after iteration {record['iteration']}")
-  _check_shapes(directory, shapes, _shapes(jax.eval_shape(lambda state: jax.tree.map(_bits, state), like)))
+  whole = jax.eval_shape(lambda state: jax.tree.map(_bits, state), like)
+  _check_shapes(directory, shapes, _shapes(whole))
   # The handler is called directly: with the manager the other processes would wait for one that
   # cannot read.
   found = _everywhere(ocp.StandardCheckpointHandler().restore)(
