@@ -93,6 +93,10 @@ class Config(rl.SurrogateConfig):
         "completions. Use a KL in the loss, which is fresh in every minibatch."
       )
 
+  def prompts_per_iteration(self) -> int:
+    """Returns the number of groups, each of which has one prompt."""
+    return self.batch_size // self.group_size
+
   def algorithm(self) -> Algorithm:
     return dataclasses.replace(
       super().algorithm(),

@@ -321,8 +321,8 @@ class JudgeFields:
   )
   eval_batch_size: int = setting(
     0,
-    "completions that a model draws at once where it is judged; 0: as many as --batch_size but at "
-    "least 128, and all of them in experiments.evaluate",
+    "completions that a model draws at once where it is judged; 0: as many as an iteration has "
+    "prompts but at least 128, and all of them in experiments.evaluate",
     minimum=0,
   )
   num_samples: int = setting(8, "completions shown in the report", minimum=0)
@@ -357,9 +357,14 @@ class EvaluationFields(JudgeFields):
       if getattr(self, name) and not self.eval_every:
         raise UserError(f"--{name} is set, but nothing reads it with --eval_every=0.")
 
+  def prompts_per_iteration(self) -> int:
+    """Returns how many prompts, whose cache a device holds at once, an iteration has."""
+    return self.batch_size
+
   def drawn_at_once(self) -> int:
     """Returns how many completions a model draws at once when it is judged."""
-    return min(self.eval_batch_size or max(self.batch_size, _INTERIM_ROWS), self.num_eval_rows)
+    enough = self.eval_batch_size or max(self.prompts_per_iteration(), _INTERIM_ROWS)
+    return min(enough, self.num_eval_rows)
 
   def read_at_once(self) -> int:
     """Returns how many completions models read at once: a part, as a gradient is in parts."""
