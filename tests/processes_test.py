@@ -333,10 +333,37 @@ processes.connect()
 """
 
 
+def test_a_process_that_counts_others_than_process_0_is_refused(tmp_path):
+  told = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
+  code = ["-c", "from klrl.devices import processes; processes.connect()"]
+  both = [
+    start(tmp_path, code, **told, JAX_NUM_PROCESSES=count, JAX_PROCESS_ID=index)
+    for count, index in (("2", "0"), ("3", "1"))
+  ]
+  for process in both:
+    assert "Process 1 has number of processes 3 and not 2" in finished(process, 1)
+
+
 def test_processes_of_different_code_are_refused(tmp_path):
   for printed in two(tmp_path, ["-c", OTHER], status=1):
     message = f"UserError: Process 1 has JAX 0.0 and not {jax.__version__} as process 0 has."
     assert message in printed
+
+
+def test_processes_of_different_flags_or_files_are_refused(inputs, tmp_path):
+  folders = [place(inputs, tmp_path / name) for name in "ab"]
+  prompts = (folders[1] / "prompts.jsonl").read_text().splitlines(keepends=True)
+  for folder in folders:
+    (folder / "flags").write_text(f"--workdir={tmp_path}/run\n")
+  command = ["-m", "experiments.reinforce", *OWN, *HOST, "--flagfile=flags"]
+  (folders[1] / "prompts.jsonl").write_text("".join(prompts[::-1]))
+  printed = several(folders, command, status=1)
+  assert "Error: Process 1 is not like process 0: the digest of prompts.jsonl is" in printed[0]
+  (folders[1] / "flags").write_text(f"--workdir={tmp_path}/run\n--beta=0.7\n")
+  printed = several(folders, command, status=1)
+  assert "Error: Process 1 is not like process 0: --beta is 0.7 and not " in printed[0]
+  assert "Traceback" not in "".join(printed)
+  assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize(

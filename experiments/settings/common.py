@@ -498,6 +498,8 @@ def launch(main, config_class, *, prepare=lambda: None, argument: str = "") -> N
         raise UserError(f"Unexpected argument {arguments[1]!r}; every setting is a --flag=value.")
       with troubles_told():
         config = config_from_flags(config_class)
+        fields = dataclasses.asdict(config)
+        processes.check_alike({f"--{name}": str(x) for name, x in fields.items()})
         check_machine(config)
         main(config)
     except PeerLost as error:

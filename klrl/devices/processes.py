@@ -107,24 +107,31 @@ def _seconds_to_meet() -> int:
 
 
 def _check_same_code() -> None:
-  """Raises UserError in all processes if one has another klrl, JAX or Python than process 0.
+  """Raises UserError if a process has another klrl, JAX or Python than process 0.
+
+  So it does if one was told another number of processes.
 
   Different programs would wait for each other for ever. So nothing is computed to find this out:
   the processes leave their versions where they met.
   """
   met = distributed.global_state
-  met.client.key_value_set(f"klrl/versions/{met.process_id}", json.dumps(_versions()))
-  first, *others = (
-    json.loads(met.client.blocking_key_value_get(f"klrl/versions/{i}", 1000 * _SECONDS_TO_COMPARE))
-    for i in range(met.num_processes)
-  )
-  for i, other in enumerate(others, start=1):
+  own = _versions() | {"number of processes": str(met.num_processes)}
+  met.client.key_value_set(f"klrl/versions/{met.process_id}", json.dumps(own))
+
+  def of(i):
+    key = f"klrl/versions/{i}"
+    return json.loads(met.client.blocking_key_value_get(key, 1000 * _SECONDS_TO_COMPARE))
+
+  first = of(0)
+  for i in range(1, met.num_processes):
+    other = of(i)
     differing = [
       f"{x} {other.get(x)} and not {first[x]}" for x in first if other.get(x) != first[x]
     ]
     if differing:
       raise UserError(
-        f"Process {i} has {', '.join(differing)} as process 0 has. Install the same on every host."
+        f"Process {i} has {', '.join(differing)} as process 0 has. Install the same on every host, "
+        "and start as many processes as each is told."
       )
 
 
@@ -189,9 +196,9 @@ def _told_while_waiting(seconds: int):
 
   def say(text):
     text = (
-      f"This process has waited {text} for the others at {_address()}. Have all been started, is "
+      f"This process has waited {text} for the others at {_address()}. Have all been started, each "
+      "with an index of its own, is process 0 there, and is that port reachable and free?"
     )
-    text += "process 0 there, and is that port reachable and free?"
     print(text, file=sys.stderr, flush=True)
 
   def give_up():
@@ -347,6 +354,32 @@ def on_writer(fn: Callable) -> Callable:
     return _broadcast(found, 0)
 
   return call
+
+
+def check_alike(own: dict[str, str]) -> None:
+  """Raises UserError in all processes if one has other values in `own` than process 0.
+
+  All processes must call it, with {what it is: its value}. What differs is named.
+  """
+  if is_alone():
+    return
+  first = _broadcast(own, 0)
+  differing = [
+    f"{name} is {own.get(name, 'missing')} and not {first.get(name, 'missing')}"
+    for name in sorted(first.keys() | own.keys())
+    if first.get(name) != own.get(name)
+  ]
+
+  @together
+  def refuse():
+    if differing:
+      more = f", and {len(differing) - 3} more differ" if len(differing) > 3 else ""
+      raise UserError(
+        f"Process {jax.process_index()} is not like process 0: {', '.join(differing[:3])}{more}. "
+        "Give all processes the same flags, and the same content of all files."
+      )
+
+  refuse()
 
 
 def in_shares(fn: Callable[[slice], np.ndarray], num_rows: int, *, unit: int = 1) -> np.ndarray:

@@ -23,6 +23,7 @@ _FIELDS = ("policy", "reference", "reward_model", "value_model", "teacher")
 _FIELDS += ("prompts", "data", "pretrain_data", "chat_template")
 _SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt")  # of a model's files
 _OF_DATA = (".parquet", ".arrow")
+_BLOCKS, _BLOCK = 64, 2**16  # of an outline, and bytes of each
 _RULES = {
   "files": schema.object_of(schema.object_of(schema.text(64))),
   "accepted": schema.list_of(schema.text()),
@@ -49,6 +50,22 @@ def digests(paths: Iterable[str]) -> dict[str, dict[str, str]]:
   with concurrent.futures.ThreadPoolExecutor() as pool:  # A disk is faster than one hash.
     found = dict(zip(every, pool.map(_digest, every), strict=True))
   return {path: {name: found[file] for name, file in some.items()} for path, some in files.items()}
+
+
+def outlines(paths: Iterable[str]) -> dict[str, str]:
+  """Returns {file: digest}, as `digests` of the same paths, but of weights only of a part.
+
+  So each of many processes can compute it. Of a file of weights its size is in the digest, and
+  64 blocks of 64 KiB that are spread over it.
+  """
+  files = {path: _files(pathlib.Path(path)) for path in paths}
+  return {
+    path if name == pathlib.Path(path).name else f"{path}/{name}": (
+      _outline(file) if file.suffix == ".safetensors" else _digest(file)
+    )
+    for path, some in files.items()
+    for name, file in some.items()
+  }
 
 
 def differing(recorded: dict, present: dict) -> list[str]:
@@ -135,6 +152,16 @@ def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
 def _digest(path: pathlib.Path) -> str:
   seen = path.stat()
   return _digest_of(path.absolute(), seen.st_size, seen.st_mtime_ns, seen.st_ino)
+
+
+def _outline(path: pathlib.Path) -> str:
+  size = path.stat().st_size
+  digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+  with path.open("rb") as file:
+    for i in range(_BLOCKS):
+      file.seek(max(0, size - _BLOCK) * i // (_BLOCKS - 1))
+      digest.update(file.read(_BLOCK))
+  return digest.hexdigest()
 
 
 @functools.cache  # Many members of a sweep have the same inputs.

@@ -117,13 +117,17 @@ def create_workdir(directory: pathlib.Path, experiment: str, config, *, read=())
     read: paths of files or models that were read besides those that fields of `config` name.
 
   Raises:
-    UserError: an input has changed since the run began, and this is not accepted.
+    UserError: an input has changed since the run began, and this is not accepted; or a process has
+      other inputs than process 0.
   """
   # No process may look for the folder after another has begun to write.
   processes.wait_for_all("looked at")
   directory.mkdir(parents=True, exist_ok=True)
   _remove_left(directory)
   _check_is_shared(directory)
+  if not processes.is_alone():
+    outlines = fingerprints.outlines({*fingerprints.paths_of(config), *read})
+    processes.check_alike({f"the digest of {file}": x for file, x in outlines.items()})
   inputs = _inputs(directory, config, read)
   fields = dataclasses.asdict(config)
   # It comes first: after a kill in here the folder is known as that of a run.
