@@ -88,12 +88,17 @@ def _is_longer(directory: pathlib.Path, before: int, config) -> bool:
   """Returns whether `config` continues the run of `before` iterations in `directory`.
 
   Raises:
-    UserError: it does, but a schedule has led the run towards its old end.
+    UserError: it does, but has no checkpoint to go on from, or a schedule has led the run towards
+      its old end.
   """
   if not (schema.integer(1).holds(before) and before < config.num_iterations):
     return False
-  if not checkpoint.saved_iterations(directory / "checkpoints"):
-    return False
+  checkpoints = directory / "checkpoints"
+  if not checkpoint.saved_iterations(checkpoints):
+    raise UserError(
+      f"The run in {directory} cannot be made longer, since {checkpoints} holds no checkpoint to go "
+      "on from. Put them back from a copy, or choose another --workdir."
+    )
   for name in ("learning_rate_schedule", "controller"):
     value = getattr(config, name, None)
     if value in ("linear", "cosine"):
