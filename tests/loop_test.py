@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import signal
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -336,6 +337,15 @@ def test_one_changed_bit_of_any_array_is_noticed(tmp_path):
       )
       np.testing.assert_array_equal(found, expected)
   assert 1 in named  # The other bytes are of what nobody reads.
+
+
+def test_what_a_failed_save_or_a_ctrl_c_leaves_behind_is_not_told():
+  errors = [RuntimeError("Event loop is closed"), KeyboardInterrupt(), RuntimeError("another")]
+  told = []
+  tell = checkpoint.without_leftovers(told.append)
+  for error in errors:
+    tell(types.SimpleNamespace(exc_value=error))
+  assert [unraisable.exc_value for unraisable in told] == errors[2:]
 
 
 def test_a_digest_sees_every_bit_and_place_and_no_device():

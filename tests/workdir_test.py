@@ -218,7 +218,7 @@ def test_but_not_where_it_was_led_to_its_end(tmp_path, name, value):
 def test_nor_without_a_checkpoint_to_go_on_from(tmp_path):
   config = begun(tmp_path)
   (tmp_path / "checkpoints/12").rmdir()
-  with pytest.raises(UserError, match="cannot be made longer, since .* holds no checkpoint"):
+  with pytest.raises(UserError, match="cannot be made longer, since"):
     find_workdir("ppo", dataclasses.replace(config, num_iterations=20))
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import os
 import pathlib
+import signal
 import sys
 from typing import Any, ClassVar
 
@@ -515,6 +516,8 @@ def launch(main, config_class, *, prepare=lambda: None, argument: str = "") -> N
       console.print("Interrupted. The same command goes on from what was saved.")
       sys.stdout.flush()
       os._exit(130)  # An orderly exit crashes where XLA is compiling.
+    # All is saved and said. Another Ctrl-C would only make the interpreter's own end fail.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if processes.is_alone():
       processes.leave_threads(status)
     sys.exit(status)

@@ -190,14 +190,16 @@ def restore(directory: pathlib.Path, iteration: int, like):
 
 
 def without_leftovers(hook):
-  """Returns a `sys.unraisablehook` that does not tell what a failed save leaves behind.
+  """Returns a `sys.unraisablehook` that does not tell what a failed save or a Ctrl-C leaves behind.
 
   Orbax ends its event loop when the first of its writes fails, which is raised. Each other write
-  then finds the loop closed, and would be told as a traceback of its own by `hook`.
+  then finds the loop closed, and would be told as a traceback of its own by `hook`. So would a
+  second Ctrl-C while a run that was stopped gives back its memory.
   """
 
   def tell(unraisable):
-    if str(unraisable.exc_value) != "Event loop is closed":
+    error = unraisable.exc_value
+    if not isinstance(error, KeyboardInterrupt) and str(error) != "Event loop is closed":
       hook(unraisable)
 
   return tell

@@ -96,8 +96,8 @@ def _is_longer(directory: pathlib.Path, before: int, config) -> bool:
   checkpoints = directory / "checkpoints"
   if not checkpoint.saved_iterations(checkpoints):
     raise UserError(
-      f"The run in {directory} cannot be made longer, since {checkpoints} holds no checkpoint to go "
-      "on from. Put them back from a copy, or choose another --workdir."
+      f"The run in {directory} cannot be made longer, since {checkpoints} holds no checkpoint to "
+      "go on from. Put them back from a copy, or choose another --workdir."
     )
   for name in ("learning_rate_schedule", "controller"):
     value = getattr(config, name, None)
