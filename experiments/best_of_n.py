@@ -33,7 +33,7 @@ from rich.table import Table
 from experiments.lab import laboratory
 from experiments.lab.best_of_n_page import pool_table, report, verdict
 from experiments.settings import common, rl, training
-from experiments.settings.common import setting
+from experiments.settings.common import again, setting
 from klrl import inputs, judging, ops, programs, schema
 from klrl.algorithm import completions
 from klrl.devices import parallel, unread
@@ -47,7 +47,8 @@ from klrl.tasks import data, verifier
 MAX_ENUMERATED = 100_000  # completions of one problem
 # Of the best policies, from the policy drawn from to where nothing but the highest score counts.
 BETAS = np.array([np.inf, *np.geomspace(16.0, 5e-4, 90)])
-_CHUNK = 2048  # completions drawn or scored at once
+# Completions that are drawn and scored at once, of the embedded task and of the user's model.
+_CHUNK, _CHUNK_OF_POLICY = 2048, 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,13 @@ class Config(common.LabConfig, common.PromptFields, common.ScoreFields, common.S
   compare: str = setting("", "folders of finished runs to show beside it, with commas between")
   policy: str = setting("", "model directory to draw from; default: the embedded SFT stage")
   temperature: float = setting(1.0, "of sampling", minimum=1e-3)
+  mesh: str = again(common.RunConfig, "mesh", default="")
+  eval_batch_size: int = setting(
+    0,
+    "completions that are drawn and scored at once; 0: 512 of --policy, and 2048 of the embedded "
+    "task",
+    minimum=0,
+  )
   init_seed: int = setting(0, "seed of the stages before", minimum=0)
   data_seed: int = setting(0, "seed of what is held out", minimum=0)
   accept_changed_inputs: bool = common.ACCEPT_CHANGED_INPUTS
@@ -82,6 +90,10 @@ class Config(common.LabConfig, common.PromptFields, common.ScoreFields, common.S
   def sizes(self) -> list[int]:
     """The values of n, each once, in order."""
     return sorted({int(part) for part in self.n.split(",")})
+
+  def drawn_at_once(self) -> int:
+    """Returns how many completions are drawn and scored at once."""
+    return self.eval_batch_size or (_CHUNK_OF_POLICY if self.policy else _CHUNK)
 
   def rl_config(self) -> rl.RLConfig:
     """Returns the settings of models and prompts, checked as those of an RL run are."""
@@ -163,13 +175,13 @@ def first_prompts(prompts: data.Prompts, num: int) -> data.Prompts:
 
 def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts: data.Prompts):
   """Returns scores and gold scores [P, N] of N completions of each prompt; gold may be None."""
-  mesh = parallel.make_mesh("")
+  mesh, at_once = parallel.make_mesh(config.mesh), config.drawn_at_once()
   judge = judging.make_judge_programs(
     mesh, models.policy, None, models.tokenizer, task.max_completion_len
   )
   params = parallel.put_once(mesh, models.policy_params)
   score = judging.make_completion_score_fn(
-    mesh, task.rewards, models.reward_model, models.reward_params, rows_at_once=_CHUNK
+    mesh, task.rewards, models.reward_model, models.reward_params, rows_at_once=at_once
   )
   # Several processes share arrays only in compiled programs.
   gold = programs.make_gold_fn(prompts, models.tokenizer)
@@ -197,7 +209,7 @@ def draw_pool(config: Config, models: inputs.Models, task: inputs.Task, prompts:
       )
     return tokens_of(rollout), scores, gold and gold(rollout, of)
 
-  tokens, scores, gold_scores = parallel.in_chunks(chunk, num_prompts * size, _CHUNK)
+  tokens, scores, gold_scores = parallel.in_chunks(chunk, num_prompts * size, at_once)
   if not task.rewards:
     # The same completion at another place of a batch may differ by rounding, and would not tie.
     rows = np.concatenate([np.arange(len(tokens))[:, None] // size, tokens], axis=1)

@@ -168,6 +168,8 @@ CASES = {
     "num_enumerated": Case(0, OWN_POLICY),
     "data_seed": Case(1, OWN_POLICY),
     "temperature": Case(0.25, OWN_POLICY),
+    "mesh": Case("data=2", OWN_POLICY),
+    "eval_batch_size": Case(4, OWN_POLICY),
     "compare": Case("run", OWN_POLICY),
     **chat_cases(OWN_POLICY),
   },
@@ -334,7 +336,15 @@ def replace_in_best_of_n(patch, noted):
   patch.setattr(sft, "main", noted(returns=pathlib.Path("policy")))
   patch.setattr(reward_model, "main", noted(returns=Enough))  # the last stage
   patch.setattr(best_of_n, "_CHUNK", 8)
+  patch.setattr(best_of_n, "_CHUNK_OF_POLICY", 8)
   patch.setattr(judging, "make_sample_fn", make_fake_sample_fn)
+  make_programs = judging.make_judge_programs
+
+  def programs_on(mesh, *more):
+    noted()(str(mesh))
+    return make_programs(mesh, *more)
+
+  patch.setattr(judging, "make_judge_programs", programs_on)
   patch.setattr(best_of_n, "bandit_figures", lambda _: [])
   patch.setattr(best_of_n, "enumerable", lambda *_: True)
   patch.setattr(best_of_n, "exact_figures", noted(returns={}))
