@@ -27,7 +27,7 @@ from klrl.devices import parallel
 from klrl.models import Policy, ScalarModel, TokenizerInfo
 from klrl.run import progress
 from klrl.sampling import beginning_with, make_greedy_fn, make_sample_fn
-from klrl.tasks import data, reward_calls, rewards
+from klrl.tasks import data, reward_calls, rewards, widths
 from klrl.tasks.verifier import Verifier, right
 
 _PARTS = 2**16  # The noise of the parts after the first is counted from here.
@@ -148,8 +148,12 @@ def make_judge(
   repeated = np.repeat(np.arange(min(num_prompts, max(1, config.num_eval_rows // k))), k)
   programs = make_judge_programs(mesh, policy, reference, tokenizer, max_completion_len, prefill)
 
+  # A prompt that is not judged makes none longer, unless a rotation is chosen by the width.
+  is_long = any(model is not None and model.config.short_len for model in (policy, reference))
+  width = held_out.mask.shape[1] if is_long else widths.longest(held_out.mask[rows, ::-1])
+
   def prompts_of(rows):
-    return held_out.tokens[rows], held_out.mask[rows]
+    return held_out.tokens[rows, -width:], held_out.mask[rows, -width:]
 
   def records_of(rows):
     return [held_out.records[row] for row in rows]

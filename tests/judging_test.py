@@ -231,6 +231,19 @@ def test_models_compute_a_part_of_the_rows_at_once_and_draw_each_anew(monkeypatc
     assert parts.figures[name] == whole.figures[name]
 
 
+def test_a_prompt_that_is_not_judged_makes_no_row_longer():
+  long = data.encode_prompts(
+    [*PROMPTS.records, {"prompt": "10+10+10="}], TOKENIZER, max_prompt_len=10
+  )
+  assert long.tokens.shape[1] > PROMPTS.tokens.shape[1]
+  judged = [
+    make_judge_fn(prompts, num_eval_rows=7)(make_params(POLICY, 0), when="after")
+    for prompts in (PROMPTS, long)
+  ]
+  first, other = (judgement.evaluation.rollout.tokens for judgement in judged)
+  np.testing.assert_array_equal(first, other)
+
+
 def test_while_it_trains_fewer_rows_are_drawn_with_the_same_noise():
   few = make_judge(num_eval_rows=14, num_interim_rows=7)
   figures = few.evaluate(make_params(POLICY, 0))

@@ -19,11 +19,16 @@ def below(widest: int) -> list[int]:
   return widths
 
 
+def longest(mask: np.ndarray) -> int:
+  """Returns how many columns hold what is real in `mask` [..., T], from its start."""
+  is_used = mask.reshape(-1, mask.shape[-1]).any(axis=0)
+  return len(is_used) - int(np.argmax(is_used[::-1]))
+
+
 def narrowest(widths: list[int], mask: np.ndarray) -> int:
   """Returns the least of `widths` that holds what is real in `mask` [..., T], from its start."""
-  is_used = mask.reshape(-1, mask.shape[-1]).any(axis=0)
-  longest = len(is_used) - np.argmax(is_used[::-1])
-  return min(width for width in widths if width >= longest)
+  needed = longest(mask)
+  return min(width for width in widths if width >= needed)
 
 
 def without_padding(batch: NamedTuple, short_len: int):
