@@ -9,7 +9,7 @@ import pytest
 
 from experiments import best_of_n, sft
 from experiments.lab import best_of_n_page
-from klrl import inputs
+from klrl import inputs, judging
 from klrl.errors import UserError
 from klrl.exact import bandits
 from klrl.models import save_policy, save_scalar, scalar_params_from
@@ -161,6 +161,33 @@ def test_a_pool_agrees_with_all_completions_of_its_problems(models):
     np.testing.assert_allclose(drawn[name], expected, atol=tolerance)
   assert exact["frontier"]["kl"][0] == pytest.approx(0, abs=1e-9)
   assert exact["frontier"]["score"][0] == pytest.approx(exact["best_of_n"]["score"][0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("settings", "at_once"),
+  [({"policy": "p"}, 512), ({"eval_batch_size": 20}, 20), ({"eval_batch_size": 7}, 7)],
+)
+def test_a_pool_is_drawn_in_parts_on_the_mesh_that_is_given(settings, at_once, models, monkeypatch):
+  _, models = models
+  own = {} if "policy" not in settings else {"prompts": "p.jsonl", "reward": "r.py:f"}
+  config = best_of_n.Config(
+    n="1", completions_per_prompt=10, max_completion_len=3, mesh="fsdp=2", **own, **settings
+  )
+  task = inputs.load_task(best_of_n.Config(max_completion_len=3).rl_config().sources(), models)
+  make_programs, seen = judging.make_judge_programs, set()
+
+  def make(mesh, *more):
+    programs = make_programs(mesh, *more)
+
+    def sample(params, prompts, *rest, **named):
+      seen.add((len(prompts), mesh.shape["fsdp"], mesh.shape["data"]))
+      return programs.sample(params, prompts, *rest, **named)
+
+    return programs._replace(sample=sample)
+
+  monkeypatch.setattr(judging, "make_judge_programs", make)
+  scores, _ = best_of_n.draw_pool(config, models, task, best_of_n.first_prompts(task.held_out, 4))
+  assert scores.shape == (4, 10) and seen == {(at_once, 2, 1)}
 
 
 @pytest.fixture

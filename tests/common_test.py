@@ -13,6 +13,7 @@ from absl import flags
 from experiments import (
   distill,
   estimators,
+  grpo,
   kl_audit,
   kl_directions,
   mode_seeking,
@@ -375,3 +376,17 @@ def test_while_a_model_of_the_users_trains_fewer_completions_are_judged():
   assert own.interim_rows() == 128
   assert dataclasses.replace(own, num_eval_rows=16).interim_rows() == 16
   assert dataclasses.replace(own, num_interim_rows=300).interim_rows() == 300
+
+
+def test_no_more_completions_are_judged_at_once_than_an_iteration_has_prompts():
+  def at_once(config):
+    return config.drawn_at_once(), config.read_at_once()
+
+  assert at_once(ppo.Config()) == (512, 512)
+  own = ppo.Config(**OWN[ppo], batch_size=256, accumulation=4, num_minibatches=1)
+  assert at_once(own) == (256, 64)
+  assert at_once(dataclasses.replace(own, batch_size=8)) == (128, 32)
+  assert at_once(dataclasses.replace(own, num_eval_rows=30)) == (30, 8)
+  assert at_once(dataclasses.replace(own, eval_batch_size=9)) == (9, 3)
+  groups = grpo.Config(batch_size=2048, group_size=8, num_minibatches=1)
+  assert at_once(groups) == (256, 256)

@@ -47,6 +47,15 @@ def test_what_two_models_share_is_read_once_and_what_is_trained_has_buffers_of_i
   assert pointers[0] != pointers[1]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
+def test_a_device_does_not_take_what_was_read_for_its_own_memory(dtype):
+  rows = np.arange(4096 * 8, dtype=np.float32).astype(dtype).reshape(4096, 8)
+  array = unread_of(rows).read()
+  np.testing.assert_array_equal(array, rows)
+  placed = jax.device_put(array, jax.devices()[0], may_alias=False)
+  assert placed.unsafe_buffer_pointer() != array.ctypes.data
+
+
 def test_a_dtype_is_that_of_numpy_and_roundings_follow_one_another():
   array = np.float32([[1 / 3, 1e-3]])
   leaf = unread_of(array)

@@ -55,8 +55,8 @@ def digests(paths: Iterable[str]) -> dict[str, dict[str, str]]:
 def outlines(paths: Iterable[str]) -> dict[str, str]:
   """Returns {file: digest}, as `digests` of the same paths, but of weights only of a part.
 
-  So each of many processes can compute it. Of a file of weights its size is in the digest, and
-  64 blocks of 64 KiB that are spread over it.
+  So each of many processes can compute it. The digest of a file of weights is of 64 blocks of 64
+  KiB that are spread over it; the first of them has the place of every tensor.
   """
   files = {path: _files(pathlib.Path(path)) for path in paths}
   return {
@@ -156,7 +156,7 @@ def _digest(path: pathlib.Path) -> str:
 
 def _outline(path: pathlib.Path) -> str:
   size = path.stat().st_size
-  digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+  digest = hashlib.blake2b(digest_size=16)
   with path.open("rb") as file:
     for i in range(_BLOCKS):
       file.seek(max(0, size - _BLOCK) * i // (_BLOCKS - 1))
