@@ -339,6 +339,27 @@ def test_processes_of_different_code_are_refused(tmp_path):
     assert message in printed
 
 
+def test_processes_with_different_flags_are_refused(inputs, tmp_path):
+  folders = [place(inputs, tmp_path / name) for name in "ab"]
+  for folder, beta in zip(folders, ("0.1", "0.7"), strict=True):
+    (folder / "flags").write_text(f"--beta={beta}\n")
+  command = ["-m", "experiments.reinforce", *OWN, "--flagfile=flags"]
+  for printed in several(folders, command, status=1):
+    assert "Process 1 has --beta 0.7 and not 0.1 as process 0 has." in printed
+  assert not (folders[0] / "run").exists()
+
+
+def test_processes_that_read_different_files_are_refused(inputs, tmp_path):
+  """A copy of a file on each host is another file with the same content."""
+  folders = [place(inputs, tmp_path / name) for name in "ab"]
+  (folders[1] / "reward.py").write_text(REWARD.replace('count("7")', 'count("3")'))
+  command = ["-m", "experiments.reinforce", *OWN, "--reward=reward.py:sevens"]
+  printed = several(folders, [*command, f"--workdir={tmp_path}/run"], status=1)
+  message = "Process 1 reads another content than process 0 of reward.py."
+  assert message in " ".join(printed[0].split()), printed
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [

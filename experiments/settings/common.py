@@ -470,7 +470,9 @@ def launch(main, config_class, *, prepare=lambda: None, argument: str = "") -> N
     sys.unraisablehook = checkpoint.without_leftovers(sys.unraisablehook)
     status = 0
     try:
-      processes.connect()
+      named = (field.name for field in dataclasses.fields(config_class))
+      given = {name: flags.FLAGS[name].value for name in named}
+      processes.connect(given)
       prepare()
       console.quiet = not processes.is_writer()
       if argument and len(arguments) == 2:

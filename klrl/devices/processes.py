@@ -18,7 +18,7 @@ import platform
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import jax
@@ -45,8 +45,10 @@ _SECONDS_FOR_THREADS = 10
 _OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 
 
-def connect() -> None:
+def connect(flags: Mapping[str, object] | None = None) -> None:
   """Joins this process to the others, if there are any. Call it before anything is computed.
+
+  `flags` are the values of the command's flags, which all processes must have in common.
 
   JAX itself finds the processes of Slurm, Open MPI 4, GKE and Cloud TPU. Elsewhere the variables
   JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them. Open MPI 5
@@ -54,7 +56,7 @@ def connect() -> None:
 
   Raises:
     UserError: there are several processes, and something that they need to meet is missing, or
-      they run different code.
+      they run different code or have different flags.
   """
   # JAX's service would take SIGTERM away from `loop`, and outside of the loop ignore it.
   jax.config.update("jax_enable_preemption_service", False)
@@ -76,7 +78,7 @@ def connect() -> None:
         # JAX's time limit aborts the process, so ours has to end it first.
         initialization_timeout=2 * seconds,
       )
-    _check_same_code()
+    _check_same(_versions() | {f"--{name}": str(x) for name, x in (flags or {}).items()})
   except KeyError as error:
     raise UserError(f"JAX_COORDINATOR_ADDRESS is set, but not {error}.") from error
   except ValueError as error:
@@ -106,25 +108,28 @@ def _seconds_to_meet() -> int:
   return int(text)
 
 
-def _check_same_code() -> None:
-  """Raises UserError in all processes if one has another klrl, JAX or Python than process 0.
+def _check_same(own: dict[str, str]) -> None:
+  """Raises UserError in all processes if one has another value of `own` than process 0.
 
-  Different programs would wait for each other for ever. So nothing is computed to find this out:
-  the processes leave their versions where they met.
+  Different programs would wait for each other for ever, or share what each computes for itself.
+  So nothing is computed to find this out: the processes leave `own` where they met.
   """
   met = distributed.global_state
-  met.client.key_value_set(f"klrl/versions/{met.process_id}", json.dumps(_versions()))
+  met.client.key_value_set(f"klrl/common/{met.process_id}", json.dumps(own))
   first, *others = (
-    json.loads(met.client.blocking_key_value_get(f"klrl/versions/{i}", 1000 * _SECONDS_TO_COMPARE))
+    json.loads(met.client.blocking_key_value_get(f"klrl/common/{i}", 1000 * _SECONDS_TO_COMPARE))
     for i in range(met.num_processes)
   )
   for i, other in enumerate(others, start=1):
     differing = [
-      f"{x} {other.get(x)} and not {first[x]}" for x in first if other.get(x) != first[x]
+      f"{x} {other.get(x)} and not {first.get(x)}"
+      for x in first | other
+      if other.get(x) != first.get(x)
     ]
     if differing:
       raise UserError(
-        f"Process {i} has {', '.join(differing)} as process 0 has. Install the same on every host."
+        f"Process {i} has {', '.join(differing)} as process 0 has. Install the same on every host, "
+        "and start all processes with the same flags."
       )
 
 

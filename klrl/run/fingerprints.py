@@ -51,6 +51,17 @@ def digests(paths: Iterable[str]) -> dict[str, dict[str, str]]:
   return {path: {name: found[file] for name, file in some.items()} for path, some in files.items()}
 
 
+def stamps(paths: Iterable[str]) -> dict[str, dict[str, tuple[int, int, int]]]:
+  """Returns as `digests` does what tells of another file without reading it.
+
+  It is the size in bytes, the time of the last change in nanoseconds, and the inode.
+  """
+  return {
+    path: {name: _stamp(file) for name, file in _files(pathlib.Path(path)).items()}
+    for path in paths
+  }
+
+
 def differing(recorded: dict, present: dict) -> list[str]:
   """Returns the files that differ, at the paths that are in both."""
   return [
@@ -133,8 +144,12 @@ def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _digest(path: pathlib.Path) -> str:
+  return _digest_of(path.absolute(), *_stamp(path))
+
+
+def _stamp(path: pathlib.Path) -> tuple[int, int, int]:
   seen = path.stat()
-  return _digest_of(path.absolute(), seen.st_size, seen.st_mtime_ns, seen.st_ino)
+  return seen.st_size, seen.st_mtime_ns, seen.st_ino
 
 
 @functools.cache  # Many members of a sweep have the same inputs.
