@@ -321,16 +321,23 @@ def test_a_port_that_is_taken_is_told_at_once(tmp_path):
   assert "UserError: The port of 127.0.0.1:" in printed and "is taken on this host" in printed
 
 
-# Process 1 has another version.
+# Process 1 has another version, or takes the run for one of three processes.
 OTHER = """
-import os
+import os, sys
 from klrl.devices import processes
 
-if os.environ["JAX_PROCESS_ID"] == "1":
+if sys.argv[1:] and os.environ["JAX_PROCESS_ID"] == "1":
+  os.environ["JAX_NUM_PROCESSES"] = "3"
+elif os.environ["JAX_PROCESS_ID"] == "1":
   versions = processes._versions()
   processes._versions = lambda: versions | {"JAX": "0.0"}
 processes.connect()
 """
+
+
+def test_processes_with_different_numbers_of_processes_are_refused_at_once(tmp_path):
+  for printed in two(tmp_path, ["-c", OTHER, "3"], status=1):
+    assert "Process 1 has number of processes 3 and not 2 as process 0 has." in printed
 
 
 def test_processes_of_different_code_are_refused(tmp_path):

@@ -115,12 +115,14 @@ def _check_same(own: dict[str, str]) -> None:
   So nothing is computed to find this out: the processes leave `own` where they met.
   """
   met = distributed.global_state
+  own = {"number of processes": str(met.num_processes), **own}
   met.client.key_value_set(f"klrl/common/{met.process_id}", json.dumps(own))
-  first, *others = (
-    json.loads(met.client.blocking_key_value_get(f"klrl/common/{i}", 1000 * _SECONDS_TO_COMPARE))
-    for i in range(met.num_processes)
-  )
-  for i, other in enumerate(others, start=1):
+  first = own
+  for i in range(met.num_processes):  # By another number of processes there may be no such one.
+    other = json.loads(
+      met.client.blocking_key_value_get(f"klrl/common/{i}", 1000 * _SECONDS_TO_COMPARE)
+    )
+    first = first if i else other
     differing = [
       f"{x} {other.get(x)} and not {first.get(x)}"
       for x in first | other
@@ -129,7 +131,7 @@ def _check_same(own: dict[str, str]) -> None:
     if differing:
       raise UserError(
         f"Process {i} has {', '.join(differing)} as process 0 has. Install the same on every host, "
-        "and start all processes with the same flags."
+        "and start all processes with the same flags and the same number."
       )
 
 
@@ -194,9 +196,9 @@ def _told_while_waiting(seconds: int):
 
   def say(text):
     text = (
-      f"This process has waited {text} for the others at {_address()}. Have all been started, is "
+      f"This process has waited {text} for the others at {_address()}. Have all been started, each "
+      "with its own index, is process 0 there, and is that port reachable and free?"
     )
-    text += "process 0 there, and is that port reachable and free?"
     print(text, file=sys.stderr, flush=True)
 
   def give_up():
