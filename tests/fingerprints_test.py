@@ -125,26 +125,3 @@ def test_a_damaged_record_is_named(inputs, content):
   pathlib.Path("run/inputs.json").write_text(content)
   with pytest.raises(UserError, match=r"run/inputs\.json"):
     find_workdir("ppo", inputs)
-
-
-def test_an_outline_reads_a_part_of_weights_and_all_of_other_files(inputs):
-  weights, prompts = pathlib.Path("m/model/model.safetensors"), pathlib.Path("p.jsonl")
-  content = bytearray(range(256)) * 2**16  # 16 MiB, of which a quarter is read.
-  weights.write_bytes(content)
-  before = fingerprints.outlines(["m", "p.jsonl"])
-  assert before.keys() == {
-    "p.jsonl",
-    *(f"m/{name}" for name in ("config.json", "tokenizer.json", "model.safetensors")),
-  }
-  for place in (0, len(content) // 2, len(content) - 1):  # The middle is between two blocks.
-    changed = bytearray(content)
-    changed[place] ^= 1
-    weights.write_bytes(changed)
-    is_seen = before != fingerprints.outlines(["m", "p.jsonl"])
-    assert is_seen == (place != len(content) // 2)
-  weights.write_bytes(content + b"1")
-  assert before != fingerprints.outlines(["m", "p.jsonl"])
-  weights.write_bytes(content)
-  assert before == fingerprints.outlines(["m", "p.jsonl"])
-  prompts.write_text("promqts")
-  assert before != fingerprints.outlines(["m", "p.jsonl"])

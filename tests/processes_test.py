@@ -321,27 +321,23 @@ def test_a_port_that_is_taken_is_told_at_once(tmp_path):
   assert "UserError: The port of 127.0.0.1:" in printed and "is taken on this host" in printed
 
 
-# Process 1 has another version.
+# Process 1 has another version, or takes the run for one of three processes.
 OTHER = """
-import os
+import os, sys
 from klrl.devices import processes
 
-if os.environ["JAX_PROCESS_ID"] == "1":
+if sys.argv[1:] and os.environ["JAX_PROCESS_ID"] == "1":
+  os.environ["JAX_NUM_PROCESSES"] = "3"
+elif os.environ["JAX_PROCESS_ID"] == "1":
   versions = processes._versions()
   processes._versions = lambda: versions | {"JAX": "0.0"}
 processes.connect()
 """
 
 
-def test_a_process_that_counts_others_than_process_0_is_refused(tmp_path):
-  told = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
-  code = ["-c", "from klrl.devices import processes; processes.connect()"]
-  both = [
-    start(tmp_path, code, **told, JAX_NUM_PROCESSES=count, JAX_PROCESS_ID=index)
-    for count, index in (("2", "0"), ("3", "1"))
-  ]
-  for process in both:
-    assert "Process 1 has number of processes 3 and not 2" in finished(process, 1)
+def test_processes_with_different_numbers_of_processes_are_refused_at_once(tmp_path):
+  for printed in two(tmp_path, ["-c", OTHER, "3"], status=1):
+    assert "Process 1 has number of processes 3 and not 2 as process 0 has." in printed
 
 
 def test_processes_of_different_code_are_refused(tmp_path):
@@ -350,19 +346,24 @@ def test_processes_of_different_code_are_refused(tmp_path):
     assert message in printed
 
 
-def test_processes_of_different_flags_or_files_are_refused(inputs, tmp_path):
+def test_processes_with_different_flags_are_refused(inputs, tmp_path):
   folders = [place(inputs, tmp_path / name) for name in "ab"]
-  prompts = (folders[1] / "prompts.jsonl").read_text().splitlines(keepends=True)
-  for folder in folders:
-    (folder / "flags").write_text(f"--workdir={tmp_path}/run\n")
-  command = ["-m", "experiments.reinforce", *OWN, *HOST, "--flagfile=flags"]
-  (folders[1] / "prompts.jsonl").write_text("".join(prompts[::-1]))
-  printed = several(folders, command, status=1)
-  assert "Error: Process 1 is not like process 0: the digest of prompts.jsonl is" in printed[0]
-  (folders[1] / "flags").write_text(f"--workdir={tmp_path}/run\n--beta=0.7\n")
-  printed = several(folders, command, status=1)
-  assert "Error: Process 1 is not like process 0: --beta is 0.7 and not " in printed[0]
-  assert "Traceback" not in "".join(printed)
+  for folder, beta in zip(folders, ("0.1", "0.7"), strict=True):
+    (folder / "flags").write_text(f"--beta={beta}\n")
+  command = ["-m", "experiments.reinforce", *OWN, "--flagfile=flags"]
+  for printed in several(folders, command, status=1):
+    assert "Process 1 has --beta 0.7 and not 0.1 as process 0 has." in printed
+  assert not (folders[0] / "run").exists()
+
+
+def test_processes_that_read_different_files_are_refused(inputs, tmp_path):
+  """A copy of a file on each host is another file with the same content."""
+  folders = [place(inputs, tmp_path / name) for name in "ab"]
+  (folders[1] / "reward.py").write_text(REWARD.replace('count("7")', 'count("3")'))
+  command = ["-m", "experiments.reinforce", *OWN, "--reward=reward.py:sevens"]
+  printed = several(folders, [*command, f"--workdir={tmp_path}/run"], status=1)
+  message = "Process 1 reads another content than process 0 of reward.py."
+  assert message in " ".join(printed[0].split()), printed
   assert not (tmp_path / "run" / "config.json").exists()
 
 

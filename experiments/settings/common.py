@@ -490,7 +490,9 @@ def launch(main, config_class, *, prepare=lambda: None, argument: str = "") -> N
     sys.unraisablehook = checkpoint.without_leftovers(sys.unraisablehook)
     status = 0
     try:
-      processes.connect()
+      named = (field.name for field in dataclasses.fields(config_class))
+      given = {name: flags.FLAGS[name].value for name in named}
+      processes.connect(given)
       prepare()
       console.quiet = not processes.is_writer()
       if argument and len(arguments) == 2:
@@ -499,8 +501,6 @@ def launch(main, config_class, *, prepare=lambda: None, argument: str = "") -> N
         raise UserError(f"Unexpected argument {arguments[1]!r}; every setting is a --flag=value.")
       with troubles_told():
         config = config_from_flags(config_class)
-        fields = dataclasses.asdict(config)
-        processes.check_alike({f"--{name}": str(x) for name, x in fields.items()})
         check_machine(config)
         main(config)
     except PeerLost as error:

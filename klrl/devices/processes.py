@@ -18,7 +18,7 @@ import platform
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import jax
@@ -45,8 +45,10 @@ _SECONDS_FOR_THREADS = 10
 _OPEN_MPI = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
 
 
-def connect() -> None:
+def connect(flags: Mapping[str, object] | None = None) -> None:
   """Joins this process to the others, if there are any. Call it before anything is computed.
+
+  `flags` are the values of the command's flags, which all processes must have in common.
 
   JAX itself finds the processes of Slurm, Open MPI 4, GKE and Cloud TPU. Elsewhere the variables
   JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them. Open MPI 5
@@ -54,7 +56,7 @@ def connect() -> None:
 
   Raises:
     UserError: there are several processes, and something that they need to meet is missing, or
-      they run different code.
+      they run different code or have different flags.
   """
   # JAX's service would take SIGTERM away from `loop`, and outside of the loop ignore it.
   jax.config.update("jax_enable_preemption_service", False)
@@ -76,7 +78,7 @@ def connect() -> None:
         # JAX's time limit aborts the process, so ours has to end it first.
         initialization_timeout=2 * seconds,
       )
-    _check_same_code()
+    _check_same(_versions() | {f"--{name}": str(x) for name, x in (flags or {}).items()})
   except KeyError as error:
     raise UserError(f"JAX_COORDINATOR_ADDRESS is set, but not {error}.") from error
   except ValueError as error:
@@ -106,32 +108,30 @@ def _seconds_to_meet() -> int:
   return int(text)
 
 
-def _check_same_code() -> None:
-  """Raises UserError if a process has another klrl, JAX or Python than process 0.
+def _check_same(own: dict[str, str]) -> None:
+  """Raises UserError in all processes if one has another value of `own` than process 0.
 
-  So it does if one was told another number of processes.
-
-  Different programs would wait for each other for ever. So nothing is computed to find this out:
-  the processes leave their versions where they met.
+  Different programs would wait for each other for ever, or share what each computes for itself.
+  So nothing is computed to find this out: the processes leave `own` where they met.
   """
   met = distributed.global_state
-  own = _versions() | {"number of processes": str(met.num_processes)}
-  met.client.key_value_set(f"klrl/versions/{met.process_id}", json.dumps(own))
-
-  def of(i):
-    key = f"klrl/versions/{i}"
-    return json.loads(met.client.blocking_key_value_get(key, 1000 * _SECONDS_TO_COMPARE))
-
-  first = of(0)
-  for i in range(1, met.num_processes):
-    other = of(i)
+  own = {"number of processes": str(met.num_processes), **own}
+  met.client.key_value_set(f"klrl/common/{met.process_id}", json.dumps(own))
+  first = own
+  for i in range(met.num_processes):  # By another number of processes there may be no such one.
+    other = json.loads(
+      met.client.blocking_key_value_get(f"klrl/common/{i}", 1000 * _SECONDS_TO_COMPARE)
+    )
+    first = first if i else other
     differing = [
-      f"{x} {other.get(x)} and not {first[x]}" for x in first if other.get(x) != first[x]
+      f"{x} {other.get(x)} and not {first.get(x)}"
+      for x in first | other
+      if other.get(x) != first.get(x)
     ]
     if differing:
       raise UserError(
         f"Process {i} has {', '.join(differing)} as process 0 has. Install the same on every host, "
-        "and start as many processes as each is told."
+        "and start all processes with the same flags and the same number."
       )
 
 
@@ -197,7 +197,7 @@ def _told_while_waiting(seconds: int):
   def say(text):
     text = (
       f"This process has waited {text} for the others at {_address()}. Have all been started, each "
-      "with an index of its own, is process 0 there, and is that port reachable and free?"
+      "with its own index, is process 0 there, and is that port reachable and free?"
     )
     print(text, file=sys.stderr, flush=True)
 
@@ -354,32 +354,6 @@ def on_writer(fn: Callable) -> Callable:
     return _broadcast(found, 0)
 
   return call
-
-
-def check_alike(own: dict[str, str]) -> None:
-  """Raises UserError in all processes if one has other values in `own` than process 0.
-
-  All processes must call it, with {what it is: its value}. What differs is named.
-  """
-  if is_alone():
-    return
-  first = _broadcast(own, 0)
-  differing = [
-    f"{name} is {own.get(name, 'missing')} and not {first.get(name, 'missing')}"
-    for name in sorted(first.keys() | own.keys())
-    if first.get(name) != own.get(name)
-  ]
-
-  @together
-  def refuse():
-    if differing:
-      more = f", and {len(differing) - 3} more differ" if len(differing) > 3 else ""
-      raise UserError(
-        f"Process {jax.process_index()} is not like process 0: {', '.join(differing[:3])}{more}. "
-        "Give all processes the same flags, and the same content of all files."
-      )
-
-  refuse()
 
 
 def in_shares(fn: Callable[[slice], np.ndarray], num_rows: int, *, unit: int = 1) -> np.ndarray:

@@ -23,7 +23,6 @@ _FIELDS = ("policy", "reference", "reward_model", "value_model", "teacher")
 _FIELDS += ("prompts", "data", "pretrain_data", "chat_template")
 _SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".txt")  # of a model's files
 _OF_DATA = (".parquet", ".arrow")
-_BLOCKS, _BLOCK = 64, 2**16  # of an outline, and bytes of each
 _RULES = {
   "files": schema.object_of(schema.object_of(schema.text(64))),
   "accepted": schema.list_of(schema.text()),
@@ -52,19 +51,14 @@ def digests(paths: Iterable[str]) -> dict[str, dict[str, str]]:
   return {path: {name: found[file] for name, file in some.items()} for path, some in files.items()}
 
 
-def outlines(paths: Iterable[str]) -> dict[str, str]:
-  """Returns {file: digest}, as `digests` of the same paths, but of weights only of a part.
+def stamps(paths: Iterable[str]) -> dict[str, dict[str, tuple[int, int, int]]]:
+  """Returns as `digests` does what tells of another file without reading it.
 
-  So each of many processes can compute it. The digest of a file of weights is of 64 blocks of 64
-  KiB that are spread over it; the first of them has the place of every tensor.
+  It is the size in bytes, the time of the last change in nanoseconds, and the inode.
   """
-  files = {path: _files(pathlib.Path(path)) for path in paths}
   return {
-    path if name == pathlib.Path(path).name else f"{path}/{name}": (
-      _outline(file) if file.suffix == ".safetensors" else _digest(file)
-    )
-    for path, some in files.items()
-    for name, file in some.items()
+    path: {name: _stamp(file) for name, file in _files(pathlib.Path(path)).items()}
+    for path in paths
   }
 
 
@@ -150,18 +144,12 @@ def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _digest(path: pathlib.Path) -> str:
+  return _digest_of(path.absolute(), *_stamp(path))
+
+
+def _stamp(path: pathlib.Path) -> tuple[int, int, int]:
   seen = path.stat()
-  return _digest_of(path.absolute(), seen.st_size, seen.st_mtime_ns, seen.st_ino)
-
-
-def _outline(path: pathlib.Path) -> str:
-  size = path.stat().st_size
-  digest = hashlib.blake2b(digest_size=16)
-  with path.open("rb") as file:
-    for i in range(_BLOCKS):
-      file.seek(max(0, size - _BLOCK) * i // (_BLOCKS - 1))
-      digest.update(file.read(_BLOCK))
-  return digest.hexdigest()
+  return seen.st_size, seen.st_mtime_ns, seen.st_ino
 
 
 @functools.cache  # Many members of a sweep have the same inputs.

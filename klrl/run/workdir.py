@@ -11,6 +11,8 @@ import os
 import pathlib
 import secrets
 
+import jax
+
 from klrl import schema
 from klrl.devices import processes
 from klrl.errors import UserError
@@ -122,18 +124,15 @@ def create_workdir(directory: pathlib.Path, experiment: str, config, *, read=())
     read: paths of files or models that were read besides those that fields of `config` name.
 
   Raises:
-    UserError: an input has changed since the run began, and this is not accepted; or a process has
-      other inputs than process 0.
+    UserError: an input has changed since the run began, and this is not accepted.
   """
   # No process may look for the folder after another has begun to write.
   processes.wait_for_all("looked at")
-  directory.mkdir(parents=True, exist_ok=True)
+  processes.together(directory.mkdir)(parents=True, exist_ok=True)
   _remove_left(directory)
   _check_is_shared(directory)
-  if not processes.is_alone():
-    outlines = fingerprints.outlines({*fingerprints.paths_of(config), *read})
-    processes.check_alike({f"the digest of {file}": x for file, x in outlines.items()})
-  inputs = _inputs(directory, config, read)
+  inputs, stamps = _inputs(directory, config, read)
+  _check_same_inputs(json.loads(inputs)["files"], stamps)
   fields = dataclasses.asdict(config)
   # It comes first: after a kill in here the folder is known as that of a run.
   write_text(
@@ -151,14 +150,30 @@ def create_workdir(directory: pathlib.Path, experiment: str, config, *, read=())
 
 
 @processes.on_writer
-def _inputs(directory: pathlib.Path, config, read) -> str:
+def _inputs(directory: pathlib.Path, config, read) -> tuple[str, dict]:
+  """Returns the new content of `inputs.json`, and the stamps of the inputs that are read now."""
   changed = []
   if _has_begun(directory):
     changed = fingerprints.check(directory, accept=getattr(config, "accept_changed_inputs", False))
   else:
     (directory / fingerprints.FILE).unlink(missing_ok=True)
   paths = {*fingerprints.paths_of(config), *read}
-  return fingerprints.record(directory, paths, changed=changed)
+  return fingerprints.record(directory, paths, changed=changed), fingerprints.stamps(paths)
+
+
+@processes.together
+def _check_same_inputs(recorded: dict, stamps: dict) -> None:
+  """Raises UserError if a process reads other inputs than the writer, which found these.
+
+  Only files with other stamps are read: those of a folder that all hosts share have the same.
+  """
+  own = fingerprints.stamps(stamps)
+  elsewhere = [path for path in stamps if own[path] != stamps[path]]
+  if files := fingerprints.differing(recorded, fingerprints.digests(elsewhere)):
+    raise UserError(
+      f"Process {jax.process_index()} reads another content than process 0 of {', '.join(files)}. "
+      "Copy the inputs anew to every host, or put them where all hosts read the same."
+    )
 
 
 @processes.on_writer
