@@ -414,7 +414,10 @@ tries = (
   lambda: shares(7, 2),
   lambda: shares(1, 1),
   lambda: workdir._check_is_shared(workdir.pathlib.Path(".")),
+  lambda: workdir._check_is_shared(workdir.pathlib.Path("..")),
 )
+if index == 1:
+  workdir.os.access = lambda *_: False  # as on a disk that is mounted to be read
 for attempt in tries:
   try:
     print("returned", attempt(), flush=True)
@@ -438,6 +441,7 @@ def test_what_fails_in_one_process_fails_in_both(tmp_path):
     "returned [[0, 0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 4, 5, 6]]",
     "returned [[0], [0]]",
     "UserError . is not the same folder for all process",
+    f"UserError {tmp_path}/a/.. is no folder"[:50],
   ]
   assert printed[0] == [*same, "UserError Process 1: OSError: refused", *after]
   assert printed[1] == [*same, "OSError refused", *after]

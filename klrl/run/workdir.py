@@ -83,7 +83,8 @@ def check_writable(directory: pathlib.Path) -> None:
   """Raises UserError where nothing can be written in `directory`, which need not exist yet."""
   nearest = next(x for x in (directory.absolute(), *directory.absolute().parents) if x.exists())
   if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-    raise UserError(f"{nearest} is no folder that can be written to. Choose another --workdir.")
+    by = "" if processes.is_alone() else f" by process {jax.process_index()}"
+    raise UserError(f"{nearest} is no folder that can be written to{by}. Choose another --workdir.")
 
 
 def _is_longer(directory: pathlib.Path, before: int, config) -> bool:
@@ -187,7 +188,7 @@ def _remove_left(directory: pathlib.Path) -> None:
 
 
 def _check_is_shared(directory: pathlib.Path) -> None:
-  """Raises UserError if a process does not see a file that the writer puts into `directory`."""
+  """Raises UserError if a process cannot write to `directory`, or sees another one there."""
 
   @processes.on_writer
   def leave_mark():
@@ -204,6 +205,7 @@ def _check_is_shared(directory: pathlib.Path) -> None:
         "--workdir that all processes share, and start the command in a folder that they share: "
         "runs/stages is made there."
       )
+    check_writable(directory)  # Each saves its part, and waits for those of the others.
 
   path = leave_mark()
   try:
