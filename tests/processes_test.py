@@ -381,6 +381,15 @@ def test_a_run_that_fails_ends_in_both_with_one_message(changes, message, inputs
   assert "Traceback" not in printed[0] + printed[1]
 
 
+def test_a_process_that_is_interrupted_alone_says_so_and_ends_the_others(inputs, tmp_path):
+  folder = place(inputs, tmp_path / "two")
+  (folder / "reward.py").write_text(f"{REWARD}\nif index == '1': raise KeyboardInterrupt\n")
+  command = ["-m", "experiments.reinforce", *OWN, "--reward=reward.py:sevens"]
+  printed = two(folder, command, status=(1, 130))
+  assert "Process 0: Another process of this run has ended" in printed[0]
+  assert "Interrupted. The same command goes on" in printed[1]
+
+
 # Each line is run by both; process 1 sees another folder. What is raised is printed.
 ALONE = """
 import os

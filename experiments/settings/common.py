@@ -513,8 +513,8 @@ def launch(main, config_class, *, prepare=lambda: None, argument: str = "") -> N
       console.print(str(stop), soft_wrap=True)
       status = 130
     except KeyboardInterrupt:  # Outside the loop, or a second Ctrl-C inside it.
-      console.print("Interrupted. The same command goes on from what was saved.")
-      sys.stdout.flush()
+      # In every process: the others say that one is gone, and to see what that one said.
+      print("Interrupted. The same command goes on from what was saved.", flush=True)
       os._exit(130)  # An orderly exit crashes where XLA is compiling.
     # All is saved and said. Another Ctrl-C would only make the interpreter's own end fail.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
