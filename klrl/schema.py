@@ -6,6 +6,7 @@
 A rule is what a value must be, in words and as a test. Names without a rule may hold anything.
 """
 
+import collections
 import json
 import math
 import os
@@ -103,11 +104,11 @@ def parse(content: str | bytes, where: str | pathlib.Path) -> Any:
   """Returns the value of a JSON text.
 
   Raises:
-    UserError: the text is not JSON, is nested deeper than `MAX_DEPTH`, or holds half a character.
-      The message begins with `where`.
+    UserError: the text is not JSON, is nested deeper than `MAX_DEPTH`, holds half a character, or
+      names one field of an object twice. The message begins with `where`.
   """
   try:
-    value = json.loads(content)
+    value = json.loads(content, object_pairs_hook=_object)
     if isinstance(content, bytes):  # Its first bytes tell UTF-8, UTF-16 and UTF-32 apart.
       content = content.decode(json.detect_encoding(content))
     if is_deep(value, content):
@@ -123,6 +124,15 @@ def parse(content: str | bytes, where: str | pathlib.Path) -> Any:
     ) from error
   except ValueError as error:  # of JSON, of an encoding, of a number of too many digits
     raise UserError(f"{where} is not JSON: {str(error).splitlines()[0]}.") from error
+  return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Returns the object of these fields; ValueError where one of them occurs twice."""
+  value = dict(pairs)
+  if len(value) < len(pairs):
+    ((name, _),) = collections.Counter(name for name, _ in pairs).most_common(1)
+    raise ValueError(f"the field {_SHORT.repr(name)} is there twice")
   return value
 
 

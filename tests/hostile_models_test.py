@@ -15,6 +15,7 @@ from klrl.errors import UserError
 from klrl.models import check_tokenizer, hf, load_tokenizer
 
 NUMBERS = ["512", [1], {"a": 1}, 512.5, 0, -1, 10**19, float("nan"), float("inf"), True]
+TWICE = '{"a": 1, "b": {}, "a": 2}'
 DEEP = "[" * 200_000 + "]" * 200_000
 
 
@@ -140,7 +141,18 @@ def test_a_json_file_that_is_none_is_named(name, model):
   index = {"weight_map": {"lm_head.weight": "other.safetensors"}}
   (model / "model.safetensors.index.json").write_text(json.dumps(index))
   load(model)
-  for content in ("", "{", "[]", "3", "null", DEEP, f'{{"a": {DEEP}}}', '{"a": "\\ud800"}', "\xff"):
+  for content in (
+    "",
+    "{",
+    "[]",
+    "3",
+    "null",
+    TWICE,
+    DEEP,
+    f'{{"a": {DEEP}}}',
+    '{"a": "\\ud800"}',
+    "\xff",
+  ):
     (model / name).write_bytes(content.encode("latin-1"))
     refusal(model, name)
 
@@ -161,6 +173,16 @@ def test_an_index_that_names_no_shards_of_the_folder_is_refused(weight_map, mode
 
 
 NORM = "model.norm.weight"
+
+
+def test_a_tensor_that_is_in_two_shards_is_refused_by_its_name(model):
+  tensors = safetensors.numpy.load_file(model / "model.safetensors")
+  (model / "model.safetensors").unlink()
+  safetensors.numpy.save_file(tensors, model / "a.safetensors")
+  safetensors.numpy.save_file({NORM: 2 * tensors[NORM]}, model / "b.safetensors")
+  shards = dict.fromkeys(tensors, "a.safetensors") | {NORM: "b.safetensors"}
+  (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+  refusal(model, "b.safetensors", NORM, "in another shard too")
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint8, bool, np.complex64])

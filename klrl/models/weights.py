@@ -175,7 +175,13 @@ def _tensor_files(directory: pathlib.Path) -> dict[str, Any]:
   for name in names:
     if not (directory / name).is_file():
       raise UserError(f"{directory} lacks the shard {name}.")
-    tensor_files |= open_tensors(directory / name)
+    found = open_tensors(directory / name)
+    if twice := sorted(tensor_files.keys() & found):
+      raise UserError(
+        f"{directory / name}: the tensor {twice[0][:200]} is in another shard too, so that nobody "
+        "knows which one counts. Fetch or save the model again."
+      )
+    tensor_files |= found
   return tensor_files
 
 
