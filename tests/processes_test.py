@@ -500,6 +500,27 @@ def test_a_damaged_checkpoint_is_left_by_both_processes_and_one_goes_on(tmp_path
   assert "start 4" in text and "ends with [5.0, 12.0]" in text
 
 
+# From the first save on, process 1 cannot write a file of any size.
+REFUSED = SAVED.replace(
+  "processes.connect()",
+  """
+import resource, signal
+processes._SECONDS_UNHEARD = 3
+processes.connect()
+if not processes.is_writer():
+  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+""",
+)
+
+
+def test_a_process_that_cannot_write_its_part_ends_with_a_message_and_ends_the_others(tmp_path):
+  (tmp_path / "run").mkdir()
+  printed = two(tmp_path, ["-c", REFUSED], status=(-signal.SIGABRT, 1))
+  message = "Process 1: Its part of a checkpoint cannot be written. File too large"
+  assert message in printed[1] and "another task died" in printed[0]
+
+
 # Process 0 waits for one that has ended; nothing may take longer than that.
 LEFT = """
 from klrl.devices import processes

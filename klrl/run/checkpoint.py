@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from klrl import schema
 from klrl.devices import processes
-from klrl.errors import UserError, is_of_the_machine
+from klrl.errors import UserError, is_of_the_machine, troubles_told
 
 _ITEM = "default"  # Orbax's name for the only item of a checkpoint
 METADATA = "_CHECKPOINT_METADATA"
@@ -43,6 +43,38 @@ class Damaged(Exception):
   """A checkpoint differs from what was saved; the message says how."""
 
 
+def _handler() -> ocp.StandardCheckpointHandler:
+  """Returns Orbax's handler, which ends one of several processes that cannot write its part.
+
+  Orbax would let the others wait ten minutes for that part, and this process for them.
+  """
+  handler = ocp.StandardCheckpointHandler()
+  begin = handler.async_save
+
+  async def async_save(*arguments, **named):
+    return [_Written(part) for part in await begin(*arguments, **named) or ()]
+
+  handler.async_save = async_save  # Orbax takes no subclass with its own arguments.
+  return handler
+
+
+class _Written:
+  """A part of a checkpoint that this process writes in the background."""
+
+  def __init__(self, future):
+    self._future = future
+
+  def result(self, timeout=None):
+    """Returns when the part is on disk, as Orbax's future does."""
+    try:
+      with troubles_told():
+        return self._future.result(timeout)
+    except Exception as error:
+      if processes.is_alone():
+        raise
+      processes.end_alone(f"Its part of a checkpoint cannot be written. {error}")
+
+
 class Checkpoints:
   """Writes the checkpoints of one run, of which the newest `keep` stay."""
 
@@ -55,7 +87,7 @@ class Checkpoints:
         # Otherwise Orbax waits 5 minutes for a folder that cannot be made.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
       ),
-      item_handlers=ocp.StandardCheckpointHandler(),
+      item_handlers=_handler(),
     )
 
   def latest(self) -> int | None:
