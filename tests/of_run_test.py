@@ -240,6 +240,19 @@ def test_broken_files_are_named(tmp_path):
     assert words in shown.text
 
 
+def test_iterations_that_are_there_twice_or_missing_are_named(tmp_path):
+  def lines(*iterations):
+    return "".join(f'{{"iteration": {i}, "score/mean": {i}.0}}\n' for i in iterations)
+
+  files = {"metrics__jsonl": lines(0, 1, 1, 2, 2, 5), "timing__jsonl": lines(0, 1, 2)}
+  shown = Page(write_report(write_run(tmp_path, **files)))
+  assert (
+    "metrics.jsonl: several records of iteration 1, 2, of which the last is shown." in shown.text
+  )
+  assert "metrics.jsonl: 2 of the iterations before its last one are missing." in shown.text
+  assert "timing.jsonl" not in shown.text.partition("Not complete")[2][:400]
+
+
 KINDS = {
   "empty": "",
   "zeros": "\0" * 99,

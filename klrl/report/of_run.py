@@ -9,6 +9,7 @@ made by `page.element`, which escapes them. Labels, units and formats are those 
 an error is one standard error in text, two in the curves.
 """
 
+import collections
 import functools
 import json
 import math
@@ -90,6 +91,26 @@ def _read_lines(path: pathlib.Path, gaps: list[str]) -> list[dict]:
   return [record for record in records.values() if record is not None]
 
 
+def _read_iterations(path: pathlib.Path, gaps: list[str]) -> list[dict]:
+  """Returns the records of a file that has one of each iteration; of two the last one is shown."""
+  records = _read_lines(path, gaps)
+  counts = collections.Counter(map(_iteration, records))
+  counts.pop(None, None)
+  if twice := sorted(i for i, count in counts.items() if count > 1):
+    listed = ", ".join(f"{i:g}" for i in twice[:5]) + (", ..." if len(twice) > 5 else "")
+    gaps.append(f"{path.name}: several records of iteration {listed}, of which the last is shown.")
+  missing = int(max(counts, default=-1)) + 1 - len(counts)
+  if missing > 0:
+    gaps.append(f"{path.name}: {missing} of the iterations before its last one are missing.")
+  return records
+
+
+def _iteration(record: dict) -> float | None:
+  """Returns the iteration of a record, None where it has none."""
+  iteration = number(record.get("iteration"))
+  return iteration if iteration is not None and math.isfinite(iteration) else None
+
+
 def _read_accepted(workdir: pathlib.Path, gaps: list[str]) -> list[str]:
   try:
     return [f"{text}." for text in fingerprints.read(workdir)["accepted"]]
@@ -102,8 +123,8 @@ def _series(records: list[dict]) -> dict[str, dict[float, float]]:
   """Returns name -> iteration -> value; what is null was not measured, and is left out."""
   series: dict[str, dict[float, float]] = {}
   for position, record in enumerate(records):
-    iteration = number(record.get("iteration"))
-    if iteration is None or not math.isfinite(iteration):
+    iteration = _iteration(record)
+    if iteration is None:
       iteration = float(position)
     for name, value in record.items():
       x = number(value)
@@ -398,8 +419,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   gaps: list[str] = []
   config = _read_object(workdir / "config.json", gaps)
   summary = _read_object(workdir / "summary.json", gaps)
-  series = _series(_read_lines(workdir / "metrics.jsonl", gaps))
-  timing = _series(_read_lines(workdir / "timing.jsonl", gaps))
+  series = _series(_read_iterations(workdir / "metrics.jsonl", gaps))
+  timing = _series(_read_iterations(workdir / "timing.jsonl", gaps))
   experiment = config.get("experiment")
   supervised = experiment in ("sft", "reward_model")  # These draw no samples.
   samples = [] if supervised else _read_lines(workdir / "samples.jsonl", gaps)
