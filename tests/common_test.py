@@ -216,7 +216,7 @@ def run_main(monkeypatch, main, *arguments):
   """Returns the exit status of an experiment's main guard."""
   monkeypatch.setattr("sys.argv", ["program", *arguments])
   # Processes are joined before anything is computed; here other tests have computed.
-  monkeypatch.setattr(processes, "connect", lambda: None)
+  monkeypatch.setattr(processes, "connect", lambda flags: None)
   before = set(flags.FLAGS)
   try:
     with pytest.raises(SystemExit) as stop:
