@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -217,7 +218,7 @@ def run_main(monkeypatch, main, *arguments):
   monkeypatch.setattr("sys.argv", ["program", *arguments])
   # Processes are joined before anything is computed; here other tests have computed.
   monkeypatch.setattr(processes, "connect", lambda flags: None)
-  before = set(flags.FLAGS)
+  before, on_ctrl_c = set(flags.FLAGS), signal.getsignal(signal.SIGINT)
   try:
     with pytest.raises(SystemExit) as stop:
       common.launch(main, common.RunConfig)
@@ -226,6 +227,7 @@ def run_main(monkeypatch, main, *arguments):
     for name in set(flags.FLAGS) - before:
       delattr(flags.FLAGS, name)
     flags.FLAGS.unparse_flags()
+    signal.signal(signal.SIGINT, on_ctrl_c)
 
 
 def refusing(config):
